@@ -1,0 +1,29 @@
+"""Speculative decoding in JAX: exact, ragged, sharded, one jitted loop."""
+
+from specjax import decode, drafters, metrics, sampling, sharding, theory, verify
+from specjax.api import Generation, generate, stream
+from specjax.models.config import DecoderConfig
+from specjax.pretrained import Pretrained, load, save
+from specjax.types import Drafter, Model, Params
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DecoderConfig",
+    "Drafter",
+    "Generation",
+    "Model",
+    "Params",
+    "Pretrained",
+    "decode",
+    "drafters",
+    "generate",
+    "load",
+    "metrics",
+    "sampling",
+    "save",
+    "sharding",
+    "stream",
+    "theory",
+    "verify",
+]

@@ -1,0 +1,53 @@
+"""Whether a row drafts in this step: speculation must never cost more than it brings.
+
+A drafting step takes `step_cost` plain steps and emits `1 + accepted` tokens, so it pays while the mean of `accepted`
+exceeds `step_cost - 1`. Each row keeps that mean; a row whose drafts do not pay pauses for a while, twice as long
+every time, and then tries once more. A row looks at itself alone: its pauses, and so its text, do not depend on its
+neighbours.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from specjax.types import Adaptation
+
+MEMORY = 0.75
+"""Weight of the past in the running mean of accepted tokens."""
+FIRST_PAUSE, LAST_PAUSE = 8, 64
+"""Plain steps before a row tries again: at first, and at most."""
+
+
+def init(batch_size: int) -> Adaptation:
+    """Every row may draft, and is believed to gain one token a step until it has shown otherwise."""
+    return Adaptation(
+        jnp.ones(batch_size, jnp.float32),
+        jnp.zeros(batch_size, jnp.int32),
+        jnp.full(batch_size, FIRST_PAUSE, jnp.int32),
+    )
+
+
+def drafts(adaptation: Adaptation) -> Bool[Array, " B"]:
+    """Which rows may draft now."""
+    return adaptation.pause == 0
+
+
+def update(
+    adaptation: Adaptation, proposed: Int[Array, " B"], accepted: Int[Array, " B"], step_cost: Float[Array, ""]
+) -> Adaptation:
+    """Learns from a step.
+
+    Args:
+      adaptation: before the step.
+      proposed: `[B]` draft tokens proposed; 0 in a plain step.
+      accepted: `[B]` draft tokens accepted.
+      step_cost: time of a drafting step over that of a plain step.
+    """
+    drafted = proposed > 0
+    gain = jnp.where(drafted, MEMORY * adaptation.gain + (1 - MEMORY) * accepted, adaptation.gain)
+    # An attempt after a pause that wins at once is believed at once.
+    gain = jnp.where(drafted & (1 + accepted >= step_cost), jnp.maximum(gain, accepted.astype(jnp.float32)), gain)
+    losing = drafted & (1 + gain < step_cost)
+    winning = drafted & ~losing
+    pause = jnp.where(losing, adaptation.backoff, jnp.maximum(adaptation.pause - 1, 0))
+    backoff = jnp.where(losing, jnp.minimum(2 * adaptation.backoff, LAST_PAUSE), adaptation.backoff)
+    return Adaptation(gain, pause, jnp.where(winning, FIRST_PAUSE, backoff))

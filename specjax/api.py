@@ -1,0 +1,255 @@
+"""The front door: texts in, texts out. Below it lies `decode`, over pytrees."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from specjax import decode, drafters, metrics, sampling, sharding, verify
+from specjax.pretrained import Pretrained
+from specjax.types import DecodeState, Drafter, Inputs, Params
+from specjax.verify import Rule
+
+
+class Generation(NamedTuple):
+    """What `generate` returns. Lists have one entry a prompt.
+
+    Attributes:
+      text: the new text, special tokens left out; None where the target has no tokenizer.
+      tokens: the new token ids, the stop token among them.
+      from_draft: whether each new token was an accepted draft token.
+      finish_reason: "stop" or "length".
+      stats: the counters of all rows added up.
+      row_stats: those of each row.
+    """
+
+    text: list[str] | None
+    tokens: list[list[int]]
+    from_draft: list[list[bool]]
+    finish_reason: list[str]
+    stats: metrics.Summary
+    row_stats: list[metrics.Summary]
+
+
+class Request(NamedTuple):
+    """A call of `generate`, checked and brought to the device: what `decode` needs.
+
+    Attributes:
+      target: the target.
+      drafter: the drafter, without its source.
+      rule: the acceptance rule.
+      params: the parameters of both.
+      state: after the prefill.
+      mesh: the mesh that the parameters lie on, or None.
+    """
+
+    target: Pretrained
+    drafter: Drafter
+    rule: Rule
+    params: Params
+    state: DecodeState
+    mesh: Mesh | None
+
+
+def encode(target: Pretrained, prompts: Sequence[str | Sequence[int]], *, chat: bool = False) -> list[list[int]]:
+    """Prompts as token ids.
+
+    Args:
+      target: whose tokenizer is used.
+      prompts: texts, or lists of token ids, which are taken as they are.
+      chat: put each text into the model's chat template, as what a user says.
+
+    Raises:
+      ValueError: for a text without a tokenizer, or a chat without a template, or an empty prompt.
+      TypeError: for one text in the place of a list of texts.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts is the text {prompts[:40]!r}: give a list of texts.")
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            encoded.append([int(t) for t in prompt])
+            continue
+        if target.tokenizer is None:
+            raise ValueError(f"Prompt {i} is a text, but the target has no tokenizer: give lists of token ids.")
+        if chat and not target.tokenizer.has_chat_template:
+            raise ValueError("chat=True, but the target's tokenizer has no chat template: set chat=False.")
+        if chat:
+            encoded.append(target.tokenizer.chat([{"role": "user", "content": prompt}]))
+        else:
+            encoded.append(target.tokenizer.encode(prompt))
+    for i, tokens in enumerate(encoded):
+        if not tokens:
+            raise ValueError(f"Prompt {i} is empty: give at least one token, such as the beginning-of-text token.")
+        worst = max(tokens)
+        if worst >= target.model.vocab_size or min(tokens) < 0:
+            raise ValueError(f"Prompt {i} has token {worst}, but the vocabulary has {target.model.vocab_size} entries.")
+    return encoded
+
+
+def check_vocabularies(target: Pretrained, draft: Pretrained) -> None:
+    """Makes sure that a token id means the same to both sides. Padding of the vocabulary may differ.
+
+    Raises:
+      ValueError: naming the first token that differs.
+    """
+    if target.tokenizer is None or draft.tokenizer is None:
+        return
+    ours, theirs = target.tokenizer.vocab(), draft.tokenizer.vocab()
+    names = {i: token for token, i in ours.items()}
+    for token, i in sorted(theirs.items(), key=lambda item: item[1]):
+        if (token in ours and ours[token] != i) or names.get(i, token) != token:
+            raise ValueError(
+                f"The vocabularies do not match ({len(ours)} and {len(theirs)} tokens): id {i} is {token!r} for the "
+                f"draft and {names.get(i)!r} for the target. Choose a draft with the target's tokenizer."
+            )
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on; None where they lie on one device."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            mesh = leaf.sharding.mesh
+            return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    return None
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which programs are traced for that mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def prepare(
+    target: Pretrained,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    drafter: Drafter | None = None,
+    verify: Rule = verify.rejection,
+    max_new_tokens: int | Sequence[int] = 128,
+    temperature: float | list[float] = 0.0,
+    top_k: int | list[int] = 0,
+    top_p: float | list[float] = 1.0,
+    min_p: float | list[float] = 0.0,
+    seed: int | Sequence[int] = 0,
+    stop_tokens: Sequence[int] | None = None,
+    step_cost: float = decode.DEFAULT_STEP_COST,
+    max_len: int | None = None,
+    chat: bool = False,
+) -> Request:
+    """Checks a request and reads the prompts into the caches. The arguments are those of `generate`."""
+    drafter = drafter if drafter is not None else drafters.none()
+    encoded = encode(target, prompts, chat=chat)
+    rows = len(encoded)
+    options = sampling.options(rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if verify.name == "greedy" and bool(jnp.any(options.temperature > 0)):
+        raise ValueError(f"verify=greedy decodes at temperature 0, not {temperature}: choose verify.rejection.")
+    if drafter.source is not None:
+        check_vocabularies(target, drafter.source)
+        longest = max(map(len, encoded)) + int(np.max(max_new_tokens))
+        if longest > drafter.source.model.max_len:
+            raise ValueError(
+                f"The draft knows {drafter.source.model.max_len} positions, but prompt and new tokens make {longest}: "
+                "shorten the prompt, lower max_new_tokens, or choose another draft."
+            )
+    if stop_tokens is None:
+        stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
+    seeds = [seed + i for i in range(rows)] if isinstance(seed, int) else list(seed)
+    params = Params(target.params, drafter.source.params if drafter.source is not None else ())
+    mesh = mesh_of(target.params)
+    inputs = decode.pad_prompts(encoded)
+    if mesh is not None:
+        axes = ("batch", "tokens")
+        inputs = Inputs(*(jax.device_put(x, sharding.named_sharding(mesh, x.shape, axes[: x.ndim])) for x in inputs))
+    drafter = drafter._replace(source=None)
+    with on_mesh(mesh):
+        state = decode.prefill(
+            target.model,
+            drafter,
+            params,
+            inputs,
+            max_new_tokens=max_new_tokens,
+            options=options,
+            seeds=seeds,
+            stop_tokens=stop_tokens,
+            step_cost=step_cost,
+            max_len=max_len,
+        )
+    return Request(target, drafter, verify, params, state, mesh)
+
+
+def finish(request: Request, prompt_lengths: np.ndarray, state: DecodeState) -> Generation:
+    """Reads the texts of a state that is done."""
+    tokens, from_draft, length = (np.asarray(x) for x in (state.tokens, state.from_draft, state.length))
+    rows = [slice(begin, end) for begin, end in zip(prompt_lengths, length, strict=True)]
+    new = [tokens[i, row].tolist() for i, row in enumerate(rows)]
+    stops = set(np.asarray(state.stop_tokens).tolist())
+    total, each = metrics.summarise(state.stats, length - prompt_lengths)
+    tokenizer = request.target.tokenizer
+    return Generation(
+        text=None if tokenizer is None else [tokenizer.decode(row) for row in new],
+        tokens=new,
+        from_draft=[from_draft[i, row].tolist() for i, row in enumerate(rows)],
+        finish_reason=["stop" if row and row[-1] in stops else "length" for row in new],
+        stats=total,
+        row_stats=each,
+    )
+
+
+def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **options: Any) -> Generation:
+    """Generates text with speculative decoding.
+
+    Args:
+      target: the model whose distribution the text has (`specjax.load`).
+      prompts: texts, or lists of token ids.
+      **options: all have defaults:
+        drafter: what proposes (`specjax.drafters`); None decodes plainly.
+        verify: the acceptance rule (`specjax.verify`), `rejection` by default, which is exact at any temperature.
+        max_new_tokens: 128; one number, or one a prompt.
+        temperature: 0 (greedy); top_k: 0 (off); top_p: 1 (off); min_p: 0 (off); each one number, or one a prompt.
+        seed: 0; prompt i uses `seed + i`. Or one a prompt: a text depends on its own seed, not on its neighbours.
+        stop_tokens: ids that end a text; by default what the tokenizer ends a text with.
+        step_cost: time of a drafting step over that of a plain step, which drafts have to win back, or a row stops
+          drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
+        max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
+        chat: False; True puts each text into the model's chat template.
+
+    Returns:
+      The texts and the counters.
+
+    Raises:
+      ValueError: for options that make no sense, texts that do not fit, vocabularies that do not match.
+      FloatingPointError: for logits that are not numbers.
+    """
+    request = prepare(target, prompts, **options)
+    prompt_lengths = np.asarray(request.state.length)
+    with on_mesh(request.mesh):
+        state = decode.generate(request.target.model, request.drafter, request.rule, request.params, request.state)
+    return finish(request, prompt_lengths, state)
+
+
+def stream(
+    target: Pretrained, prompts: Sequence[str | Sequence[int]], *, steps: int = 4, **options: Any
+) -> Iterator[Generation]:
+    """Generates like `generate`, and yields what there is every few steps.
+
+    Args:
+      target: the model whose distribution the text has.
+      prompts: texts, or lists of token ids.
+      steps: how many steps lie between two yields.
+      **options: those of `generate`.
+
+    Yields:
+      the texts so far, whole; the last is what `generate` returns.
+    """
+    request = prepare(target, prompts, **options)
+    prompt_lengths = np.asarray(request.state.length)
+    with on_mesh(request.mesh):
+        states = decode.stream(
+            request.target.model, request.drafter, request.rule, request.params, request.state, steps=steps
+        )
+        for state in states:
+            yield finish(request, prompt_lengths, state)

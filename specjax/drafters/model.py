@@ -1,0 +1,121 @@
+"""A second, smaller model drafts (Leviathan et al. 2022; Chen et al. 2023)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from specjax import sampling
+from specjax.types import Context, Drafter, Feedback, Inputs, Model, ModelOutput, Proposal, Tree
+
+
+def model(draft: Any, *, num_draft_tokens: int = 4) -> Drafter:
+    """Drafts with another model of the same vocabulary.
+
+    Args:
+      draft: a `Model`, whose parameters the caller passes to the loop, or a `Pretrained`, which brings them.
+      num_draft_tokens: K.
+
+    Raises:
+      ValueError: for K < 0.
+    """
+    if num_draft_tokens < 0:
+        raise ValueError(f"num_draft_tokens={num_draft_tokens} is negative; 0 is plain decoding.")
+    if isinstance(draft, Model):
+        return _drafter(draft, num_draft_tokens)
+    return _drafter(draft.model, num_draft_tokens)._replace(source=draft)
+
+
+def _window(tokens: Int[Array, "B L"], start: Int[Array, " B"], size: int) -> Int[Array, "B T"]:
+    """`size` tokens of each row from that row's own position."""
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(tokens, start)
+
+
+def match_vocab(logits: Float[Array, "B T V"], vocab_size: int) -> Float[Array, "B T W"]:
+    """Cuts or pads the draft's logits to the target's width; a token that one side lacks is never drafted.
+
+    Models of one tokenizer are often padded to different sizes.
+    """
+    missing = vocab_size - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :vocab_size]
+    return jnp.pad(logits, ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)
+
+
+@functools.cache
+def _drafter(draft: Model, num_draft_tokens: int) -> Drafter:
+    """The state is the draft's cache, whose `length` counts its valid entries (see `models.cache`)."""
+    k = num_draft_tokens
+
+    def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> Any:
+        del target_output
+        return draft.prefill(params, inputs, draft.init_cache(inputs.tokens.shape[0], max_len))[1]
+
+    def catch_up(params: Tree, cache: Any, context: Context) -> Any:
+        """Reads the text that plain steps have added, K + 1 tokens a call; the cache then lacks the last two."""
+        needed = jnp.maximum(context.length - 2, 0)
+
+        def behind(cache: Any) -> Array:
+            return jnp.any((context.max_draft > 0) & (cache.length < needed))
+
+        def read(cache: Any) -> Any:
+            begin = cache.length
+            _, cache = draft.apply(params, _window(context.tokens, begin, k + 1), cache)
+            return cache._replace(length=jnp.minimum(begin + k + 1, needed))
+
+        return jax.lax.while_loop(behind, read, cache)
+
+    def rollout(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Any]:
+        cache = catch_up(params, cache, context)
+        keys = jax.vmap(lambda key: jax.random.split(key, k))(context.keys)
+
+        def choose(logits: Array, key: Array) -> tuple[Array, Array]:
+            probs = sampling.probabilities(match_vocab(logits, context.vocab_size), context.sampling)[:, 0]
+            return sampling.sample(key, probs, context.sampling), probs
+
+        # The first call feeds the last two tokens: after full acceptance the cache lacks both (the last draft token was
+        # chosen but never fed), and otherwise the first of them is merely written again.
+        begin = jnp.maximum(context.length - 2, 0)
+        output, cache = draft.apply(params, _window(context.tokens, begin, 2), cache._replace(length=begin))
+        last = (context.length - 1 - begin)[:, None, None]
+        first = choose(jnp.take_along_axis(output.logits, last, axis=1), keys[:, 0])
+        cache = cache._replace(length=context.length)
+
+        def draft_one(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], tuple[Array, Array]]:
+            cache, token = carry
+            output, cache = draft.apply(params, token[:, None], cache)
+            chosen = choose(output.logits, key)
+            return (cache, chosen[0]), chosen
+
+        (cache, _), rest = jax.lax.scan(draft_one, (cache, first[0]), jnp.swapaxes(keys, 0, 1)[1:])
+        tokens, probs = (
+            jnp.concatenate([a[:, None], jnp.swapaxes(b, 0, 1)], axis=1) for a, b in zip(first, rest, strict=True)
+        )
+        return tokens, probs, cache
+
+    def skip(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Any]:
+        del params
+        rows = context.length.shape[0]
+        return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), cache
+
+    def propose(params: Tree, cache: Any, context: Context) -> tuple[Proposal, Any]:
+        if k == 0:
+            tokens, probs, cache = skip(params, cache, context)
+        else:
+            tokens, probs, cache = jax.lax.cond(
+                jnp.any(context.max_draft > 0),
+                lambda p, c: rollout(p, c, context),
+                lambda p, c: skip(p, c, context),
+                params,
+                cache,
+            )
+        return Proposal(tokens, context.max_draft, probs), cache
+
+    def update(params: Tree, cache: Any, feedback: Feedback) -> Any:
+        del params
+        # Of the K draft tokens, K - 1 were fed; those accepted are text, the others are rolled back.
+        return cache._replace(length=jnp.minimum(cache.length, feedback.length - 1))
+
+    return Drafter(init, propose, update, k)

@@ -1,0 +1,180 @@
+"""What speculation did: acceptance, block efficiency, costs, and the speedup that they predict."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from specjax import theory
+from specjax.types import Context, DecodeState, Drafter, Feedback, Model, Params, Stats, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The counters of one row, or of many added up.
+
+    Attributes:
+      num_tokens: new tokens, the stop token among them.
+      target_calls: steps.
+      draft_steps: steps in which something was drafted.
+      acceptance_rate: alpha, the mean of `sum_x min(target(x), draft(x))` over the draft positions whose prefix was
+        accepted; None where nothing was drafted.
+      block_efficiency: tokens per target call.
+      histogram: `[K + 1]` steps by number of accepted draft tokens.
+      acceptance_by_position: `[K]` share of the draft tokens accepted at each position, among those judged there; None
+        where none was.
+    """
+
+    num_tokens: int
+    target_calls: int
+    draft_steps: int
+    acceptance_rate: float | None
+    block_efficiency: float
+    histogram: list[int]
+    acceptance_by_position: list[float | None]
+
+
+def _summary(stats: Any, num_tokens: int) -> Summary:
+    proposed, accepted = np.asarray(stats.proposed), np.asarray(stats.accepted)
+    judged = int(proposed.sum())
+    calls = int(stats.target_calls)
+    return Summary(
+        num_tokens=num_tokens,
+        target_calls=calls,
+        draft_steps=int(stats.draft_steps),
+        acceptance_rate=float(stats.overlap) / judged if judged else None,
+        block_efficiency=num_tokens / calls if calls else 0.0,
+        histogram=[int(n) for n in stats.histogram],
+        acceptance_by_position=[int(a) / int(n) if n else None for a, n in zip(accepted, proposed, strict=True)],
+    )
+
+
+def summarise(stats: Stats, num_tokens: Array | np.ndarray) -> tuple[Summary, list[Summary]]:
+    """All rows added up, and each by itself.
+
+    Args:
+      stats: the counters of a `DecodeState`, on the device or not; rows of several runs may be concatenated.
+      num_tokens: `[B]` new tokens of each row.
+    """
+    host = jax.tree.map(np.asarray, stats)
+    tokens = np.asarray(num_tokens)
+    rows = [_summary(jax.tree.map(lambda x, i=i: x[i], host), int(n)) for i, n in enumerate(tokens)]
+    return _summary(jax.tree.map(lambda x: x.sum(axis=0), host), int(tokens.sum())), rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Measured times of one step's parts, in seconds.
+
+    Attributes:
+      plain: the target reads one token a row.
+      score: the target reads K + 1 tokens a row.
+      draft: the drafter proposes K tokens a row.
+      num_draft_tokens: K.
+    """
+
+    plain: float
+    score: float
+    draft: float
+    num_draft_tokens: int
+
+    @property
+    def cost_ratio(self) -> float:
+        """c: one draft token over one target call (Leviathan et al. 2022, Definition 3.7)."""
+        return self.draft / self.num_draft_tokens / self.plain if self.num_draft_tokens else 0.0
+
+    @property
+    def score_cost(self) -> float:
+        """Scoring K + 1 tokens over scoring one; the paper takes it as 1."""
+        return self.score / self.plain
+
+    @property
+    def step_cost(self) -> float:
+        """A drafting step over a plain step: what a draft has to win back."""
+        return (self.draft + self.score) / self.plain
+
+    def predicted_speedup(self, alpha: float | None) -> float:
+        """Theorem 3.8 from alpha, K and the measured c: every step drafts K tokens, scoring them costs nothing."""
+        if alpha is None or not self.num_draft_tokens:
+            return 1.0
+        return theory.walltime_factor(min(alpha, 1.0), self.num_draft_tokens, self.cost_ratio)
+
+    def accounted_speedup(self, summary: Summary) -> float:
+        """Plain steps for all tokens, over the steps really taken, drafting ones at their measured cost."""
+        plain_steps = summary.target_calls - summary.draft_steps
+        spent = plain_steps + summary.draft_steps * self.step_cost
+        return summary.num_tokens / spent if spent else 1.0
+
+
+def _per_call(run: Callable[..., Any], carry: Any, calls: int, repeats: int) -> float:
+    """Median seconds of one round of a device loop; `run(carry, n)` is jitted and donates its carry."""
+    carry = jax.block_until_ready(run(carry, 1))
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        carry = jax.block_until_ready(run(carry, calls))
+        seconds.append((time.perf_counter() - begin) / calls)
+    return float(np.median(seconds))
+
+
+def measure_costs(
+    target: Model, drafter: Drafter, params: Params, state: DecodeState, *, calls: int = 8, repeats: int = 5
+) -> Costs:
+    """Times the parts of a step at this state's batch, buffer and lengths, each in a loop on the device.
+
+    Args:
+      target: the target.
+      drafter: the drafter.
+      params: the parameters of both.
+      state: as `decode.prefill` gave it, with the same drafter. It is copied, not consumed.
+      calls: rounds of each timed loop.
+      repeats: timed loops; the median counts.
+    """
+    k = drafter.num_draft_tokens
+    rows = state.tokens.shape[0]
+
+    def score(width: int) -> float:
+        @jax.jit
+        def run(params: Any, carry: Any, n: Array) -> Any:
+            def body(_: int, carry: Any) -> Any:
+                cache, tokens = carry
+                output, after = target.apply(params, tokens, cache)
+                # The next round depends on these logits, so that none of the work is optimised away.
+                tokens = jnp.argmax(output.logits, axis=-1).astype(jnp.int32)
+                return after._replace(length=cache.length), tokens
+
+            return jax.lax.fori_loop(0, n, body, carry)
+
+        copied = jax.tree.map(jnp.copy, state.cache)
+        return _per_call(
+            lambda carry, n: run(params.target, carry, n), (copied, jnp.zeros((rows, width), jnp.int32)), calls, repeats
+        )
+
+    @jax.jit
+    def draft(params: Any, carry: Any, n: Array) -> Any:
+        def body(_: int, carry: Any) -> Any:
+            drafter_state, shift = carry
+            room = jnp.full(rows, k, jnp.int32)
+            length = state.length + shift
+            context = Context(state.tokens, length, state.seed, room, state.sampling, target.vocab_size)
+            proposal, drafter_state = drafter.propose(params, drafter_state, context)
+            verdict = Verdict(jnp.zeros((rows, k + 1), jnp.int32), jnp.zeros(rows, jnp.int32))
+            feedback = Feedback(verdict, length, jnp.zeros((rows, k + 1, 1)))
+            # Token ids are never negative, but the compiler cannot know: the next round has to wait for this one.
+            shift = jnp.minimum(jnp.sum(proposal.tokens, axis=-1), 0)
+            return drafter.update(params, drafter_state, feedback), shift
+
+        return jax.lax.fori_loop(0, n, body, carry)
+
+    drafting = 0.0
+    if k:
+        copied = jax.tree.map(jnp.copy, state.drafter)
+        drafting = _per_call(
+            lambda carry, n: draft(params.draft, carry, n), (copied, jnp.zeros(rows, jnp.int32)), calls, repeats
+        )
+    return Costs(score(1), score(k + 1), drafting, k)

@@ -1,0 +1,129 @@
+"""Logical axes to mesh axes, in one table.
+
+Every parameter and cache entry names its axes where its shape is declared (`("embed", "mlp")`); `RULES` says which
+mesh axis each name is split over. A name that the table lacks, two names of one array on the same mesh axis and a
+size that does not divide are errors: nothing is replicated by accident.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Axes = Sequence[str | None]
+Rules = tuple[tuple[str, str | None], ...]
+
+RULES: Rules = (
+    ("batch", "data"),
+    ("vocab", "model"),
+    ("kv_heads", "model"),
+    ("mlp", "model"),
+    ("embed", None),
+    ("heads_per_group", None),
+    ("head_dim", None),
+    ("length", None),
+    ("gate_up", None),
+    ("tokens", None),
+)
+"""Megatron-style tensor parallelism over `model`, rows over `data`: two all-reduces a layer."""
+
+
+def override(rules: Rules, **changes: str | None) -> Rules:
+    """The rules with some names mapped elsewhere, e.g. `override(RULES, kv_heads=None)` to replicate the heads.
+
+    Raises:
+      ValueError: for a name that the rules lack.
+    """
+    table = dict(rules)
+    for name in changes:
+        if name not in table:
+            raise ValueError(f"Unknown logical axis {name!r}; the rules know {sorted(table)}.")
+    return tuple((table | changes).items())
+
+
+def make_mesh(data: int = 1, model: int = 1) -> Mesh:
+    """A mesh of `data * model` devices with those two axes.
+
+    Raises:
+      ValueError: where there are not exactly that many devices.
+    """
+    if data * model != jax.device_count():
+        raise ValueError(
+            f"data={data} times model={model} is {data * model} devices, but {jax.device_count()} are here: "
+            "choose factors of that number."
+        )
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def partition_spec(axes: Axes, rules: Rules) -> PartitionSpec:
+    """The mesh axes of an array whose logical axes are `axes` (None: not split).
+
+    Raises:
+      ValueError: for a name without a rule, or where two axes of the array land on one mesh axis.
+    """
+    table = dict(rules)
+    unknown = [a for a in axes if a is not None and a not in table]
+    if unknown:
+        raise ValueError(f"Logical axes {unknown} of {tuple(axes)} have no rule; the rules know {sorted(table)}.")
+    mapped = [table[a] if a is not None else None for a in axes]
+    used = [m for m in mapped if m is not None]
+    if len(used) != len(set(used)):
+        raise ValueError(
+            f"Logical axes {tuple(axes)} map to {mapped}: one mesh axis cannot split two axes of an array."
+        )
+    return PartitionSpec(*mapped)
+
+
+def named_sharding(mesh: Mesh, shape: Sequence[int], axes: Axes, rules: Rules = RULES) -> NamedSharding:
+    """The sharding of an array of that shape.
+
+    Raises:
+      ValueError: also where a size does not divide by its mesh axis.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"An array of shape {tuple(shape)} cannot have the {len(axes)} logical axes {tuple(axes)}.")
+    spec = partition_spec(axes, rules)
+    for size, name, mesh_axis in zip(shape, axes, spec, strict=True):
+        if mesh_axis is None:
+            continue
+        if mesh_axis not in mesh.shape:
+            raise ValueError(f"Axis {name!r} maps to mesh axis {mesh_axis!r}, but the mesh has {tuple(mesh.shape)}.")
+        if size % mesh.shape[mesh_axis]:
+            raise ValueError(
+                f"Axis {name!r} of size {size} does not divide over the {mesh.shape[mesh_axis]} devices of mesh axis "
+                f"{mesh_axis!r}: choose another mesh, or replicate it with override(RULES, {name}=None)."
+            )
+    return NamedSharding(mesh, spec)
+
+
+def shard(tree: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Places every array of `tree` as the tree of logical axes `axes` says.
+
+    Args:
+      tree: a pytree of arrays.
+      axes: the same pytree with a tuple of axis names in each array's place.
+      mesh: where to.
+      rules: logical to mesh axes.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    names = treedef.flatten_up_to(axes)
+    placed = [jax.device_put(x, named_sharding(mesh, x.shape, a, rules)) for x, a in zip(leaves, names, strict=True)]
+    return jax.tree.unflatten(treedef, placed)
+
+
+def constrain(x: jax.Array, axes: Axes, rules: Rules = RULES) -> jax.Array:
+    """Keeps an activation split as its logical axes say; without a mesh (`jax.set_mesh`), does nothing.
+
+    An axis that does not divide stays where the compiler puts it: only parameters, which the user places, are strict.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    sizes: Mapping[str, int] = dict(mesh.shape)
+    spec = [
+        m if m in sizes and size % math.prod([sizes[m]]) == 0 else PartitionSpec.UNCONSTRAINED
+        for m, size in zip(partition_spec(axes, rules), x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

@@ -1,0 +1,242 @@
+"""Every type that the modules of specjax share. No logic lives here.
+
+Axis names: `B` rows of a batch, `L` the text buffer, `P` a padded prompt, `T` tokens of one model call, `K` draft
+tokens of one step, `V` the vocabulary, `D` the width of the model.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Tree = Any
+"""A pytree of arrays whose structure only its owner knows (parameters, caches, drafter states)."""
+
+
+class Inputs(NamedTuple):
+    """Right-padded prompts.
+
+    Attributes:
+      tokens: `[B, P]` token ids; what lies at or beyond a row's length is never read as text.
+      length: `[B]` the number of tokens of each prompt, at least 1.
+    """
+
+    tokens: Int[Array, "B P"]
+    length: Int[Array, " B"]
+
+
+class ModelOutput(NamedTuple):
+    """What one model call says about each token that it was fed.
+
+    Attributes:
+      logits: `[B, T, V]` float32, the unnormalised log-probabilities of the token that follows.
+      hidden: `[B, T, D]` the last hidden state (after the final norm), which self-drafting heads read.
+    """
+
+    logits: Float[Array, "B T V"]
+    hidden: Float[Array, "B T D"]
+
+
+class Model(NamedTuple):
+    """A target or a draft: pure functions; parameters are always arguments.
+
+    Two `Model`s built from equal configurations are equal, so that a jitted function that takes one as a static
+    argument compiles once.
+
+    Attributes:
+      init_cache: `(batch_size, max_len) -> cache`, an empty cache; `cache.length` is `[B]`, the number of tokens in it.
+        Setting it to a smaller value rolls the cache back.
+      prefill: `(params, inputs, cache) -> (ModelOutput, cache)`, reads whole prompts. The logits are of each row's
+        last prompt token only: `[B, 1, V]`; the hidden states are of all: `[B, P, D]`.
+      apply: `(params, tokens[B, T], cache) -> (ModelOutput, cache)`, reads T more tokens of each row, starting at
+        that row's `cache.length`, and advances it by T.
+      vocab_size: V, the width of the logits (which may be padded beyond the tokenizer's vocabulary).
+      max_len: the longest text in tokens that the model knows positions for.
+    """
+
+    init_cache: Callable[..., Any]
+    prefill: Callable[..., Any]
+    apply: Callable[..., Any]
+    vocab_size: int
+    max_len: int
+
+
+class Proposal(NamedTuple):
+    """A chain of draft tokens. Batched as written; the rules of `verify` see one row, without `B`.
+
+    Attributes:
+      tokens: `[B, K]`.
+      length: `[B]` how many of the K are really proposed; the others are padding.
+      probs: `[B, K, V]` float32, the distribution that each token was *sampled* from, or None where the tokens
+        were chosen deterministically (their distribution is one-hot).
+    """
+
+    tokens: Int[Array, "*B K"]
+    length: Int[Array, "*B"]
+    probs: Float[Array, "*B K V"] | None
+
+
+class Verdict(NamedTuple):
+    """What an acceptance rule says of a proposal.
+
+    Attributes:
+      tokens: `[B, K + 1]` the accepted draft tokens, then one more token from the target, then padding.
+      num_accepted: `[B]` the number of accepted draft tokens, the one more not counted.
+    """
+
+    tokens: Int[Array, "*B K+1"]
+    num_accepted: Int[Array, "*B"]
+
+
+class Feedback(NamedTuple):
+    """What a drafter learns after a step.
+
+    Attributes:
+      verdict: the verdict on its proposal.
+      length: `[B]` the length of each text after the step.
+      hidden: `[B, T, D]` the target's hidden states of the tokens that it was fed in this step.
+    """
+
+    verdict: Verdict
+    length: Int[Array, " B"]
+    hidden: Float[Array, "B T D"]
+
+
+class SamplingOptions(NamedTuple):
+    """How logits become a distribution, row by row: a batch may mix requests.
+
+    Attributes:
+      temperature: `[B]` 0 for greedy decoding (a one-hot distribution).
+      top_k: `[B]` keep the k most probable tokens; 0 keeps all.
+      top_p: `[B]` keep the smallest set of most probable tokens whose mass reaches p; 1 keeps all.
+      min_p: `[B]` keep tokens at least this fraction as probable as the most probable one; 0 keeps all.
+    """
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+
+
+class Context(NamedTuple):
+    """What a drafter may look at when it proposes. Made inside the step; never crosses a `jit` boundary.
+
+    Attributes:
+      tokens: `[B, L]` the text buffer: prompt and committed tokens.
+      length: `[B]` the number of tokens of each text.
+      keys: `[B]` this step's random keys, for drafting alone.
+      max_draft: `[B]` the most draft tokens that a row can use in this step; 0: draft nothing for it.
+      sampling: the row's sampling options, which target and draft share.
+      vocab_size: V of the target.
+    """
+
+    tokens: Int[Array, "B L"]
+    length: Int[Array, " B"]
+    keys: Key[Array, " B"]
+    max_draft: Int[Array, " B"]
+    sampling: SamplingOptions
+    vocab_size: int
+
+
+class Drafter(NamedTuple):
+    """Pure functions that propose draft tokens.
+
+    Attributes:
+      init: `(params, inputs, target_output, max_len) -> state`, called once after the target has read the prompts;
+        `max_len` is the length of the text buffer.
+      propose: `(params, state, context) -> (Proposal, state)`.
+      update: `(params, state, feedback) -> state`, called after every step, also after one that drafted nothing.
+      num_draft_tokens: K, the most tokens it proposes in a step.
+      source: the `Pretrained` that it drafts with, where it has one: the front door takes the parameters and the
+        tokenizer from it. The loop, whose parameters are arguments, sees None here.
+    """
+
+    init: Callable[..., Any]
+    propose: Callable[..., Any]
+    update: Callable[..., Any]
+    num_draft_tokens: int
+    source: Any = None
+
+
+class Params(NamedTuple):
+    """The parameters of both sides."""
+
+    target: Tree
+    draft: Tree
+
+
+class Stats(NamedTuple):
+    """Counters of each row, kept on the device.
+
+    Attributes:
+      target_calls: `[B]` steps that the row took part in.
+      draft_steps: `[B]` those in which at least one token was proposed for it.
+      proposed: `[B, K]` how often position k of a draft was judged, i.e. all before it had been accepted.
+      accepted: `[B, K]` how often position k was accepted.
+      histogram: `[B, K + 1]` steps by number of accepted draft tokens.
+      overlap: `[B]` sum of `sum_x min(target(x), draft(x))` over the judged positions (the paper's beta).
+    """
+
+    target_calls: Int[Array, " B"]
+    draft_steps: Int[Array, " B"]
+    proposed: Int[Array, "B K"]
+    accepted: Int[Array, "B K"]
+    histogram: Int[Array, "B K+1"]
+    overlap: Float[Array, " B"]
+
+
+class Adaptation(NamedTuple):
+    """What decides whether a row drafts (see `adaptive`).
+
+    Attributes:
+      gain: `[B]` a running mean of accepted tokens per drafting step.
+      pause: `[B]` steps left without drafting.
+      backoff: `[B]` how long the next pause will be.
+    """
+
+    gain: Float[Array, " B"]
+    pause: Int[Array, " B"]
+    backoff: Int[Array, " B"]
+
+
+class DecodeState(NamedTuple):
+    """Everything that the loop carries.
+
+    Attributes:
+      tokens: `[B, L]` prompts and committed tokens; what lies beyond `length` is stale.
+      from_draft: `[B, L]` whether a token was an accepted draft token.
+      length: `[B]`.
+      limit: `[B]` the length at which a row stops.
+      done: `[B]`.
+      failed_at: `[B]` the position whose logits were not numbers, or -1.
+      draft_failed: `[B]` whether those were the draft's.
+      seed: `[B]` one random key a row.
+      sampling: the sampling options.
+      stop_tokens: `[E]` token ids that end a row (-1: padding).
+      step_cost: `[]` time of a drafting step over that of a plain step, which a draft has to win back.
+      adaptation: what decides whether a row drafts.
+      cache: the target's cache. It holds all tokens of a text but the last one.
+      drafter: the drafter's state.
+      stats: counters.
+    """
+
+    tokens: Int[Array, "B L"]
+    from_draft: Bool[Array, "B L"]
+    length: Int[Array, " B"]
+    limit: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    failed_at: Int[Array, " B"]
+    draft_failed: Bool[Array, " B"]
+    seed: Key[Array, " B"]
+    sampling: SamplingOptions
+    stop_tokens: Int[Array, " E"]
+    step_cost: Float[Array, ""]
+    adaptation: Adaptation
+    cache: Tree
+    drafter: Tree
+    stats: Stats
+
+
+PRNGKey = jax.Array
+"""A typed JAX random key."""

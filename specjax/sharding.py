@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = Sequence[str | None]
 Rules = tuple[tuple[str, str | None], ...]
@@ -51,7 +51,7 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     """
     if data * model != jax.device_count():
         raise ValueError(
-            f"data={data} times model={model} is {data * model} devices, but {jax.device_count()} are here: "
+            f"data={data} times model={model} is {data * model} devices, but JAX sees {jax.device_count()}: "
             "choose factors of that number."
         )
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -76,7 +76,7 @@ def partition_spec(axes: Axes, rules: Rules) -> PartitionSpec:
     return PartitionSpec(*mapped)
 
 
-def named_sharding(mesh: Mesh, shape: Sequence[int], axes: Axes, rules: Rules = RULES) -> NamedSharding:
+def named_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Axes, rules: Rules = RULES) -> NamedSharding:
     """The sharding of an array of that shape.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from specjax import adaptive, sampling, verify
 from specjax.types import (
@@ -53,7 +53,7 @@ def buffer_length(limit: int, num_draft_tokens: int) -> int:
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> Inputs:
-    """Right-pads prompts of token ids to a bucket of 2^n or 1.5 * 2^n, at least 16.
+    """Right-pads prompts of token ids to the next of few widths.
 
     Raises:
       ValueError: for an empty prompt, or none at all.
@@ -64,16 +64,16 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> Inputs:
         if len(prompt) == 0:
             raise ValueError(f"Prompt {i} is empty: give at least one token, such as the beginning-of-text token.")
     longest = max(map(len, prompts))
-    width = 16
-    while width < longest:
-        width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
+    # Eight buckets an octave: few programs, and at most an eighth of a prefill is padding.
+    step = max(16, (1 << (longest - 1).bit_length()) // 16)
+    width = -(-longest // step) * step
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return Inputs(jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32))
 
 
-def row_keys(seeds: Int[Array, " B"]) -> Array:
+def row_keys(seeds: UInt32[Array, " B"]) -> Array:
     """One random key a row from one seed a row."""
     return jax.vmap(jax.random.key)(seeds)
 
@@ -197,7 +197,6 @@ def _judge(target: Model, rule: Rule, params: Params, state: DecodeState, propos
       the cache; the verdict; the overlap at each draft position; whether the target's logits failed where the last
       token was chosen; the hidden states.
     """
-    rows = state.tokens.shape[0]
     last = jnp.take_along_axis(state.tokens, (state.length - 1)[:, None], axis=1)
     block = jnp.concatenate([last, proposal.tokens], axis=1)
     output, cache = target.apply(params.target, block, state.cache)
@@ -211,7 +210,11 @@ def _judge(target: Model, rule: Rule, params: Params, state: DecodeState, propos
         )
     else:
         verdict = jax.vmap(rule)(keys, target_probs, proposal)
-    failed = jnp.any(jnp.isnan(target_probs[jnp.arange(rows), verdict.num_accepted]), axis=-1)
+    # Nothing is accepted beyond a distribution that is not a number, whatever the rule made of it.
+    broken = jnp.any(jnp.isnan(target_probs), axis=-1)
+    first_broken = jnp.where(jnp.any(broken, axis=-1), jnp.argmax(broken, axis=-1), block.shape[1])
+    failed = first_broken <= verdict.num_accepted
+    verdict = verdict._replace(num_accepted=jnp.minimum(verdict.num_accepted, first_broken).astype(jnp.int32))
     return cache, verdict, jax.vmap(verify.overlap)(target_probs, proposal), failed, output.hidden
 
 

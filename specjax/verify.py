@@ -1,8 +1,8 @@
 """Acceptance rules: `(key, target_probs, proposal) -> Verdict`, of one row; the loop `vmap`s them.
 
-`target_probs` is `[K + 1, V]`: row i is the target's distribution of the token at draft position i, given the text
-and the draft tokens before it. The rules see distributions only after `sampling.probabilities` has made them, on both
-sides.
+`target_probs` is `[T, V]` with T = K + 1: row i is the target's distribution of the token at draft position i, given
+the text and the draft tokens before it. The rules see distributions only after `sampling.probabilities` has made them,
+on both sides.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ class Rule:
       exact: whether the text is distributed exactly as the target's.
     """
 
-    function: Callable[[PRNGKey, Float[Array, "K+1 V"], Proposal], Verdict]
+    function: Callable[[PRNGKey, Float[Array, "T V"], Proposal], Verdict]
     name: str
     exact: bool
 
-    def __call__(self, key: PRNGKey, target_probs: Float[Array, "K+1 V"], proposal: Proposal) -> Verdict:
+    def __call__(self, key: PRNGKey, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
         """Judges one row's proposal."""
         return self.function(key, target_probs, proposal)
 
@@ -46,7 +46,7 @@ def _verdict(proposal: Proposal, accepted: Bool[Array, " K"], last: Callable[[Ar
     return Verdict(tokens.astype(jnp.int32), n)
 
 
-def _greedy(key: PRNGKey, target_probs: Float[Array, "K+1 V"], proposal: Proposal) -> Verdict:
+def _greedy(key: PRNGKey, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
     del key
     best = jnp.argmax(target_probs, axis=-1)
     return _verdict(proposal, proposal.tokens == best[:-1], lambda n: best[n])
@@ -59,7 +59,7 @@ def draft_probs(proposal: Proposal, vocab_size: int) -> Float[Array, "K V"]:
     return proposal.probs
 
 
-def _rejection(key: PRNGKey, target_probs: Float[Array, "K+1 V"], proposal: Proposal) -> Verdict:
+def _rejection(key: PRNGKey, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
     k, vocab_size = proposal.tokens.shape[0], target_probs.shape[-1]
     draft = draft_probs(proposal, vocab_size)
     key_accept, key_last = jax.random.split(key)
@@ -103,7 +103,7 @@ RULES: dict[str, Rule] = {rule.name: rule for rule in (greedy, rejection)}
 """By name, for flags."""
 
 
-def overlap(target_probs: Float[Array, "K+1 V"], proposal: Proposal) -> Float[Array, " K"]:
+def overlap(target_probs: Float[Array, "T V"], proposal: Proposal) -> Float[Array, " K"]:
     """`sum_x min(target(x), draft(x))` at each draft position: the chance of acceptance, beta (Leviathan, Def. 3.1)."""
     if proposal.probs is None:
         return target_probs[jnp.arange(proposal.tokens.shape[0]), proposal.tokens]

@@ -68,7 +68,7 @@ def main() -> None:
     with on_mesh(mesh):
         state = decode.prefill(model, drafter, both_params, inputs, max_new_tokens=20, options=sampling.options(4))
         compiled = decode.advance.lower(model, drafter, verify.rejection, both_params, state, jnp.int32(9)).compile()
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     shard = state.cache.keys[0].addressable_shards[0].data.shape
     local = ",".join(map(str, shard))
     report["cache_shape"] = state.cache.keys[0].shape

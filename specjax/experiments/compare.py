@@ -1,0 +1,409 @@
+"""Speculative against plain decoding of the same prompts, in one process: same buffer, same batch, in turn.
+
+Every batch is decoded by both sides `config.repeats` times, and the medians count. What is timed is decoding alone,
+to the last token; reading the prompts (prefill) and compiling are reported apart.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from specjax import api, decode, drafters, metrics, pretrained, sharding, verify
+from specjax.experiments import plots, prompts, report, results
+from specjax.experiments.display import View
+from specjax.experiments.marks import segments
+from specjax.experiments.prompts import Prompt
+from specjax.experiments.results import Row
+from specjax.pretrained import Pretrained
+from specjax.types import DecodeState, Drafter
+
+Config = Any
+"""An `ml_collections.ConfigDict` with the keys of `configs/compare.py`."""
+
+CHOICES = {
+    "drafter": ("model", "ngram", "none"),
+    "verify": tuple(verify.RULES),
+    "dtype": ("float32", "bfloat16"),
+    "chat": ("auto", "true", "false"),
+}
+
+_AT_LEAST_ONE = ("max_new_tokens", "batch_size", "repeats", "min_match", "mesh_data", "mesh_model")
+_AT_LEAST_ZERO = ("num_prompts", "num_draft_tokens", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompts that are decoded together. The last batch is filled up with rows that are done at once.
+
+    Attributes:
+      number: which batch of the run it is.
+      prompts: at most as many as the run's batch size.
+      tokens: their token ids, filled up.
+      max_new_tokens: of each row.
+      seeds: one a row: that of the run plus the prompt's number, so that a text does not depend on the batching.
+    """
+
+    number: int
+    prompts: list[Prompt]
+    tokens: list[list[int]]
+    max_new_tokens: list[int]
+    seeds: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """One decoding of a batch by one side.
+
+    Attributes:
+      generation: the texts.
+      state: the counters lie in it.
+      prefill_seconds: of checking, reading and prefilling the prompts.
+      seconds: of decoding.
+    """
+
+    generation: api.Generation
+    state: DecodeState
+    prefill_seconds: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all batches of a run share.
+
+    Attributes:
+      target: the target.
+      drafter: the drafter of the speculative side.
+      options: of `api.prepare`, without what differs between sides or batches.
+      repeats: how often each side decodes a batch.
+    """
+
+    target: Pretrained
+    drafter: Drafter
+    options: dict[str, Any]
+    repeats: int
+
+    def prepare(self, drafter: Drafter, batch: Batch) -> api.Request:
+        """Reads a batch's prompts into the caches of one side."""
+        request = api.prepare(
+            self.target,
+            batch.tokens,
+            drafter=drafter,
+            max_new_tokens=batch.max_new_tokens,
+            seed=batch.seeds,
+            **self.options,
+        )
+        return request._replace(state=jax.block_until_ready(request.state))
+
+    def decode(self, drafter: Drafter, batch: Batch) -> Decoded:
+        """Decodes a batch and takes the time."""
+        begin = time.perf_counter()
+        request = self.prepare(drafter, batch)
+        prefilled = time.perf_counter()
+        lengths = np.asarray(request.state.length)
+        with api.on_mesh(request.mesh):
+            started = time.perf_counter()
+            state = decode.generate(request.target.model, request.drafter, request.rule, request.params, request.state)
+            seconds = time.perf_counter() - started
+        return Decoded(api.finish(request, lengths, state), state, prefilled - begin, seconds)
+
+    def compile(self, drafter: Drafter, batch: Batch) -> float:
+        """Compiles what one side needs for a batch, by one step of it; returns the seconds that took."""
+        begin = time.perf_counter()
+        request = self.prepare(drafter, batch)
+        with api.on_mesh(request.mesh):
+            # The number of steps is an argument of the program that `generate` runs.
+            jax.block_until_ready(
+                decode.advance(
+                    request.target.model, request.drafter, request.rule, request.params, request.state, np.int32(1)
+                )
+            )
+        return time.perf_counter() - begin
+
+    def measure_costs(self, batch: Batch) -> metrics.Costs:
+        """Times the parts of a step at this batch."""
+        request = self.prepare(self.drafter, batch)
+        with api.on_mesh(request.mesh):
+            return metrics.measure_costs(request.target.model, request.drafter, request.params, request.state)
+
+
+def check(config: Config) -> None:
+    """Refuses values that make no sense, before anything is loaded.
+
+    Raises:
+      ValueError: naming the key, its value and the remedy.
+    """
+    for key, choices in CHOICES.items():
+        if config[key] not in choices:
+            raise ValueError(f"config.{key}={config[key]!r}: choose one of {', '.join(choices)}.")
+    for keys, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+        for key in keys:
+            if config[key] < least:
+                raise ValueError(f"config.{key}={config[key]}: at least {least}.")
+    for key in ("target", "data"):
+        if not config[key]:
+            raise ValueError(f"config.{key} is empty: give --config.{key}=...")
+    if config.drafter == "model" and not config.draft:
+        raise ValueError("config.drafter='model' needs a draft: give --config.draft=SOURCE, or choose drafter=ngram.")
+    if config.drafter != "model" and config.draft:
+        raise ValueError(f"config.draft={config.draft!r} is of use to drafter=model only, not {config.drafter}.")
+    if config.verify == "greedy" and config.temperature > 0:
+        raise ValueError(f"config.verify='greedy' is for temperature 0, not {config.temperature}: choose rejection.")
+    if config.batch_size % config.mesh_data:
+        raise ValueError(f"config.batch_size={config.batch_size} is not a multiple of mesh_data={config.mesh_data}.")
+
+
+def device_name() -> str:
+    """The devices of this process in words."""
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    if jax.default_backend() == "cpu":
+        return f"cpu ({os.cpu_count()} cores)" if count == 1 else f"cpu ({os.cpu_count()} cores, {count} devices)"
+    return kind if count == 1 else f"{count} x {kind}"
+
+
+def _load(config: Config, view: View) -> tuple[Pretrained, Drafter]:
+    mesh = None
+    if config.mesh_data * config.mesh_model > 1:
+        mesh = sharding.make_mesh(data=config.mesh_data, model=config.mesh_model)
+
+    def load(source: str) -> Pretrained:
+        with view.status(f"Loading {source} (the first time, this downloads it)"):
+            loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh)
+            jax.block_until_ready(loaded.params)
+        return loaded
+
+    target, k = load(config.target), config.num_draft_tokens
+    if target.tokenizer is None:
+        raise ValueError(f"The target {config.target} has no tokenizer: save one beside it (tokenizer.json).")
+    if config.drafter == "model":
+        draft = target if config.draft == config.target else load(config.draft)
+        return target, drafters.model(draft, num_draft_tokens=k)
+    if config.drafter == "ngram":
+        longest = max(config.min_match, 8)
+        return target, drafters.ngram(num_draft_tokens=k, min_match=config.min_match, max_match=longest)
+    return target, drafters.none()
+
+
+def _batches(config: Config, chosen: Sequence[Prompt], encoded: Sequence[list[int]]) -> list[Batch]:
+    size, batches = config.batch_size, []
+    for number, begin in enumerate(range(0, len(chosen), size)):
+        rows, tokens = list(chosen[begin : begin + size]), list(encoded[begin : begin + size])
+        filler = size - len(rows)
+        batches.append(
+            Batch(
+                number,
+                rows,
+                tokens + [tokens[0]] * filler,
+                [config.max_new_tokens] * len(rows) + [0] * filler,
+                [config.seed + row.number for row in rows] + [0] * filler,
+            )
+        )
+    return batches
+
+
+def _buffer(config: Config, target: Pretrained, encoded: Sequence[list[int]], num_draft_tokens: int) -> int:
+    """One buffer length for both sides and all batches."""
+    longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
+    needed = len(encoded[longest]) + config.max_new_tokens
+    if needed > target.model.max_len:
+        raise ValueError(
+            f"Prompt {longest} of {config.data} has {len(encoded[longest])} tokens; with {config.max_new_tokens} new "
+            f"ones that makes {needed}, but the target knows {target.model.max_len} positions: lower "
+            "config.max_new_tokens, or leave the prompt out."
+        )
+    padded = decode.pad_prompts([encoded[longest]]).tokens.shape[1]
+    return max(decode.buffer_length(needed, num_draft_tokens), padded)
+
+
+def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench, list[Batch]]:
+    target, drafter = _load(config, view)
+    assert target.tokenizer is not None
+    chat = target.tokenizer.has_chat_template if config.chat == "auto" else config.chat == "true"
+    encoded = api.encode(target, [prompt.text for prompt in chosen], chat=chat)
+    options = {
+        "verify": verify.RULES[config.verify],
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "min_p": config.min_p,
+        "max_len": _buffer(config, target, encoded, drafter.num_draft_tokens),
+        "step_cost": max(config.step_cost, 0.0),
+    }
+    return Bench(target, drafter, options, config.repeats), _batches(config, chosen, encoded)
+
+
+def _common(config: Config, bench: Bench, costs: metrics.Costs, device: str) -> Row:
+    """The fields of `results.COMMON`."""
+    from_config = ("target", "draft", "drafter", "verify", "temperature", "top_k", "top_p", "min_p", "batch_size")
+    return {name: config[name] for name in (*from_config, "max_new_tokens", "seed", "dtype", "repeats")} | {
+        "exact": bench.options["verify"].exact,
+        "num_draft_tokens": bench.drafter.num_draft_tokens,
+        "max_len": bench.options["max_len"],
+        "cost_ratio": costs.cost_ratio,
+        "score_cost": costs.score_cost,
+        "step_cost": bench.options["step_cost"],
+        "device": device,
+        "jax_version": jax.__version__,
+    }
+
+
+def _rows(common: Row, batch: Batch, sides: dict[str, list[Decoded]], compiled: dict[str, float]) -> list[Row]:
+    """The rows of a batch from all repeats of both sides (`""`: speculative, `"baseline_"`: plain)."""
+    shared: Row = {}
+    for side, runs in sides.items():
+        shared |= {
+            f"{side}batch_tokens": runs[0].generation.stats.num_tokens,
+            f"{side}seconds": float(np.median([run.seconds for run in runs])),
+            f"{side}prefill_seconds": float(np.median([run.prefill_seconds for run in runs])),
+            f"{side}compile_seconds": compiled[side],
+        }
+    ours, plain = sides[""][0], sides["baseline_"][0]
+    stats = jax.tree.map(np.asarray, ours.state.stats)
+    rows = []
+    for i, prompt in enumerate(batch.prompts):
+        own = {
+            "task": prompt.task,
+            "prompt": prompt.number,
+            "id": prompt.id,
+            "batch": batch.number,
+            "num_prompts": 1,
+            "num_tokens": len(ours.generation.tokens[i]),
+            "num_identical": int(ours.generation.tokens[i] == plain.generation.tokens[i]),
+        }
+        rows.append(results.derive(own | common | shared | results.counters(stats, i)))
+    return rows
+
+
+def _samples(bench: Bench, batch: Batch, ours: api.Generation, plain: api.Generation) -> list[Row]:
+    tokenizer = bench.target.tokenizer
+    assert tokenizer is not None
+    assert ours.text is not None
+    assert plain.text is not None
+    return [
+        {
+            "task": prompt.task,
+            "id": prompt.id,
+            "prompt": prompt.text,
+            "text": ours.text[i],
+            "baseline_text": plain.text[i],
+            "accepted": [list(part) for part in segments(tokenizer, ours.tokens[i], ours.from_draft[i])],
+            "finish_reason": ours.finish_reason[i],
+        }
+        for i, prompt in enumerate(batch.prompts)
+    ]
+
+
+def _show_text(bench: Bench, batch: Batch, view: View) -> None:
+    """Decodes a batch once more, apart from what is timed, and prints it; a single row's text as it grows."""
+    tokenizer = bench.target.tokenizer
+    assert tokenizer is not None
+
+    def states() -> Iterator[tuple[list[int], list[bool]]]:
+        request = bench.prepare(bench.drafter, batch)
+        lengths = np.asarray(request.state.length)
+        model, params = request.target.model, request.params
+        with api.on_mesh(request.mesh):
+            for state in decode.stream(model, request.drafter, request.rule, params, request.state, steps=2):
+                generation = api.finish(request, lengths, state)
+                yield generation.tokens[0], generation.from_draft[0]
+
+    if len(batch.tokens) == 1:
+        view.prompt(batch.prompts[0].name, batch.prompts[0].text)
+        view.stream(tokenizer, states())
+        return
+    generation = bench.decode(bench.drafter, batch).generation
+    for i, prompt in enumerate(batch.prompts):
+        view.prompt(prompt.name, prompt.text)
+        view.stream(tokenizer, [(generation.tokens[i], generation.from_draft[i])])
+
+
+def _measure(bench: Bench, batch: Batch) -> dict[str, list[Decoded]]:
+    """Decodes a batch by both sides in turn; which goes first changes from repeat to repeat."""
+    sides: dict[str, list[Decoded]] = {"": [], "baseline_": []}
+    order = [("baseline_", drafters.none()), ("", bench.drafter)]
+    for _ in range(bench.repeats):
+        for side, drafter in order:
+            sides[side].append(bench.decode(drafter, batch))
+        order.reverse()
+    return sides
+
+
+def _run_batches(
+    config: Config, bench: Bench, batches: Sequence[Batch], workdir: results.Workdir, device: str, view: View
+) -> None:
+    # A bar and a spinner cannot share a terminal, nor a bar and text.
+    quiet = contextlib.nullcontext()
+    compiled: set[int] = set()
+
+    def compile_sides(batch: Batch) -> dict[str, float]:
+        width = decode.pad_prompts(batch.tokens).tokens.shape[1]
+        if width in compiled:
+            return {"baseline_": 0.0, "": 0.0}
+        compiled.add(width)
+        with view.status(f"Compiling for prompts of up to {width} tokens") if config.show_text else quiet:
+            plain = bench.compile(drafters.none(), batch)
+            return {"baseline_": plain, "": bench.compile(bench.drafter, batch)}
+
+    if workdir.rows:
+        # A continued run goes on with the costs of its beginning: sampled text may depend on them.
+        costs, step_cost = results.costs_of(workdir.rows[0]), workdir.rows[0]["step_cost"]
+    else:
+        with view.status("Measuring the costs of a step"):
+            costs = bench.measure_costs(batches[0])
+        step_cost = costs.step_cost if config.step_cost < 0 else config.step_cost
+    bench.options["step_cost"] = step_cost
+    common = _common(config, bench, costs, device)
+    total = sum(len(batch.prompts) for batch in batches) + len(workdir.rows)
+    with quiet if config.show_text else view.progress(total, len(workdir.rows)) as bar:
+        for batch in batches:
+            seconds = compile_sides(batch)
+            if config.show_text:
+                _show_text(bench, batch, view)
+            sides = _measure(bench, batch)
+            rows = _rows(common, batch, sides, seconds)
+            workdir.add(rows, _samples(bench, batch, sides[""][0].generation, sides["baseline_"][0].generation))
+            for row in rows if config.show_text else ():
+                view.row(row)
+            if bar is not None:
+                bar.advance(bar.task_ids[0], len(rows))
+
+
+def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
+    """Runs the comparison and writes its files.
+
+    Args:
+      config: as `configs/compare.py` has it.
+      workdir: where the files go; a run that was interrupted there is continued.
+      overwrite: delete an earlier run in the workdir first.
+      view: the screen; by default standard output.
+
+    Raises:
+      ValueError: for values that make no sense, or a workdir that holds another run.
+      OSError: for files that cannot be read or written.
+    """
+    view = view or View()
+    check(config)
+    chosen = prompts.read(config.data, config.num_prompts)
+    store = results.Workdir(workdir, config.to_dict(), overwrite=overwrite)
+    device = device_name()
+    store.check_resumable([prompt.text for prompt in chosen], device)
+    if store.rows:
+        view.line(f"{len(store.rows)} of {len(chosen)} prompts are finished in {store.path}.")
+    if len(store.rows) < len(chosen):
+        if config.show_text:
+            view.legend()
+        bench, batches = _bench(config, chosen, view)
+        finished = {row["batch"] for row in store.rows}
+        _run_batches(config, bench, [b for b in batches if b.number not in finished], store, device, view)
+    view.end(store.rows)
+    with view.status("Plotting"):
+        images = plots.write(store.path, report.lines(store.rows))
+    results.write(store.path / "summary.md", report.summary(config.to_dict(), store.rows, images))
+    view.line(f"Results: {store.path}{os.sep} ({', '.join(('summary.md', 'results.json', 'samples.jsonl', *images))})")

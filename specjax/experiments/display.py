@@ -1,0 +1,121 @@
+"""What a run shows while it runs. On a terminal in colour, elsewhere as plain lines."""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from specjax.experiments import report
+from specjax.experiments.marks import Segment, merge, pieces
+from specjax.experiments.results import Row
+from specjax.text import Tokenizer
+
+ACCEPTED = "underline green"
+"""The style of accepted draft tokens on a terminal."""
+MARKS = ("\u2039", "\u203a")
+"""What they stand between elsewhere: single angle quotes."""
+_PLAIN_WIDTH = 140
+
+
+def shorten(text: str, size: int) -> str:
+    """One line of at most `size` characters."""
+    line = re.sub(r"\s+", " ", text).strip()
+    return line if len(line) <= size else line[: size - 3] + "..."
+
+
+class View:
+    """The screen of a run."""
+
+    def __init__(self, console: Console | None = None):
+        """Shows on a console; by default on standard output."""
+        self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, _PLAIN_WIDTH)
+
+    @contextlib.contextmanager
+    def status(self, message: str) -> Iterator[None]:
+        """Shows that something is under way: a spinner on a terminal, else a line."""
+        if not self.console.is_terminal:
+            self.line(f"{message} ...")
+            yield
+            return
+        with self.console.status(Text(f"{message} ...")):
+            yield
+
+    @contextlib.contextmanager
+    def progress(self, total: int, done: int) -> Iterator[Progress]:
+        """A bar over the prompts, on terminals only. The caller advances it."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            bar.add_task("prompts", total=total, completed=done)
+            yield bar
+
+    def line(self, message: str, style: str = "") -> None:
+        """Prints a line."""
+        self.console.print(Text(message, style), soft_wrap=not self.console.is_terminal)
+
+    def legend(self) -> None:
+        """Says how accepted draft tokens are marked."""
+        example = Text("this", ACCEPTED) if self.console.is_terminal else Text(f"{MARKS[0]}this{MARKS[1]}")
+        self.console.print(Text("Accepted draft tokens look like ") + example + Text("."))
+
+    def prompt(self, title: str, text: str) -> None:
+        """Announces a prompt."""
+        self.console.print()
+        if self.console.is_terminal:
+            self.console.print(Rule(Text(title), align="left", style="dim"))
+        else:
+            self.line(f"== {title}")
+        self.line(shorten(text, 240), "dim")
+        self.console.print()
+
+    def text(self, parts: Iterable[Segment]) -> None:
+        """Prints text without a line's end, accepted draft tokens marked."""
+        for part, accepted in parts:
+            if self.console.is_terminal:
+                self.console.print(Text(part, ACCEPTED if accepted else ""), end="", soft_wrap=True)
+            else:
+                self.console.print(Text(part.join(MARKS) if accepted else part), end="", soft_wrap=True)
+
+    def stream(self, tokenizer: Tokenizer, states: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> None:
+        """Prints a text as it grows.
+
+        Args:
+          tokenizer: the target's.
+          states: the tokens so far, and which of them are accepted draft tokens.
+        """
+        shown = 0
+        for tokens, from_draft in states:
+            parts = list(zip(pieces(tokenizer, tokens), from_draft, strict=True))
+            self.text(merge(parts[shown:]))
+            shown = len(parts)
+        self.console.print()
+
+    def row(self, row: Row) -> None:
+        """A finished prompt in a line."""
+        same = {None: "", 1.0: ", identical text"}.get(row["identical"], ", text DIFFERS from plain decoding's")
+        self.line(
+            f"{report.label(row)}: {row['baseline_tokens_per_second']:.1f} tokens/s plain, "
+            f"{row['tokens_per_second']:.1f} speculative, {row['measured_speedup']:.2f}x{same}",
+            "bold" if row["measured_speedup"] >= 1 else "bold yellow",
+        )
+
+    def end(self, rows: Sequence[Row]) -> None:
+        """The table and the findings that end a run."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for i, name in enumerate(report.HEADER):
+            table.add_column(name, justify="right" if i else "left")
+        shown = report.lines(rows)
+        for i, row in enumerate(shown):
+            is_last = i == len(shown) - 1
+            table.add_row(*report.cells(row), style="bold" if is_last else "", end_section=i == len(shown) - 2)
+        self.console.print()
+        self.console.print(table)
+        for text, is_bad in report.findings(rows):
+            self.line(text, "bold yellow" if is_bad else "bold")

@@ -1,0 +1,170 @@
+"""What the rows of a run say: the table, the findings in words, and `summary.md`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from specjax import theory
+from specjax.experiments import prompts, results
+from specjax.experiments.results import Row
+
+HEADER = (
+    "prompt",
+    "tokens",
+    "plain tok/s",
+    "spec. tok/s",
+    "alpha",
+    "tok/call",
+    "c",
+    "predicted",
+    "accounted",
+    "measured",
+    "identical",
+)
+
+MANY = 12
+"""Above so many prompts, tables and plots have a line a task in the place of one a prompt."""
+RARE = 0.05
+"""Below this share of steps, drafting cannot have cost much."""
+
+
+def label(row: Row) -> str:
+    """What a table calls a row."""
+    if row["prompt"] is None:
+        return row["task"]
+    return prompts.name(row["task"], row["id"], row["prompt"])
+
+
+def lines(rows: Sequence[Row]) -> list[Row]:
+    """The rows that a table or a plot shows: one a prompt, or one a task where there are many, and the sum of all."""
+    shown = list(rows) if len(rows) <= MANY else results.by_task(rows)
+    return [*shown, results.combine(rows, "all")]
+
+
+def _share(row: Row) -> str:
+    if row["identical"] is None:
+        return "sampled"
+    if row["num_prompts"] == 1:
+        return "yes" if row["num_identical"] else "NO"
+    return f"{row['num_identical']} of {row['num_prompts']}"
+
+
+def cells(row: Row) -> list[str]:
+    """One line of the table, as `HEADER` has it."""
+    alpha = "none" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}"
+    return [
+        label(row),
+        str(row["num_tokens"]),
+        f"{row['baseline_tokens_per_second']:.1f}",
+        f"{row['tokens_per_second']:.1f}",
+        alpha,
+        f"{row['block_efficiency']:.2f}",
+        f"{row['cost_ratio']:.2g}" if row["cost_ratio"] >= 0.001 else "<.001",
+        f"{row['predicted_speedup']:.2f}x",
+        f"{row['accounted_speedup']:.2f}x",
+        f"{row['measured_speedup']:.2f}x",
+        _share(row),
+    ]
+
+
+def _better_k(row: Row) -> int:
+    """The number of draft tokens that alpha and the measured costs favour; 0 where none brings 5 % at least."""
+    k, alpha, c = row["num_draft_tokens"], min(row["acceptance_rate"], 1.0), row["cost_ratio"]
+
+    def score_cost(n: int) -> float:
+        # Measured at 1 and K + 1 tokens; interpolated between them.
+        return 1 + max(row["score_cost"] - 1, 0.0) * n / k
+
+    best = theory.best_num_draft_tokens(alpha, c, score_cost, max(2 * k, 8))
+    return best if best and theory.walltime_factor(alpha, best, c, score_cost(best)) >= 1.05 else 0
+
+
+def remedy(row: Row) -> str:
+    """What to try where speculation was slower than plain decoding."""
+    if row["num_draft_tokens"] == 0:
+        return "this drafter proposes nothing, so both sides are plain decoding and the difference is noise"
+    if row["acceptance_rate"] is None:
+        return "the drafter found nothing to propose; try a draft model (--config.drafter=model --config.draft=SOURCE)"
+    if row["draft_steps"] < RARE * row["target_calls"]:
+        return (
+            f"only {row['draft_steps']} of {row['target_calls']} steps drafted, so this is overhead and noise (more "
+            "--config.repeats tell them apart); the drafter has nothing to offer here, --config.drafter=none is as good"
+        )
+    best = _better_k(row)
+    step_cost = results.costs_of(row).step_cost
+    costs = f"alpha is {row['acceptance_rate']:.2f}, a drafting step costs {step_cost:.2f} plain ones"
+    if best == 0:
+        return f"{costs}: no number of draft tokens pays here; use a cheaper or better draft, or --config.drafter=none"
+    if best != row["num_draft_tokens"]:
+        return f"{costs}: try --config.num_draft_tokens={best}"
+    return f"{costs}, which should pay: measure longer texts and more --config.repeats, on a quiet machine"
+
+
+def _identity(total: Row) -> str:
+    if total["identical"] is None:
+        kind = "the same distribution" if total["exact"] else "ANOTHER distribution (the rule is not exact)"
+        return f"Text is sampled: both sides have {kind}, not the same text."
+    same = f"Text identical to plain decoding on {total['num_identical']} of {total['num_prompts']} prompts."
+    if total["identical"] == 1:
+        return same
+    if not total["exact"]:
+        return f"{same} The rule {total['verify']} is not exact."
+    return f"{same} Rounding decides between near-equal logits: --config.dtype=float32 rounds least."
+
+
+def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """What a run shows, in sentences, and whether each is bad news."""
+    shown = lines(rows)
+    total = shown[-1]
+    found = [(_identity(total), total["identical"] is not None and total["identical"] < 1)]
+    speed = total["measured_speedup"]
+    if speed < 1:
+        slower = f"Speculation is SLOWER than plain decoding over all prompts: {speed:.2f}x"
+        found.append((f"{slower}. Remedy: {remedy(total)}.", True))
+    else:
+        found.append((f"Speculation is {speed:.2f} times as fast as plain decoding over all prompts.", False))
+    losses = sorted((r for r in shown[:-1] if r["measured_speedup"] < 0.995), key=lambda r: r["measured_speedup"])
+    if losses and speed >= 1:
+        names = ", ".join(f"{label(row)} ({row['measured_speedup']:.2f}x)" for row in losses)
+        found.append((f"It is SLOWER on {names}. Remedy for {label(losses[0])}: {remedy(losses[0])}.", True))
+    return found
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    return "\n".join([rows[0], "|---" + "|---:" * (len(table[0]) - 1) + "|", *rows[1:]])
+
+
+LEGEND = """\
+- **tok/s**: new tokens a second while decoding, prefill and compilation excluded; median of the repeats.
+- **alpha**: mean of sum min(target, draft) over the judged draft tokens. **tok/call**: tokens per target call.
+- **c**: time of one draft token over that of one target call, measured.
+- **predicted**: Theorem 3.8 of Leviathan et al. (2022) from alpha, K and c; it takes scoring K + 1 tokens as free and
+  assumes that every step drafts.
+- **accounted**: plain steps over the steps really taken, drafting ones at their measured cost.
+- **measured**: wall clock, speculative over plain decoding in the same run.
+- **identical**: prompts whose text equals plain decoding's, token by token (greedy only)."""
+
+
+def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) -> str:
+    """The text of `summary.md`."""
+    shown = lines(rows)
+    total = shown[-1]
+    sides = f"target `{total['target']}`, drafter `{total['drafter']}`"
+    if total["draft"]:
+        sides += f" with `{total['draft']}`"
+    rule = f"rule `{total['verify']}` ({'exact' if total['exact'] else 'NOT exact'})"
+    place = f"{total['dtype']} on {total['device']} with jax {total['jax_version']}"
+    k, costs = total["num_draft_tokens"], results.costs_of(total)
+    parts = [
+        f"# {config['name']}",
+        f"{sides}, K = {k}, {rule}, temperature {total['temperature']:g}, batch {total['batch_size']}, {place}.",
+        _markdown([HEADER, *map(cells, shown)]),
+        "\n".join(f"- **{text}**" if bad else f"- {text}" for text, bad in findings(rows)),
+        f"Scoring {k + 1} tokens costs {costs.score_cost:.2f} plain steps, a whole drafting step {costs.step_cost:.2f} "
+        f"(the run was told {total['step_cost']:.2f}). Compiling took {total['compile_seconds']:.1f} s for speculation "
+        f"and {total['baseline_compile_seconds']:.1f} s for plain decoding; reading the prompts took "
+        f"{total['prefill_seconds']:.2f} s and {total['baseline_prefill_seconds']:.2f} s.",
+        "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in images),
+        LEGEND,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

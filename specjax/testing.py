@@ -1,0 +1,237 @@
+"""Models small enough to enumerate, the exact distribution of their texts, and a test of counts against it.
+
+Nothing here uses `specjax.sampling` or `specjax.verify`: what is tested must not be its own oracle.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from specjax.models import decoder
+from specjax.models.config import DecoderConfig
+from specjax.types import Inputs, Model, ModelOutput, Tree
+
+
+class TabularCache(NamedTuple):
+    """The token history. Entries at or beyond `length` are stale, as in `models.cache`: never cleared, never read.
+
+    Attributes:
+      tokens: `[B, S]`.
+      length: `[B]` the number of valid entries; a smaller value rolls back.
+    """
+
+    tokens: Int[Array, "B S"]
+    length: Int[Array, " B"]
+
+
+def _write(history: Int[Array, "B S"], tokens: Int[Array, "B T"], start: Int[Array, " B"]) -> Int[Array, "B S"]:
+    """Writes T tokens of each row at its own position, by a mask: a scatter of 10^5 rows is slow on a CPU."""
+    index = jnp.arange(history.shape[1]) - start[:, None]
+    new = jnp.take_along_axis(tokens, jnp.clip(index, 0, tokens.shape[1] - 1), axis=1)
+    return jnp.where((index >= 0) & (index < tokens.shape[1]), new, history)
+
+
+@functools.cache
+def _tabular_model(vocab_size: int, order: int, width: int, max_len: int) -> Model:
+    def read(table: Float[Array, "C W"], history: Int[Array, "B S"], position: Int[Array, "B T"]) -> ModelOutput:
+        """The logits that follow the tokens at `position`, read from the history alone."""
+        context = jnp.zeros(position.shape, jnp.int32)
+        for back in reversed(range(order)):
+            at = position - back
+            token = jnp.take_along_axis(history, jnp.maximum(at, 0), axis=1)
+            context = context * vocab_size + jnp.where(at >= 0, jnp.clip(token, 0, vocab_size - 1), 0)
+        # The real cache would shift a write that does not fit; here it is an error that shows.
+        fits = (position < history.shape[1])[..., None]
+        logits = jnp.where(fits, table[context], jnp.nan)
+        return ModelOutput(logits, position[..., None].astype(jnp.float32))
+
+    def init_cache(batch_size: int, max_len: int) -> TabularCache:
+        return TabularCache(jnp.zeros((batch_size, max_len), jnp.int32), jnp.zeros(batch_size, jnp.int32))
+
+    def prefill(params: Tree, inputs: Inputs, cache: TabularCache) -> tuple[ModelOutput, TabularCache]:
+        rows, size = inputs.tokens.shape
+        history = _write(cache.tokens, inputs.tokens, jnp.zeros(rows, jnp.int32))
+        last = read(params, history, (inputs.length - 1)[:, None])
+        hidden = jnp.broadcast_to(jnp.arange(size, dtype=jnp.float32)[None, :, None], (rows, size, 1))
+        return ModelOutput(last.logits, hidden), TabularCache(history, inputs.length)
+
+    def apply(params: Tree, tokens: Int[Array, "B T"], cache: TabularCache) -> tuple[ModelOutput, TabularCache]:
+        history = _write(cache.tokens, tokens, cache.length)
+        position = cache.length[:, None] + jnp.arange(tokens.shape[1])
+        return read(params, history, position), TabularCache(history, cache.length + tokens.shape[1])
+
+    return Model(init_cache, prefill, apply, width, max_len)
+
+
+def tabular(
+    seed: int = 0,
+    *,
+    vocab_size: int = 4,
+    order: int = 2,
+    scale: float = 1.0,
+    zeros: float = 0.0,
+    ties: bool = False,
+    padding: int = 0,
+    max_len: int = 1 << 20,
+) -> tuple[Model, Float[Array, "C W"]]:
+    """A model whose next-token logits are a table over the last `order` tokens.
+
+    Its cache is the token history, with the rollback contract of the real one; a write beyond the buffer makes the
+    logits NaN. Missing tokens at the beginning of a text count as 0, unknown tokens as the last known one. Equal shapes
+    give the same `Model`.
+
+    Args:
+      seed: of the table.
+      vocab_size: tokens that the table knows as context.
+      order: how many last tokens a distribution depends on; 0: none, so that all positions are alike.
+      scale: deviation of the normal logits.
+      zeros: share of tokens of probability 0 (-inf), never all of a row.
+      ties: round the logits to multiples of `scale`, so that equal ones abound.
+      padding: columns beyond `vocab_size`, with logits like the others, as a model has whose table was padded.
+      max_len: the longest text that it claims to know.
+
+    Returns:
+      the model, and its parameters: the table, `[vocab_size ** order, vocab_size + padding]`, whose row is the number
+      that the last tokens write in base `vocab_size`, the oldest digit first.
+    """
+    rng = np.random.default_rng(seed)
+    width = vocab_size + padding
+    table = scale * rng.standard_normal((vocab_size**order, width))
+    if ties:
+        table = scale * np.round(table / scale)
+    forbidden = rng.random(table.shape) < zeros
+    forbidden[np.arange(len(table)), rng.integers(0, vocab_size, len(table))] = False
+    table[forbidden] = -np.inf
+    return _tabular_model(vocab_size, order, width, max_len), jnp.asarray(table, jnp.float32)
+
+
+def distribution(
+    logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray:
+    """What sampling options make of logits, by sorting, in float64: the meaning and order of transformers.
+
+    Args:
+      logits: `[V]`.
+      temperature: 0 is greedy, the first of equals.
+      top_k: keep the k largest; 0 keeps all. Ties at the cut are kept.
+      top_p: keep a token while the tokens strictly more probable weigh less than p.
+      min_p: keep tokens at least this fraction as probable as the most probable.
+
+    Returns:
+      `[V]` probabilities.
+    """
+    scores = np.asarray(logits, np.float64)
+    if temperature == 0:
+        return np.eye(len(scores))[np.argmax(scores)]
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        weights = np.exp(x - x.max())
+        return weights / weights.sum()
+
+    scores = scores / temperature
+    if 0 < top_k < len(scores):
+        scores = np.where(scores < np.sort(scores)[-top_k], -np.inf, scores)
+    if top_p < 1:
+        probs = softmax(scores)
+        above = np.array([probs[scores > score].sum() for score in scores])
+        scores = np.where(above < top_p, scores, -np.inf)
+    probs = softmax(scores)
+    return softmax(np.where(probs < min_p * probs.max(), -np.inf, scores))
+
+
+def enumerate_texts(table: Any, prompt: Sequence[int], num_tokens: int, **sampling: Any) -> Float[np.ndarray, "*V"]:
+    """The exact joint distribution of the next tokens of a `tabular` model.
+
+    Args:
+      table: `[vocab_size ** order, vocab_size]`, without padding.
+      prompt: token ids.
+      num_tokens: n.
+      **sampling: options of `distribution`.
+
+    Returns:
+      `[V] * n` float64: the probability of the text x_1 .. x_n at index `[x_1, .., x_n]`.
+    """
+    table = np.asarray(table, np.float64)
+    contexts, vocab_size = table.shape
+    order = 0
+    while vocab_size**order < contexts:
+        order += 1
+    if vocab_size**order != contexts:
+        raise ValueError(f"A table of shape {table.shape} has padding: cut it, or make the target without.")
+    rows = [distribution(row, **sampling) for row in table]
+
+    def context(text: Sequence[int]) -> int:
+        digits = ([0] * order + list(text))[len(text) :]
+        return functools.reduce(lambda number, digit: number * vocab_size + digit, digits, 0)
+
+    joint = np.ones((vocab_size,) * num_tokens)
+    for n in range(num_tokens):
+        for text in itertools.product(range(vocab_size), repeat=n):
+            step = rows[context([*prompt, *text])]
+            joint[text] *= step.reshape((vocab_size,) + (1,) * (num_tokens - n - 1))
+    return joint
+
+
+def g_test(counts: np.ndarray, probs: np.ndarray, *, min_expected: float = 5.0) -> float:
+    """The probability of counts at least this far from `probs`, by the likelihood ratio.
+
+    Args:
+      counts: how often each outcome came, of any shape.
+      probs: its probability, of the same shape.
+      min_expected: outcomes expected less often are pooled into one.
+
+    Returns:
+      the p-value; 0 where an outcome of probability 0 came at all.
+    """
+    from scipy import stats  # A test dependency.
+
+    counts, probs = np.ravel(counts).astype(np.float64), np.ravel(probs).astype(np.float64)
+    if counts.shape != probs.shape:
+        raise ValueError(f"{counts.size} counts for {probs.size} probabilities.")
+    if abs(probs.sum() - 1) > 1e-6:
+        raise ValueError(f"The probabilities sum to {probs.sum()}.")
+    if counts[probs == 0].any():
+        return 0.0
+    expected = probs / probs.sum() * counts.sum()
+    rare = expected < min_expected
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    if len(observed) < 2:
+        return 1.0
+    ratio = np.where(observed > 0, observed, 1.0) / expected
+    return float(stats.chi2.sf(2 * np.sum(observed * np.log(ratio)), len(observed) - 1))
+
+
+def tiny_decoder(
+    seed: int = 0, *, vocab_size: int = 61, num_layers: int = 2, dtype: str = "float32", max_position: int = 512
+) -> tuple[Model, Tree]:
+    """A random decoder of a few thousand parameters, whose greedy text is not constant.
+
+    Returns:
+      the model and its parameters. The matrices have a deviation of one over the root of their rows, so that attention
+      and context matter; the default initialisation would leave the logits almost constant.
+    """
+    config = DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=num_layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position=max_position,
+        dtype=dtype,
+    )
+
+    def scaled(leaf: Array) -> Array:
+        # init_params draws with deviation 0.02; norms are vectors of ones and stay.
+        return leaf if leaf.ndim < 2 else (leaf.astype(jnp.float32) * (50 / 32**0.5)).astype(leaf.dtype)
+
+    return decoder.model(config), jax.tree.map(scaled, decoder.init_params(config, jax.random.key(seed)))

@@ -1,0 +1,187 @@
+"""Cases and checks that the tests share; `test_mutants` holds the same checks against planted bugs."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import decode, sampling, testing, verify
+from specjax.types import DecodeState, Drafter, Inputs, Model, Params
+from specjax.verify import Rule
+
+SIGNIFICANCE = 1e-5
+"""Seeds are fixed: a sound sampler passes always or never, and a few hundred tests at this level hardly ever fail."""
+
+Step = Callable[[Model, Drafter, Rule, Params, DecodeState], DecodeState]
+
+
+class Group(NamedTuple):
+    """Rows of a ragged batch that make one statistical test together."""
+
+    prompt: tuple[int, ...]
+    rows: int
+    budget: int = 4
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+
+
+class Pair(NamedTuple):
+    """A target and what drafts for it."""
+
+    target: Model
+    table: Any
+    drafter: Drafter
+    draft_params: Any = None
+
+    @property
+    def params(self) -> Params:
+        return Params(self.table, self.draft_params)
+
+
+class Sample(NamedTuple):
+    """What was decoded for some groups, on the host; row `r` belongs to group `owner[r]`."""
+
+    pair: Pair
+    groups: Sequence[Group]
+    owner: np.ndarray
+    state: DecodeState
+
+    def new_tokens(self, group: int) -> np.ndarray:
+        """`[rows, budget]`; rows must have used their budget."""
+        rows, start = self.owner == group, len(self.groups[group].prompt)
+        return np.asarray(self.state.tokens)[rows, start : start + self.groups[group].budget]
+
+
+def right_pad(prompts: Sequence[Sequence[int]], width: int) -> Inputs:
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return Inputs(jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32))
+
+
+def run(pair: Pair, rule: Rule, state: DecodeState, step: Step | None = None) -> DecodeState:
+    """`generate`, or the same loop around another step, traced anew so that what a test has patched is seen."""
+    if step is None:
+        return decode.generate(pair.target, pair.drafter, rule, pair.params, state)
+
+    def loop(params: Params, state: DecodeState) -> DecodeState:
+        # A broken step may never end a row.
+        def unfinished(carry: Any) -> Any:
+            return (carry[0] < 128) & ~jnp.all(carry[1].done)
+
+        def body(carry: Any) -> Any:
+            return carry[0] + 1, step(pair.target, pair.drafter, rule, params, carry[1])
+
+        return jax.lax.while_loop(unfinished, body, (0, state))[1]
+
+    return jax.jit(loop)(pair.params, state)
+
+
+def sample(
+    pair: Pair,
+    groups: Sequence[Group],
+    *,
+    rule: Rule = verify.rejection,
+    step: Step | None = None,
+    step_cost: float = 0.0,
+    stop_tokens: Sequence[int] = (),
+    width: int = 8,
+    max_len: int = 24,
+) -> Sample:
+    """Decodes all groups in one batch, their rows shuffled."""
+    owner = np.repeat(np.arange(len(groups)), [group.rows for group in groups])
+    np.random.default_rng(0).shuffle(owner)
+
+    def spread(name: str) -> Any:
+        return np.array([getattr(group, name) for group in groups])[owner].tolist()
+
+    inputs = right_pad([group.prompt for group in groups], width)
+    state = decode.prefill(
+        pair.target,
+        pair.drafter,
+        pair.params,
+        Inputs(inputs.tokens[owner], inputs.length[owner]),
+        max_new_tokens=spread("budget"),
+        options=sampling.options(
+            len(owner),
+            temperature=spread("temperature"),
+            top_k=spread("top_k"),
+            top_p=spread("top_p"),
+            min_p=spread("min_p"),
+        ),
+        step_cost=step_cost,
+        stop_tokens=stop_tokens,
+        max_len=max_len,
+    )
+    return Sample(pair, groups, owner, run(pair, rule, state, step))
+
+
+@functools.cache
+def _exact(table: bytes, shape: tuple[int, int], group: Group) -> np.ndarray:
+    values = np.frombuffer(table, np.float32).reshape(shape)
+    return testing.enumerate_texts(values, group.prompt, group.budget, **group.sampling)
+
+
+def p_value(result: Sample, group: int) -> float:
+    """Of the group's texts, against their exact distribution."""
+    table, g = np.asarray(result.pair.table), result.groups[group]
+    probs = _exact(table.tobytes(), table.shape, g._replace(rows=0))
+    texts = result.new_tokens(group)
+    if not np.isin(texts, np.arange(table.shape[1])).all():
+        return 0.0
+    index = np.ravel_multi_index(tuple(texts.T), probs.shape)
+    return testing.g_test(np.bincount(index, minlength=probs.size), probs)
+
+
+def assert_exact(result: Sample) -> None:
+    """Every group's texts are distributed as the target says, jointly over all their tokens."""
+    length = np.array([len(g.prompt) + g.budget for g in result.groups])[result.owner]
+    assert (np.asarray(result.state.length) == length).all(), "some rows did not use their budget"
+    for i, group in enumerate(result.groups):
+        p = p_value(result, i)
+        assert p > SIGNIFICANCE, f"{group} is not distributed as the target: p = {p:.1e}"
+
+
+def assert_drafts_accepted(result: Sample) -> None:
+    """Runs of 0, 1 and, for a longer draft, 2 tokens were accepted, so that the test is not vacuous."""
+    histogram = np.asarray(result.state.stats.histogram).sum(axis=0)
+    assert (histogram[:3] > 100).all(), f"histogram of accepted drafts: {histogram}"
+
+
+def assert_stops(result: Sample, stop_token: int) -> None:
+    """A row ends at its first stop token, wherever in a block that falls."""
+    tokens, length = np.asarray(result.state.tokens), np.asarray(result.state.length)
+    start = np.array([len(g.prompt) for g in result.groups])[result.owner]
+    budget = np.array([g.budget for g in result.groups])[result.owner]
+    for row, text in enumerate(tokens):
+        new = text[start[row] : length[row]]
+        found = np.flatnonzero(new == stop_token)
+        wanted = found[0] + 1 if len(found) else budget[row]
+        assert len(new) == wanted, f"row {row} has {new}"
+
+
+def assert_always_accepted(state: DecodeState) -> None:
+    """A draft equal to the target is never rejected."""
+    proposed, accepted = (np.asarray(x).sum() for x in (state.stats.proposed, state.stats.accepted))
+    assert proposed > 0
+    assert proposed == accepted, f"{accepted} of {proposed} drafts were accepted"
+
+
+def texts(state: DecodeState) -> list[list[int]]:
+    """Every row's tokens."""
+    tokens, length = np.asarray(state.tokens), np.asarray(state.length)
+    return [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
+
+
+def random_prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 12) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, rng.integers(1, longest + 1)).tolist() for _ in range(count)]

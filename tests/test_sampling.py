@@ -1,0 +1,229 @@
+"""Probabilities without sorting are those that sorting gives, ours in numpy and transformers' in torch."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from specjax import sampling, testing
+from specjax.types import SamplingOptions
+
+
+@functools.cache
+def _compiled():
+    return jax.jit(sampling.probabilities)
+
+
+def probabilities(logits: np.ndarray, **options) -> np.ndarray:
+    """Of one row: `[V] -> [V]`."""
+    rows = sampling.options(1, **options)
+    return np.asarray(_compiled()(jnp.asarray(logits, jnp.float32)[None, None], rows))[0, 0]
+
+
+# Multiples of 1/8, so that ties abound and float32 keeps other logits apart.
+LOGIT = st.one_of(st.integers(-40, 40).map(lambda i: i / 8), st.just(-np.inf), st.sampled_from([0.0, 1.0]))
+LOGITS = st.sampled_from([1, 2, 5, 9]).flatmap(lambda size: st.lists(LOGIT, min_size=size, max_size=size))
+OPTIONS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.3, 0.7, 1.0, 2.0]),
+        "top_k": st.sampled_from([0, 1, 2, 3, 20]),
+        "top_p": st.sampled_from([1.0, 0.95, 0.8, 0.5, 0.1]),
+        "min_p": st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    }
+)
+
+
+def near_a_cut(logits: np.ndarray, options: dict) -> bool:
+    """Whether float32 and float64 may disagree about a token at the border of top-p or min-p."""
+    if options["temperature"] == 0:
+        return False
+
+    def mass(**names):
+        return testing.distribution(logits, temperature=options["temperature"], **names)
+
+    probs = mass(top_k=options["top_k"])
+    above = np.array([probs[probs > p * (1 + 1e-6)].sum() for p in probs])
+    scaled = probs / probs.max()
+    return bool(
+        (np.abs(above - options["top_p"])[probs > 0] < 1e-5).any()
+        or (np.abs(scaled - options["min_p"])[scaled < 1 - 1e-6] < 1e-5).any() * (options["min_p"] > 0)
+    )
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(LOGITS, OPTIONS)
+def test_probabilities_equal_a_sorting_implementation(logits: list[float], options: dict):
+    values = np.asarray(logits)
+    assume(np.isfinite(values).any())
+    assume(not near_a_cut(values, options))
+    got = probabilities(values, **options)
+    wanted = testing.distribution(values, **options)
+    assert ((got > 0) == (wanted > 1e-30)).all()
+    np.testing.assert_allclose(got, wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [7, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.6},
+        {"temperature": 1.0, "top_k": 3},
+        {"temperature": 1.7, "top_p": 0.8},
+        {"temperature": 0.5, "top_p": 0.9},
+        {"temperature": 1.5, "min_p": 0.1},
+        {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+        {"temperature": 3.0, "top_k": 5, "top_p": 0.6},
+    ],
+)
+def test_probabilities_equal_those_of_transformers(options: dict, size: int):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        logits = rng.standard_normal(size) * 3
+        scores: Any = torch.tensor(logits)[None]
+        ids: Any = torch.zeros((1, 1), dtype=torch.long)
+        for name, warper in (
+            ("temperature", TemperatureLogitsWarper),
+            ("top_k", TopKLogitsWarper),
+            ("top_p", TopPLogitsWarper),
+            ("min_p", MinPLogitsWarper),
+        ):
+            if name in options:
+                scores = warper(options[name])(ids, scores)
+        wanted = torch.softmax(scores, -1)[0].numpy()
+        got = probabilities(logits, **options)
+        assert ((got > 0) == (wanted > 0)).all()
+        np.testing.assert_allclose(got, wanted, atol=1e-6)
+        np.testing.assert_allclose(testing.distribution(logits, **options), wanted, atol=1e-9)
+
+
+def test_near_equal_logits_are_told_apart_by_top_k():
+    logits = np.float32(1.0) + np.arange(8, dtype=np.float32) * np.float32(2**-22)
+    kept = probabilities(logits, temperature=1.0, top_k=3) > 0
+    assert kept[-3:].all()
+    assert kept.sum() <= 4  # exp may round two neighbours to one weight, which is then a tie.
+
+
+def test_ties_at_a_cut_are_all_kept():
+    logits = np.array([1.0, 1.0, 1.0, 0.0])
+    for options in ({"top_k": 1}, {"top_k": 2}, {"top_p": 0.1}):
+        np.testing.assert_allclose(probabilities(logits, temperature=1.0, **options), [1 / 3] * 3 + [0], atol=1e-7)
+
+
+def test_greedy_is_one_hot_at_the_first_of_equals():
+    np.testing.assert_array_equal(probabilities(np.array([0.0, 2.0, 2.0, -np.inf]), temperature=0.0), [0, 1, 0, 0])
+
+
+def test_a_one_hot_distribution_survives_every_option():
+    logits = np.array([-np.inf, 3.0, -np.inf])
+    options = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.5}
+    np.testing.assert_array_equal(probabilities(logits, **options), [0, 1, 0])
+
+
+def test_a_large_vocabulary_is_cut_exactly():
+    logits = np.random.default_rng(1).standard_normal(50_000).astype(np.float32)
+    for k in (1, 17, 49_999):
+        kept = probabilities(logits, temperature=1.0, top_k=k) > 0
+        assert set(np.flatnonzero(kept)) == set(np.argsort(logits)[-k:])
+
+
+@pytest.mark.parametrize(
+    ("bad", "temperature"),
+    [
+        ([0.0, np.nan, 1.0], 0.0),
+        ([0.0, np.nan, 1.0], 1.0),
+        ([np.nan] * 3, 0.0),
+        ([np.nan] * 3, 1.0),
+        ([0.0, 1.0, np.inf], 1.0),
+        ([-np.inf] * 3, 1.0),
+    ],
+)
+def test_logits_that_are_not_numbers_never_become_probabilities(bad: list[float], temperature: float):
+    for options in ({}, {"top_k": 2, "top_p": 0.5, "min_p": 0.1}):
+        assert np.isnan(probabilities(np.array(bad), temperature=temperature, **options)).any()
+
+
+def test_rows_of_a_batch_do_not_influence_each_other():
+    logits = jnp.asarray(np.random.default_rng(2).standard_normal((6, 3, 11)) * 2, jnp.float32)
+    options: dict[str, Any] = {
+        "temperature": [0.0, 1.0, 0.7, 1.0, 1.0, 0.5],
+        "top_k": [0, 0, 3, 0, 0, 4],
+        "top_p": [1.0, 1.0, 1.0, 0.8, 1.0, 0.9],
+        "min_p": [0.0, 0.0, 0.0, 0.0, 0.2, 0.1],
+    }
+    together = np.asarray(_compiled()(logits, sampling.options(6, **options)))
+    for row in range(6):
+        alone = sampling.options(1, **{name: values[row] for name, values in options.items()})
+        np.testing.assert_array_equal(np.asarray(_compiled()(logits[row : row + 1], alone))[0], together[row])
+        for position in range(3):
+            wanted = testing.distribution(
+                np.asarray(logits)[row, position], **{name: values[row] for name, values in options.items()}
+            )
+            np.testing.assert_allclose(together[row, position], wanted, atol=1e-6)
+
+
+def test_sample_draws_from_the_distribution_and_greedy_rows_take_the_argmax():
+    rows = 100_000
+    probs = np.tile(np.array([0.5, 0.0, 0.3, 0.2], np.float32), (rows, 1))
+    temperature = [0.0 if row % 10 == 0 else 1.0 for row in range(rows)]
+    probs[::10] = np.array([0, 0, 1, 0], np.float32)
+    options = sampling.options(rows, temperature=temperature)
+    keys = jax.vmap(jax.random.key)(jnp.arange(rows))
+    drawn = np.asarray(jax.jit(sampling.sample)(keys, jnp.asarray(probs), options))
+    assert (drawn[::10] == 2).all()
+    sampled = np.delete(drawn, np.s_[::10])
+    assert testing.g_test(np.bincount(sampled, minlength=4), np.array([0.5, 0.0, 0.3, 0.2])) > 1e-4
+
+
+def test_options_are_spread_over_the_rows():
+    options = sampling.options(3, temperature=[0.0, 0.5, 1.0], top_k=4)
+    assert isinstance(options, SamplingOptions)
+    assert options.top_k.tolist() == [4, 4, 4]
+    assert options.temperature.tolist() == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("temperature", -0.1, r"temperature=-0\.1 .* \[0"),
+        ("temperature", float("nan"), r"temperature=nan"),
+        ("top_p", 0.0, r"top_p=0\.0 .* \(0"),
+        ("top_p", 1.5, r"top_p=1\.5 .* 1"),
+        ("min_p", 2.0, r"min_p=2\.0"),
+        ("top_k", -1, r"top_k=-1"),
+        ("top_p", [0.5, 0.5], r"top_p has shape \(2,\): give one value, or one for each of 3 rows"),
+    ],
+)
+def test_bad_options_are_named_with_their_value_and_bounds(name: str, value, remedy: str):
+    with pytest.raises(ValueError, match=remedy):
+        sampling.options(3, **{name: value})
+
+
+def test_g_test_accepts_the_truth_and_nothing_impossible():
+    probs = np.array([0.5, 0.3, 0.2, 0.0])
+    counts = np.random.default_rng(0).multinomial(10_000, probs)
+    assert testing.g_test(counts, probs) > 1e-3
+    assert testing.g_test(counts[[1, 0, 2, 3]], probs) < 1e-12
+    assert testing.g_test(counts + np.array([0, 0, 0, 1]), probs) == 0.0
+    with pytest.raises(ValueError, match="sum to"):
+        testing.g_test(counts, probs * 2)
+
+
+def test_g_test_is_uniform_under_the_truth():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(40))
+    values = np.array([testing.g_test(rng.multinomial(20_000, probs), probs) for _ in range(500)])
+    assert 0.4 < values.mean() < 0.6
+    assert (values < 0.05).mean() < 0.1

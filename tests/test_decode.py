@@ -127,7 +127,7 @@ def test_other_options_do_not_compile_or_trace_again(drafter: str):
         return decode.generate(counted, chosen, verify.rejection, params, state)
 
     decoded(max_new_tokens=5)
-    compiled, traced = decode.advance._cache_size(), len(traces)  # pyright: ignore[reportFunctionMemberAccess]
+    compiled, traced = decode.advance._cache_size(), len(traces)  # pyright: ignore[reportAttributeAccessIssue]
     assert traced > 0
     decoded(max_new_tokens=[9, 1, 30], temperature=0.7, top_p=0.9, top_k=3, min_p=0.1)
     decoded(max_new_tokens=7, temperature=[0.0, 1.0, 2.0], seeds=[5, 6, 7], stop_tokens=[3], step_cost=3.0)

@@ -110,8 +110,7 @@ def parse_config(raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfi
     if quantized := raw.get("quantization_config"):
         method = quantized.get("quant_method", "unknown")
         raise ValueError(
-            f"The weights are quantised ({method}): load the original model, or a GGUF file, which specjax "
-            "dequantises."
+            f"The weights are quantised ({method}): load the original model, or a GGUF file, which specjax dequantises."
         )
     try:
         hidden, heads, layers = raw["hidden_size"], raw["num_attention_heads"], raw["num_hidden_layers"]
@@ -175,9 +174,7 @@ class _Shards:
             try:
                 self._handles[path] = safetensors.safe_open(str(path), framework="numpy")
             except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path} is not a whole safetensors file ({error}): download it again."
-                ) from error
+                raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again.") from error
         return self._handles[path]
 
     def names(self) -> set[str]:

@@ -83,7 +83,8 @@ def run(pair: Pair, rule: Rule, state: DecodeState, step: Step | None = None) ->
 
         return jax.lax.while_loop(unfinished, body, (0, state))[1]
 
-    return jax.jit(loop)(pair.params, state)
+    # Most of a mutant's time is its compilation.
+    return jax.jit(loop, compiler_options={"xla_backend_optimization_level": 0})(pair.params, state)
 
 
 def sample(

@@ -11,7 +11,7 @@ import pytest
 from helpers import random_prompts, right_pad, texts
 
 from specjax import decode, drafters, sampling, testing, verify
-from specjax.types import DecodeState, Drafter, Inputs, Params
+from specjax.types import DecodeState, Drafter, Inputs, Model, Params
 
 ADVANCE = cast(Any, decode.advance)
 """For what a jitted function has and its type does not say."""
@@ -46,9 +46,8 @@ def advance(drafter: Drafter, params: Params, state: DecodeState, steps: int = 1
     return decode.advance(tiny(dtype)[0], drafter, verify.rejection, params, state, np.int32(steps))
 
 
-@jax.jit
-def prefill(params, inputs: Inputs):
-    target = tiny()[0]
+@functools.partial(jax.jit, static_argnums=0)
+def fresh_prefill(target: Model, params: Any, inputs: Inputs):
     return target.prefill(params, inputs, target.init_cache(inputs.tokens.shape[0], 64))
 
 
@@ -56,7 +55,7 @@ def assert_fresh(cache, tokens: np.ndarray, params, atol: float = 1e-5) -> None:
     """Entries below each row's length are those of a prefill of the same tokens."""
     # What is stale in the text is not in the prompt: zeros instead.
     text = np.where(np.arange(64) < np.asarray(cache.length)[:, None], tokens, 0)
-    _, fresh = prefill(params, Inputs(jnp.asarray(text), cache.length))
+    _, fresh = fresh_prefill(tiny()[0], params, Inputs(jnp.asarray(text), cache.length))
     for row, n in enumerate(np.asarray(cache.length)):
         for got, wanted in zip((*cache.keys, *cache.values), (*fresh.keys, *fresh.values), strict=True):
             np.testing.assert_allclose(got[row, :, :n], wanted[row, :, :n], atol=atol)
@@ -81,19 +80,19 @@ def test_the_rolled_back_cache_is_that_of_a_fresh_prefill(drafter: str, temperat
     target = tiny()[0]
     last = jnp.take_along_axis(state.tokens, (state.length - 1)[:, None], axis=1)
     output, _ = jax.jit(target.apply)(params.target, last, state.cache)
-    fresh, _ = prefill(params.target, Inputs(state.tokens, state.length))
+    fresh, _ = fresh_prefill(target, params.target, Inputs(state.tokens, state.length))
     np.testing.assert_allclose(output.logits, fresh.logits, atol=1e-4)
 
 
 def test_a_ragged_prefill_equals_one_without_padding():
-    _, params, _ = tiny()
+    target, params, _ = tiny()
     inputs = right_pad(PROMPTS, 16)
     assert len(set(np.asarray(inputs.length).tolist())) > 2
     inputs = inputs._replace(tokens=jnp.where(jnp.arange(16) < inputs.length[:, None], inputs.tokens, 60))
-    output, cache = prefill(params, inputs)
+    output, cache = fresh_prefill(target, params, inputs)
     assert np.asarray(cache.length).tolist() == [len(p) for p in PROMPTS]
     for row, prompt in enumerate(PROMPTS):
-        alone, fresh = prefill(params, right_pad([prompt], len(prompt)))
+        alone, fresh = fresh_prefill(target, params, right_pad([prompt], len(prompt)))
         np.testing.assert_allclose(output.logits[row], alone.logits[0], atol=1e-5)
         np.testing.assert_allclose(output.hidden[row, : len(prompt)], alone.hidden[0], atol=1e-5)
         for got, wanted in zip(cache.keys, fresh.keys, strict=True):

@@ -57,12 +57,17 @@ def write(
 ) -> Float[Array, "B H S D"]:
     """Writes T new entries of each row at that row's own position (None: all rows at 0, as in a prefill).
 
-    The caller sees to it that `start + T <= S`: XLA would shift a write that does not fit, over valid entries.
+    The caller sees to it that `start + T < S`: XLA would shift a write that does not fit, over valid entries. (A lone
+    token of a lone row is written twice, the second time beyond the length.)
     """
     new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
     if start is None:
         return jax.lax.dynamic_update_slice(buffer, new, (0, 0, 0, 0))
     rows = buffer.shape[0]
+    if rows == 1 and new.shape[2] == 1:
+        # One entry more, beyond the length: XLA:CPU computes a lone entry twice, for the result and for attention, and
+        # copies the cache to do so.
+        new = jnp.concatenate([new, new], axis=2)
     if rows > MAX_UNROLLED_ROWS or not jax.sharding.get_abstract_mesh().empty:
         return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice(b, n, (0, s, 0)))(buffer, new, start)
     for row in range(rows):

@@ -73,6 +73,12 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> Inputs:
     return Inputs(jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32))
 
 
+def _pad_stop_tokens(stop_tokens: Sequence[int]) -> Int[Array, " E"]:
+    """Padded with -1 to a multiple of eight, so that another few of them compile nothing."""
+    tokens = sorted(set(stop_tokens))
+    return jnp.asarray(tokens + [-1] * (-len(tokens) % 8 or 8 * (not tokens)), jnp.int32)
+
+
 def row_keys(seeds: UInt32[Array, " B"]) -> Array:
     """One random key a row from one seed a row."""
     return jax.vmap(jax.random.key)(seeds)
@@ -155,7 +161,10 @@ def prefill(
     k = drafter.num_draft_tokens
     rows = inputs.tokens.shape[0]
     lengths = np.asarray(inputs.length)
-    budget = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (rows,))
+    budget = np.asarray(max_new_tokens, np.int32)
+    if budget.shape not in ((), (rows,)):
+        raise ValueError(f"{budget.size} values of max_new_tokens for {rows} rows: give one, or one a row.")
+    budget = np.broadcast_to(budget, (rows,))
     if (budget < 0).any():
         raise ValueError(f"max_new_tokens={max_new_tokens} is negative.")
     limit = lengths + budget
@@ -184,7 +193,7 @@ def prefill(
         jnp.asarray(limit, jnp.int32),
         row_keys(jnp.asarray(seeds, jnp.uint32)),
         options if options is not None else sampling.options(rows),
-        jnp.asarray(sorted(set(stop_tokens)) or [-1], jnp.int32),
+        _pad_stop_tokens(stop_tokens),
         jnp.asarray(step_cost, jnp.float32),
         max_len,
     )

@@ -74,7 +74,7 @@ def best_num_draft_tokens(
       max_draft_tokens: where to stop.
 
     >>> best_num_draft_tokens(0.75, 0.02)
-    8
+    9
     >>> best_num_draft_tokens(0.1, 0.2)
     0
     """

@@ -49,7 +49,9 @@ def _verdict(proposal: Proposal, accepted: Bool[Array, " K"], last: Callable[[Ar
 def _greedy(key: PRNGKey, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
     del key
     best = jnp.argmax(target_probs, axis=-1)
-    return _verdict(proposal, proposal.tokens == best[:-1], lambda n: best[n])
+    # The argmax of what is not a number is a token too; nothing is accepted there.
+    is_number = target_probs[jnp.arange(proposal.tokens.shape[0]), proposal.tokens] >= 0
+    return _verdict(proposal, (proposal.tokens == best[:-1]) & is_number, lambda n: best[n])
 
 
 def draft_probs(proposal: Proposal, vocab_size: int) -> Float[Array, "K V"]:

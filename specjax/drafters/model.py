@@ -58,7 +58,8 @@ def _drafter(draft: Model, num_draft_tokens: int) -> Drafter:
         needed = jnp.maximum(context.length - 2, 0)
 
         def behind(cache: Any) -> Array:
-            return jnp.any((context.max_draft > 0) & (cache.length < needed))
+            # Of every row: one that does not draft now has its last two tokens rewritten below all the same.
+            return jnp.any(cache.length < needed)
 
         def read(cache: Any) -> Any:
             begin = cache.length

@@ -64,7 +64,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> Inputs:
         if len(prompt) == 0:
             raise ValueError(f"Prompt {i} is empty: give at least one token, such as the beginning-of-text token.")
     longest = max(map(len, prompts))
-    # Eight buckets an octave: few programs, and at most an eighth of a prefill is padding.
+    # Eight buckets an octave, none under 16: few programs, and little of a long prefill is padding.
     step = max(16, (1 << (longest - 1).bit_length()) // 16)
     width = -(-longest // step) * step
     tokens = np.zeros((len(prompts), width), np.int32)

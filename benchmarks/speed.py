@@ -35,7 +35,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls per prompt and mode."
 _DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 7, "K of specjax's n-gram drafter.")
 _LOOKUP = flags.DEFINE_list("lookup", ["3", "10"], "prompt_lookup_num_tokens that transformers may choose from.")
 _TRANSFORMERS = flags.DEFINE_boolean("transformers", True, "Measure transformers too.")
-_OUT = flags.DEFINE_string("out", None, "Where to write the measurements as JSON.")
+_OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; where it exists, the run goes on from it.")
 
 Run = Callable[[list[int]], list[int]]
 
@@ -102,12 +102,16 @@ def transformers_runs(target: specjax.Pretrained, new_tokens: int) -> dict[str, 
     return {"transformers plain": mode()} | lookups
 
 
-def loop_overhead(target: specjax.Pretrained, drafter: Drafter, prompt: list[int], costs: metrics.Costs) -> float:
-    """The share of a run's time that is neither target nor draft: whole loop minus parts."""
+def loop_overhead(target: specjax.Pretrained, drafter: Drafter, prompt: list[int]) -> float:
+    """The share of a run's time that is neither target nor draft: the whole loop less its parts.
+
+    The parts are timed beside each run, so that a drifting machine moves both.
+    """
     options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS.value, "step_cost": 0.0, "stop_tokens": ()}
     shares = []
     for _ in range(1 + _REPEATS.value):
         request = api.prepare(target, [prompt], drafter=drafter, **options)
+        costs = metrics.measure_costs(target.model, request.drafter, request.params, request.state)
         begin = time.perf_counter()
         state = decode.generate(target.model, request.drafter, request.rule, request.params, request.state)
         jax.block_until_ready(state)
@@ -122,6 +126,24 @@ def measured_costs(target: specjax.Pretrained, drafter: Drafter, prompt: list[in
     """The costs of a step in the middle of the run."""
     request = api.prepare(target, [prompt], drafter=drafter, max_new_tokens=_NEW_TOKENS.value)
     return metrics.measure_costs(target.model, request.drafter, request.params, request.state)
+
+
+def measure(runs: dict[str, Run], prompt: list[int]) -> dict[str, Any]:
+    """Median milliseconds per new token of each run, after one call that compiles, and whether the texts agree."""
+    out = {name: run(prompt) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(_REPEATS.value):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            out[name] = run(prompt)
+            seconds[name].append(time.perf_counter() - begin)
+    return {
+        "prompt_tokens": len(prompt),
+        "new_tokens": len(out["specjax plain"]),
+        "milliseconds": {name: 1e3 * float(np.median(seconds[name])) / len(out[name]) for name in runs},
+        "identical": out["specjax ngram"] == out["specjax plain"],
+        "transformers agrees": out.get("transformers plain") == out["specjax plain"],
+    }
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -147,23 +169,23 @@ def main(argv: list[str]) -> None:
     if _TRANSFORMERS.value:
         runs |= transformers_runs(target, _NEW_TOKENS.value)
 
-    milliseconds: dict[str, list[float]] = {name: [] for name in runs}
-    identical, agreed = 0, 0
+    settings = {"dtype": _DTYPE.value, "jax": jax.__version__, "modes": list(runs), "repeats": _REPEATS.value}
+    path = pathlib.Path(_OUT.value) if _OUT.value else None
+    record: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {"prompts": {}, **settings}
+    if {name: record.get(name) for name in settings} != settings:
+        raise ValueError(f"{path} holds measurements of other settings: choose another --out, or remove it.")
+    rows: dict[str, dict[str, Any]] = record["prompts"]
     for (category, _), prompt in zip(texts, encoded, strict=True):
-        out = {name: run(prompt) for name, run in runs.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(_REPEATS.value):
-            for name, run in runs.items():
-                begin = time.perf_counter()
-                out[name] = run(prompt)
-                seconds[name].append(time.perf_counter() - begin)
-        for name in runs:
-            milliseconds[name].append(1e3 * float(np.median(seconds[name])) / len(out[name]))
-        identical += out["specjax ngram"] == out["specjax plain"]
-        agreed += out.get("transformers plain") == out["specjax plain"]
-        line = "  ".join(f"{name} {milliseconds[name][-1]:.1f}" for name in runs)
-        print(f"{category}: {len(prompt)} + {len(out['specjax plain'])} tokens, ms/token: {line}", file=sys.stderr)
+        if category not in rows:
+            rows[category] = measure(runs, prompt)
+            if path:
+                path.write_text(json.dumps(record, indent=1))
+        row = rows[category]
+        line = "  ".join(f"{name} {value:.1f}" for name, value in row["milliseconds"].items())
+        print(f"{category}: {row['prompt_tokens']} + {row['new_tokens']} tokens, ms/token: {line}", file=sys.stderr)
 
+    measured = [rows[category] for category, _ in texts]
+    milliseconds = {name: [row["milliseconds"][name] for row in measured] for name in runs}
     print(f"\n{platform.machine()}, {jax.default_backend()}, {_DTYPE.value}, {datetime.date.today()}; {costs}\n")
     print("| prompt | " + " | ".join(f"{name}, ms/token" for name in runs) + " | ngram over plain |")
     print("|---|" + "---|" * (len(runs) + 1))
@@ -175,11 +197,9 @@ def main(argv: list[str]) -> None:
     report = {
         "ngram over plain": geometric_mean(gains),
         "worst prompt": min(gains),
-        "identical to plain": identical / len(texts),
-        "loop overhead plain": loop_overhead(
-            target, specjax.drafters.none(), encoded[0], metrics.Costs(costs.plain, costs.plain, 0.0, 0)
-        ),
-        "loop overhead ngram": loop_overhead(target, drafter, encoded[0], costs),
+        "identical to plain": float(np.mean([row["identical"] for row in measured])),
+        "loop overhead plain": loop_overhead(target, specjax.drafters.none(), encoded[0]),
+        "loop overhead ngram": loop_overhead(target, drafter, encoded[0]),
     }
     if _TRANSFORMERS.value:
         best = min((name for name in runs if name.startswith("transformers")), key=lambda name: means[name])
@@ -187,14 +207,12 @@ def main(argv: list[str]) -> None:
             "plain over transformers plain": means["transformers plain"] / means["specjax plain"],
             "ngram over best transformers": means[best] / means["specjax ngram"],
             "best transformers mode": best,
-            "transformers plain has our text": agreed / len(texts),
+            "transformers plain has our text": float(np.mean([row["transformers agrees"] for row in measured])),
         }
     for name, value in report.items():
         print(f"- {name}: {value if isinstance(value, str) else round(value, 3)}")
-    if _OUT.value:
-        record = {"milliseconds": milliseconds, "categories": [c for c, _ in texts], "report": report}
-        record |= {"costs": vars(costs), "dtype": _DTYPE.value, "jax": jax.__version__}
-        pathlib.Path(_OUT.value).write_text(json.dumps(record, indent=1))
+    if path:
+        path.write_text(json.dumps(record | {"report": report, "costs": vars(costs)}, indent=1))
 
 
 if __name__ == "__main__":

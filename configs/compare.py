@@ -29,7 +29,9 @@ def get_config() -> ConfigDict:
     config.draft = ""  # A SOURCE, for drafter=model.
     config.num_draft_tokens = 4  # K, the most tokens that are drafted in a step.
     config.min_match = 2  # drafter=ngram: the shortest match that counts, in tokens.
-    config.verify = "rejection"  # rejection (exact at any temperature) or greedy (exact at temperature 0).
+    # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.
+    # Not exact: lenient:0.3, typical:0.09,0.3, top_k:3, top_k:3,1.0 (with a log-probability gap), distance:2.
+    config.verify = "rejection"
 
     config.data = ""  # A JSONL file.
     config.num_prompts = 0  # The first so many of the file; 0: all.
@@ -40,10 +42,22 @@ def get_config() -> ConfigDict:
     config.top_k = 0  # 0: off.
     config.top_p = 1.0  # 1: off.
     config.min_p = 0.0  # 0: off.
+    config.typical_p = 1.0  # 1: off.
+    config.epsilon_cutoff = 0.0  # 0: off.
+    config.repetition_penalty = 1.0  # 1: off.
+    config.presence_penalty = 0.0  # 0: off.
+    config.frequency_penalty = 0.0  # 0: off.
+    config.no_repeat_ngram_size = 0  # 0: off.
+    config.min_new_tokens = 0  # No stop token before so many.
+    config.stop_strings = ()  # Strings that end a text.
+    config.regex = ""  # What the text has to match as a whole, or ...
+    config.json_schema = ""  # ... a file with the JSON schema of what it has to be.
     config.seed = 0  # Prompt i uses seed + i.
 
     config.batch_size = 1
     config.dtype = "float32"  # Or bfloat16. In float32, greedy text is identical on both sides.
+    # Every target call of both sides scores K + 1 tokens, so that rounding cannot tell the sides apart, in any dtype.
+    config.fixed_shape = False
     config.mesh_data = 1  # Devices to split the batch over ...
     config.mesh_model = 1  # ... and the matrices.
 

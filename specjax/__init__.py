@@ -1,7 +1,8 @@
 """Speculative decoding in JAX: exact, ragged, sharded, one jitted loop."""
 
-from specjax import decode, drafters, metrics, sampling, sharding, theory, verify
+from specjax import automaton, decode, drafters, metrics, sampling, sharding, theory, verify
 from specjax.api import Generation, generate, stream
+from specjax.beam import beam_search
 from specjax.models.config import DecoderConfig
 from specjax.pretrained import Pretrained, load, save
 from specjax.types import Drafter, Model, Params
@@ -15,6 +16,8 @@ __all__ = [
     "Model",
     "Params",
     "Pretrained",
+    "automaton",
+    "beam_search",
     "decode",
     "drafters",
     "generate",

@@ -1,9 +1,9 @@
 """Whether a row drafts in this step: speculation must never cost more than it brings.
 
 A drafting step takes `step_cost` plain steps and emits `1 + accepted` tokens, so it pays while the mean of `accepted`
-exceeds `step_cost - 1`. Each row keeps that mean; a row whose drafts do not pay pauses for a while, twice as long
-every time, and then tries once more. A row looks at itself alone: its pauses, and so its text, do not depend on its
-neighbours.
+exceeds `step_cost - 1`. Each row keeps that mean; a row whose drafts do not pay pauses until the step that it has lost
+is a small part of its time, at least twice as long every time, and then tries once more. A row looks at itself alone:
+its pauses, and so its text, do not depend on its neighbours.
 """
 
 import jax.numpy as jnp
@@ -13,8 +13,10 @@ from specjax.types import Adaptation
 
 MEMORY = 0.75
 """Weight of the past in the running mean of accepted tokens."""
-FIRST_PAUSE, LAST_PAUSE = 8, 64
-"""Plain steps before a row tries again: at first, and at most."""
+FIRST_PAUSE, LAST_PAUSE = 8, 128
+"""Plain steps before a row tries again: the fewest at first, and at most."""
+TRIAL_SHARE = 0.03
+"""What a lost attempt may cost of the time until the next."""
 
 
 def init(batch_size: int) -> Adaptation:
@@ -48,6 +50,9 @@ def update(
     gain = jnp.where(drafted & (1 + accepted >= step_cost), jnp.maximum(gain, accepted.astype(jnp.float32)), gain)
     losing = drafted & (1 + gain < step_cost)
     winning = drafted & ~losing
-    pause = jnp.where(losing, adaptation.backoff, jnp.maximum(adaptation.pause - 1, 0))
-    backoff = jnp.where(losing, jnp.minimum(2 * adaptation.backoff, LAST_PAUSE), adaptation.backoff)
+    lost = jnp.maximum(step_cost - 1 - accepted, 0.0)
+    wait = jnp.maximum(adaptation.backoff, jnp.ceil(lost / TRIAL_SHARE).astype(jnp.int32))
+    wait = jnp.minimum(wait, LAST_PAUSE)
+    pause = jnp.where(losing, wait, jnp.maximum(adaptation.pause - 1, 0))
+    backoff = jnp.where(losing, jnp.minimum(2 * wait, LAST_PAUSE), adaptation.backoff)
     return Adaptation(gain, pause, jnp.where(winning, FIRST_PAUSE, backoff))

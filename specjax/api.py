@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,21 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from specjax import decode, drafters, metrics, sampling, sharding, verify
+from specjax import automaton, decode, drafters, metrics, sampling, sharding, verify
 from specjax.pretrained import Pretrained
 from specjax.text import Tokenizer
-from specjax.types import DecodeState, Drafter, Inputs, Params
+from specjax.types import Automaton, DecodeState, Drafter, Inputs, Params
 from specjax.verify import Rule
 
 
 class Generation(NamedTuple):
-    """What `generate` returns. Lists have one entry a prompt.
+    """What `generate` returns. Lists have one entry a text; the texts of a prompt stand side by side.
 
     Attributes:
       text: the new text, special tokens left out; None where the target has no tokenizer.
       tokens: the new token ids, the stop token among them.
       from_draft: whether each new token was an accepted draft token.
       finish_reason: "stop", "length", or "unfinished" while streaming.
+      logprobs: the log-probability of each new token under the target, before any option; None where not asked for.
+      top_logprobs: for each new token the most probable tokens of its place and their log-probabilities, likewise.
       stats: the counters of all rows added up.
       row_stats: those of each row.
     """
@@ -33,6 +36,8 @@ class Generation(NamedTuple):
     tokens: list[list[int]]
     from_draft: list[list[bool]]
     finish_reason: list[str]
+    logprobs: list[list[float]] | None
+    top_logprobs: list[list[dict[int, float]]] | None
     stats: metrics.Summary
     row_stats: list[metrics.Summary]
 
@@ -47,6 +52,7 @@ class Request(NamedTuple):
       params: the parameters of both.
       state: after the prefill.
       mesh: the mesh that the parameters lie on, or None.
+      fixed_shape: whether every target call scores K + 1 tokens.
     """
 
     target: Pretrained
@@ -55,6 +61,7 @@ class Request(NamedTuple):
     params: Params
     state: DecodeState
     mesh: Mesh | None
+    fixed_shape: bool
 
 
 def encode(target: Pretrained, prompts: Sequence[str | Sequence[int]], *, chat: bool = False) -> list[list[int]]:
@@ -138,23 +145,30 @@ def prepare(
     drafter: Drafter | None = None,
     verify: Rule = verify.rejection,
     max_new_tokens: int | Sequence[int] = 128,
-    temperature: float | list[float] = 0.0,
-    top_k: int | list[int] = 0,
-    top_p: float | list[float] = 1.0,
-    min_p: float | list[float] = 0.0,
     seed: int | Sequence[int] = 0,
+    num_return_sequences: int = 1,
     stop_tokens: Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] = (),
+    grammar: Automaton | Sequence[Automaton | None] | None = None,
+    logprobs: int | None = None,
     step_cost: float = decode.DEFAULT_STEP_COST,
     max_len: int | None = None,
+    fixed_shape: bool = False,
     chat: bool = False,
+    **sampling_options: Any,
 ) -> Request:
     """Checks a request and reads the prompts into the caches. The arguments are those of `generate`."""
     drafter = drafter if drafter is not None else drafters.none()
     encoded = encode(target, prompts, chat=chat)
     rows = len(encoded)
-    options = sampling.options(rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    options = sampling.options(rows, **sampling_options)
     if verify.name == "greedy" and bool(jnp.any(options.temperature > 0)):
+        temperature = sampling_options["temperature"]
         raise ValueError(f"verify=greedy decodes at temperature 0, not {temperature}: choose verify.rejection.")
+    if not verify.exact:
+        warnings.warn(f"verify={verify.name} is not exact: the text is not distributed as the target's.", stacklevel=3)
+    if num_return_sequences < 1:
+        raise ValueError(f"num_return_sequences={num_return_sequences}: at least 1.")
     if drafter.source is not None:
         check_vocabularies(target, drafter.source)
         longest = max(map(len, encoded)) + int(np.max(max_new_tokens))
@@ -165,7 +179,17 @@ def prepare(
             )
     if stop_tokens is None:
         stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
-    seeds = [seed + i for i in range(rows)] if isinstance(seed, int) else list(seed)
+    stopping = None
+    if stop_strings:
+        if target.tokenizer is None:
+            raise ValueError(f"stop_strings={stop_strings!r} need a tokenizer, which the target lacks: give tokens.")
+        vocab_size = target.model.vocab_size
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        stopping = automaton.stop_strings(strings, target.tokenizer, vocab_size=vocab_size)
+    num_texts = rows * num_return_sequences
+    seeds = [seed + i for i in range(num_texts)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != num_texts:
+        raise ValueError(f"{len(seeds)} seeds for {num_texts} texts: give one, or one a text.")
     params = Params(target.params, drafter.source.params if drafter.source is not None else ())
     mesh = mesh_of(target.params)
     inputs = decode.pad_prompts(encoded)
@@ -181,33 +205,53 @@ def prepare(
             inputs,
             max_new_tokens=max_new_tokens,
             options=options,
-            seeds=seeds,
+            seeds=seeds[::num_return_sequences],
             stop_tokens=stop_tokens,
+            stop_strings=stopping,
+            grammar=grammar,
+            top_logprobs=logprobs,
             step_cost=step_cost,
             max_len=max_len,
         )
-    return Request(target, drafter, verify, params, state, mesh)
+        if num_return_sequences > 1:
+            state = decode.repeat(state, num_return_sequences, jnp.asarray(seeds, jnp.uint32))
+    return Request(target, drafter, verify, params, state, mesh, fixed_shape)
 
 
-def finish(request: Request, prompt_lengths: np.ndarray, state: DecodeState) -> Generation:
-    """Reads the texts of a state that is done."""
-    tokens, from_draft, length = (np.asarray(x) for x in (state.tokens, state.from_draft, state.length))
-    rows = [slice(begin, end) for begin, end in zip(prompt_lengths, length, strict=True)]
-    new = [tokens[i, row].tolist() for i, row in enumerate(rows)]
+def finish(request: Request, state: DecodeState) -> Generation:
+    """Reads the texts of a state."""
+    tokens, from_draft, begin, end = (
+        np.asarray(x) for x in (state.tokens, state.from_draft, state.prompt_length, state.length)
+    )
+    rows = [(i, slice(*bounds)) for i, bounds in enumerate(zip(begin, end, strict=True))]
+    new = [tokens[row].tolist() for row in rows]
     stops, done = set(np.asarray(state.stop_tokens).tolist()), np.asarray(state.done)
+    found = np.zeros(len(rows), bool)
+    if state.stop_strings is not None:
+        found = np.asarray(state.stop_state) == state.stop_strings.next_state.shape[0] - 1
 
-    def reason(row: list[int], is_done: bool) -> str:
-        if not is_done:
+    def reason(row: int) -> str:
+        if not done[row]:
             return "unfinished"
-        return "stop" if row and row[-1] in stops else "length"
+        return "stop" if found[row] or (new[row] and new[row][-1] in stops) else "length"
 
-    total, each = metrics.summarise(state.stats, length - prompt_lengths)
+    logprobs = top_logprobs = None
+    if state.logprobs is not None:
+        chosen, top_tokens, top = (np.asarray(x) for x in state.logprobs)
+        logprobs = [chosen[row].tolist() for row in rows]
+        top_logprobs = [
+            [dict(zip(*place, strict=True)) for place in zip(top_tokens[row].tolist(), top[row].tolist(), strict=True)]
+            for row in rows
+        ]
+    total, each = metrics.summarise(state.stats, end - begin)
     tokenizer = request.target.tokenizer
     return Generation(
         text=None if tokenizer is None else [tokenizer.decode(row) for row in new],
         tokens=new,
-        from_draft=[from_draft[i, row].tolist() for i, row in enumerate(rows)],
-        finish_reason=[reason(row, bool(d)) for row, d in zip(new, done, strict=True)],
+        from_draft=[from_draft[row].tolist() for row in rows],
+        finish_reason=[reason(i) for i, _ in rows],
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
         stats=total,
         row_stats=each,
     )
@@ -223,12 +267,24 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
         drafter: what proposes (`specjax.drafters`); None decodes plainly.
         verify: the acceptance rule (`specjax.verify`), `rejection` by default, which is exact at any temperature.
         max_new_tokens: 128; one number, or one a prompt.
-        temperature: 0 (greedy); top_k: 0 (off); top_p: 1 (off); min_p: 0 (off); each one number, or one a prompt.
-        seed: 0; prompt i uses `seed + i`. Or one a prompt: a text depends on its own seed, not on its neighbours.
+        temperature: 0 (greedy); top_k, top_p, min_p, typical_p, epsilon_cutoff: off. Each one number, or one a prompt;
+          `sampling.options` says what they mean.
+        repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias,
+          suppress_tokens: off; see `processors.penalties`.
+        seed: 0; text i uses `seed + i`. Or one a text: a text depends on its own seed, not on its neighbours. With
+          `verify.coupled` it does not depend on the drafter either.
+        num_return_sequences: 1; how many texts of each prompt, from one prefill.
         stop_tokens: ids that end a text; by default what the tokenizer ends a text with.
+        stop_strings: one string or several that end a text, wherever in it they end; they are part of it, as in
+          transformers.
+        grammar: what the text may be (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) a
+          prompt.
+        logprobs: None; a number n keeps the log-probability of every new token, and of the n most probable ones.
         step_cost: time of a drafting step over that of a plain step, which drafts have to win back, or a row stops
           drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
         max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
+        fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding
+          (`docs/exactness.md`). Plain decoding then needs `drafters.none(num_draft_tokens=K)` with the same K.
         chat: False; True puts each text into the model's chat template.
 
     Returns:
@@ -236,13 +292,24 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
 
     Raises:
       ValueError: for options that make no sense, texts that do not fit, vocabularies that do not match.
-      FloatingPointError: for logits that are not numbers.
+      TypeError: for options that do not exist.
+      FloatingPointError: for logits that are not numbers, or options that forbid every token.
     """
     request = prepare(target, prompts, **options)
-    prompt_lengths = np.asarray(request.state.length)
+    return finish(request, run(request))
+
+
+def run(request: Request) -> DecodeState:
+    """Decodes a prepared request to its end. Its state is donated."""
     with on_mesh(request.mesh):
-        state = decode.generate(request.target.model, request.drafter, request.rule, request.params, request.state)
-    return finish(request, prompt_lengths, state)
+        return decode.generate(
+            request.target.model,
+            request.drafter,
+            request.rule,
+            request.params,
+            request.state,
+            fixed_shape=request.fixed_shape,
+        )
 
 
 def stream(
@@ -260,10 +327,19 @@ def stream(
       the texts so far, whole; the last is what `generate` returns.
     """
     request = prepare(target, prompts, **options)
-    prompt_lengths = np.asarray(request.state.length)
+    for state in run_in_steps(request, steps):
+        yield finish(request, state)
+
+
+def run_in_steps(request: Request, steps: int) -> Iterator[DecodeState]:
+    """Decodes a prepared request, pausing every few steps. Its state is donated, and so is each that is yielded."""
     with on_mesh(request.mesh):
-        states = decode.stream(
-            request.target.model, request.drafter, request.rule, request.params, request.state, steps=steps
+        yield from decode.stream(
+            request.target.model,
+            request.drafter,
+            request.rule,
+            request.params,
+            request.state,
+            steps=steps,
+            fixed_shape=request.fixed_shape,
         )
-        for state in states:
-            yield finish(request, prompt_lengths, state)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from specjax import theory
+from specjax import decode, theory
 from specjax.types import Context, DecodeState, Drafter, Feedback, Model, Params, Stats, Verdict
 
 
@@ -165,7 +165,9 @@ def measure_costs(
             drafter_state, shift = carry
             room = jnp.full(rows, k, jnp.int32)
             length = state.length + shift
-            context = Context(state.tokens, length, state.seed, room, state.sampling, target.vocab_size)
+            history = decode.history_of(state)._replace(length=length)
+            keys = jax.vmap(lambda key: jax.random.split(key, k))(state.seed)
+            context = Context(history, keys, room, state.sampling, target.vocab_size)
             proposal, drafter_state = drafter.propose(params, drafter_state, context)
             verdict = Verdict(jnp.zeros((rows, k + 1), jnp.int32), jnp.zeros(rows, jnp.int32))
             feedback = Feedback(verdict, length, jnp.zeros((rows, k + 1, 1)))

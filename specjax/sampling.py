@@ -1,25 +1,33 @@
 """Logits to probabilities: one function, in float32, for target and draft, on every path.
 
-Speculative decoding is exact for whatever distribution the target is *given*; so temperature and truncation are applied
-to both sides first ("standardized sampling", Leviathan et al. 2022, §2.2), in the order of transformers: temperature,
-top-k, top-p, min-p. A vocabulary is never sorted: top-k and top-p both ask for a threshold on the weights, and thirty
-halvings of the bits of a float find it exactly.
+Speculative decoding is exact for whatever distribution the target is *given*; so penalties, temperature and truncation
+are applied to both sides first ("standardized sampling", Leviathan et al. 2022, §2.2), in the order of transformers:
+`processors`, then temperature, top-k, top-p, min-p, typical-p, epsilon cutoff. A vocabulary is never sorted: all cuts
+ask for a threshold, and thirty halvings of the bits of a float find it exactly.
 """
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax.types import PRNGKey, SamplingOptions
+from specjax import processors
+from specjax.types import History, PRNGKey, SamplingOptions
 
 
 def options(
     batch_size: int,
     *,
-    temperature: float | list[float] = 0.0,
-    top_k: int | list[int] = 0,
-    top_p: float | list[float] = 1.0,
-    min_p: float | list[float] = 0.0,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    min_p: float | Sequence[float] = 0.0,
+    typical_p: float | Sequence[float] = 1.0,
+    epsilon_cutoff: float | Sequence[float] = 0.0,
+    **penalties: Any,
 ) -> SamplingOptions:
     """Checks the options and spreads them over the rows.
 
@@ -29,26 +37,45 @@ def options(
       top_k: at least 0; 0 keeps all.
       top_p: in (0, 1]; 1 keeps all.
       min_p: in [0, 1]; 0 keeps all.
+      typical_p: in (0, 1]; 1 keeps all (Meister et al. 2022, arXiv 2202.00666).
+      epsilon_cutoff: in [0, 1); 0 keeps all (Hewitt et al. 2022, arXiv 2210.15191).
+      **penalties: those of `processors.penalties`.
 
     Raises:
       ValueError: naming the option and its value.
+      TypeError: for an option that does not exist.
     """
+    known = set(inspect.signature(processors.penalties).parameters) - {"batch_size"}
+    unknown = sorted(set(penalties) - known)
+    if unknown:
+        own = ["temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"]
+        raise TypeError(f"No option {', '.join(unknown)}: there are {', '.join(own + sorted(known))}.")
 
-    def spread(name: str, value, dtype, low: float, high: float, open_low: bool = False) -> Array:
-        values = jnp.asarray(value, dtype)
-        if values.shape not in ((), (batch_size,)):
-            raise ValueError(f"{name} has shape {values.shape}: give one value, or one for each of {batch_size} rows.")
-        if not bool(jnp.all((values > low if open_low else values >= low) & (values <= high))):
-            bounds = f"{'(' if open_low else '['}{low}, {high}]"
-            raise ValueError(f"{name}={value} is outside {bounds}.")
-        return jnp.broadcast_to(values, (batch_size,))
+    def spread(name: str, value: Any, dtype: Any, low: float, high: float, *, above: bool = False) -> Array:
+        return processors.spread(name, value, batch_size, dtype, low, high, above=above)
 
     return SamplingOptions(
         spread("temperature", temperature, jnp.float32, 0.0, 1e6),
         spread("top_k", top_k, jnp.int32, 0, 2**31 - 1),
-        spread("top_p", top_p, jnp.float32, 0.0, 1.0, open_low=True),
+        spread("top_p", top_p, jnp.float32, 0.0, 1.0, above=True),
         spread("min_p", min_p, jnp.float32, 0.0, 1.0),
+        spread("typical_p", typical_p, jnp.float32, 0.0, 1.0, above=True),
+        spread("epsilon_cutoff", epsilon_cutoff, jnp.float32, 0.0, 1.0),
+        processors.penalties(batch_size, **penalties),
     )
+
+
+def _threshold(
+    order: Int[Array, "B T V"], measure: Float[Array, "B T V"], target: Float[Array, "B #T"], bits: int
+) -> Int[Array, "B T"]:
+    """The largest t for which the tokens of order >= t measure at least `target`, found from its highest bit down."""
+
+    def halve(i: Array, found: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        candidate = found | (1 << (bits - 1 - i))
+        reached = jnp.sum(jnp.where(order >= candidate[..., None], measure, 0.0), axis=-1) >= target
+        return jnp.where(reached, candidate, found)
+
+    return jax.lax.fori_loop(0, bits, halve, jnp.zeros(order.shape[:2], jnp.int32))
 
 
 def threshold(
@@ -64,16 +91,8 @@ def threshold(
       measure: `[B, T, V]` not negative.
       target: `[B, 1]` or `[B, T]`, at most the whole measure.
     """
-    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
-
-    def halve(i: Array, found: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        candidate = found | (1 << (29 - i))
-        reached = jnp.sum(jnp.where(bits >= candidate[..., None], measure, 0.0), axis=-1) >= target
-        return jnp.where(reached, candidate, found)
-
-    return jax.lax.bitcast_convert_type(
-        jax.lax.fori_loop(0, 30, halve, jnp.zeros(weights.shape[:2], jnp.int32)), jnp.float32
-    )
+    found = _threshold(jax.lax.bitcast_convert_type(weights, jnp.int32), measure, target, 30)
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
 def _top_k(weights: Float[Array, "B T V"], k: Int[Array, " B"]) -> Float[Array, "B T V"]:
@@ -89,39 +108,78 @@ def _top_p(weights: Float[Array, "B T V"], p: Float[Array, " B"]) -> Float[Array
     return jnp.where(keep, weights, 0.0)
 
 
+def _typical_p(weights: Float[Array, "B T V"], p: Float[Array, " B"]) -> Float[Array, "B T V"]:
+    log_probs = jnp.log(weights / jnp.sum(weights, axis=-1, keepdims=True))
+    probs = jnp.exp(log_probs)
+    entropy = -jnp.sum(jnp.where(probs > 0, probs * log_probs, 0.0), axis=-1, keepdims=True)
+    # Floats that are not negative order like their bits; the most typical token comes first.
+    infinity = jnp.asarray(jnp.inf, jnp.float32)
+    distance = jnp.where(probs > 0, jnp.abs(-log_probs - entropy), infinity)
+    order = jax.lax.bitcast_convert_type(infinity, jnp.int32) - jax.lax.bitcast_convert_type(distance, jnp.int32)
+    cut = _threshold(order, weights, p[:, None] * jnp.sum(weights, axis=-1), 31)
+    keep = (order >= cut[..., None]) | (p >= 1.0)[:, None, None]
+    return jnp.where(keep, weights, 0.0)
+
+
+def _epsilon(weights: Float[Array, "B T V"], epsilon: Float[Array, " B"]) -> Float[Array, "B T V"]:
+    probs = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    keep = (probs >= epsilon[:, None, None]) | (weights == jnp.max(weights, axis=-1, keepdims=True))
+    return jnp.where(keep, weights, 0.0)
+
+
 def greedy(logits: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
-    """One-hot at the argmax, the first of equals; not a number where the logits are not."""
+    """One-hot at the argmax, the first of equals; not a number where the logits are not, or all are -inf."""
     one_hot = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
-    return jnp.where(jnp.isnan(logits), logits, one_hot)
+    broken = jnp.isnan(logits) | (jnp.max(logits, axis=-1, keepdims=True) == -jnp.inf)
+    return jnp.where(broken, jnp.nan, one_hot)
 
 
-def probabilities(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Array, "B T V"]:
-    """The distribution that a row's options make of its logits.
+def warp(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Array, "B T V"]:
+    """The distribution that temperature and truncations make of logits.
 
-    Ties at a top-k or top-p cut are all kept. A row of temperature 0 is one-hot at its argmax. What no row of the batch
-    asks for is skipped at run time.
+    Ties at a cut are all kept. A row of temperature 0 is one-hot at its argmax. What no row of the batch asks for is
+    skipped at run time.
 
     Args:
       logits: `[B, T, V]`; -inf forbids a token.
-      sampling: `[B]` options.
+      sampling: `[B]` options, whose penalties have been applied.
 
     Returns:
-      `[B, T, V]` float32, each row summing to 1; not a number where the logits are not.
+      `[B, T, V]` float32, each row summing to 1; not a number where the logits are not, or all tokens are forbidden.
     """
-    logits = logits.astype(jnp.float32)
+
+    def when(used: Array, cut: Any, option: Array, weights: Array) -> Array:
+        return jax.lax.cond(jnp.any(used), lambda w: cut(w, option), lambda w: w, weights)
 
     def sampled() -> Array:
-        temperature = sampling.temperature[:, None, None]
+        s = sampling
+        temperature = s.temperature[:, None, None]
         relative = logits - jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(relative / jnp.where(temperature > 0, temperature, 1.0))
-        weights = jax.lax.cond(jnp.any(sampling.top_k > 0), lambda w: _top_k(w, sampling.top_k), lambda w: w, weights)
-        weights = jax.lax.cond(jnp.any(sampling.top_p < 1), lambda w: _top_p(w, sampling.top_p), lambda w: w, weights)
+        weights = when(s.top_k > 0, _top_k, s.top_k, weights)
+        weights = when(s.top_p < 1, _top_p, s.top_p, weights)
         # The most probable token has weight 1, so min-p needs no normalisation.
-        weights = jnp.where(weights >= sampling.min_p[:, None, None], weights, 0.0)
+        weights = jnp.where(weights >= s.min_p[:, None, None], weights, 0.0)
+        weights = when(s.typical_p < 1, _typical_p, s.typical_p, weights)
+        weights = when(s.epsilon_cutoff > 0, _epsilon, s.epsilon_cutoff, weights)
         probs = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return jnp.where(temperature > 0, probs, greedy(logits))
 
     return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: greedy(logits))
+
+
+def probabilities(logits: Float[Array, "B T V"], sampling: SamplingOptions, history: History) -> Float[Array, "B T V"]:
+    """The distribution that a row's options make of its logits: penalties, then `warp`.
+
+    Args:
+      logits: `[B, T, V]`.
+      sampling: `[B]` options.
+      history: the text before each of the T tokens.
+
+    Returns:
+      `[B, T, V]` float32, each row summing to 1; not a number where the logits are not, or all tokens are forbidden.
+    """
+    return warp(processors.process(logits.astype(jnp.float32), sampling.penalties, history), sampling)
 
 
 def categorical(key: PRNGKey, probs: Float[Array, " V"]) -> Int[Array, ""]:

@@ -112,7 +112,14 @@ def tabular(
 
 
 def distribution(
-    logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    logits: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
+    epsilon_cutoff: float = 0.0,
 ) -> np.ndarray:
     """What sampling options make of logits, by sorting, in float64: the meaning and order of transformers.
 
@@ -122,6 +129,8 @@ def distribution(
       top_k: keep the k largest; 0 keeps all. Ties at the cut are kept.
       top_p: keep a token while the tokens strictly more probable weigh less than p.
       min_p: keep tokens at least this fraction as probable as the most probable.
+      typical_p: keep a token while those whose surprise is strictly closer to the entropy weigh less than p.
+      epsilon_cutoff: keep tokens at least this probable, and the most probable.
 
     Returns:
       `[V]` probabilities.
@@ -134,25 +143,92 @@ def distribution(
         weights = np.exp(x - x.max())
         return weights / weights.sum()
 
+    def keep(condition: np.ndarray) -> np.ndarray:
+        return np.where(condition, scores, -np.inf)
+
     scores = scores / temperature
     if 0 < top_k < len(scores):
-        scores = np.where(scores < np.sort(scores)[-top_k], -np.inf, scores)
+        scores = keep(scores >= np.sort(scores)[-top_k])
     if top_p < 1:
         probs = softmax(scores)
-        above = np.array([probs[scores > score].sum() for score in scores])
-        scores = np.where(above < top_p, scores, -np.inf)
+        scores = keep(np.array([probs[scores > score].sum() for score in scores]) < top_p)
     probs = softmax(scores)
-    return softmax(np.where(probs < min_p * probs.max(), -np.inf, scores))
+    scores = keep(probs >= min_p * probs.max())
+    if typical_p < 1:
+        probs = softmax(scores)
+        surprise = -np.log(probs, out=np.full_like(probs, -np.inf), where=probs > 0)
+        odd = np.where(probs > 0, np.abs(surprise - (probs[probs > 0] * surprise[probs > 0]).sum()), np.inf)
+        scores = keep(np.array([probs[odd < o].sum() for o in odd]) < typical_p)
+    probs = softmax(scores)
+    return softmax(keep((probs >= epsilon_cutoff) | (probs == probs.max())))
 
 
-def enumerate_texts(table: Any, prompt: Sequence[int], num_tokens: int, **sampling: Any) -> Float[np.ndarray, "*V"]:
+def processed(
+    logits: np.ndarray,
+    text: Sequence[int],
+    prompt_length: int,
+    *,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    no_repeat_ngram_size: int = 0,
+    min_new_tokens: int = 0,
+    logit_bias: Sequence[tuple[int, float]] = (),
+    grammar: Sequence[Sequence[int]] | None = None,
+    stop_tokens: Sequence[int] = (),
+) -> np.ndarray:
+    """What the processors make of the logits that follow a text, in float64 and plain Python.
+
+    Args:
+      logits: `[V]`.
+      text: prompt and new tokens.
+      prompt_length: how many of them are the prompt's.
+      repetition_penalty: see `processors`, as for the next five.
+      presence_penalty: on the new tokens.
+      frequency_penalty: on the new tokens.
+      no_repeat_ngram_size: n.
+      min_new_tokens: stop tokens are forbidden before.
+      logit_bias: pairs of a token and what is added.
+      grammar: `[S][V]` successor states, -1 where a token is forbidden; state 0 is where the new text begins.
+      stop_tokens: token ids.
+
+    Returns:
+      `[V]`.
+    """
+    scores = np.array(logits, np.float64)
+    new = list(text[prompt_length:])
+    for token, bias in logit_bias:
+        scores[token] += bias
+    for token in set(text):
+        scores[token] *= repetition_penalty if scores[token] < 0 else 1 / repetition_penalty
+    for token in set(new):
+        scores[token] -= presence_penalty + frequency_penalty * new.count(token)
+    n = no_repeat_ngram_size
+    for end in range(n, len(text) + 1) if n else ():
+        if list(text[end - n : end - 1]) == list(text[len(text) - n + 1 :]):
+            scores[text[end - 1]] = -np.inf
+    if len(new) < min_new_tokens:
+        scores[list(stop_tokens)] = -np.inf
+    if grammar is not None:
+        state = functools.reduce(lambda at, token: grammar[at][token], new, 0)
+        scores[np.asarray(grammar[state]) < 0] = -np.inf
+    return scores
+
+
+_WARPERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff")
+
+
+def enumerate_texts(
+    table: Any, prompt: Sequence[int], num_tokens: int, stop_tokens: Sequence[int] = (), **options: Any
+) -> Float[np.ndarray, "*V"]:
     """The exact joint distribution of the next tokens of a `tabular` model.
 
     Args:
       table: `[vocab_size ** order, vocab_size]`, without padding.
       prompt: token ids.
       num_tokens: n.
-      **sampling: options of `distribution`.
+      stop_tokens: a text that has one goes on with it alone.
+      **options: of `distribution` and `processed`.
 
     Returns:
       `[V] * n` float64: the probability of the text x_1 .. x_n at index `[x_1, .., x_n]`.
@@ -164,17 +240,22 @@ def enumerate_texts(table: Any, prompt: Sequence[int], num_tokens: int, **sampli
         order += 1
     if vocab_size**order != contexts:
         raise ValueError(f"A table of shape {table.shape} has padding: cut it, or make the target without.")
-    rows = [distribution(row, **sampling) for row in table]
+    warpers = {name: value for name, value in options.items() if name in _WARPERS}
+    others = {name: value for name, value in options.items() if name not in _WARPERS}
 
-    def context(text: Sequence[int]) -> int:
-        digits = ([0] * order + list(text))[len(text) :]
-        return functools.reduce(lambda number, digit: number * vocab_size + digit, digits, 0)
+    def next_token(new: Sequence[int]) -> np.ndarray:
+        if new and new[-1] in stop_tokens:
+            return np.eye(vocab_size)[new[-1]]
+        text = [*prompt, *new]
+        digits = ([0] * order + text)[len(text) :]
+        row = table[functools.reduce(lambda number, digit: number * vocab_size + digit, digits, 0)]
+        return distribution(processed(row, text, len(prompt), stop_tokens=stop_tokens, **others), **warpers)
 
     joint = np.ones((vocab_size,) * num_tokens)
     for n in range(num_tokens):
-        for text in itertools.product(range(vocab_size), repeat=n):
-            step = rows[context([*prompt, *text])]
-            joint[text] *= step.reshape((vocab_size,) + (1,) * (num_tokens - n - 1))
+        for new in itertools.product(range(vocab_size), repeat=n):
+            if joint[new].any():
+                joint[new] *= next_token(new).reshape((vocab_size,) + (1,) * (num_tokens - n - 1))
     return joint
 
 
@@ -207,6 +288,28 @@ def g_test(counts: np.ndarray, probs: np.ndarray, *, min_expected: float = 5.0) 
         return 1.0
     ratio = np.where(observed > 0, observed, 1.0) / expected
     return float(stats.chi2.sf(2 * np.sum(observed * np.log(ratio)), len(observed) - 1))
+
+
+def smallest_error(trials: int, outcomes: int, *, significance: float = 1e-5, power: float = 0.99) -> float:
+    """The total-variation distance from which on `g_test` sees every error.
+
+    A distribution at distance d makes the statistic a noncentral chi-squared with a noncentrality of at least
+    `4 trials d^2` (by Cauchy and Schwarz; more where the error concentrates on few outcomes).
+
+    Args:
+      trials: how many outcomes were counted.
+      outcomes: how many different ones there are.
+      significance: the p-value below which a test fails.
+      power: the chance that it does.
+    """
+    from scipy import optimize, stats  # A test dependency.
+
+    freedom = outcomes - 1
+    threshold = stats.chi2.isf(significance, freedom)
+    needed = optimize.root_scalar(
+        lambda x: stats.ncx2.sf(threshold, freedom, x) - power, bracket=(1e-3, 1e5), method="brentq"
+    ).root
+    return float(np.sqrt(needed / trials) / 2)
 
 
 def tiny_decoder(

@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -101,6 +102,21 @@ class Tokenizer:
     def vocab(self) -> dict[str, int]:
         """Token ids by token, in the tokenizer's own spelling (byte-level alphabets show a space as "Ġ")."""
         return self.backend.get_vocab(with_added_tokens=True)
+
+    def token_bytes(self) -> dict[int, bytes]:
+        """What each token adds to a text, by id: `decode` before it reads the bytes as UTF-8.
+
+        A character may be spread over several tokens, so a token alone need not be text. Special tokens add nothing and
+        are left out. SentencePiece's tokens begin words with a space; that `decode` strips it from the first word of a
+        text is not heeded here, since no token is by itself the first.
+
+        Raises:
+          ValueError: where what a token adds depends on its neighbours (WordPiece), or the decoder is not known.
+        """
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        spell = _spelling(self.backend.decoder)
+        tokens = sorted(self.vocab().items(), key=lambda item: item[1])
+        return {i: spell(token) for token, i in tokens if i not in special}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -232,6 +248,55 @@ class Tokenizer:
         add_bos = fields.get("add_bos_token", kind == "llama" or fields.get("pre") in ("llama-bpe", "llama3"))
         _surround(backend, special, bool(add_bos), bool(fields.get("add_eos_token", False)))
         return cls(backend, special_tokens=special, chat_template=fields.get("chat_template"))
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """GPT-2's alphabet: the bytes that print stand for themselves, the others for the letters from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _steps(decoder: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A decoder's elementary steps, in order."""
+    if decoder["type"] != "Sequence":
+        return [decoder]
+    return [step for part in decoder["decoders"] for step in _steps(part)]
+
+
+def _spelling(decoder: decoders.Decoder | None) -> Callable[[str], bytes]:
+    """The function from a token, as the vocabulary spells it, to the bytes that it adds to a text."""
+    # What a decoder is made of is told by its pickled state alone.
+    steps = [] if decoder is None else _steps(json.loads(decoder.__getstate__()))
+    replacements, kinds = [], []
+    for step in steps:
+        kind, pattern = step["type"], step.get("pattern", {})
+        if kind == "Metaspace":
+            replacements.append((step["replacement"], " "))
+        elif kind == "Replace" and "String" in pattern and "Fuse" not in kinds:
+            replacements.append((pattern["String"], step["content"]))
+        # Once the tokens are fused, a strip concerns only how the text begins and ends.
+        elif not (kind in ("ByteLevel", "ByteFallback", "Fuse") or (kind == "Strip" and "Fuse" in kinds)):
+            raise ValueError(f"The bytes of a token cannot be told under the decoder {json.dumps(step)}.")
+        kinds.append(kind)
+    if not kinds:
+        raise ValueError(
+            "The bytes of a token cannot be told: this tokenizer has no decoder. Set `tokenizer.backend.decoder`, "
+            "e.g. to tokenizers.decoders.ByteLevel()."
+        )
+    letters = _byte_of_letter() if "ByteLevel" in kinds else {}
+
+    def spell(token: str) -> bytes:
+        for old, new in replacements:
+            token = token.replace(old, new)
+        if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        # A token with a letter beyond the alphabet, as users add them, stands for itself.
+        if letters and all(letter in letters for letter in token):
+            return bytes(letters[letter] for letter in token)
+        return token.encode()
+
+    return spell
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

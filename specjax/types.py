@@ -103,6 +103,41 @@ class Feedback(NamedTuple):
     hidden: Float[Array, "B T D"]
 
 
+class Automaton(NamedTuple):
+    """A finite automaton over the tokens of a vocabulary (see `automaton`). State 0 is the start.
+
+    Attributes:
+      token_class: `[V]` the class of each token; tokens of a class lead to the same states.
+      next_state: `[S, C]` the successor of a state under the tokens of a class; -1 where they are forbidden.
+    """
+
+    token_class: Int[Array, " V"]
+    next_state: Int[Array, "S C"]
+
+
+class Penalties(NamedTuple):
+    """Options that change logits before they become a distribution, most of them by the text so far (`processors`).
+
+    Attributes:
+      repetition_penalty: `[B]` divides the positive logits of tokens in prompt or text, multiplies their negative ones;
+        1 is none.
+      presence_penalty: `[B]` subtracted from the logits of tokens in the new text; 0 is none.
+      frequency_penalty: `[B]` subtracted once for every time that a token is in the new text; 0 is none.
+      no_repeat_ngram_size: `[B]` no n-gram of this size occurs twice in prompt and text; 0 is none.
+      min_new_tokens: `[B]` stop tokens are forbidden before the text has this many new tokens.
+      bias_tokens: `[B, M]` ids of the tokens that `bias` is added to; ids beyond the vocabulary are padding.
+      bias: `[B, M]` float32; -inf forbids a token.
+    """
+
+    repetition_penalty: Float[Array, " B"]
+    presence_penalty: Float[Array, " B"]
+    frequency_penalty: Float[Array, " B"]
+    no_repeat_ngram_size: Int[Array, " B"]
+    min_new_tokens: Int[Array, " B"]
+    bias_tokens: Int[Array, "B M"]
+    bias: Float[Array, "B M"]
+
+
 class SamplingOptions(NamedTuple):
     """How logits become a distribution, row by row: a batch may mix requests.
 
@@ -111,29 +146,66 @@ class SamplingOptions(NamedTuple):
       top_k: `[B]` keep the k most probable tokens; 0 keeps all.
       top_p: `[B]` keep the smallest set of most probable tokens whose mass reaches p; 1 keeps all.
       min_p: `[B]` keep tokens at least this fraction as probable as the most probable one; 0 keeps all.
+      typical_p: `[B]` keep the smallest set of tokens of most typical surprise whose mass reaches p; 1 keeps all.
+      epsilon_cutoff: `[B]` keep tokens at least this probable; 0 keeps all.
+      penalties: what happens to the logits before; None where no row asks for any, which is another program.
     """
 
     temperature: Float[Array, " B"]
     top_k: Int[Array, " B"]
     top_p: Float[Array, " B"]
     min_p: Float[Array, " B"]
+    typical_p: Float[Array, " B"]
+    epsilon_cutoff: Float[Array, " B"]
+    penalties: Penalties | None
+
+
+class History(NamedTuple):
+    """The text before each of the T tokens whose logits one call gives: what the options may depend on.
+
+    Attributes:
+      tokens: `[B, L]` the text; in verification the draft tokens stand behind it.
+      length: `[B]` the number of tokens before the first of the T; one more before each of the others.
+      prompt_length: `[B]` how many of them are the prompt's.
+      stop_tokens: `[E]` token ids that end a row.
+      grammar: the automaton that says which tokens may follow, or None.
+      grammar_state: `[B, T]` its state before each of the T tokens.
+    """
+
+    tokens: Int[Array, "B L"]
+    length: Int[Array, " B"]
+    prompt_length: Int[Array, " B"]
+    stop_tokens: Int[Array, " E"]
+    grammar: Automaton | None
+    grammar_state: Int[Array, "B T"]
+
+
+class StepKeys(NamedTuple):
+    """The random keys of one step, each used once.
+
+    Attributes:
+      accept: `[B]` decides what is accepted.
+      token: `[B, T]` draws the token of each position, if it is drawn from the target. A position's key depends on the
+        row's seed and the position alone: plain decoding draws with the same.
+    """
+
+    accept: Key[Array, "*B"]
+    token: Key[Array, "*B T"]
 
 
 class Context(NamedTuple):
     """What a drafter may look at when it proposes. Made inside the step; never crosses a `jit` boundary.
 
     Attributes:
-      tokens: `[B, L]` the text buffer: prompt and committed tokens.
-      length: `[B]` the number of tokens of each text.
-      keys: `[B]` this step's random keys, for drafting alone.
+      history: the text so far (T = 1): prompt and committed tokens.
+      keys: `[B, K]` the random key of each draft token.
       max_draft: `[B]` the most draft tokens that a row can use in this step; 0: draft nothing for it.
       sampling: the row's sampling options, which target and draft share.
       vocab_size: V of the target.
     """
 
-    tokens: Int[Array, "B L"]
-    length: Int[Array, " B"]
-    keys: Key[Array, " B"]
+    history: History
+    keys: Key[Array, "B K"]
     max_draft: Int[Array, " B"]
     sampling: SamplingOptions
     vocab_size: int
@@ -186,6 +258,20 @@ class Stats(NamedTuple):
     overlap: Float[Array, " B"]
 
 
+class Logprobs(NamedTuple):
+    """Log-probabilities that the target itself gives (its softmax, before any option), by place in the text.
+
+    Attributes:
+      token: `[B, L]` float32, of the token that stands there.
+      top_tokens: `[B, L, N]` the N most probable tokens of that place, most probable first.
+      top: `[B, L, N]` float32, theirs.
+    """
+
+    token: Float[Array, "B L"]
+    top_tokens: Int[Array, "B L N"]
+    top: Float[Array, "B L N"]
+
+
 class Adaptation(NamedTuple):
     """What decides whether a row drafts (see `adaptive`).
 
@@ -207,6 +293,7 @@ class DecodeState(NamedTuple):
       tokens: `[B, L]` prompts and committed tokens; what lies beyond `length` is stale.
       from_draft: `[B, L]` whether a token was an accepted draft token.
       length: `[B]`.
+      prompt_length: `[B]`.
       limit: `[B]` the length at which a row stops.
       done: `[B]`.
       failed_at: `[B]` the position whose logits were not numbers, or -1.
@@ -214,6 +301,11 @@ class DecodeState(NamedTuple):
       seed: `[B]` one random key a row.
       sampling: the sampling options.
       stop_tokens: `[E]` token ids that end a row (-1: padding).
+      stop_strings: an automaton whose last state means that one of the strings has occurred, or None.
+      stop_state: `[B]` its state after the text.
+      grammar: an automaton of the tokens that may follow, or None.
+      grammar_state: `[B]` its state after the text.
+      logprobs: log-probabilities of the text, or None where nobody asked for them.
       step_cost: `[]` time of a drafting step over that of a plain step, which a draft has to win back.
       adaptation: what decides whether a row drafts.
       cache: the target's cache. It holds all tokens of a text but the last one.
@@ -224,6 +316,7 @@ class DecodeState(NamedTuple):
     tokens: Int[Array, "B L"]
     from_draft: Bool[Array, "B L"]
     length: Int[Array, " B"]
+    prompt_length: Int[Array, " B"]
     limit: Int[Array, " B"]
     done: Bool[Array, " B"]
     failed_at: Int[Array, " B"]
@@ -231,6 +324,11 @@ class DecodeState(NamedTuple):
     seed: Key[Array, " B"]
     sampling: SamplingOptions
     stop_tokens: Int[Array, " E"]
+    stop_strings: Automaton | None
+    stop_state: Int[Array, " B"]
+    grammar: Automaton | None
+    grammar_state: Int[Array, " B"]
+    logprobs: Logprobs | None
     step_cost: Float[Array, ""]
     adaptation: Adaptation
     cache: Tree

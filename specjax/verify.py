@@ -1,11 +1,15 @@
-"""Acceptance rules: `(key, target_probs, proposal) -> Verdict`, of one row; the loop `vmap`s them.
+"""Acceptance rules: `(keys, target_probs, proposal) -> Verdict`, of one row; the loop `vmap`s them.
 
 `target_probs` is `[T, V]` with T = K + 1: row i is the target's distribution of the token at draft position i, given
 the text and the draft tokens before it. The rules see distributions only after `sampling.probabilities` has made them,
-on both sides.
+on both sides. Where a paper counts draft tokens from 1, x_i is `proposal.tokens[i - 1]`.
+
+Exact are `greedy`, `rejection`, `block` and `coupled`. The others trade exactness for length; they say so (`exact`),
+and they are called with a number: `lenient(0.3)`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,26 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import sampling
-from specjax.types import PRNGKey, Proposal, Verdict
+from specjax.types import Proposal, StepKeys, Verdict
 
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """An acceptance rule.
-
-    Attributes:
-      function: `(key, target_probs[K + 1, V], proposal) -> Verdict`.
-      name: as results and flags call it.
-      exact: whether the text is distributed exactly as the target's.
-    """
-
-    function: Callable[[PRNGKey, Float[Array, "T V"], Proposal], Verdict]
-    name: str
-    exact: bool
-
-    def __call__(self, key: PRNGKey, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
-        """Judges one row's proposal."""
-        return self.function(key, target_probs, proposal)
+Judge = Callable[[StepKeys, Float[Array, "T V"], Proposal], Verdict]
 
 
 def _verdict(proposal: Proposal, accepted: Bool[Array, " K"], last: Callable[[Array], Array]) -> Verdict:
@@ -41,17 +28,48 @@ def _verdict(proposal: Proposal, accepted: Bool[Array, " K"], last: Callable[[Ar
     position = jnp.arange(k + 1)
     run = jnp.cumprod(accepted & (position[:k] < proposal.length))
     n = jnp.sum(run, dtype=jnp.int32)
+    return _accept(proposal, n, last(n))
+
+
+def _accept(proposal: Proposal, n: Int[Array, ""], last: Int[Array, ""]) -> Verdict:
+    """The first n draft tokens, then `last`."""
+    position = jnp.arange(proposal.tokens.shape[0] + 1)
     drafts = jnp.concatenate([proposal.tokens, jnp.zeros(1, jnp.int32)])
-    tokens = jnp.where(position < n, drafts, jnp.where(position == n, last(n), 0))
+    tokens = jnp.where(position < n, drafts, jnp.where(position == n, last, 0))
     return Verdict(tokens.astype(jnp.int32), n)
 
 
-def _greedy(key: PRNGKey, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
-    del key
+def _greedy(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+    del keys
     best = jnp.argmax(target_probs, axis=-1)
     # The argmax of what is not a number is a token too; nothing is accepted there.
-    is_number = target_probs[jnp.arange(proposal.tokens.shape[0]), proposal.tokens] >= 0
-    return _verdict(proposal, (proposal.tokens == best[:-1]) & is_number, lambda n: best[n])
+    return _verdict(
+        proposal, (proposal.tokens == best[:-1]) & (_of_drafts(target_probs, proposal) >= 0), lambda n: best[n]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """An acceptance rule.
+
+    Attributes:
+      function: `(keys, target_probs[K + 1, V], proposal) -> Verdict`.
+      name: as results and flags call it.
+      exact: whether the text is distributed exactly as the target's.
+      coupled: whether the drafter is to draw each token with the key that the target would draw it with.
+      at_zero: what judges rows of temperature 0. For an exact rule that is `greedy`, on one-hot distributions. A rule
+        that is not exact judges them on the target's distribution at temperature 1.
+    """
+
+    function: Judge
+    name: str
+    exact: bool
+    coupled: bool = False
+    at_zero: Judge = _greedy
+
+    def __call__(self, keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+        """Judges one row's proposal."""
+        return self.function(keys, target_probs, proposal)
 
 
 def draft_probs(proposal: Proposal, vocab_size: int) -> Float[Array, "K V"]:
@@ -61,28 +79,94 @@ def draft_probs(proposal: Proposal, vocab_size: int) -> Float[Array, "K V"]:
     return proposal.probs
 
 
-def _rejection(key: PRNGKey, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
-    k, vocab_size = proposal.tokens.shape[0], target_probs.shape[-1]
-    draft = draft_probs(proposal, vocab_size)
-    key_accept, key_last = jax.random.split(key)
+def _of_drafts(probs: Float[Array, "T V"], proposal: Proposal) -> Float[Array, " K"]:
+    """The probability of each draft token."""
+    return probs[jnp.arange(proposal.tokens.shape[0]), proposal.tokens]
 
-    # Algorithm 1, "determine the number of accepted guesses": r_i > p_i(x_i) / q_i(x_i) rejects.
-    r = jax.random.uniform(key_accept, (k,))
-    index = jnp.arange(k), proposal.tokens
-    accepted = r * draft[index] < target_probs[index]
+
+def _residual_or(
+    target: Float[Array, " V"], scale: Float[Array, ""] | float, draft: Float[Array, " V"]
+) -> Float[Array, " V"]:
+    """max(0, scale * target - draft), not normalised; the target itself where rounding has emptied that.
+
+    Two equal distributions leave nothing, and are never rejected but for rounding.
+    """
+    residual = jnp.maximum(scale * target - draft, 0.0)
+    return jnp.where(jnp.sum(residual) > 0, residual, target)
+
+
+def _draft_row(draft: Float[Array, "K V"], n: Int[Array, ""], proposal: Proposal) -> Float[Array, " V"]:
+    """The draft's distribution at position n; zero beyond the proposal, where the residual is the target itself."""
+    if not proposal.tokens.shape[0]:
+        return jnp.zeros(draft.shape[1])
+    return jnp.where(n < proposal.length, draft[jnp.minimum(n, draft.shape[0] - 1)], 0.0)
+
+
+def _rejection(
+    keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal, *, lenience: float = 1.0
+) -> Verdict:
+    draft = draft_probs(proposal, target_probs.shape[-1])
+
+    # Algorithm 1, "determine the number of accepted guesses": r_i > p_i(x_i) / q_i(x_i) rejects. Appendix A.5
+    # multiplies q by the lenience first.
+    r = jax.random.uniform(keys.accept, proposal.tokens.shape)
+    accepted = r * lenience * _of_drafts(draft, proposal) < _of_drafts(target_probs, proposal)
 
     # "Adjust the distribution if needed": p'(x) = norm(max(0, p - q)) after a rejection, p after full acceptance.
     def last(n: Int[Array, ""]) -> Int[Array, ""]:
-        target = target_probs[n]
-        if k == 0:
-            return sampling.categorical(key_last, target)
-        subtract = jnp.where(n < proposal.length, draft[jnp.minimum(n, k - 1)], 0.0)
-        residual = jnp.maximum(target - subtract, 0.0)
-        # Rounding can empty the residual of two equal distributions; then the target itself is the limit.
-        residual = jnp.where(jnp.sum(residual) > 0, residual, target)
-        return sampling.categorical(key_last, residual)
+        return sampling.categorical(keys.token[n], _residual_or(target_probs[n], 1.0, _draft_row(draft, n, proposal)))
 
     return _verdict(proposal, accepted, last)
+
+
+def block_acceptance(
+    target_probs: Float[Array, "T V"], proposal: Proposal
+) -> tuple[Float[Array, " T"], Float[Array, " T"]]:
+    """p_i and h_i of block verification, i = 0 .. K (Sun et al. 2024, Algorithm 2).
+
+    Returns:
+      p: `[K + 1]`, the chance that the first i draft tokens are accepted, given them.
+      h: `[K + 1]`, the chance that exactly i are, given that no longer prefix is; h_0 = 1.
+    """
+    k = proposal.tokens.shape[0]
+    draft = draft_probs(proposal, target_probs.shape[-1])
+
+    def times(p: Array, ratio: Array) -> tuple[Array, Array]:
+        p = jnp.minimum(p * ratio, 1.0)
+        return p, p
+
+    ratios = _of_drafts(target_probs, proposal) / _of_drafts(draft, proposal)
+    p = jnp.concatenate([jnp.ones(1), jax.lax.scan(times, jnp.ones(()), ratios)[1]])
+    # R_i = sum_x max(p_i target(x | x_1 .. x_i) - draft(x | x_1 .. x_i), 0)
+    remaining = jnp.sum(jnp.maximum(p[:k, None] * target_probs[:k] - draft, 0.0), axis=-1)
+    # In this order: what remains may be far smaller than 1.
+    rest = remaining + (1.0 - p[:k])
+    h = jnp.append(jnp.where(rest > 0, remaining / rest, 1.0), 0.0)
+    position = jnp.arange(k + 1)
+    h = jnp.where(position == proposal.length, p, jnp.where(position > proposal.length, 0.0, h))
+    return p, h.at[0].set(1.0)
+
+
+def _block(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+    draft = draft_probs(proposal, target_probs.shape[-1])
+    p, h = block_acceptance(target_probs, proposal)
+    # tau = max{i : eta_i <= h_i}: every prefix is tried, the longest that passes wins.
+    eta = jax.random.uniform(keys.accept, h.shape)
+    tau = jnp.max(jnp.where(eta < h, jnp.arange(h.shape[0]), 0)).astype(jnp.int32)
+    # tau < K: the next token from norm(max(0, p_tau target - draft)); tau = K: from the target.
+    residual = _residual_or(target_probs[tau], p[tau], _draft_row(draft, tau, proposal))
+    residual = jnp.where(tau < proposal.length, residual, target_probs[tau])
+    return _accept(proposal, tau, sampling.categorical(keys.token[tau], residual))
+
+
+def _own(keys: StepKeys, target_probs: Float[Array, "T V"]) -> Int[Array, " T"]:
+    """The target's own draw at every position, given that all drafts before it are accepted."""
+    return jax.vmap(sampling.categorical)(keys.token, target_probs)
+
+
+def _coupled(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+    own = _own(keys, target_probs)
+    return _verdict(proposal, proposal.tokens == own[:-1], lambda n: own[n])
 
 
 greedy = Rule(_greedy, "greedy", exact=True)
@@ -101,12 +185,191 @@ distributed as the target (Leviathan et al., appendix A.1), provided that each d
 stated draft distribution.
 """
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (greedy, rejection)}
-"""By name, for flags."""
+block = Rule(_block, "block", exact=True)
+"""Block verification: Sun et al. 2024, arXiv 2403.10444, Algorithm 2.
+
+Judges the draft as a whole: a token that alone would be rejected can be saved by the likelier ones before and after it.
+Exact like `rejection`, and never fewer tokens in expectation.
+"""
+
+coupled = Rule(_coupled, "coupled", exact=True, coupled=True)
+"""Gumbel coupling: arXiv 2408.07978.
+
+Row and position fix one noise vector g. The target takes argmax(log target + g), the draft argmax(log draft + g);
+drafts are accepted while they are equal. So the text is, token for token, that of plain decoding with the same seed,
+whatever drafts and however much. A draft is accepted with probability at least (1 - TV) / (1 + TV), a little less than
+the 1 - TV of `rejection`.
+"""
 
 
-def overlap(target_probs: Float[Array, "T V"], proposal: Proposal) -> Float[Array, " K"]:
-    """`sum_x min(target(x), draft(x))` at each draft position: the chance of acceptance, beta (Leviathan, Def. 3.1)."""
+def _draws(accepts: Callable[[Float[Array, "K V"], Proposal], Bool[Array, " K"]]) -> tuple[Judge, Judge]:
+    """Two judges that accept by a criterion; what follows is drawn from the target, or is its argmax."""
+
+    def drawn(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+        accepted = accepts(target_probs[:-1], proposal)
+        return _verdict(proposal, accepted, lambda n: sampling.categorical(keys.token[n], target_probs[n]))
+
+    def best(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+        del keys
+        accepted = accepts(target_probs[:-1], proposal)
+        return _verdict(proposal, accepted, lambda n: jnp.argmax(target_probs[n]).astype(jnp.int32))
+
+    return drawn, best
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} is outside [{low}, {high}].")
+
+
+@functools.cache
+def lenient(lenience: float) -> Rule:
+    """Accepts with probability min(1, target(x) / (l draft(x))) (Leviathan et al. 2022, appendix A.5). Not exact.
+
+    No token comes with more than 1/l times its probability under the target. At temperature 0, x is accepted where
+    target(x) >= l max target, in the target's distribution at temperature 1 (the paper prints the inequality the other
+    way round).
+
+    Args:
+      lenience: l in (0, 1]; 1 is `rejection`.
+
+    Raises:
+      ValueError: for l outside (0, 1].
+    """
+    if not 0 < lenience <= 1:
+        raise ValueError(f"lenience={lenience} is outside (0, 1]; 1 is exact.")
+
+    def near_best(target: Float[Array, "K V"], proposal: Proposal) -> Bool[Array, " K"]:
+        return _of_drafts(target, proposal) >= lenience * jnp.max(target, axis=-1)
+
+    judge = functools.partial(_rejection, lenience=lenience)
+    return Rule(judge, f"lenient:{lenience:g}", exact=False, at_zero=_draws(near_best)[1])
+
+
+def typical(epsilon: float = 0.09, delta: float = 0.3) -> Rule:
+    """Typical acceptance: target(x) > min(epsilon, delta exp(-entropy)) (Medusa, arXiv 2401.10774, §2.3.1). Not exact.
+
+    Args:
+      epsilon: the probability that is always enough.
+      delta: what the threshold is, relative to exp(-entropy), where the target is uncertain.
+
+    Raises:
+      ValueError: for numbers outside [0, 1].
+    """
+    _within("epsilon", epsilon, 0, 1)
+    _within("delta", delta, 0, 1)
+    return _typical(epsilon, delta)
+
+
+# Equal numbers give the same rule, which is a static argument of the loop: nothing is compiled twice.
+@functools.cache
+def _typical(epsilon: float, delta: float) -> Rule:
+    def is_typical(target: Float[Array, "K V"], proposal: Proposal) -> Bool[Array, " K"]:
+        entropy = jnp.sum(jax.scipy.special.entr(target), axis=-1)
+        return _of_drafts(target, proposal) > jnp.minimum(epsilon, delta * jnp.exp(-entropy))
+
+    drawn, best = _draws(is_typical)
+    return Rule(drawn, f"typical:{epsilon:g},{delta:g}", exact=False, at_zero=best)
+
+
+def top_k(k: int, gap: float = float("inf")) -> Rule:
+    """Accepts the target's k most probable tokens (blockwise decoding, arXiv 1811.03115, §5.1). Not exact.
+
+    With a gap, only those whose log-probability is at most so far below the best (SpecDec, arXiv 2203.16487, eq. 7:
+    top-beta within tau).
+
+    Args:
+      k: how many; ties at the cut all count.
+      gap: in nats.
+
+    Raises:
+      ValueError: for k < 1 or a negative gap.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: at least 1.")
+    if not gap >= 0:
+        raise ValueError(f"gap={gap}: at least 0.")
+    return _top_k(k, gap)
+
+
+@functools.cache
+def _top_k(k: int, gap: float) -> Rule:
+    def among_best(target: Float[Array, "K V"], proposal: Proposal) -> Bool[Array, " K"]:
+        of_draft = _of_drafts(target, proposal)
+        rank = jnp.sum(target > of_draft[:, None], axis=-1)
+        distance = jnp.log(jnp.max(target, axis=-1)) - jnp.log(of_draft)
+        return (rank < k) & (distance <= gap) & (of_draft > 0)
+
+    drawn, best = _draws(among_best)
+    name = f"top_k:{k}" if gap == float("inf") else f"top_k:{k},{gap:g}"
+    return Rule(drawn, name, exact=False, at_zero=best)
+
+
+@functools.cache
+def distance(epsilon: int) -> Rule:
+    """Accepts x where |x - y| <= epsilon for the target's own token y (arXiv 1811.03115, §5.2). Not exact.
+
+    For vocabularies whose ids are values on a scale, such as pixels.
+
+    Args:
+      epsilon: in ids; 0 accepts the target's own token alone.
+
+    Raises:
+      ValueError: for a negative epsilon.
+    """
+    if epsilon < 0:
+        raise ValueError(f"epsilon={epsilon} is negative.")
+
+    def judge(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+        own = _own(keys, target_probs)
+        return _verdict(proposal, jnp.abs(proposal.tokens - own[:-1]) <= epsilon, lambda n: own[n])
+
+    def best(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+        del keys
+        own = jnp.argmax(target_probs, axis=-1).astype(jnp.int32)
+        return _verdict(proposal, jnp.abs(proposal.tokens - own[:-1]) <= epsilon, lambda n: own[n])
+
+    return Rule(judge, f"distance:{epsilon}", exact=False, at_zero=best)
+
+
+RULES: dict[str, Rule | Callable[..., Rule]] = {
+    "greedy": greedy,
+    "rejection": rejection,
+    "block": block,
+    "coupled": coupled,
+    "lenient": lenient,
+    "typical": typical,
+    "top_k": top_k,
+    "distance": distance,
+}
+"""By name, for flags; what is not a rule makes one from its numbers."""
+
+
+def from_name(name: str) -> Rule:
+    """The rule of a name such as `rejection`, `lenient:0.3`, `typical:0.09,0.3` or `top_k:3,1.0`.
+
+    Raises:
+      ValueError: for a name that is not known, or numbers that make no sense.
+    """
+    head, _, numbers = name.partition(":")
+    found = RULES.get(head)
+    if found is None:
+        raise ValueError(f"verify={name!r} is not known: choose one of {', '.join(RULES)}.")
+    if isinstance(found, Rule):
+        if numbers:
+            raise ValueError(f"verify={name!r}: {head} takes no number.")
+        return found
+    try:
+        return found(*(float(x) if "." in x or "e" in x or "inf" in x else int(x) for x in numbers.split(",") if x))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"verify={name!r}: {error} Write it as lenient:0.3, typical:0.09,0.3 or top_k:3.") from error
+
+
+def overlap(target_probs: Float[Array, "T V"], proposal: Proposal, lenience: float = 1.0) -> Float[Array, " K"]:
+    """`sum_x min(target(x) / l, draft(x))` at each draft position: the chance of acceptance, beta.
+
+    Leviathan et al. 2022, Definition 3.1 and Corollary 3.6; with a lenience l < 1, appendix A.5.
+    """
     if proposal.probs is None:
-        return target_probs[jnp.arange(proposal.tokens.shape[0]), proposal.tokens]
-    return jnp.sum(jnp.minimum(target_probs[:-1], proposal.probs), axis=-1)
+        return jnp.minimum(_of_drafts(target_probs, proposal) / lenience, 1.0)
+    return jnp.sum(jnp.minimum(target_probs[:-1] / lenience, proposal.probs), axis=-1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax import decode, sampling, testing, verify
+from specjax import automaton, decode, sampling, testing, verify
 from specjax.types import DecodeState, Drafter, Inputs, Model, Params
 from specjax.verify import Rule
 
@@ -28,10 +28,22 @@ class Group(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: tuple[tuple[int, ...], ...] | None = None
+    """Successor states by state and token, -1 where a token is forbidden."""
 
     @property
-    def sampling(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    def options(self) -> dict[str, Any]:
+        """Those that differ from the defaults, and the temperature."""
+        fields = {name: getattr(self, name) for name in self._fields[3:]}
+        return {k: v for k, v in fields.items() if k == "temperature" or v != self._field_defaults[k]}
 
 
 class Pair(NamedTuple):
@@ -54,11 +66,15 @@ class Sample(NamedTuple):
     groups: Sequence[Group]
     owner: np.ndarray
     state: DecodeState
+    stop_tokens: tuple[int, ...] = ()
 
     def new_tokens(self, group: int) -> np.ndarray:
-        """`[rows, budget]`; rows must have used their budget."""
+        """`[rows, budget]`; a text that a stop token has ended goes on with it."""
         rows, start = self.owner == group, len(self.groups[group].prompt)
-        return np.asarray(self.state.tokens)[rows, start : start + self.groups[group].budget]
+        new = np.array(self.state.tokens)[rows, start : start + self.groups[group].budget]
+        end = np.asarray(self.state.length)[rows] - start
+        last = np.take_along_axis(new, np.maximum(end - 1, 0)[:, None], axis=1)
+        return np.where(np.arange(new.shape[1]) < end[:, None], new, last)
 
 
 def right_pad(prompts: Sequence[Sequence[int]], width: int) -> Inputs:
@@ -103,39 +119,40 @@ def sample(
     np.random.default_rng(0).shuffle(owner)
 
     def spread(name: str) -> Any:
-        return np.array([getattr(group, name) for group in groups])[owner].tolist()
+        values = [getattr(group, name) for group in groups]
+        return [values[i] for i in owner]
 
     inputs = right_pad([group.prompt for group in groups], width)
+    used = {name for group in groups for name in group.options} - {"grammar"}
+    options = {name: spread(name) for name in used}
+    if "logit_bias" in options:
+        options["logit_bias"] = [dict(row) for row in options["logit_bias"]]
+    tables = [None if g.grammar is None else automaton.from_table(np.array(g.grammar)) for g in groups]
     state = decode.prefill(
         pair.target,
         pair.drafter,
         pair.params,
         Inputs(inputs.tokens[owner], inputs.length[owner]),
         max_new_tokens=spread("budget"),
-        options=sampling.options(
-            len(owner),
-            temperature=spread("temperature"),
-            top_k=spread("top_k"),
-            top_p=spread("top_p"),
-            min_p=spread("min_p"),
-        ),
+        options=sampling.options(len(owner), **options),
+        grammar=[tables[i] for i in owner] if any(tables) else None,
         step_cost=step_cost,
         stop_tokens=stop_tokens,
         max_len=max_len,
     )
-    return Sample(pair, groups, owner, run(pair, rule, state, step))
+    return Sample(pair, groups, owner, run(pair, rule, state, step), tuple(stop_tokens))
 
 
 @functools.cache
-def _exact(table: bytes, shape: tuple[int, int], group: Group) -> np.ndarray:
+def _exact(table: bytes, shape: tuple[int, int], group: Group, stop_tokens: tuple[int, ...]) -> np.ndarray:
     values = np.frombuffer(table, np.float32).reshape(shape)
-    return testing.enumerate_texts(values, group.prompt, group.budget, **group.sampling)
+    return testing.enumerate_texts(values, group.prompt, group.budget, stop_tokens, **group.options)
 
 
 def p_value(result: Sample, group: int) -> float:
     """Of the group's texts, against their exact distribution."""
     table, g = np.asarray(result.pair.table), result.groups[group]
-    probs = _exact(table.tobytes(), table.shape, g._replace(rows=0))
+    probs = _exact(table.tobytes(), table.shape, g._replace(rows=0), result.stop_tokens)
     texts = result.new_tokens(group)
     if not np.isin(texts, np.arange(table.shape[1])).all():
         return 0.0
@@ -145,8 +162,11 @@ def p_value(result: Sample, group: int) -> float:
 
 def assert_exact(result: Sample) -> None:
     """Every group's texts are distributed as the target says, jointly over all their tokens."""
-    length = np.array([len(g.prompt) + g.budget for g in result.groups])[result.owner]
-    assert (np.asarray(result.state.length) == length).all(), "some rows did not use their budget"
+    if result.stop_tokens:
+        assert_stops(result)
+    else:
+        length = np.array([len(g.prompt) + g.budget for g in result.groups])[result.owner]
+        assert (np.asarray(result.state.length) == length).all(), "some rows did not use their budget"
     for i, group in enumerate(result.groups):
         p = p_value(result, i)
         assert p > SIGNIFICANCE, f"{group} is not distributed as the target: p = {p:.1e}"
@@ -158,16 +178,16 @@ def assert_drafts_accepted(result: Sample) -> None:
     assert (histogram[:3] > 100).all(), f"histogram of accepted drafts: {histogram}"
 
 
-def assert_stops(result: Sample, stop_token: int) -> None:
+def assert_stops(result: Sample) -> None:
     """A row ends at its first stop token, wherever in a block that falls."""
     tokens, length = np.asarray(result.state.tokens), np.asarray(result.state.length)
     start = np.array([len(g.prompt) for g in result.groups])[result.owner]
     budget = np.array([g.budget for g in result.groups])[result.owner]
-    for row, text in enumerate(tokens):
-        new = text[start[row] : length[row]]
-        found = np.flatnonzero(new == stop_token)
-        wanted = found[0] + 1 if len(found) else budget[row]
-        assert len(new) == wanted, f"row {row} has {new}"
+    place = np.arange(tokens.shape[1])
+    is_stop = np.isin(tokens, result.stop_tokens) & (place >= start[:, None]) & (place < length[:, None])
+    first = np.where(is_stop.any(axis=1), is_stop.argmax(axis=1) + 1, start + budget)
+    wrong = np.flatnonzero(first != length)
+    assert not len(wrong), f"row {wrong[0]} has {tokens[wrong[0], start[wrong[0]] : length[wrong[0]]]}"
 
 
 def assert_always_accepted(state: DecodeState) -> None:

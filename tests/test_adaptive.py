@@ -40,10 +40,17 @@ def test_a_row_that_never_wins_pauses_twice_as_long_each_time_up_to_the_last():
     first = int(np.flatnonzero(~drafted[:, 0])[0])
     assert 1 <= first <= 10
     got = pauses(drafted[:, 0])
-    assert got[:4] == [8, 16, 32, 64]
-    assert set(got[3:]) == {adaptive.LAST_PAUSE}
-    # In the long run losing costs one drafting step in 65.
+    assert got[:5] == [8, 16, 32, 64, 128]
+    assert set(got[4:]) == {adaptive.LAST_PAUSE}
+    # In the long run losing costs one drafting step in 129.
     assert drafted[120:].mean() < 0.02
+
+
+def test_dear_attempts_that_lose_cost_little_of_the_time():
+    for step_cost in (1.5, 2.2, 4.0):
+        drafted, _ = follow([[0]], step_cost)
+        lost = drafted.sum() * (step_cost - 1)
+        assert lost < adaptive.TRIAL_SHARE * len(drafted) + 2 * (step_cost - 1)
 
 
 def test_a_single_rejection_does_not_pause_a_winning_row():

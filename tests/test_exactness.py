@@ -55,10 +55,8 @@ PAIRS = [
     ("none", 0),
     ("ngram 1", 1),
     ("ngram 1", 3),
-    ("ngram 2", 3),
     ("model", 1),
     ("model", 3),
-    ("model, wider vocabulary", 1),
     ("model, wider vocabulary", 3),
 ]
 
@@ -297,7 +295,7 @@ def test_stream_yields_the_tokens_of_generate(drafter: str, steps: int):
 def test_a_stop_token_inside_an_accepted_block_ends_the_row_there(drafter: str, k: int):
     groups = [Group((0, 1, 2, 0, 1, 2), 2000, budget=9), Group((3, 1, 3, 1), 2000, budget=5)]
     result = sample(pair(drafter, k), groups, stop_tokens=[3])
-    assert_stops(result, 3)
+    assert_stops(result)
     stopped = np.asarray(result.state.length) < np.array([15, 9])[result.owner]
     assert 0.1 < stopped.mean() < 1
 
@@ -372,10 +370,11 @@ def test_overlap_of_one_hot_drafts_is_the_accepted_share():
     assert abs(accepted - overlap) / proposed < 4.5 * 0.5 / np.sqrt(proposed)
 
 
-@pytest.mark.parametrize("step_cost", [0.0, 100.0])
+@pytest.mark.parametrize("step_cost", [0.0, 4.05])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_equal_to_the_target_is_always_accepted(temperature: float, step_cost: float):
-    # The high cost makes it pause after every attempt: what was decoded meanwhile must reach the draft's cache.
+    # The cost of more than K + 1 tokens makes it pause after every attempt: what was decoded meanwhile must reach the
+    # draft's cache.
     target, table = testing.tabular(20, order=5)
     drafter = drafters.model(target, num_draft_tokens=3)
     prompts = random_prompts(8, 4)
@@ -400,7 +399,7 @@ def test_a_paused_row_keeps_a_whole_draft_cache_while_a_neighbour_drafts():
         right_pad([[0, 1]] * rows, 16),
         max_new_tokens=45,
         options=sampling.options(rows, temperature=1.0),
-        step_cost=100.0,
+        step_cost=4.05,
         max_len=64,
     )
     pause = jnp.tile(jnp.asarray([0, 2], jnp.int32), rows // 2)

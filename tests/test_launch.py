@@ -144,6 +144,35 @@ def test_sampled_text_is_not_called_identical(target, data, tmp_path, capsys):
     assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[1])["prompt"] in output
 
 
+def test_coupled_text_is_called_identical_though_it_is_sampled(target, draft, data, tmp_path):
+    options = {"verify": "coupled", "drafter": "model", "draft": draft, "temperature": 1.0, "step_cost": 0}
+    options |= {"repetition_penalty": 1.3, "stop_strings": "('cat sat',)"}
+    arguments = _compare(target, data, tmp_path, batch_size=3, fixed_shape=True, **options)
+    assert launch.main(arguments) == 0
+    rows = _rows(tmp_path)
+    assert [row["identical"] for row in rows] == [1.0] * 4
+    assert rows[-1]["verify"] == "coupled"
+    assert rows[-1]["exact"] is True
+    assert rows[-1]["repetition_penalty"] == 1.3
+    for line in (tmp_path / "samples.jsonl").read_text().splitlines():
+        text = json.loads(line)["text"]
+        assert text
+        assert "cat sat" not in text or text.endswith("cat sat")
+
+
+def test_a_grammar_needs_a_token_to_end_with(target, data, tmp_path, capsys):
+    assert launch.main(_compare(target, data, tmp_path, regex="(the|cat)+")) == 1
+    assert "stop_tokens=[]: a text needs at least one to end" in capsys.readouterr().err
+
+
+def test_a_rule_that_is_not_exact_says_so(target, data, tmp_path, capsys):
+    with pytest.warns(UserWarning, match=r"verify=lenient:0\.3 is not exact"):
+        assert launch.main(_compare(target, data, tmp_path, verify="lenient:0.3", temperature=1.0)) == 0
+    assert {row["exact"] for row in _rows(tmp_path)} == {False}
+    assert "ANOTHER distribution (the rule is not exact)" in capsys.readouterr().out
+    assert "rule `lenient:0.3` (NOT exact)" in (tmp_path / "summary.md").read_text()
+
+
 def test_interrupt(target, data, tmp_path):
     """In a process of its own: interrupted after the first row, and continued by the same command."""
     command = [sys.executable, "-m", "specjax.launch"]
@@ -205,6 +234,9 @@ def test_compilation_cache(tmp_path, monkeypatch):
         (_arguments(config__data="missing.jsonl"), ["missing.jsonl", "--config.data"]),
         (_arguments(), ["config.data", "--config.data="]),
         (_arguments(config__drafter="magic"), ["magic", "model, ngram, none"]),
+        (_arguments(QUICKSTART, config__verify="magic"), ["verify='magic'", "rejection, block, coupled"]),
+        (_arguments(QUICKSTART, config__verify="lenient:2"), ["lenience=2", "lenient:0.3"]),
+        (_arguments(QUICKSTART, config__regex="a", config__json_schema="b"), ["choose one"]),
         (_arguments(QUICKSTART, config__drafter="model"), ["--config.draft=SOURCE"]),
         (_arguments(config__repeats=0), ["repeats=0", "at least 1"]),
         (_arguments(config__experiment="sweep"), ["'sweep'", "compare"]),

@@ -1,8 +1,10 @@
-"""Bugs that others have shipped, planted one by one: each must fail the check that it is meant for.
+"""Bugs that others have shipped, and our own, planted one by one: each must fail the check that it is meant for.
 
-The checks are those of `test_exactness`, on the same kind of batches; the run's names say which check caught which bug.
+The checks are those that the sound code passes elsewhere, on the same kind of batches; the end of the run names which
+check caught which bug.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +24,11 @@ from helpers import (
     right_pad,
     run,
     sample,
+    texts,
 )
 
-from specjax import decode, drafters, sampling, testing, verify
-from specjax.types import DecodeState, Drafter, Proposal, Verdict
+from specjax import automaton, decode, drafters, processors, sampling, testing, verify
+from specjax.types import DecodeState, Drafter, Proposal, StepKeys, Verdict
 from specjax.verify import Rule
 
 TARGET, TABLE = testing.tabular(0)
@@ -37,19 +40,34 @@ GROUPS = [
     Group((1, 0, 1, 0, 1), 20_000, top_k=3),
     Group((2,), 5_000, budget=2),
 ]
+WITH_HISTORY = [
+    Group((0, 1, 2, 0, 1, 2), 20_000, repetition_penalty=2.5),
+    Group((3, 1, 3, 1), 20_000, presence_penalty=1.5, frequency_penalty=0.5),
+    Group((1, 0, 1, 0, 1), 20_000, no_repeat_ngram_size=2),
+    Group((0, 3), 10_000, grammar=((1, 0, 0, 1), (0, 1, 1, -1))),
+]
+
+Check = Callable[..., None]
 
 
 def by_model(k: int = 2) -> Pair:
     return Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=k), DRAFT_TABLE)
 
 
-def exact(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step) -> None:
-    assert_exact(sample(pair, GROUPS, rule=rule, step=step))
+def by_lookup() -> Pair:
+    return Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1))
+
+
+# The checks.
+
+
+def exact(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step, groups: Any = GROUPS) -> None:
+    assert_exact(sample(pair, groups, rule=rule, step=step))
 
 
 def stops(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step) -> None:
     groups = [g._replace(rows=500, budget=9) for g in GROUPS]
-    assert_stops(sample(pair, groups, rule=rule, step=step, stop_tokens=[3]), 3)
+    assert_stops(sample(pair, groups, rule=rule, step=step, stop_tokens=[3]))
 
 
 def perfect(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step) -> None:
@@ -61,10 +79,79 @@ def perfect(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.dec
         right_pad(prompts, 16),
         max_new_tokens=45,
         options=sampling.options(8, temperature=1.0),
-        step_cost=100.0,
+        step_cost=4.05,
         max_len=72,
     )
     assert_always_accepted(run(pair, rule, state, step))
+
+
+def _texts(pair: Pair, rule: Rule, rows: slice, step: Any = decode.decode_step) -> list[list[int]]:
+    """Texts of some of 16 requests, each with its own seed, whose batch is those rows."""
+    prompts = random_prompts(16, 4)[rows]
+    state = decode.prefill(
+        pair.target,
+        pair.drafter,
+        pair.params,
+        right_pad(prompts, 16),
+        max_new_tokens=20,
+        options=sampling.options(len(prompts), temperature=1.0),
+        seeds=list(range(16))[rows],
+        step_cost=0.0,
+        max_len=48,
+    )
+    return texts(run(pair, rule, state, step))
+
+
+def same_text(pair: Pair, *, rule: Rule = verify.coupled, step: Any = decode.decode_step) -> None:
+    """Coupled text is that of plain decoding."""
+    plain = Pair(pair.target, pair.table, drafters.none())
+    assert _texts(pair, rule, slice(16), step) == _texts(plain, rule, slice(16)), "text differs from plain decoding's"
+
+
+def own_seed(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step) -> None:
+    """A row's text does not depend on its neighbours."""
+    together = _texts(pair, rule, slice(16), step)
+    assert together[5:7] == _texts(pair, rule, slice(5, 7), step), "text differs with the batch"
+
+
+def often_accepted(pair: Pair, *, rule: Rule = verify.coupled, step: Any = decode.decode_step) -> None:
+    """Coupled drafts are accepted with probability at least (1 - TV) / (1 + TV)."""
+    result = sample(pair, [Group((0, 1), 20_000)], rule=rule, step=step)
+    proposed, accepted, overlap = (
+        float(np.asarray(x, np.float64).sum()) for x in result.state.stats[2:4] + result.state.stats[5:]
+    )
+    # The bound is convex in TV, so the mean of TV gives a bound below the mean of the bounds.
+    beta = overlap / proposed
+    assert accepted / proposed > beta / (2 - beta) - 0.01, f"{accepted / proposed:.3f} accepted, overlap {beta:.3f}"
+
+
+def sound_counters(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step) -> None:
+    """No more is accepted than was judged, and what is emitted is what was accepted and one token a call."""
+    stats = (state := sample(pair, GROUPS, rule=rule, step=step).state).stats
+    proposed, accepted = (np.asarray(x).sum(axis=1) for x in (stats.proposed, stats.accepted))
+    assert (accepted <= proposed).all(), f"acceptance rate {accepted.sum() / proposed.sum():.2f} of a row above 1"
+    emitted = np.asarray(state.length) - np.asarray(state.prompt_length)
+    assert (emitted <= accepted + np.asarray(stats.target_calls)).all(), "more tokens than the counters know"
+
+
+def survives_jit(state: DecodeState) -> None:
+    """What goes into a jitted function comes out of it, field by field."""
+    after = jax.jit(lambda x: x)(state)
+    for before, now in ((state, after), (state.cache, after.cache), (state.stats, after.stats)):
+        for name in before._fields:
+            lost = getattr(before, name) is not None and getattr(now, name) is None
+            assert not lost, f"field {name} is None after jit"
+
+
+@pytest.mark.parametrize("check", [exact, stops, same_text, own_seed, often_accepted, sound_counters])
+@pytest.mark.parametrize("rule", [verify.rejection, verify.block, verify.coupled], ids=lambda rule: rule.name)
+def test_sound_code_passes(check: Check, rule: Rule):
+    if check not in (same_text, often_accepted) or rule.coupled:
+        check(by_model(), rule=rule)
+
+
+def test_sound_code_passes_with_options_that_read_the_text():
+    exact(by_model(3), groups=WITH_HISTORY)
 
 
 # Rules.
@@ -79,12 +166,11 @@ def _rule(
 ) -> Rule:
     """A second rejection sampler, sound by default, with a hole for each bug."""
 
-    def judge(key: Any, target_probs: Any, proposal: Proposal) -> Verdict:
+    def judge(keys: StepKeys, target_probs: Any, proposal: Proposal) -> Verdict:
         k = proposal.tokens.shape[0]
         draft = verify.draft_probs(proposal, target_probs.shape[-1])
-        key_accept, key_last = jax.random.split(key)
         index = jnp.arange(k), proposal.tokens
-        accepted = jax.random.uniform(key_accept, (k,)) < accept(target_probs[:-1], draft)[index]
+        accepted = jax.random.uniform(keys.accept, (k,)) < accept(target_probs[:-1], draft)[index]
         n = jnp.sum(jnp.cumprod(accepted & (jnp.arange(k) < proposal.length)), dtype=jnp.int32)
         n_cut = cut(n)
         if k == 0:
@@ -94,7 +180,7 @@ def _rule(
             full = n_cut >= proposal.length
             weights = jnp.where(full, bonus(target_probs[bonus_row(n_cut, k)]), left)
             weights = jnp.where(jnp.sum(weights) > 0, weights, target_probs[n_cut])
-        last = sampling.categorical(key_last, weights)
+        last = sampling.categorical(keys.token[0], weights)
         position = jnp.arange(k + 1)
         drafts = jnp.append(proposal.tokens, 0)
         tokens = jnp.where(position < n_cut, drafts, jnp.where(position == n_cut, last, 0))
@@ -137,6 +223,9 @@ RULES = {
         accept=lambda p, q: (p >= q).astype(jnp.float32)
     ),
     "ratio upside down": _rule(accept=lambda p, q: q / p),
+    "draft noise used again for the token that follows": dataclasses.replace(verify.rejection, coupled=True),
+    "draft noise used again in block verification": dataclasses.replace(verify.block, coupled=True),
+    "a lossy rule called exact": dataclasses.replace(verify.lenient(0.5), exact=True),
 }
 
 
@@ -145,9 +234,37 @@ def test_the_rule_without_a_hole_passes():
 
 
 @pytest.mark.parametrize("bug", RULES)
-def test_exactness_catches_rule(bug: str):
-    with pytest.raises(AssertionError, match="not distributed"):
+def test_exactness_catches_rule(bug: str, catches: Any):
+    with catches(bug, "joint distribution", "not distributed"):
         exact(by_model(), rule=RULES[bug])
+
+
+def _block(monkeypatch: pytest.MonkeyPatch, change: Callable[..., tuple[Any, Any]]) -> None:
+    sound = verify.block_acceptance
+    monkeypatch.setattr(verify, "block_acceptance", lambda t, proposal: change(*sound(t, proposal), t, proposal))
+
+
+def _token_by_token(p: Any, h: Any, target_probs: Any, proposal: Proposal) -> tuple[Any, Any]:
+    # The joint ratio is replaced by that of each token alone.
+    draft = verify.draft_probs(proposal, target_probs.shape[-1])
+    index = jnp.arange(proposal.tokens.shape[0]), proposal.tokens
+    alone = jnp.minimum(target_probs[index] / draft[index], 1.0)
+    own = jnp.append(jnp.ones(1), alone)
+    return own, h.at[-1].set(own[-1])
+
+
+BLOCK = {
+    "block verification forgets p in the residual": lambda p, h, t, proposal: (jnp.ones_like(p), h),
+    "block verification accepts the last prefix by h, not by p": lambda p, h, t, proposal: (p, h.at[-1].set(h[-2])),
+    "block verification takes each token's own ratio": _token_by_token,
+}
+
+
+@pytest.mark.parametrize("bug", BLOCK)
+def test_exactness_catches_block_verification(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
+    _block(monkeypatch, BLOCK[bug])
+    with catches(bug, "joint distribution", "not distributed"):
+        exact(by_model(3), rule=dataclasses.replace(verify.block, name=bug))
 
 
 # Drafters.
@@ -157,25 +274,24 @@ def _proposes(pair: Pair, propose: Callable[..., Any]) -> Pair:
     return pair._replace(drafter=pair.drafter._replace(propose=propose))
 
 
-def argmax_with_soft_probs() -> Pair:
-    pair = by_model(1)
+def _states(pair: Pair, change: Callable[[Proposal], Proposal]) -> Pair:
+    """The drafter, with another proposal made of its own."""
 
     def propose(params, state, context):
         proposal, state = pair.drafter.propose(params, state, context)
-        return proposal._replace(tokens=jnp.argmax(proposal.probs, axis=-1).astype(jnp.int32)), state
+        return change(proposal), state
 
     return _proposes(pair, propose)
 
 
-def soft_tokens_without_probs() -> Pair:
-    # No bug: a one-hot draft is removed from the residual whole, however the token was chosen.
-    pair = by_model(1)
+def most_probable(proposal: Proposal) -> Proposal:
+    assert proposal.probs is not None
+    return proposal._replace(tokens=jnp.argmax(proposal.probs, axis=-1).astype(jnp.int32))
 
-    def propose(params, state, context):
-        proposal, state = pair.drafter.propose(params, state, context)
-        return proposal._replace(probs=None), state
 
-    return _proposes(pair, propose)
+def narrowed(proposal: Proposal) -> Proposal:
+    assert proposal.probs is not None
+    return proposal._replace(probs=jnp.exp2(jnp.round(jnp.log2(proposal.probs))))
 
 
 def truncated_for_the_rule_only() -> Pair:
@@ -184,7 +300,7 @@ def truncated_for_the_rule_only() -> Pair:
     def propose(params, state, context):
         loose = context.sampling._replace(top_p=jnp.ones_like(context.sampling.top_p))
         proposal, state = pair.drafter.propose(params, state, context._replace(sampling=loose))
-        strict = sampling.probabilities(jnp.log(proposal.probs), context.sampling._replace(temperature=loose.top_p))
+        strict = sampling.warp(jnp.log(proposal.probs), context.sampling._replace(temperature=loose.top_p))
         return proposal._replace(probs=strict), state
 
     return _proposes(pair, propose)
@@ -201,78 +317,183 @@ def wider_vocabulary_cut_after_the_softmax() -> Pair:
     return _proposes(pair, propose)
 
 
-def one_hot_of_another_token() -> Pair:
-    pair = Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=1, min_match=1))
-
-    def propose(params, state, context):
-        proposal, state = pair.drafter.propose(params, state, context)
-        return proposal._replace(probs=jax.nn.one_hot((proposal.tokens + 1) % 4, 4)), state
-
-    return _proposes(pair, propose)
-
-
 DRAFTERS = {
-    "argmax drafts with soft probabilities": argmax_with_soft_probs,
+    "argmax drafts with soft probabilities": lambda: _states(by_model(1), most_probable),
     "draft truncated for the rule but not for sampling": truncated_for_the_rule_only,
     "wider vocabulary cut after the softmax": wider_vocabulary_cut_after_the_softmax,
-    "probabilities of another token": one_hot_of_another_token,
+    "probabilities of another token": lambda: _states(
+        by_lookup(), lambda p: p._replace(probs=jax.nn.one_hot((p.tokens + 1) % 4, 4))
+    ),
+    "draft probabilities rounded after the draft was sampled": lambda: _states(by_model(1), narrowed),
 }
 
 
 @pytest.mark.parametrize("bug", DRAFTERS)
-def test_exactness_catches_drafter(bug: str):
-    with pytest.raises(AssertionError, match="not distributed"):
+def test_exactness_catches_drafter(bug: str, catches: Any):
+    with catches(bug, "joint distribution", "not distributed"):
         exact(DRAFTERS[bug]())
 
 
 def test_sampled_drafts_may_be_called_deterministic():
-    exact(soft_tokens_without_probs())
+    # No bug: a one-hot draft is removed from the residual whole, however the token was chosen.
+    exact(_states(by_model(1), lambda p: p._replace(probs=None)))
 
 
-def test_perfect_acceptance_catches_a_draft_cache_that_is_not_caught_up():
+def test_perfect_acceptance_catches_a_draft_cache_that_is_not_caught_up(catches: Any):
     pair = Pair(LONG, LONG_TABLE, drafters.model(LONG, num_draft_tokens=3), LONG_TABLE)
     perfect(pair)
 
     def propose(params, cache, context):
-        claimed = jnp.maximum(cache.length, context.length - 1)
+        claimed = jnp.maximum(cache.length, context.history.length - 1)
         return pair.drafter.propose(params, cache._replace(length=claimed), context)
 
-    with pytest.raises(AssertionError, match="drafts were accepted"):
+    with catches("a paused row's draft cache goes stale", "perfect acceptance", "drafts were accepted"):
         perfect(_proposes(pair, propose))
 
 
-# Random keys and distributions inside the step.
+def test_the_acceptance_bound_catches_coupling_without_shared_noise(catches: Any):
+    with catches("coupled draft draws with its own noise", "acceptance bound", "overlap"):
+        often_accepted(by_model(), rule=dataclasses.replace(verify.coupled, coupled=False))
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_exactness_catches_draft_noise_reused_for_verification(k: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(decode, "_VERIFY", decode._DRAFT)
-    with pytest.raises(AssertionError, match="not distributed"):
-        exact(by_model(k))
+# Random keys inside the step.
 
 
-def test_exactness_catches_one_key_for_acceptance_and_residual(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jax.random, "split", lambda key, num=2: jnp.stack([key] * num))
-    with pytest.raises(AssertionError, match="not distributed"):
-        exact(by_model(2))
+def _keys(monkeypatch: pytest.MonkeyPatch, change: Callable[..., tuple[Any, StepKeys]]) -> None:
+    sound = decode.step_keys
+    monkeypatch.setattr(decode, "step_keys", lambda seed, length, k: change(*sound(seed, length, k), seed, length))
 
 
-def test_exactness_catches_top_p_before_temperature_where_a_draft_is_scored(monkeypatch: pytest.MonkeyPatch):
-    sound = sampling.probabilities
+def _one_key_for_acceptance_and_token(drafts: Any, keys: StepKeys, seed: Any, length: Any) -> tuple[Any, StepKeys]:
+    del seed, length
+    return drafts, StepKeys(keys.token[:, 0], jnp.broadcast_to(keys.token[:, :1], keys.token.shape))
 
-    def probabilities(logits, options):
+
+def _noise_of_the_step(drafts: Any, keys: StepKeys, seed: Any, length: Any) -> tuple[Any, StepKeys]:
+    del seed, length
+    own = jax.vmap(lambda key: jax.random.split(key, keys.token.shape[1]))(keys.accept)
+    return drafts, keys._replace(token=own)
+
+
+def _one_stream(drafts: Any, keys: StepKeys, seed: Any, length: Any) -> tuple[Any, StepKeys]:
+    rows = jax.vmap(jax.random.fold_in)(jnp.broadcast_to(seed[:1], seed.shape), jnp.arange(len(length)) + length)
+    return drafts, StepKeys(rows, jax.vmap(lambda key: jax.random.split(key, keys.token.shape[1]))(rows))
+
+
+KEYS: dict[str, tuple[Callable[..., Any], Check, str, str, Rule]] = {
+    "one key for acceptance and residual": (
+        _one_key_for_acceptance_and_token,
+        exact,
+        "joint distribution",
+        "not distributed",
+        verify.rejection,
+    ),
+    "coupled noise of the step, not of the position": (
+        _noise_of_the_step,
+        same_text,
+        "same text",
+        "plain decoding's",
+        verify.coupled,
+    ),
+    "one random stream for all requests": (_one_stream, own_seed, "own seed", "with the batch", verify.rejection),
+}
+
+
+@pytest.mark.parametrize("bug", KEYS)
+def test_checks_catch_keys(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
+    change, check, name, match, rule = KEYS[bug]
+    _keys(monkeypatch, change)
+    with catches(bug, name, match):
+        check(by_model(), rule=rule)
+
+
+def test_exactness_catches_one_key_for_all_steps(monkeypatch: pytest.MonkeyPatch, catches: Any):
+    sound = jax.random.fold_in
+
+    def fold_in(key, data):
+        return key if not isinstance(data, int) else sound(key, data)
+
+    monkeypatch.setattr(jax.random, "fold_in", fold_in)
+    with catches("one key for all steps", "joint distribution", "not distributed"):
+        exact(by_model())
+
+
+# Distributions inside the step.
+
+
+def _top_p_first_where_a_draft_is_scored(patch: pytest.MonkeyPatch) -> None:
+    sound = sampling.warp
+
+    def warp(logits, options):
         if logits.shape[1] == 1:  # Plain steps and drafts.
             return sound(logits, options)
         ones = jnp.ones_like(options.top_p)
         cut = sound(logits, options._replace(temperature=ones))
         return sound(jnp.log(cut), options._replace(top_k=jnp.zeros_like(options.top_k), top_p=ones))
 
-    monkeypatch.setattr(sampling, "probabilities", probabilities)
-    with pytest.raises(AssertionError, match="not distributed"):
-        exact(by_model())
+    patch.setattr(sampling, "warp", warp)
 
 
-def test_exactness_catches_a_draft_cut_to_the_vocabulary_by_wrapping(monkeypatch: pytest.MonkeyPatch):
+def _history_of_the_first_place(patch: pytest.MonkeyPatch) -> None:
+    sound = processors.process
+
+    def process(logits, options, history):
+        if logits.shape[1] == 1:
+            return sound(logits, options, history)
+        rows = [
+            sound(logits[:, i : i + 1], options, history._replace(grammar_state=history.grammar_state[:, i : i + 1]))
+            for i in range(logits.shape[1])
+        ]
+        return jnp.concatenate(rows, axis=1)
+
+    patch.setattr(processors, "process", process)
+
+
+def _bonus_not_processed(patch: pytest.MonkeyPatch) -> None:
+    sound = processors.process
+
+    def process(logits, options, history):
+        done = sound(logits, options, history)
+        return done if logits.shape[1] == 1 else done.at[:, -1].set(logits[:, -1])
+
+    patch.setattr(processors, "process", process)
+
+
+def _grammar_not_advanced(patch: pytest.MonkeyPatch) -> None:
+    def trace(table, state, tokens):
+        del table
+        return jnp.broadcast_to(state[:, None], (state.shape[0], tokens.shape[1] + 1))
+
+    patch.setattr(automaton, "trace", trace)
+
+
+def _penalties_on_the_prompt(patch: pytest.MonkeyPatch) -> None:
+    sound = processors.presence_and_frequency
+
+    def presence(logits, tokens, length, prompt_length, *options):
+        return sound(logits, tokens, length, prompt_length * 0, *options)
+
+    patch.setattr(processors, "presence_and_frequency", presence)
+
+
+DISTRIBUTIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], list[Group]]] = {
+    "top-p before temperature where a draft is scored": (_top_p_first_where_a_draft_is_scored, GROUPS),
+    "penalties that do not see the drafts before a position": (_history_of_the_first_place, WITH_HISTORY),
+    "penalties left out where the bonus token is drawn": (_bonus_not_processed, WITH_HISTORY),
+    "grammar state not advanced inside the draft block": (_grammar_not_advanced, WITH_HISTORY),
+    "presence penalty counts the prompt": (_penalties_on_the_prompt, WITH_HISTORY),
+}
+
+
+@pytest.mark.parametrize("bug", DISTRIBUTIONS)
+def test_exactness_catches_distribution(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
+    plant, groups = DISTRIBUTIONS[bug]
+    plant(monkeypatch)
+    with catches(bug, "joint distribution", "not distributed"):
+        exact(by_model(3), groups=groups)
+
+
+def test_exactness_catches_a_draft_cut_to_the_vocabulary_by_wrapping(monkeypatch: pytest.MonkeyPatch, catches: Any):
     draft, table = testing.tabular(2, padding=2)
     module = importlib.import_module("specjax.drafters.model")
 
@@ -283,7 +504,7 @@ def test_exactness_catches_a_draft_cut_to_the_vocabulary_by_wrapping(monkeypatch
         return jax.vmap(sampling.categorical)(keys, wide) % 4
 
     monkeypatch.setattr(module.sampling, "sample", categorical)
-    with pytest.raises(AssertionError, match="not distributed"):
+    with catches("draft folded into a narrower vocabulary", "joint distribution", "not distributed"):
         exact(Pair(TARGET, TABLE, drafters.model(draft, num_draft_tokens=1), table))
 
 
@@ -314,6 +535,12 @@ def same_rollback_for_all_rows(old: DecodeState, new: DecodeState, drafter: Draf
     return new._replace(cache=new.cache._replace(length=old.cache.length + emitted))
 
 
+def accepted_counts_the_last_token(old: DecodeState, new: DecodeState, drafter: Drafter) -> DecodeState:
+    del drafter
+    extra = (new.stats.target_calls - old.stats.target_calls)[:, None]
+    return new._replace(stats=new.stats._replace(accepted=new.stats.accepted + extra))
+
+
 STEPS = {
     "target cache not rolled back": not_rolled_back,
     "target cache rolled back one too few": rolled_back_one_too_few,
@@ -322,36 +549,49 @@ STEPS = {
 
 
 @pytest.mark.parametrize("bug", STEPS)
-def test_exactness_catches_step(bug: str):
-    with pytest.raises(AssertionError, match="not distributed"):
+def test_exactness_catches_step(bug: str, catches: Any):
+    with catches(bug, "joint distribution", "not distributed"):
         exact(by_model(), step=_then(STEPS[bug]))
 
 
-def test_exactness_catches_one_key_for_all_steps(monkeypatch: pytest.MonkeyPatch):
-    sound = jax.random.fold_in
-
-    def fold_in(key, data):
-        return key if not isinstance(data, int) else sound(key, data)
-
-    monkeypatch.setattr(jax.random, "fold_in", fold_in)
-    with pytest.raises(AssertionError, match="not distributed"):
-        exact(by_model())
+def test_the_counters_catch_an_acceptance_rate_above_1(catches: Any):
+    with catches("the token that follows the drafts counts as accepted", "counters", "above 1"):
+        sound_counters(by_model(), step=_then(accepted_counts_the_last_token))
 
 
-def test_the_stop_check_catches_a_stop_token_ignored_inside_a_block():
-    stops(by_model())
+@jax.tree_util.register_pytree_node_class
+class Forgetful(testing.TabularCache):
+    """A cache whose hand-written flattening leaves a field out."""
 
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        return (self.tokens,), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any, ...]) -> "Forgetful":
+        del aux
+        return cls(*children, None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def test_a_round_trip_catches_a_field_that_is_lost_in_flattening(catches: Any):
+    pair = by_model()
+    state = decode.prefill(pair.target, pair.drafter, pair.params, right_pad([[1, 2]], 8), max_new_tokens=4)
+    survives_jit(state)
+    with catches("a hand-written pytree drops a field", "round trip through jit", "field length is None"):
+        survives_jit(state._replace(cache=Forgetful(*state.cache)))
+
+
+def test_the_stop_check_catches_a_stop_token_ignored_inside_a_block(catches: Any):
     def only_the_last_token_stops(target, drafter, rule, params, state):
         deaf = state._replace(stop_tokens=jnp.full_like(state.stop_tokens, -1))
         new = decode.decode_step(target, drafter, rule, params, deaf)
         last = jnp.take_along_axis(new.tokens, (new.length - 1)[:, None], axis=1)[:, 0]
         return new._replace(stop_tokens=state.stop_tokens, done=new.done | jnp.isin(last, state.stop_tokens))
 
-    with pytest.raises(AssertionError, match=r"row \d+ has"):
+    with catches("a stop token inside an accepted block is overrun", "stop", r"row \d+ has"):
         stops(by_model(), step=only_the_last_token_stops)
 
 
-def test_row_dependence_is_what_the_batch_minimum_shows_as():
+def test_row_dependence_is_what_the_batch_minimum_shows_as(catches: Any):
     """Rows cut to their neighbours' counts, but keeping their own accepted tokens, stay exact: only slow."""
 
     def cut_to_the_minimum(target, drafter, rule, params, state):
@@ -368,4 +608,5 @@ def test_row_dependence_is_what_the_batch_minimum_shows_as():
     assert_exact(result)
     sound = sample(by_model(), GROUPS, step=decode.decode_step)
     calls, fewer = (np.asarray(r.state.stats.target_calls).sum() for r in (result, sound))
-    assert calls > fewer
+    with catches("all rows advance by the smallest accepted count", "number of calls", "calls"):
+        assert calls <= fewer, f"{calls} calls in the place of {fewer}"

@@ -164,10 +164,15 @@ def test_shards_and_a_single_file_give_the_same(tmp_path):
 def test_half_precision_files(stored, tmp_path):
     reference = tiny("llama").to(getattr(torch, stored))
     reference.save_pretrained(tmp_path)
-    _, exact = huggingface.load(tmp_path)
+    full, exact = huggingface.load(tmp_path)
     config, rounded = huggingface.load(tmp_path, dtype="bfloat16")
     assert config.dtype == "bfloat16"
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b), exact, rounded)
+    jax.tree.map(np.testing.assert_array_equal, decoder.cast(full, exact, "bfloat16")[1], rounded)
+    # Back again: the order of the axes too.
+    back = decoder.cast(config, rounded, "float32")[1]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)), exact, back
+    )
     weight = reference.model.norm.weight.detach().float().numpy()
     np.testing.assert_array_equal(exact["norm"], weight)
 

@@ -3,8 +3,6 @@
 import dataclasses
 import warnings
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 import specjax
@@ -50,8 +48,7 @@ def first_layers(target: specjax.Pretrained, num_layers: int) -> specjax.Pretrai
 
 def in_bfloat16(target: specjax.Pretrained) -> specjax.Pretrained:
     """A real, good draft: the target, rounded."""
-    config = dataclasses.replace(target.config, dtype="bfloat16")
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), target.params)
+    config, params = decoder.cast(target.config, target.params, "bfloat16")
     return target._replace(model=decoder.model(config), params=params, config=config)
 
 

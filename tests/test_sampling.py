@@ -11,10 +11,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from specjax import sampling, testing
@@ -23,7 +25,7 @@ from specjax.types import SamplingOptions
 
 @functools.cache
 def _compiled():
-    return jax.jit(sampling.probabilities)
+    return jax.jit(sampling.warp)
 
 
 def probabilities(logits: np.ndarray, **options) -> np.ndarray:
@@ -41,25 +43,24 @@ OPTIONS = st.fixed_dictionaries(
         "top_k": st.sampled_from([0, 1, 2, 3, 20]),
         "top_p": st.sampled_from([1.0, 0.95, 0.8, 0.5, 0.1]),
         "min_p": st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+        "typical_p": st.sampled_from([1.0, 0.9, 0.5, 0.1]),
+        "epsilon_cutoff": st.sampled_from([0.0, 0.01, 0.2, 0.9]),
     }
 )
 
 
 def near_a_cut(logits: np.ndarray, options: dict) -> bool:
-    """Whether float32 and float64 may disagree about a token at the border of top-p or min-p."""
-    if options["temperature"] == 0:
-        return False
-
-    def mass(**names):
-        return testing.distribution(logits, temperature=options["temperature"], **names)
-
-    probs = mass(top_k=options["top_k"])
-    above = np.array([probs[probs > p * (1 + 1e-6)].sum() for p in probs])
-    scaled = probs / probs.max()
-    return bool(
-        (np.abs(above - options["top_p"])[probs > 0] < 1e-5).any()
-        or (np.abs(scaled - options["min_p"])[scaled < 1 - 1e-6] < 1e-5).any() * (options["min_p"] > 0)
-    )
+    """Whether float32 and float64 may disagree about a token at a border: a hair to either side decides otherwise."""
+    wanted = testing.distribution(logits, **options) > 0
+    rng = np.random.default_rng(0)
+    for name in ("top_p", "min_p", "typical_p", "epsilon_cutoff"):
+        for hair in (1 - 3e-5, 1 + 3e-5):
+            moved: dict[str, Any] = options | {name: min(options[name] * hair, 1.0)}
+            if ((testing.distribution(logits, **moved) > 0) != wanted).any():
+                return True
+    # Typical sampling orders tokens by the distance of two sums, which may tie but for rounding.
+    shaken = [logits + 1e-5 * rng.standard_normal(len(logits)) for _ in range(3)]
+    return options["typical_p"] < 1 and any(((testing.distribution(x, **options) > 0) != wanted).any() for x in shaken)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -86,6 +87,11 @@ def test_probabilities_equal_a_sorting_implementation(logits: list[float], optio
         {"temperature": 1.5, "min_p": 0.1},
         {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
         {"temperature": 3.0, "top_k": 5, "top_p": 0.6},
+        {"temperature": 1.0, "typical_p": 0.7},
+        {"temperature": 0.8, "top_k": 30, "typical_p": 0.3},
+        {"temperature": 1.0, "epsilon_cutoff": 0.01},
+        {"temperature": 2.0, "epsilon_cutoff": 0.9},
+        {"temperature": 0.9, "top_p": 0.95, "typical_p": 0.9, "epsilon_cutoff": 3e-3},
     ],
 )
 def test_probabilities_equal_those_of_transformers(options: dict, size: int):
@@ -99,6 +105,8 @@ def test_probabilities_equal_those_of_transformers(options: dict, size: int):
             ("top_k", TopKLogitsWarper),
             ("top_p", TopPLogitsWarper),
             ("min_p", MinPLogitsWarper),
+            ("typical_p", TypicalLogitsWarper),
+            ("epsilon_cutoff", EpsilonLogitsWarper),
         ):
             if name in options:
                 scores = warper(options[name])(ids, scores)
@@ -148,10 +156,12 @@ def test_a_large_vocabulary_is_cut_exactly():
         ([np.nan] * 3, 1.0),
         ([0.0, 1.0, np.inf], 1.0),
         ([-np.inf] * 3, 1.0),
+        ([-np.inf] * 3, 0.0),
     ],
 )
 def test_logits_that_are_not_numbers_never_become_probabilities(bad: list[float], temperature: float):
-    for options in ({}, {"top_k": 2, "top_p": 0.5, "min_p": 0.1}):
+    cuts = {"top_k": 2, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.5, "epsilon_cutoff": 0.1}
+    for options in ({}, cuts):
         assert np.isnan(probabilities(np.array(bad), temperature=temperature, **options)).any()
 
 
@@ -162,6 +172,8 @@ def test_rows_of_a_batch_do_not_influence_each_other():
         "top_k": [0, 0, 3, 0, 0, 4],
         "top_p": [1.0, 1.0, 1.0, 0.8, 1.0, 0.9],
         "min_p": [0.0, 0.0, 0.0, 0.0, 0.2, 0.1],
+        "typical_p": [1.0, 0.8, 1.0, 1.0, 1.0, 0.9],
+        "epsilon_cutoff": [0.0, 0.0, 0.1, 0.0, 0.0, 0.05],
     }
     together = np.asarray(_compiled()(logits, sampling.options(6, **options)))
     for row in range(6):
@@ -203,12 +215,20 @@ def test_options_are_spread_over_the_rows():
         ("top_p", 1.5, r"top_p=1\.5 .* 1"),
         ("min_p", 2.0, r"min_p=2\.0"),
         ("top_k", -1, r"top_k=-1"),
+        ("top_k", [1, 2, 2**40], r"top_k=.* is outside"),
+        ("typical_p", 0.0, r"typical_p=0\.0"),
+        ("epsilon_cutoff", 2.0, r"epsilon_cutoff=2\.0"),
         ("top_p", [0.5, 0.5], r"top_p has shape \(2,\): give one value, or one for each of 3 rows"),
     ],
 )
 def test_bad_options_are_named_with_their_value_and_bounds(name: str, value, remedy: str):
     with pytest.raises(ValueError, match=remedy):
         sampling.options(3, **{name: value})
+
+
+def test_options_that_do_not_exist_are_refused_with_those_that_do():
+    with pytest.raises(TypeError, match=r"No option top_q: there are temperature, .*repetition_penalty"):
+        sampling.options(1, top_q=0.5)
 
 
 def test_g_test_accepts_the_truth_and_nothing_impossible():
@@ -227,3 +247,20 @@ def test_g_test_is_uniform_under_the_truth():
     values = np.array([testing.g_test(rng.multinomial(20_000, probs), probs) for _ in range(500)])
     assert 0.4 < values.mean() < 0.6
     assert (values < 0.05).mean() < 0.1
+
+
+@pytest.mark.parametrize(("trials", "outcomes"), [(8_000, 256), (102_000, 64)])
+def test_errors_of_the_stated_size_are_seen_and_much_smaller_ones_are_not(trials: int, outcomes: int):
+    rng = np.random.default_rng(1)
+    probs = rng.dirichlet(np.full(outcomes, 5.0))
+    # The hardest error to see: all outcomes off by the same factor.
+    sign = np.where(np.cumsum(probs[np.argsort(probs)]) < 0.5, 1.0, -1.0)[np.argsort(np.argsort(probs))]
+
+    def caught(distance: float) -> float:
+        wrong = np.maximum(probs * (1 + 2 * distance * sign), 0)
+        wrong /= wrong.sum()
+        return float(np.mean([testing.g_test(rng.multinomial(trials, wrong), probs) < 1e-5 for _ in range(100)]))
+
+    error = testing.smallest_error(trials, outcomes)
+    assert caught(1.1 * error) > 0.95
+    assert caught(0.2 * error) < 0.05

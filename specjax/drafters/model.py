@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax import sampling
-from specjax.types import Context, Drafter, Feedback, Inputs, Model, ModelOutput, Proposal, Tree
+from specjax import processors, sampling
+from specjax.types import Context, Drafter, Feedback, History, Inputs, Model, ModelOutput, Proposal, Tree
 
 
 def model(draft: Any, *, num_draft_tokens: int = 4) -> Drafter:
@@ -55,7 +55,7 @@ def _drafter(draft: Model, num_draft_tokens: int) -> Drafter:
 
     def catch_up(params: Tree, cache: Any, context: Context) -> Any:
         """Reads the text that plain steps have added, K + 1 tokens a call; the cache then lacks the last two."""
-        needed = jnp.maximum(context.length - 2, 0)
+        needed = jnp.maximum(context.history.length - 2, 0)
 
         def behind(cache: Any) -> Array:
             # Of every row: one that does not draft now has its last two tokens rewritten below all the same.
@@ -63,34 +63,36 @@ def _drafter(draft: Model, num_draft_tokens: int) -> Drafter:
 
         def read(cache: Any) -> Any:
             begin = cache.length
-            _, cache = draft.apply(params, _window(context.tokens, begin, k + 1), cache)
+            _, cache = draft.apply(params, _window(context.history.tokens, begin, k + 1), cache)
             return cache._replace(length=jnp.minimum(begin + k + 1, needed))
 
         return jax.lax.while_loop(behind, read, cache)
 
     def rollout(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Any]:
         cache = catch_up(params, cache, context)
-        keys = jax.vmap(lambda key: jax.random.split(key, k))(context.keys)
+        keys, length = jnp.swapaxes(context.keys, 0, 1), context.history.length
 
-        def choose(logits: Array, key: Array) -> tuple[Array, Array]:
-            probs = sampling.probabilities(match_vocab(logits, context.vocab_size), context.sampling)[:, 0]
+        def choose(logits: Array, key: Array, history: History) -> tuple[Array, Array]:
+            logits = match_vocab(logits, context.vocab_size)
+            probs = sampling.probabilities(logits, context.sampling, history)[:, 0]
             return sampling.sample(key, probs, context.sampling), probs
 
         # The first call feeds the last two tokens: after full acceptance the cache lacks both (the last draft token was
         # chosen but never fed), and otherwise the first of them is merely written again.
-        begin = jnp.maximum(context.length - 2, 0)
-        output, cache = draft.apply(params, _window(context.tokens, begin, 2), cache._replace(length=begin))
-        last = (context.length - 1 - begin)[:, None, None]
-        first = choose(jnp.take_along_axis(output.logits, last, axis=1), keys[:, 0])
-        cache = cache._replace(length=context.length)
+        begin = jnp.maximum(length - 2, 0)
+        output, cache = draft.apply(params, _window(context.history.tokens, begin, 2), cache._replace(length=begin))
+        last = (length - 1 - begin)[:, None, None]
+        first = choose(jnp.take_along_axis(output.logits, last, axis=1), keys[0], context.history)
+        cache = cache._replace(length=length)
 
-        def draft_one(carry: tuple[Any, Array], key: Array) -> tuple[tuple[Any, Array], tuple[Array, Array]]:
-            cache, token = carry
+        def draft_one(carry: tuple[Any, Array, History], key: Array) -> tuple[Any, tuple[Array, Array]]:
+            cache, token, history = carry
+            history = processors.extend(history, token, context.sampling.penalties)
             output, cache = draft.apply(params, token[:, None], cache)
-            chosen = choose(output.logits, key)
-            return (cache, chosen[0]), chosen
+            chosen = choose(output.logits, key, history)
+            return (cache, chosen[0], history), chosen
 
-        (cache, _), rest = jax.lax.scan(draft_one, (cache, first[0]), jnp.swapaxes(keys, 0, 1)[1:])
+        (cache, _, _), rest = jax.lax.scan(draft_one, (cache, first[0], context.history), keys[1:])
         tokens, probs = (
             jnp.concatenate([a[:, None], jnp.swapaxes(b, 0, 1)], axis=1) for a, b in zip(first, rest, strict=True)
         )
@@ -98,7 +100,7 @@ def _drafter(draft: Model, num_draft_tokens: int) -> Drafter:
 
     def skip(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Any]:
         del params
-        rows = context.length.shape[0]
+        rows = context.max_draft.shape[0]
         return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), cache
 
     def propose(params: Tree, cache: Any, context: Context) -> tuple[Proposal, Any]:

@@ -72,7 +72,7 @@ def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) 
     def propose(params: Tree, state: tuple[()], context: Context) -> tuple[Proposal, tuple[()]]:
         del params
         draft, match = jax.vmap(lambda t, n: lookup(t, n, num_draft_tokens, min_match, max_match))(
-            context.tokens, context.length
+            context.history.tokens, context.history.length
         )
         length = jnp.where(match > 0, context.max_draft, 0)
         return Proposal(draft, jnp.minimum(length, num_draft_tokens), None), state

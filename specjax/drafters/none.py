@@ -8,8 +8,18 @@ from specjax.types import Context, Drafter, Feedback, Inputs, ModelOutput, Propo
 
 
 @functools.cache
-def none() -> Drafter:
-    """K = 0: the loop decodes one token a step with the target alone."""
+def none(*, num_draft_tokens: int = 0) -> Drafter:
+    """The loop decodes one token a step with the target alone.
+
+    Args:
+      num_draft_tokens: room for this many drafts, none of which is ever made: with `fixed_shape`, every target call
+        then has the shape that a drafter with this K gives it.
+
+    Raises:
+      ValueError: for a negative number.
+    """
+    if num_draft_tokens < 0:
+        raise ValueError(f"num_draft_tokens={num_draft_tokens} is negative.")
 
     def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> tuple[()]:
         del params, inputs, target_output, max_len
@@ -17,11 +27,11 @@ def none() -> Drafter:
 
     def propose(params: Tree, state: tuple[()], context: Context) -> tuple[Proposal, tuple[()]]:
         del params
-        rows = context.length.shape[0]
-        return Proposal(jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32), None), state
+        rows = context.max_draft.shape[0]
+        return Proposal(jnp.zeros((rows, num_draft_tokens), jnp.int32), jnp.zeros(rows, jnp.int32), None), state
 
     def update(params: Tree, state: tuple[()], feedback: Feedback) -> tuple[()]:
         del params, feedback
         return state
 
-    return Drafter(init, propose, update, 0)
+    return Drafter(init, propose, update, num_draft_tokens)

@@ -15,21 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from specjax import api, decode, drafters, metrics, pretrained, sharding, verify
+from specjax import api, automaton, decode, drafters, metrics, pretrained, sharding, verify
 from specjax.experiments import plots, prompts, report, results
 from specjax.experiments.display import View
 from specjax.experiments.marks import segments
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.results import Row
 from specjax.pretrained import Pretrained
-from specjax.types import DecodeState, Drafter
+from specjax.types import Automaton, DecodeState, Drafter
 
 Config = Any
 """An `ml_collections.ConfigDict` with the keys of `configs/compare.py`."""
 
 CHOICES = {
     "drafter": ("model", "ngram", "none"),
-    "verify": tuple(verify.RULES),
     "dtype": ("float32", "bfloat16"),
     "chat": ("auto", "true", "false"),
 }
@@ -90,6 +89,12 @@ class Bench:
     options: dict[str, Any]
     repeats: int
 
+    @property
+    def plain(self) -> Drafter:
+        """Plain decoding: at a fixed shape, that of the drafter."""
+        k = self.drafter.num_draft_tokens if self.options["fixed_shape"] else 0
+        return drafters.none(num_draft_tokens=k)
+
     def prepare(self, drafter: Drafter, batch: Batch) -> api.Request:
         """Reads a batch's prompts into the caches of one side."""
         request = api.prepare(
@@ -107,12 +112,9 @@ class Bench:
         begin = time.perf_counter()
         request = self.prepare(drafter, batch)
         prefilled = time.perf_counter()
-        lengths = np.asarray(request.state.length)
-        with api.on_mesh(request.mesh):
-            started = time.perf_counter()
-            state = decode.generate(request.target.model, request.drafter, request.rule, request.params, request.state)
-            seconds = time.perf_counter() - started
-        return Decoded(api.finish(request, lengths, state), state, prefilled - begin, seconds)
+        state = api.run(request)
+        seconds = time.perf_counter() - prefilled
+        return Decoded(api.finish(request, state), state, prefilled - begin, seconds)
 
     def compile(self, drafter: Drafter, batch: Batch) -> float:
         """Compiles what one side needs for a batch, by one step of it; returns the seconds that took."""
@@ -122,7 +124,13 @@ class Bench:
             # The number of steps is an argument of the program that `generate` runs.
             jax.block_until_ready(
                 decode.advance(
-                    request.target.model, request.drafter, request.rule, request.params, request.state, np.int32(1)
+                    request.target.model,
+                    request.drafter,
+                    request.rule,
+                    request.params,
+                    request.state,
+                    np.int32(1),
+                    request.fixed_shape,
                 )
             )
         return time.perf_counter() - begin
@@ -154,8 +162,11 @@ def check(config: Config) -> None:
         raise ValueError("config.drafter='model' needs a draft: give --config.draft=SOURCE, or choose drafter=ngram.")
     if config.drafter != "model" and config.draft:
         raise ValueError(f"config.draft={config.draft!r} is of use to drafter=model only, not {config.drafter}.")
+    verify.from_name(config.verify)
     if config.verify == "greedy" and config.temperature > 0:
         raise ValueError(f"config.verify='greedy' is for temperature 0, not {config.temperature}: choose rejection.")
+    if config.regex and config.json_schema:
+        raise ValueError("config.regex and config.json_schema are both given: choose one.")
     if config.batch_size % config.mesh_data:
         raise ValueError(f"config.batch_size={config.batch_size} is not a multiple of mesh_data={config.mesh_data}.")
 
@@ -208,6 +219,16 @@ def _batches(config: Config, chosen: Sequence[Prompt], encoded: Sequence[list[in
     return batches
 
 
+def _grammar(config: Config, target: Pretrained) -> Automaton | None:
+    assert target.tokenizer is not None
+    if config.regex:
+        return automaton.regex(config.regex, target.tokenizer, vocab_size=target.model.vocab_size)
+    if config.json_schema:
+        schema = pathlib.Path(config.json_schema).read_text()
+        return automaton.json_schema(schema, target.tokenizer, vocab_size=target.model.vocab_size)
+    return None
+
+
 def _buffer(config: Config, target: Pretrained, encoded: Sequence[list[int]], num_draft_tokens: int) -> int:
     """One buffer length for both sides and all batches."""
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
@@ -228,11 +249,11 @@ def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench,
     chat = target.tokenizer.has_chat_template if config.chat == "auto" else config.chat == "true"
     encoded = api.encode(target, [prompt.text for prompt in chosen], chat=chat)
     options = {
-        "verify": verify.RULES[config.verify],
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "min_p": config.min_p,
+        "verify": verify.from_name(config.verify),
+        **{name: config[name] for name in results.SAMPLING},
+        "stop_strings": tuple(config.stop_strings),
+        "grammar": _grammar(config, target),
+        "fixed_shape": config.fixed_shape,
         "max_len": _buffer(config, target, encoded, drafter.num_draft_tokens),
         "step_cost": max(config.step_cost, 0.0),
     }
@@ -241,8 +262,9 @@ def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench,
 
 def _common(config: Config, bench: Bench, costs: metrics.Costs, device: str) -> Row:
     """The fields of `results.COMMON`."""
-    from_config = ("target", "draft", "drafter", "verify", "temperature", "top_k", "top_p", "min_p", "batch_size")
-    return {name: config[name] for name in (*from_config, "max_new_tokens", "seed", "dtype", "repeats")} | {
+    from_config = ("target", "draft", "drafter", "batch_size", "max_new_tokens", "seed", "dtype", "repeats")
+    return {name: config[name] for name in (*from_config, *results.SAMPLING, "fixed_shape")} | {
+        "verify": bench.options["verify"].name,
         "exact": bench.options["verify"].exact,
         "num_draft_tokens": bench.drafter.num_draft_tokens,
         "max_len": bench.options["max_len"],
@@ -307,12 +329,9 @@ def _show_text(bench: Bench, batch: Batch, view: View) -> None:
 
     def states() -> Iterator[tuple[list[int], list[bool]]]:
         request = bench.prepare(bench.drafter, batch)
-        lengths = np.asarray(request.state.length)
-        model, params = request.target.model, request.params
-        with api.on_mesh(request.mesh):
-            for state in decode.stream(model, request.drafter, request.rule, params, request.state, steps=2):
-                generation = api.finish(request, lengths, state)
-                yield generation.tokens[0], generation.from_draft[0]
+        for state in api.run_in_steps(request, steps=2):
+            generation = api.finish(request, state)
+            yield generation.tokens[0], generation.from_draft[0]
 
     if len(batch.tokens) == 1:
         view.prompt(batch.prompts[0].name, batch.prompts[0].text)
@@ -327,7 +346,7 @@ def _show_text(bench: Bench, batch: Batch, view: View) -> None:
 def _measure(bench: Bench, batch: Batch) -> dict[str, list[Decoded]]:
     """Decodes a batch by both sides in turn; which goes first changes from repeat to repeat."""
     sides: dict[str, list[Decoded]] = {"": [], "baseline_": []}
-    order = [("baseline_", drafters.none()), ("", bench.drafter)]
+    order = [("baseline_", bench.plain), ("", bench.drafter)]
     for _ in range(bench.repeats):
         for side, drafter in order:
             sides[side].append(bench.decode(drafter, batch))
@@ -348,7 +367,7 @@ def _run_batches(
             return {"baseline_": 0.0, "": 0.0}
         compiled.add(width)
         with view.status(f"Compiling for prompts of up to {width} tokens") if config.show_text else quiet:
-            plain = bench.compile(drafters.none(), batch)
+            plain = bench.compile(bench.plain, batch)
             return {"baseline_": plain, "": bench.compile(bench.drafter, batch)}
 
     if workdir.rows:

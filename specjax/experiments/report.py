@@ -115,13 +115,18 @@ def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     """What a run shows, in sentences, and whether each is bad news."""
     shown = lines(rows)
     total = shown[-1]
-    found = [(_identity(total), total["identical"] is not None and total["identical"] < 1)]
+    differs = total["identical"] is not None and total["identical"] < 1
+    found = [(_identity(total), differs or not total["exact"])]
     speed = total["measured_speedup"]
     if speed < 1:
         slower = f"Speculation is SLOWER than plain decoding over all prompts: {speed:.2f}x"
         found.append((f"{slower}. Remedy: {remedy(total)}.", True))
     else:
         found.append((f"Speculation is {speed:.2f} times as fast as plain decoding over all prompts.", False))
+    if total["fixed_shape"] and total["num_draft_tokens"]:
+        cost = results.costs_of(total).score_cost
+        text = f"fixed_shape: plain decoding scored K + 1 tokens too, {cost:.2f} times what it costs alone"
+        found.append((f"{text}. The speedups are over that.", False))
     losses = sorted((r for r in shown[:-1] if r["measured_speedup"] < 0.995), key=lambda r: r["measured_speedup"])
     if losses and speed >= 1:
         names = ", ".join(f"{label(row)} ({row['measured_speedup']:.2f}x)" for row in losses)
@@ -142,7 +147,7 @@ LEGEND = """\
   assumes that every step drafts.
 - **accounted**: plain steps over the steps really taken, drafting ones at their measured cost.
 - **measured**: wall clock, speculative over plain decoding in the same run.
-- **identical**: prompts whose text equals plain decoding's, token by token (greedy only)."""
+- **identical**: prompts whose text equals plain decoding's, token by token (greedy text, and the rule `coupled`)."""
 
 
 def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) -> str:

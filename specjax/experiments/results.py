@@ -59,16 +59,29 @@ OF_PROMPT = ("num_prompts", "num_tokens", "num_identical", "target_calls", "draf
 
 _BY_POSITION = ("proposed_by_position", "accepted_by_position", "accepted_histogram")
 
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+)
+"""Keys of a config that are options of `sampling.options`."""
+
 COMMON = (
+    *SAMPLING,
     "target",
     "draft",
     "drafter",
     "verify",
     "exact",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
+    "fixed_shape",
     "num_draft_tokens",
     "batch_size",
     "max_new_tokens",
@@ -123,7 +136,10 @@ def derive(row: Row) -> Row:
         "tokens_per_second": speed,
         "baseline_tokens_per_second": plain,
         "measured_speedup": speed / plain,
-        "identical": row["num_identical"] / row["num_prompts"] if row["temperature"] == 0 else None,
+        # Sampled text is that of plain decoding by luck alone, but for the rule that shares the noise.
+        "identical": row["num_identical"] / row["num_prompts"]
+        if row["temperature"] == 0 or row["verify"] == "coupled"
+        else None,
     }
     return {name: full[name] for name in FIRST} | full
 

@@ -1,5 +1,6 @@
 """Decoder-only language models as `Model`s: the Llama family (SmolLM2, Mistral) and Qwen2/2.5."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,7 +18,7 @@ from specjax.types import Inputs, Model, ModelOutput, Tree
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm, head. The table of a tied model is stored as the head is read: `[D, V]`."""
+    """Embedding, blocks, final norm, head. The table of a tied model is stored as the head is: `D -> V`."""
 
     def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
@@ -26,16 +27,17 @@ class Decoder(nnx.Module):
         if not c.tie_embeddings:
             self.embedding = layers.parameter(rngs, (c.vocab_size, c.hidden_size), ("vocab", "embed"), c.dtype)
         self.layers = nnx.List([layers.Block(c, rules, rngs) for _ in range(c.num_layers)])
-        self.norm = layers.parameter(rngs, (c.hidden_size,), ("embed",), c.dtype, nnx.initializers.ones_init())
-        self.head = layers.parameter(rngs, (c.hidden_size, c.vocab_size), ("embed", "vocab"), c.dtype)
+        self.norm = layers.parameter(rngs, (c.hidden_size,), ("embed",), c.dtype, init=nnx.initializers.ones_init())
+        head = (c.hidden_size, c.vocab_size)
+        self.head = layers.parameter(rngs, head, ("embed", "vocab"), c.dtype, num_contracted=1)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up; ids beyond the table read its last row (a draft may know fewer tokens than its target)."""
         tokens = jnp.minimum(tokens, self.config.vocab_size - 1)
-        if self.config.tie_embeddings:
-            table = jnp.take(self.head[...], tokens, axis=1)
-            return jnp.moveaxis(table, 0, -1).astype(jnp.float32)
-        return jnp.take(self.embedding[...], tokens, axis=0).astype(jnp.float32)
+        table = self.head[...] if self.config.tie_embeddings else self.embedding[...]
+        if self.config.tie_embeddings and not layers.outputs_first(table.dtype):
+            return jnp.moveaxis(jnp.take(table, tokens, axis=1), 0, -1).astype(jnp.float32)
+        return jnp.take(table, tokens, axis=0).astype(jnp.float32)
 
     def hidden(
         self, tokens: Int[Array, "B T"], cache: Cache, start: Int[Array, " B"] | None
@@ -72,11 +74,31 @@ def abstract_params(config: DecoderConfig) -> Tree:
     return nnx.to_pure_dict(_graph(config, sharding.RULES)[1])
 
 
+def _metadata(config: DecoderConfig, name: str) -> Tree:
+    state = _graph(config, sharding.RULES)[1]
+    flat = {path: variable.get_metadata()[name] for path, variable in nnx.to_flat_state(state)}
+    return nnx.traversals.unflatten_mapping(flat)
+
+
 def param_axes(config: DecoderConfig) -> Tree:
     """The parameter tree with its logical axes in each array's place."""
-    state = _graph(config, sharding.RULES)[1]
-    flat = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
-    return nnx.traversals.unflatten_mapping(flat)
+    return _metadata(config, "axes")
+
+
+def num_contracted(config: DecoderConfig) -> Tree:
+    """The parameter tree with the number of inputs' dimensions in each array's place; 0 for what is no matrix."""
+    return _metadata(config, "num_contracted")
+
+
+def cast(config: DecoderConfig, params: Tree, dtype: str) -> tuple[DecoderConfig, Tree]:
+    """The same model in another dtype, which may store its matrices in another order."""
+
+    def convert(x: Array, inputs: int) -> Array:
+        if layers.outputs_first(config.dtype):
+            x = jnp.transpose(x, layers.rotated(x.ndim, x.ndim - inputs))
+        return jnp.transpose(x, layers.stored(x.ndim, inputs, dtype)).astype(dtype)
+
+    return dataclasses.replace(config, dtype=dtype), jax.tree.map(convert, params, num_contracted(config))
 
 
 def init_params(config: DecoderConfig, key: jax.Array) -> Tree:

@@ -146,13 +146,13 @@ def restore(
 
     directory = pathlib.Path(directory).absolute()
     config = _read_config(directory)
-    config = config if dtype is None else dataclasses.replace(config, dtype=dtype)
     device = jax.devices()[0]
 
+    def place(shape: tuple[int, ...], axes: sharding.Axes) -> jax.sharding.Sharding:
+        return SingleDeviceSharding(device) if mesh is None else sharding.named_sharding(mesh, shape, axes, rules)
+
     def target(leaf: jax.ShapeDtypeStruct, axes: sharding.Axes) -> jax.ShapeDtypeStruct:
-        here = SingleDeviceSharding(device)
-        where = here if mesh is None else sharding.named_sharding(mesh, leaf.shape, axes, rules)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf.shape, axes))
 
     abstract = jax.tree.map(target, decoder.abstract_params(config), decoder.param_axes(config))
     try:
@@ -163,4 +163,9 @@ def restore(
         raise ValueError(
             f"{directory} is corrupt or incomplete ({reason[:200]}): copy or save the checkpoint again."
         ) from error
+    if dtype is not None and dtype != config.dtype:
+        config, params = decoder.cast(config, params, dtype)
+        params = jax.tree.map(
+            lambda x, axes: jax.device_put(x, place(x.shape, axes)), params, decoder.param_axes(config)
+        )
     return config, params

@@ -1,7 +1,8 @@
 """From the tensors of a Hugging Face Llama, Mistral or Qwen2 to the fused parameters of `decoder`.
 
-Hugging Face stores a projection as `[out, in]`, with the heads' dimensions flattened; the decoder stores it as it is
-contracted, `[in, ...]`, and fuses what reads the same input. One array is read, fused, cast and placed at a time.
+Hugging Face stores a projection as `[out, in]`, with the heads' dimensions flattened; the decoder keeps the heads
+apart, fuses what reads the same input, and stores it as `layers.stored` says. One array is read, fused, cast and placed
+at a time.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from specjax import sharding
-from specjax.models import decoder
+from specjax.models import decoder, layers
 from specjax.models.config import DecoderConfig
 from specjax.types import Tree
 
@@ -150,28 +151,33 @@ def from_huggingface(
     """
     get = _checked(tensors, tensor_shapes(config))
     axes = decoder.param_axes(config)
-    place = placer(config, mesh, rules)
+    contracted = decoder.num_contracted(config)
+    put = placer(config, mesh, rules)
+
+    def place(array: np.ndarray, axes: sharding.Axes, inputs: int) -> jax.Array:
+        """Places an array whose inputs' axes come first."""
+        return put(np.transpose(array, layers.stored(array.ndim, inputs, config.dtype)), axes)
 
     def part(prefix: str) -> Callable[[str], np.ndarray]:
         return lambda name: get(prefix + name)
 
     params: Tree = {}
     if not config.tie_embeddings:
-        params["embedding"] = place(get("model.embed_tokens.weight"), axes["embedding"])
+        params["embedding"] = put(get("model.embed_tokens.weight"), axes["embedding"])
     params["layers"] = {}
     for layer in range(config.num_layers):
-        block, prefix = axes["layers"][layer], f"model.layers.{layer}."
+        block, inputs, prefix = axes["layers"][layer], contracted["layers"][layer], f"model.layers.{layer}."
         attention = _attention(config, part(f"{prefix}self_attn."))
         mlp = _mlp(config, part(f"{prefix}mlp."))
         norm = get(f"{prefix}input_layernorm.weight")
         mlp_norm = get(f"{prefix}post_attention_layernorm.weight")
         params["layers"][layer] = {
-            "attention_norm": place(norm, block["attention_norm"]),
-            "attention": {name: place(array, block["attention"][name]) for name, array in attention},
-            "mlp_norm": place(mlp_norm, block["mlp_norm"]),
-            "mlp": {name: place(array, block["mlp"][name]) for name, array in mlp},
+            "attention_norm": put(norm, block["attention_norm"]),
+            "attention": {n: place(x, block["attention"][n], inputs["attention"][n]) for n, x in attention},
+            "mlp_norm": put(mlp_norm, block["mlp_norm"]),
+            "mlp": {n: place(x, block["mlp"][n], inputs["mlp"][n]) for n, x in mlp},
         }
-    params["norm"] = place(get("model.norm.weight"), axes["norm"])
+    params["norm"] = put(get("model.norm.weight"), axes["norm"])
     head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-    params["head"] = place(get(head).T, axes["head"])
+    params["head"] = place(get(head).T, axes["head"], contracted["head"])
     return params

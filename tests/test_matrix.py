@@ -1,0 +1,225 @@
+"""Every drafter with every rule, on a ragged batch that holds every option, and ended in every way.
+
+A new drafter, rule or option is covered by one more line in a list. What each rule promises is checked against an
+enumeration of all texts, or against plain decoding: the same loop with K = 0.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from helpers import Group, Pair, Sample, assert_exact, p_value, sample
+
+from specjax import drafters, testing, verify
+from specjax.verify import Rule
+
+TARGET, TABLE = testing.tabular(0)
+DRAFT, DRAFT_TABLE = testing.tabular(1)
+PADDED, PADDED_TABLE = testing.tabular(2, padding=2)
+
+DRAFTERS = {
+    "none": Pair(TARGET, TABLE, drafters.none()),
+    "ngram": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1)),
+    "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
+    "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),
+}
+
+PARITY = ((1, 0, 0, 1), (0, 1, 1, -1))
+"""After an odd number of tokens 1 and 2, token 3 is forbidden."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "temperature 1": {},
+    "temperature .7": {"temperature": 0.7},
+    "greedy": {"temperature": 0.0},
+    "top_k": {"top_k": 2},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.3},
+    "typical_p": {"typical_p": 0.6},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.2},
+    "repetition_penalty": {"repetition_penalty": 1.8},
+    "presence and frequency": {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "logit_bias": {"logit_bias": ((0, 1.0), (2, -np.inf))},
+    "min_new_tokens": {"min_new_tokens": 2},
+    "grammar": {"grammar": PARITY},
+    "all at once": {
+        "temperature": 1.3,
+        "top_k": 3,
+        "top_p": 0.95,
+        "min_p": 0.02,
+        "typical_p": 0.9,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": -0.2,
+        "logit_bias": ((1, 0.5),),
+        "min_new_tokens": 1,
+        "grammar": PARITY,
+    },
+}
+
+STOPS: dict[str, tuple[int, ...]] = {"budget": (), "stop token": (3,)}
+
+ROWS, MANY_ROWS = 8_000, 50_000
+"""Of every option: in every run, and by hand (`pytest -m slow tests/test_matrix.py`)."""
+
+
+def ragged(rows: int) -> list[Group]:
+    """Rows of every option, from prompts of different lengths with different budgets."""
+    prompts = [((0, 1, 2, 0, 1, 2), 4), ((3, 1, 3, 1), 4), ((2, 1), 3)]
+    groups = []
+    for i, options in enumerate(OPTIONS.values()):
+        prompt, budget = prompts[i % len(prompts)]
+        groups.append(Group(prompt, 500 if options.get("temperature") == 0 else rows, budget, **options))
+    return groups
+
+
+class Case(NamedTuple):
+    """What was decoded, and what plain decoding made of the same rows with the same rule."""
+
+    drafter: str
+    speculative: Sample
+    plain: Sample
+
+
+def assert_same_text(case: Case) -> None:
+    ours, plain = case.speculative.state, case.plain.state
+    np.testing.assert_array_equal(ours.length, plain.length)
+    within = np.arange(ours.tokens.shape[1]) < np.asarray(ours.length)[:, None]
+    np.testing.assert_array_equal(np.where(within, ours.tokens, 0), np.where(within, plain.tokens, 0))
+
+
+def assert_distributed(case: Case) -> None:
+    assert_exact(case.speculative)
+
+
+def _conditionals(case: Case, group: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """For each beginning of a group's texts: the counts of the next token, its exact distribution, and the trials."""
+    result = case.speculative
+    g = result.groups[group]
+    exact = testing.enumerate_texts(result.pair.table, g.prompt, g.budget, result.stop_tokens, **g.options)
+    counts = np.zeros(exact.shape)
+    np.add.at(counts, tuple(result.new_tokens(group).T), 1)
+    found = []
+    for n in range(g.budget):
+        rest = tuple(range(n + 1, g.budget))
+        seen, probs = counts.sum(axis=rest), exact.sum(axis=rest)
+        for beginning in np.ndindex(*exact.shape[:n]):
+            trials = int(seen[beginning].sum())
+            if trials and probs[beginning].sum() > 0:
+                found.append((seen[beginning], probs[beginning] / probs[beginning].sum(), trials))
+    return found
+
+
+def assert_lenient(lenience: float) -> Callable[[Case], None]:
+    """No token comes more often than 1/l times what the target says."""
+
+    def check(case: Case) -> None:
+        for group, g in enumerate(case.speculative.groups):
+            if g.temperature == 0:
+                continue
+            for seen, probs, trials in _conditionals(case, group):
+                bound = np.minimum(probs / lenience, 1.0)
+                slack = 5 * np.sqrt(bound * (1 - bound) / trials) + 5 / trials
+                assert (seen / trials <= bound + slack).all(), f"{g}: {seen} of {trials}, bound {bound}"
+
+    return check
+
+
+def assert_supported(case: Case) -> None:
+    """What the rule accepts beyond the target's distribution, it still never gives probability 0 to nothing else."""
+    for group, g in enumerate(case.speculative.groups):
+        if g.temperature == 0:
+            continue
+        for seen, probs, _ in _conditionals(case, group):
+            assert not seen[probs == 0].any(), f"{g}: a forbidden token was emitted: {seen}, {probs}"
+
+
+def assert_only_biased(case: Case) -> None:
+    """A rule that is not exact must differ from the target where it accepts drafts, or it is called lossy in vain."""
+    assert_supported(case)
+    result = case.speculative
+    if case.drafter == "none":
+        assert_exact(result)
+    else:
+        worst = min(p_value(result, i) for i, g in enumerate(result.groups) if g.temperature > 0)
+        assert worst < 1e-6, "a lossy rule that looks exact"
+
+
+class Promise(NamedTuple):
+    """A rule and what it promises."""
+
+    rule: Rule
+    checks: tuple[Callable[[Case], None], ...]
+
+
+RULES = {
+    "rejection": Promise(verify.rejection, (assert_distributed,)),
+    "block": Promise(verify.block, (assert_distributed,)),
+    "coupled": Promise(verify.coupled, (assert_distributed, assert_same_text)),
+    "lenient": Promise(verify.lenient(0.5), (assert_lenient(0.5), assert_only_biased)),
+    "typical": Promise(verify.typical(), (assert_only_biased,)),
+    "top_k": Promise(verify.top_k(2), (assert_only_biased,)),
+    "top_k_gap": Promise(verify.top_k(2, 1.0), (assert_only_biased,)),
+    "distance": Promise(verify.distance(1), ()),
+}
+
+
+@functools.cache
+def _plain(rule: Rule, stop: str, rows: int) -> Sample:
+    return sample(DRAFTERS["none"], ragged(rows), rule=rule, stop_tokens=STOPS[stop])
+
+
+def _is_exact_at_zero(case: Case) -> None:
+    """Rows of temperature 0 have the text of plain decoding, token for token, whatever the exact rule."""
+    result = case.speculative
+    for group, g in enumerate(result.groups):
+        if g.temperature == 0:
+            np.testing.assert_array_equal(result.new_tokens(group), case.plain.new_tokens(group))
+
+
+CELLS = [(drafter, rule, stop) for drafter in DRAFTERS for rule in RULES for stop in STOPS]
+
+
+def _in_every_run(drafter: str, rule: str, stop: str) -> bool:
+    """Stops with one drafter; lossy rules with two, since padding does not change what they accept."""
+    if stop != "budget" and drafter != "model":
+        return False
+    return RULES[rule].rule.exact or (stop == "budget" and drafter in ("ngram", "model"))
+
+
+@pytest.mark.parametrize(("drafter", "rule", "stop"), [cell for cell in CELLS if _in_every_run(*cell)])
+def test_matrix(drafter: str, rule: str, stop: str):
+    check_cell(drafter, rule, stop, ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("drafter", "rule", "stop"), CELLS)
+def test_whole_matrix_with_more_rows(drafter: str, rule: str, stop: str):
+    check_cell(drafter, rule, stop, MANY_ROWS)
+
+
+def check_cell(drafter: str, rule: str, stop: str, rows: int) -> None:
+    """Decodes all options with a drafter, a rule and a way to stop, and checks what the rule promises."""
+    promise = RULES[rule]
+    if drafter == "none":
+        result = _plain(promise.rule, stop, rows)
+    else:
+        result = sample(DRAFTERS[drafter], ragged(rows), rule=promise.rule, stop_tokens=STOPS[stop])
+    case = Case(drafter, result, _plain(verify.coupled, stop, rows))
+    for check in promise.checks:
+        check(case)
+    if promise.rule.exact:
+        _is_exact_at_zero(case)
+    stats = result.state.stats
+    k = DRAFTERS[drafter].drafter.num_draft_tokens
+    emitted = np.asarray(result.state.length) - np.asarray(result.state.prompt_length)
+    calls, proposed, accepted = (np.asarray(x) for x in (stats.target_calls, stats.proposed, stats.accepted))
+    # At least one token a call, at most K + 1; what was accepted had been judged.
+    assert ((emitted >= calls) & (emitted <= (k + 1) * calls)).all()
+    assert (accepted <= proposed).all()
+    overlap = np.asarray(stats.overlap)
+    assert ((overlap >= 0) & (overlap <= proposed.sum(axis=1) + 1e-3)).all()
+    if k:
+        assert accepted.sum(axis=0).min() > 100, f"drafts accepted by position: {accepted.sum(axis=0)}"

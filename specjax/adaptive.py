@@ -15,7 +15,7 @@ MEMORY = 0.75
 """Weight of the past in the running mean of accepted tokens."""
 FIRST_PAUSE, LAST_PAUSE = 8, 128
 """Plain steps before a row tries again: the fewest at first, and at most."""
-TRIAL_SHARE = 0.03
+TRIAL_SHARE = 0.05
 """What a lost attempt may cost of the time until the next."""
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from specjax import automaton, decode, drafters, metrics, sampling, sharding, verify
 from specjax.pretrained import Pretrained
 from specjax.text import Tokenizer
-from specjax.types import Automaton, DecodeState, Drafter, Inputs, Params
+from specjax.types import Automaton, DecodeState, Drafter, Params
 from specjax.verify import Rule
 
 
@@ -153,6 +153,7 @@ def prepare(
     logprobs: int | None = None,
     step_cost: float = decode.DEFAULT_STEP_COST,
     max_len: int | None = None,
+    prompt_width: int | None = None,
     fixed_shape: bool = False,
     chat: bool = False,
     **sampling_options: Any,
@@ -169,10 +170,11 @@ def prepare(
         warnings.warn(f"verify={verify.name} is not exact: the text is not distributed as the target's.", stacklevel=3)
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences={num_return_sequences}: at least 1.")
+    inputs = decode.read_inputs(target.model, encoded, prompt_width)
     if drafter.source is not None:
         check_vocabularies(target, drafter.source)
-        longest = max(map(len, encoded)) + int(np.max(max_new_tokens))
-        if longest > drafter.source.model.max_len:
+        longest = int(inputs.length.max()) + int(np.max(max_new_tokens))
+        if drafter.source.model is not None and longest > drafter.source.model.max_len:
             raise ValueError(
                 f"The draft knows {drafter.source.model.max_len} positions, but prompt and new tokens make {longest}: "
                 "shorten the prompt, lower max_new_tokens, or choose another draft."
@@ -192,10 +194,11 @@ def prepare(
         raise ValueError(f"{len(seeds)} seeds for {num_texts} texts: give one, or one a text.")
     params = Params(target.params, drafter.source.params if drafter.source is not None else ())
     mesh = mesh_of(target.params)
-    inputs = decode.pad_prompts(encoded)
     if mesh is not None:
         axes = ("batch", "tokens")
-        inputs = Inputs(*(jax.device_put(x, sharding.named_sharding(mesh, x.shape, axes[: x.ndim])) for x in inputs))
+        inputs = jax.tree.map(
+            lambda x: jax.device_put(x, sharding.named_sharding(mesh, x.shape, axes[: x.ndim])), inputs
+        )
     drafter = drafter._replace(source=None)
     with on_mesh(mesh):
         state = decode.prefill(
@@ -283,6 +286,7 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
         step_cost: time of a drafting step over that of a plain step, which drafts have to win back, or a row stops
           drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
         max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
+        prompt_width: the length that prompts are padded to; by default the next of few lengths.
         fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding
           (`docs/exactness.md`). Plain decoding then needs `drafters.none(num_draft_tokens=K)` with the same K.
         chat: False; True puts each text into the model's chat template.

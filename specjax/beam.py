@@ -569,7 +569,7 @@ def search(
       target: the model whose beams are sought.
       draft: a model of the same vocabulary (its padding may differ), or None.
       params: the parameters of both; nothing is read of the draft's without a draft.
-      inputs: padded prompts (`decode.pad_prompts`).
+      inputs: padded prompts (`decode.read_inputs`).
       num_beams: w, at least 1.
       num_draft_tokens: K, how many steps the draft searches ahead; 0: plain beam search.
       draft_beams: u, the width of the draft's search; by default w.
@@ -700,12 +700,13 @@ def beam_search(
         api.check_vocabularies(target, draft)
     if stop_tokens is None:
         stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
+    inputs = decode.read_inputs(target.model, encoded)
     with api.on_mesh(api.mesh_of(target.params)):
         beams = search(
             target.model,
             draft.model if draft is not None else None,
             Params(target.params, draft.params if draft is not None else ()),
-            decode.pad_prompts(encoded),
+            inputs,
             num_beams=num_beams,
             num_draft_tokens=num_draft_tokens if draft is not None else 0,
             draft_beams=draft_beams,
@@ -717,9 +718,9 @@ def beam_search(
     host = Beams(*(np.asarray(x) for x in beams))  # pyright: ignore[reportArgumentType]
     tokens: list[list[list[int]]] = []
     scores: list[list[float]] = []
-    for i, prompt in enumerate(encoded):
+    for i, begin in enumerate(np.asarray(inputs.length)):
         found = [b for b in range(num_return_sequences) if host.score[i, b] > -np.inf]
-        tokens.append([host.tokens[i, b, len(prompt) : host.length[i, b]].tolist() for b in found])
+        tokens.append([host.tokens[i, b, begin : host.length[i, b]].tolist() for b in found])
         scores.append([float(host.score[i, b]) for b in found])
     stops, tokenizer, calls = set(stop_tokens), target.tokenizer, int(host.target_calls.sum())
     steps = int((host.histogram * np.arange(1, host.histogram.shape[1] + 1)).sum())

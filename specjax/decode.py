@@ -63,11 +63,15 @@ def buffer_length(limit: int, num_draft_tokens: int) -> int:
     return -(-(limit + num_draft_tokens + 1) // BUFFER_MULTIPLE) * BUFFER_MULTIPLE
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]]) -> Inputs:
-    """Right-pads prompts of token ids to the next of few widths.
+def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> Inputs:
+    """Right-pads prompts of token ids.
+
+    Args:
+      prompts: token ids.
+      width: to how many tokens; by default to the next of few widths, so that few programs read them all.
 
     Raises:
-      ValueError: for an empty prompt, or none at all.
+      ValueError: for an empty prompt, or none at all, or one that is longer than the width.
     """
     if not prompts:
         raise ValueError("There are no prompts: give at least one.")
@@ -77,11 +81,32 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> Inputs:
     longest = max(map(len, prompts))
     # Eight buckets an octave, none under 16: few programs, and little of a long prefill is padding.
     step = max(16, (1 << (longest - 1).bit_length()) // 16)
-    width = -(-longest // step) * step
+    width = -(-longest // step) * step if width is None else width
+    if longest > width:
+        raise ValueError(f"A prompt of {longest} tokens does not fit prompt_width={width}: raise it.")
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return Inputs(jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32))
+
+
+def read_inputs(target: Model, prompts: Sequence[Sequence[int]], width: int | None = None) -> Inputs:
+    """Prompts as a target reads them: an encoder-decoder with its encoder, and its texts begin with its start token.
+
+    Args:
+      target: the target.
+      prompts: token ids.
+      width: see `pad_prompts`.
+
+    Raises:
+      ValueError: as `pad_prompts` does.
+    """
+    padded = pad_prompts(prompts, width)
+    if target.start_token is None:
+        return padded
+    rows = len(prompts)
+    start, one = jnp.full((rows, 1), target.start_token, jnp.int32), jnp.ones(rows, jnp.int32)
+    return Inputs(start, one, source=padded.tokens, source_length=padded.length)
 
 
 def text_limits(
@@ -222,7 +247,7 @@ def prefill(
       target: the model whose distribution the text will have.
       drafter: what proposes.
       params: the parameters of both.
-      inputs: padded prompts (`pad_prompts`).
+      inputs: padded prompts (`read_inputs`).
       max_new_tokens: how many tokens each row may add; one number, or one a row.
       options: sampling options; greedy by default.
       seeds: one a row; by default 0, 1, 2 ...

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from specjax import decode, theory
+from specjax import decode, sampling, theory
 from specjax.types import Context, DecodeState, Drafter, Feedback, Model, Params, Stats, Verdict
 
 
@@ -150,7 +150,7 @@ def measure_costs(
                 cache, tokens = carry
                 output, after = target.apply(params, tokens, cache)
                 # The next round depends on these logits, so that none of the work is optimised away.
-                tokens = jnp.argmax(output.logits, axis=-1).astype(jnp.int32)
+                tokens = sampling.argmax(output.logits)
                 return after._replace(length=cache.length), tokens
 
             return jax.lax.fori_loop(0, n, body, carry)

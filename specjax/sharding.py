@@ -25,6 +25,8 @@ RULES: Rules = (
     ("head_dim", None),
     ("length", None),
     ("gate_up", None),
+    ("qkv", None),
+    ("buckets", None),
     ("tokens", None),
 )
 """Megatron-style tensor parallelism over `model`, rows over `data`: two all-reduces a layer."""

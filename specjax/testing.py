@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from specjax.models import decoder
+from specjax.models import families
 from specjax.models.config import DecoderConfig
 from specjax.types import Inputs, Model, ModelOutput, Tree
 
@@ -337,4 +337,4 @@ def tiny_decoder(
         # init_params draws with deviation 0.02; norms are vectors of ones and stay.
         return leaf if leaf.ndim < 2 else (leaf.astype(jnp.float32) * (50 / 32**0.5)).astype(leaf.dtype)
 
-    return decoder.model(config), jax.tree.map(scaled, decoder.init_params(config, jax.random.key(seed)))
+    return families.model(config), jax.tree.map(scaled, families.init_params(config, jax.random.key(seed)))

@@ -17,13 +17,42 @@ Tree = Any
 class Inputs(NamedTuple):
     """Right-padded prompts.
 
+    An encoder-decoder reads the prompt with its encoder: then `source` is the prompt, and `tokens` is what the
+    decoder's text begins with, which is its start token.
+
     Attributes:
       tokens: `[B, P]` token ids; what lies at or beyond a row's length is never read as text.
       length: `[B]` the number of tokens of each prompt, at least 1.
+      source: `[B, S]` what the encoder reads, padded likewise, or None.
+      source_length: `[B]` the number of its tokens, at least 1, or None.
     """
 
     tokens: Int[Array, "B P"]
     length: Int[Array, " B"]
+    source: Int[Array, "B S"] | None = None
+    source_length: Int[Array, " B"] | None = None
+
+
+class Batch(NamedTuple):
+    """Packed texts to train on: several texts may share a row, each a segment that sees itself alone.
+
+    Attributes:
+      tokens: `[B, T]` what a decoder reads.
+      targets: `[B, T]` what it should say after each token.
+      segments: `[B, T]` the number of the text that each token is of, from 1; 0 is padding.
+      positions: `[B, T]` the place of each token in its text, from 0.
+      weights: `[B, T]` what each target counts; 0 where there is none.
+      source: `[B, S]` what an encoder reads, or None.
+      source_segments: `[B, S]` the number of the text that each token of `source` is of; 0 is padding.
+    """
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+    source: Int[Array, "B S"] | None
+    source_segments: Int[Array, "B S"] | None
 
 
 class ModelOutput(NamedTuple):
@@ -53,6 +82,8 @@ class Model(NamedTuple):
         that row's `cache.length`, and advances it by T.
       vocab_size: V, the width of the logits (which may be padded beyond the tokenizer's vocabulary).
       max_len: the longest text in tokens that the model knows positions for.
+      start_token: of an encoder-decoder, which reads `inputs.source`, the token that its texts begin with; else None.
+      score: `(params, batch) -> logits [B, T, V]` of a training `Batch`; None for what cannot be trained.
     """
 
     init_cache: Callable[..., Any]
@@ -60,6 +91,8 @@ class Model(NamedTuple):
     apply: Callable[..., Any]
     vocab_size: int
     max_len: int
+    start_token: int | None = None
+    score: Callable[..., Any] | None = None
 
 
 class Proposal(NamedTuple):

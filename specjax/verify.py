@@ -4,8 +4,8 @@
 the text and the draft tokens before it. The rules see distributions only after `sampling.probabilities` has made them,
 on both sides. Where a paper counts draft tokens from 1, x_i is `proposal.tokens[i - 1]`.
 
-Exact are `greedy`, `rejection`, `block` and `coupled`. The others trade exactness for length; they say so (`exact`),
-and they are called with a number: `lenient(0.3)`.
+Exact are `greedy`, `rejection`, `block` and `coupled`, and `observe`, which only measures. The others trade exactness
+for length; they say so (`exact`), and they are called with a number: `lenient(0.3)`.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def _accept(proposal: Proposal, n: Int[Array, ""], last: Int[Array, ""]) -> Verd
 
 def _greedy(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
     del keys
-    best = jnp.argmax(target_probs, axis=-1)
+    best = sampling.argmax(target_probs)
     # The argmax of what is not a number is a token too; nothing is accepted there.
     return _verdict(
         proposal, (proposal.tokens == best[:-1]) & (_of_drafts(target_probs, proposal) >= 0), lambda n: best[n]
@@ -169,6 +169,15 @@ def _coupled(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Propos
     return _verdict(proposal, proposal.tokens == own[:-1], lambda n: own[n])
 
 
+def _observe(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+    return _accept(proposal, jnp.zeros((), jnp.int32), sampling.categorical(keys.token[0], target_probs[0]))
+
+
+def _observe_greedy(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+    del keys
+    return _accept(proposal, jnp.zeros((), jnp.int32), sampling.argmax(target_probs[0]))
+
+
 greedy = Rule(_greedy, "greedy", exact=True)
 """Accepts draft tokens while they are the target's argmax; the next token is the argmax after them.
 
@@ -201,6 +210,12 @@ whatever drafts and however much. A draft is accepted with probability at least 
 the 1 - TV of `rejection`.
 """
 
+observe = Rule(_observe, "observe", exact=True, at_zero=_observe_greedy)
+"""Accepts nothing: the text is that of plain decoding, and `Stats.overlap` sums the chance of acceptance at its places.
+
+So alpha is measured as E[sum_x min(target, draft)] on the target's own text (Leviathan et al. 2022, Table 3).
+"""
+
 
 def _draws(accepts: Callable[[Float[Array, "K V"], Proposal], Bool[Array, " K"]]) -> tuple[Judge, Judge]:
     """Two judges that accept by a criterion; what follows is drawn from the target, or is its argmax."""
@@ -212,7 +227,7 @@ def _draws(accepts: Callable[[Float[Array, "K V"], Proposal], Bool[Array, " K"]]
     def best(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
         del keys
         accepted = accepts(target_probs[:-1], proposal)
-        return _verdict(proposal, accepted, lambda n: jnp.argmax(target_probs[n]).astype(jnp.int32))
+        return _verdict(proposal, accepted, lambda n: sampling.argmax(target_probs[n]))
 
     return drawn, best
 
@@ -326,7 +341,7 @@ def distance(epsilon: int) -> Rule:
 
     def best(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
         del keys
-        own = jnp.argmax(target_probs, axis=-1).astype(jnp.int32)
+        own = sampling.argmax(target_probs)
         return _verdict(proposal, jnp.abs(proposal.tokens - own[:-1]) <= epsilon, lambda n: own[n])
 
     return Rule(judge, f"distance:{epsilon}", exact=False, at_zero=best)
@@ -337,6 +352,7 @@ RULES: dict[str, Rule | Callable[..., Rule]] = {
     "rejection": rejection,
     "block": block,
     "coupled": coupled,
+    "observe": observe,
     "lenient": lenient,
     "typical": typical,
     "top_k": top_k,

@@ -11,7 +11,7 @@ import numpy as np
 import specjax
 from specjax import decode, drafters, sampling, sharding, verify
 from specjax.api import on_mesh
-from specjax.models import decoder
+from specjax.models import families
 from specjax.models.config import DecoderConfig
 from specjax.pretrained import Pretrained
 from specjax.types import Params
@@ -30,7 +30,7 @@ PROMPTS = [[1, 2, 3, 4, 1, 2], [9], [5, 6, 7, 8, 5, 6, 7], [11, 12, 13] * 4]
 
 
 def params(seed: int):
-    scaled = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, decoder.init_params(CONFIG, jax.random.key(0)))
+    scaled = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, families.init_params(CONFIG, jax.random.key(0)))
     noise = jax.random.key(seed)
     return jax.tree.map(lambda x: x + 0.02 * seed * jax.random.normal(noise, x.shape) if x.ndim > 1 else x, scaled)
 
@@ -43,7 +43,7 @@ def texts(target: Pretrained, drafter, temperature: float) -> list[list[int]]:
 
 
 def main() -> None:
-    model, axes = decoder.model(CONFIG), decoder.param_axes(CONFIG)
+    model, axes = families.model(CONFIG), families.param_axes(CONFIG)
     target, draft = params(0), params(1)
     mesh = sharding.make_mesh(data=2, model=4)
     placed, placed_draft = sharding.shard(target, axes, mesh), sharding.shard(draft, axes, mesh)

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from specjax import beam, decode, drafters, testing, verify
 from specjax.beam import Beams
-from specjax.models import decoder
+from specjax.models import families
 from specjax.models.weights import huggingface
 from specjax.pretrained import Pretrained
 from specjax.text import Tokenizer
@@ -215,7 +215,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory):
     directory = tmp_path_factory.mktemp("llama")
     reference.save_pretrained(directory)
     config, params = huggingface.load(directory)
-    return reference, decoder.model(config), params
+    return reference, families.model(config), params
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import specjax
 from specjax import experiments, launch
-from specjax.models import decoder
+from specjax.models import families
 from specjax.text import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,8 +47,8 @@ def _save(directory: pathlib.Path, seed: int) -> str:
         max_position=256,
     )
     # The default deviation of .02 would leave the logits almost constant.
-    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, decoder.init_params(config, jax.random.key(seed)))
-    specjax.save(specjax.Pretrained(decoder.model(config), params, Tokenizer(backend), config), directory)
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, families.init_params(config, jax.random.key(seed)))
+    specjax.save(specjax.Pretrained(families.model(config), params, Tokenizer(backend), config), directory)
     return str(directory)
 
 

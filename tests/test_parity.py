@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from specjax import pretrained
-from specjax.models import decoder
+from specjax.models import families
 from specjax.models.config import LinearRopeScaling, Llama3RopeScaling
 from specjax.models.weights import huggingface, wheel
 from specjax.types import Inputs
@@ -117,10 +117,10 @@ def test_tiny_models_match_transformers(name, tmp_path):
     reference = tiny(model_type, **changes)
     reference.save_pretrained(tmp_path, max_shard_size="20KB" if name.endswith(("biases", "qwen2")) else "1GB")
     config, params = huggingface.load(tmp_path)
-    expected = decoder.abstract_params(config)
+    expected = families.abstract_params(config)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     tokens = np.random.default_rng(1).integers(0, 61, (3, 24))
-    error = max_error((decoder.model(config), params), reference, tokens, [12, 5, 1], [3, 1, 3])
+    error = max_error((families.model(config), params), reference, tokens, [12, 5, 1], [3, 1, 3])
     assert error < TOLERANCE
 
 
@@ -167,9 +167,9 @@ def test_half_precision_files(stored, tmp_path):
     full, exact = huggingface.load(tmp_path)
     config, rounded = huggingface.load(tmp_path, dtype="bfloat16")
     assert config.dtype == "bfloat16"
-    jax.tree.map(np.testing.assert_array_equal, decoder.cast(full, exact, "bfloat16")[1], rounded)
+    jax.tree.map(np.testing.assert_array_equal, families.cast(full, exact, "bfloat16")[1], rounded)
     # Back again: the order of the axes too.
-    back = decoder.cast(config, rounded, "float32")[1]
+    back = families.cast(config, rounded, "float32")[1]
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)), exact, back
     )

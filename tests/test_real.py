@@ -7,7 +7,7 @@ import pytest
 
 import specjax
 from specjax import decode, drafters
-from specjax.models import decoder
+from specjax.models import families
 
 PROMPTS = [
     "Summarise in one sentence: The harbour of the town silted up in the fifteenth century, and its merchants moved to "
@@ -43,13 +43,13 @@ def first_layers(target: specjax.Pretrained, num_layers: int) -> specjax.Pretrai
     """A real, bad draft: the target without its upper layers."""
     config = dataclasses.replace(target.config, num_layers=num_layers)
     params = target.params | {"layers": {i: target.params["layers"][i] for i in range(num_layers)}}
-    return target._replace(model=decoder.model(config), params=params, config=config)
+    return target._replace(model=families.model(config), params=params, config=config)
 
 
 def in_bfloat16(target: specjax.Pretrained) -> specjax.Pretrained:
     """A real, good draft: the target, rounded."""
-    config, params = decoder.cast(target.config, target.params, "bfloat16")
-    return target._replace(model=decoder.model(config), params=params, config=config)
+    config, params = families.cast(target.config, target.params, "bfloat16")
+    return target._replace(model=families.model(config), params=params, config=config)
 
 
 def texts(target: specjax.Pretrained, drafter=None, batch_size: int = 12) -> tuple[list[list[int]], list[int]]:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from specjax import sharding
-from specjax.models import decoder
+from specjax.models import families
 from specjax.models.config import DecoderConfig
 
 PROGRAM = pathlib.Path(__file__).with_name("mesh_program.py")
@@ -77,7 +77,7 @@ def test_a_mesh_of_the_wrong_size_names_the_devices():
 
 def test_every_parameter_names_one_axis_a_dimension():
     config = DecoderConfig(64, 32, 64, 2, 4, 2, 8, 64, qkv_bias=True, output_bias=True, mlp_bias=True)
-    shapes, axes = decoder.abstract_params(config), decoder.param_axes(config)
+    shapes, axes = families.abstract_params(config), families.param_axes(config)
     leaves, treedef = jax.tree.flatten(shapes)
     for shape, names in zip(leaves, treedef.flatten_up_to(axes), strict=True):
         assert len(shape.shape) == len(names)

@@ -1,9 +1,11 @@
 """Prompt lookup: the draft is what followed the last tokens where they stood before.
 
-Saxena 2023 (prompt lookup decoding); LLMA, arXiv 2304.04487.
+Saxena 2023 (prompt lookup decoding); LLMA, arXiv 2304.04487. Of an encoder-decoder, the input is looked up too, and a
+text is first drafted as a copy of it (aggressive decoding, Sun et al. 2021, arXiv 2106.04970).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,26 @@ from jaxtyping import Array, Int
 from specjax.types import Context, Drafter, Feedback, Inputs, ModelOutput, Proposal, Tree
 
 
+class _Source(NamedTuple):
+    """What the encoder of an encoder-decoder has read.
+
+    Attributes:
+      tokens: `[B, S]`; S = 0 for other models.
+      length: `[B]`.
+    """
+
+    tokens: Int[Array, "B S"]
+    length: Int[Array, " B"]
+
+
 def lookup(
-    tokens: Int[Array, " L"], length: Int[Array, ""], num_draft_tokens: int, min_match: int, max_match: int
+    tokens: Int[Array, " L"],
+    length: Int[Array, ""],
+    num_draft_tokens: int,
+    min_match: int,
+    max_match: int,
+    source: Int[Array, " S"],
+    source_length: Int[Array, ""],
 ) -> tuple[Int[Array, " K"], Int[Array, ""]]:
     """Finds the longest earlier occurrence of the text's last tokens, the most recent of equals.
 
@@ -24,33 +44,42 @@ def lookup(
       tokens: `[L]` the text buffer.
       length: tokens of text in it.
       num_draft_tokens: K.
-      min_match: the shortest match that counts, in tokens.
+      min_match: the shortest match that counts, in tokens. A match of the whole text counts, however short.
       max_match: the longest that is told apart from longer ones.
+      source: `[S]` what an encoder has read, which counts as text of long ago that begins as the text does; S = 0
+        where there is none.
+      source_length: the number of its tokens.
 
     Returns:
-      `[K]` the tokens that follow the match, and the length of the match (0: none).
+      `[K]` the tokens that follow the match, and how many of them there are (0: no match).
     """
-    size = tokens.shape[0]
-    end = jnp.arange(size)
-    matched = jnp.zeros(size, jnp.int32)
-    running = end < length - 1
+    offset = source.shape[0] + 1 if source.shape[0] else 0
+    past = jnp.concatenate([tokens[:1], source, tokens]) if offset else tokens
+    place = jnp.arange(past.shape[0])
+    in_text = place >= offset
+    begin = jnp.where(in_text, offset, 0)
+    # The last token of source and of text, which nothing follows.
+    last = jnp.where(in_text, offset + length - 1, source_length)
+    matched = jnp.zeros(past.shape[0], jnp.int32)
+    running = place < last
     for back in range(max_match):
         # The token `back` before the end of the text, against the token `back` before every place.
         wanted = tokens[jnp.maximum(length - 1 - back, 0)]
-        running = running & (jnp.roll(tokens, back) == wanted) & (end >= back) & (length > back)
+        running = running & (jnp.roll(past, back) == wanted) & (place - back >= begin) & (length > back)
         matched = matched + running
-    best = jnp.argmax(matched * size + end)
-    match = matched[best]
-    period = jnp.maximum(length - 1 - best, 1)
-    draft = tokens[best + 1 + jnp.arange(num_draft_tokens) % period]
-    return draft, jnp.where(match >= min_match, match, 0)
+    best = jnp.argmax(matched * past.shape[0] + place)
+    match, period = matched[best], jnp.maximum(last[best] - best, 1)
+    draft = past[best + 1 + jnp.arange(num_draft_tokens) % period]
+    available = jnp.where(in_text[best], num_draft_tokens, jnp.minimum(period, num_draft_tokens))
+    return draft, jnp.where((match >= min_match) | (match == length), available, 0)
 
 
 @functools.cache
 def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) -> Drafter:
     """Drafts by looking the last tokens up in prompt and text; no model, no parameters, no host.
 
-    A row without a match of at least `min_match` tokens drafts nothing; a step in which no row drafts is a plain one.
+    Of an encoder-decoder, the source is searched as well. A row without a match of at least `min_match` tokens drafts
+    nothing; a step in which no row drafts is a plain one.
 
     Args:
       num_draft_tokens: K, the most tokens copied in a step.
@@ -65,19 +94,23 @@ def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) 
     if not 1 <= min_match <= max_match:
         raise ValueError(f"min_match={min_match} and max_match={max_match}: need 1 <= min_match <= max_match.")
 
-    def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> tuple[()]:
-        del params, inputs, target_output, max_len
-        return ()
+    def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> _Source:
+        del params, target_output, max_len
+        if inputs.source is None or inputs.source_length is None:
+            rows = inputs.tokens.shape[0]
+            return _Source(jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32))
+        return _Source(inputs.source, inputs.source_length)
 
-    def propose(params: Tree, state: tuple[()], context: Context) -> tuple[Proposal, tuple[()]]:
+    def propose(params: Tree, state: _Source, context: Context) -> tuple[Proposal, _Source]:
         del params
-        draft, match = jax.vmap(lambda t, n: lookup(t, n, num_draft_tokens, min_match, max_match))(
-            context.history.tokens, context.history.length
+        find = functools.partial(lookup, num_draft_tokens=num_draft_tokens, min_match=min_match, max_match=max_match)
+        text, source = context.history, state
+        draft, available = jax.vmap(lambda t, n, s, m: find(t, n, source=s, source_length=m))(
+            text.tokens, text.length, source.tokens, source.length
         )
-        length = jnp.where(match > 0, context.max_draft, 0)
-        return Proposal(draft, jnp.minimum(length, num_draft_tokens), None), state
+        return Proposal(draft, jnp.minimum(available, context.max_draft), None), state
 
-    def update(params: Tree, state: tuple[()], feedback: Feedback) -> tuple[()]:
+    def update(params: Tree, state: _Source, feedback: Feedback) -> _Source:
         del params, feedback
         return state
 

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only model, apart from its weights."""
+"""The shapes of models, apart from their weights."""
 
 import dataclasses
 
@@ -54,3 +54,50 @@ class DecoderConfig:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'.")
+
+
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
+"""What T5's feed-forward may compute: "gelu" is the exact one, "gelu_new" its approximation by tanh."""
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """An encoder-decoder of the T5 family: T5 (arXiv 1910.10683), T5 v1.1, Flan-T5, mT5 and umT5.
+
+    `bias_per_layer` gives every layer relative positions of its own (umT5), where T5's layers share the first's.
+    `scale_outputs` divides the decoder's last hidden state by the root of the width before the head (T5 v1.0). `dtype`
+    is as in `DecoderConfig`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    intermediate_size: int
+    num_encoder_layers: int
+    num_layers: int
+    num_heads: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    norm_eps: float = 1e-6
+    activation: str = "relu"
+    gated: bool = False
+    tie_embeddings: bool = True
+    scale_outputs: bool = True
+    bias_per_layer: bool = False
+    start_token: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r}: choose one of {', '.join(ACTIVATIONS)}.")
+        if self.num_buckets < 4 or self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
+            raise ValueError(
+                f"num_buckets={self.num_buckets} and max_distance={self.max_distance}: the buckets are halved twice, "
+                "and the greatest distance has to lie beyond those that have a bucket of their own."
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'.")
+
+
+ModelConfig = DecoderConfig | T5Config
+"""The shape of any model that specjax computes."""

@@ -1,20 +1,17 @@
 """Decoder-only language models as `Model`s: the Llama family (SmolLM2, Mistral) and Qwen2/2.5."""
 
-import dataclasses
 import functools
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from specjax import sharding
 from specjax.models import cache as cache_lib
-from specjax.models import layers
+from specjax.models import graph, layers
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
-from specjax.types import Inputs, Model, ModelOutput, Tree
+from specjax.types import Batch, Inputs, Model, ModelOutput, Tree
 
 
 class Decoder(nnx.Module):
@@ -33,24 +30,31 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up; ids beyond the table read its last row (a draft may know fewer tokens than its target)."""
-        tokens = jnp.minimum(tokens, self.config.vocab_size - 1)
         table = self.head[...] if self.config.tie_embeddings else self.embedding[...]
-        if self.config.tie_embeddings and not layers.outputs_first(table.dtype):
-            return jnp.moveaxis(jnp.take(table, tokens, axis=1), 0, -1).astype(jnp.float32)
-        return jnp.take(table, tokens, axis=0).astype(jnp.float32)
+        return layers.look_up(table, tokens, transposed=self.config.tie_embeddings)
 
     def hidden(
-        self, tokens: Int[Array, "B T"], cache: Cache, start: Int[Array, " B"] | None
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        start: Int[Array, " B"] | None,
+        packed: Batch | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The last hidden states of T tokens that stand at `start ..` of each row, and the cache with them in it."""
+        """The last hidden states of T tokens that stand at `start ..` of each row, and the cache with them in it.
+
+        In a training batch, which fills the cache as a prefill does, the segments of a row do not see each other.
+        """
         begin = jnp.zeros(tokens.shape[0], jnp.int32) if start is None else start
-        positions = begin[:, None] + jnp.arange(tokens.shape[1])
+        places = begin[:, None] + jnp.arange(tokens.shape[1])
+        positions = places if packed is None else packed.positions
         angles = positions[:, :, None] * layers.rope_frequencies(self.config)
         rope = jnp.cos(angles), jnp.sin(angles)
         slots = jnp.arange(cache.keys[0].shape[2])
-        mask = slots <= positions[:, :, None]
+        mask = slots <= places[:, :, None]
         if self.config.sliding_window is not None:
-            mask &= slots > positions[:, :, None] - self.config.sliding_window
+            mask &= slots > places[:, :, None] - self.config.sliding_window
+        if packed is not None:
+            mask &= layers.same_segment(packed.segments, packed.segments)
         x = self.embed(tokens)
         keys, values = list(cache.keys), list(cache.values)
         for i, block in enumerate(self.layers):
@@ -64,62 +68,16 @@ class Decoder(nnx.Module):
 
 
 @functools.cache
-def _graph(config: DecoderConfig, rules: sharding.Rules) -> tuple[Any, Any]:
-    """The structure of the module and its abstract state: the border between NNX and pure pytrees."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rules, nnx.Rngs(0))), nnx.Param)
-
-
-def abstract_params(config: DecoderConfig) -> Tree:
-    """The parameter tree with a `jax.ShapeDtypeStruct` in each array's place: nested dicts, layers keyed by number."""
-    return nnx.to_pure_dict(_graph(config, sharding.RULES)[1])
-
-
-def _metadata(config: DecoderConfig, name: str) -> Tree:
-    state = _graph(config, sharding.RULES)[1]
-    flat = {path: variable.get_metadata()[name] for path, variable in nnx.to_flat_state(state)}
-    return nnx.traversals.unflatten_mapping(flat)
-
-
-def param_axes(config: DecoderConfig) -> Tree:
-    """The parameter tree with its logical axes in each array's place."""
-    return _metadata(config, "axes")
-
-
-def num_contracted(config: DecoderConfig) -> Tree:
-    """The parameter tree with the number of inputs' dimensions in each array's place; 0 for what is no matrix."""
-    return _metadata(config, "num_contracted")
-
-
-def cast(config: DecoderConfig, params: Tree, dtype: str) -> tuple[DecoderConfig, Tree]:
-    """The same model in another dtype, which may store its matrices in another order."""
-
-    def convert(x: Array, inputs: int) -> Array:
-        if layers.outputs_first(config.dtype):
-            x = jnp.transpose(x, layers.rotated(x.ndim, x.ndim - inputs))
-        return jnp.transpose(x, layers.stored(x.ndim, inputs, dtype)).astype(dtype)
-
-    return dataclasses.replace(config, dtype=dtype), jax.tree.map(convert, params, num_contracted(config))
-
-
-def init_params(config: DecoderConfig, key: jax.Array) -> Tree:
-    """Random parameters (normal, deviation 0.02; norms one)."""
-    return nnx.to_pure_dict(nnx.state(Decoder(config, sharding.RULES, nnx.Rngs(key)), nnx.Param))
-
-
-def model(config: DecoderConfig, rules: sharding.Rules = sharding.RULES) -> Model:
+def model(config: DecoderConfig, rules: sharding.Rules) -> Model:
     """The pure functions of a decoder. Equal configurations give the same `Model`, so that nothing is retraced.
 
     Args:
       config: the shape.
       rules: logical to mesh axes, for its activations and cache under `jax.set_mesh`.
     """
-    return _model(config, rules)
 
-
-@functools.cache
-def _model(config: DecoderConfig, rules: sharding.Rules) -> Model:
     def module(params: Tree) -> Decoder:
-        return nnx.merge(_graph(config, rules)[0], nnx.State(params))
+        return graph.merge(Decoder, config, rules, params)
 
     def init_cache(batch_size: int, max_len: int) -> Cache:
         empty = cache_lib.init(
@@ -140,4 +98,8 @@ def _model(config: DecoderConfig, rules: sharding.Rules) -> Model:
         cache = cache._replace(length=cache.length + tokens.shape[1])
         return ModelOutput(decoder.logits(hidden), hidden), cache
 
-    return Model(init_cache, prefill, apply, config.vocab_size, config.max_position)
+    def score(params: Tree, batch: Batch) -> Float[Array, "B T V"]:
+        decoder = module(params)
+        return decoder.logits(decoder.hidden(batch.tokens, init_cache(*batch.tokens.shape), None, batch)[0])
+
+    return Model(init_cache, prefill, apply, config.vocab_size, config.max_position, score=score)

@@ -1,4 +1,7 @@
-"""The layers of the decoder, as Flax NNX modules. Every parameter names its logical axes beside its shape."""
+"""The layers of the decoder-only models, as Flax NNX modules, and what all models share.
+
+Every parameter names its logical axes beside its shape.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -36,7 +39,7 @@ def parameter(
         raise ValueError(f"A parameter of shape {tuple(shape)} needs as many logical axes, not {tuple(axes)}.")
     order = stored(len(shape), num_contracted, dtype)
     make = init or nnx.initializers.normal(0.02)
-    value = make(rngs.params(), tuple(shape[i] for i in order), jnp.dtype(dtype))
+    value = jnp.transpose(make(rngs.params(), tuple(shape), jnp.dtype(dtype)), order)
     return nnx.Param(value, axes=tuple(axes[i] for i in order), num_contracted=num_contracted)
 
 
@@ -117,22 +120,52 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def look_up(table: Float[Array, "..."], tokens: Int[Array, "B T"], *, transposed: bool) -> Float[Array, "B T D"]:
+    """The embeddings of tokens, in float32; ids beyond the table read its last row.
+
+    Args:
+      table: `[V, D]`; or, transposed, a head `D -> V`, stored as `stored` says.
+      tokens: a draft may know fewer of them than its target.
+      transposed: whether the table is a head.
+    """
+    outputs_last = transposed and not outputs_first(table.dtype)
+    tokens = jnp.minimum(tokens, table.shape[1 if outputs_last else 0] - 1)
+    if outputs_last:
+        return jnp.moveaxis(jnp.take(table, tokens, axis=1), 0, -1).astype(jnp.float32)
+    return jnp.take(table, tokens, axis=0).astype(jnp.float32)
+
+
+def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """Which tokens of packed rows are of the same text; padding, segment 0, sees padding."""
+    return queries[:, :, None] == keys[:, None, :]
+
+
 def attend(
     query: Float[Array, "B T H G E"],
     keys: Float[Array, "B H S E"],
     values: Float[Array, "B H S E"],
-    mask: Bool[Array, "B T S"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "#B H T S"] | None = None,
 ) -> Float[Array, "B T H G E"]:
     """Softmax attention of G query heads a key/value head, softmax and sums in float32.
 
     The queries of a group are gathered as rows of one matrix per key/value head: XLA:CPU runs that product two to eight
     times faster than the einsum over the five axes.
+
+    Args:
+      query: of T tokens, scaled.
+      keys: of S tokens.
+      values: likewise.
+      mask: which tokens each sees.
+      bias: what is added to the scores.
     """
     rows, time, heads, group, size = query.shape
     matrix = jnp.swapaxes(query, 1, 2).reshape(rows, heads, time * group, size)
     batch = ((0, 1), (0, 1))
     scores = jax.lax.dot_general(matrix, keys, (((3,), (3,)), batch), preferred_element_type=jnp.float32)
     scores = scores.reshape(rows, heads, time, group, -1)
+    if bias is not None:
+        scores = scores + bias[:, :, :, None]
     scores = jnp.where(mask[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(rows, heads, time * group, -1)
     mixed = jax.lax.dot_general(weights, values, (((3,), (2,)), batch), preferred_element_type=jnp.float32)

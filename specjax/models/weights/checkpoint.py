@@ -20,34 +20,43 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from specjax import sharding
-from specjax.models import decoder
-from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
+from specjax.models import families
+from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling, ModelConfig, T5Config
 from specjax.types import Tree
 
 CONFIG_FILE = "specjax.json"
-FORMAT = 1
+FORMAT = 2
 """The version that this code writes, and the only one that it reads."""
 
 _PARAMS = "params"
 _SCALINGS = {"llama3": Llama3RopeScaling, "linear": LinearRopeScaling}
+_FAMILIES = {"decoder": DecoderConfig, "t5": T5Config}
 
 
-def config_to_json(config: DecoderConfig) -> dict[str, Any]:
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """The shape as JSON values."""
     values = dataclasses.asdict(config)
     for kind, scaling in _SCALINGS.items():
-        if isinstance(config.rope_scaling, scaling):
+        if isinstance(config, DecoderConfig) and isinstance(config.rope_scaling, scaling):
             values["rope_scaling"] = {"type": kind, **values["rope_scaling"]}
-    return values
+    (family,) = (name for name, cls in _FAMILIES.items() if isinstance(config, cls))
+    return {"family": family, **values}
 
 
-def config_from_json(values: Mapping[str, Any]) -> DecoderConfig:
-    """The shape from what `config_to_json` gave."""
+def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
+    """The shape from what `config_to_json` gave.
+
+    Raises:
+      ValueError: for a family that specjax does not know.
+    """
     values = dict(values)
+    family = values.pop("family", None)
+    if family not in _FAMILIES:
+        raise ValueError(f"family {family!r} is unknown: specjax reads {', '.join(_FAMILIES)}")
     if scaling := values.get("rope_scaling"):
         entries = dict(scaling)
         values["rope_scaling"] = _SCALINGS[entries.pop("type")](**entries)
-    return DecoderConfig(**values)
+    return _FAMILIES[family](**values)
 
 
 def _crc32(path: pathlib.Path) -> int:
@@ -73,7 +82,7 @@ def _check_files(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"{directory} is corrupt: {name} {what}. Copy or save the checkpoint again.")
 
 
-def save(directory: str | pathlib.Path, config: DecoderConfig, params: Tree) -> None:
+def save(directory: str | pathlib.Path, config: ModelConfig, params: Tree) -> None:
     """Writes a model into a directory, in place of what specjax wrote there before.
 
     Args:
@@ -86,7 +95,7 @@ def save(directory: str | pathlib.Path, config: DecoderConfig, params: Tree) -> 
     """
     import orbax.checkpoint as ocp
 
-    expected = decoder.abstract_params(config)
+    expected = families.abstract_params(config)
     if jax.tree.structure(expected) != jax.tree.structure(params):
         raise ValueError("The parameters are not the tree of this configuration: save a model as it was loaded.")
     directory = pathlib.Path(directory).absolute()
@@ -98,7 +107,7 @@ def save(directory: str | pathlib.Path, config: DecoderConfig, params: Tree) -> 
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_config(directory: pathlib.Path) -> DecoderConfig:
+def _read_config(directory: pathlib.Path) -> ModelConfig:
     """The shape, once all files have been found whole."""
     path = directory / CONFIG_FILE
     if not path.is_file():
@@ -126,7 +135,7 @@ def restore(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
-) -> tuple[DecoderConfig, Tree]:
+) -> tuple[ModelConfig, Tree]:
     """Reads a model that `save` wrote; each device reads its own part.
 
     Args:
@@ -154,7 +163,7 @@ def restore(
     def target(leaf: jax.ShapeDtypeStruct, axes: sharding.Axes) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf.shape, axes))
 
-    abstract = jax.tree.map(target, decoder.abstract_params(config), decoder.param_axes(config))
+    abstract = jax.tree.map(target, families.abstract_params(config), families.param_axes(config))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(directory / _PARAMS, abstract)
@@ -164,8 +173,8 @@ def restore(
             f"{directory} is corrupt or incomplete ({reason[:200]}): copy or save the checkpoint again."
         ) from error
     if dtype is not None and dtype != config.dtype:
-        config, params = decoder.cast(config, params, dtype)
+        config, params = families.cast(config, params, dtype)
         params = jax.tree.map(
-            lambda x, axes: jax.device_put(x, place(x.shape, axes)), params, decoder.param_axes(config)
+            lambda x, axes: jax.device_put(x, place(x.shape, axes)), params, families.param_axes(config)
         )
     return config, params

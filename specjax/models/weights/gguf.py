@@ -258,7 +258,7 @@ def load(
         scaling = _llama3_scaling(dequantize(by_name.pop(_ROPE_FACTORS)), config)
         config = dataclasses.replace(config, rope_scaling=scaling)
     tensors = {huggingface_name(name): tensor for name, tensor in by_name.items()}
-    mapping.check_names(config, tensors, str(file.path))
+    mapping.check_names(mapping.tensor_shapes(config), tensors, str(file.path))
     permuted = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     if file.fields["general.architecture"] != "llama":
         permuted = {}

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face model: a directory with `config.json` and safetensors, or a hub id."""
+"""Reads a Hugging Face model, decoder-only or T5: a directory with `config.json` and safetensors, or a hub id."""
 
 import json
 import pathlib
@@ -9,12 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from specjax import sharding
-from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
-from specjax.models.weights import mapping
+from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling, ModelConfig
+from specjax.models.weights import mapping, t5_mapping
 from specjax.types import Tree
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-"""The `model_type`s of `config.json` that `decoder` computes."""
+"""The `model_type`s of `config.json` that `models.decoder` computes."""
 
 HUB_FILES = (
     "config.json",
@@ -23,6 +23,7 @@ HUB_FILES = (
     "model-*.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
+    "spiece.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -104,7 +105,8 @@ def parse_config(raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfi
     """
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
-        raise ValueError(f"model_type {kind!r} is not supported: specjax loads {', '.join(MODEL_TYPES)}.")
+        known = ", ".join(MODEL_TYPES + t5_mapping.MODEL_TYPES)
+        raise ValueError(f"model_type {kind!r} is not supported: specjax loads {known}.")
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"hidden_act={activation!r} is not supported: specjax computes 'silu'.")
     if quantized := raw.get("quantization_config"):
@@ -202,7 +204,7 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
-) -> tuple[DecoderConfig, Tree]:
+) -> tuple[ModelConfig, Tree]:
     """Loads a model that transformers' `save_pretrained` wrote, sharded or not.
 
     Args:
@@ -221,9 +223,13 @@ def load(
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory: give one that holds config.json.")
-    config = parse_config(read_json(directory / "config.json"), dtype)
-    shards = _Shards(directory)
-    mapping.check_names(config, shards.names(), str(directory))
+    raw, shards = read_json(directory / "config.json"), _Shards(directory)
+    if raw.get("model_type") in t5_mapping.MODEL_TYPES:
+        t5_config = t5_mapping.parse_config(raw, shards.names(), dtype)
+        mapping.check_names(t5_mapping.tensor_shapes(t5_config), shards.names(), str(directory))
+        return t5_config, t5_mapping.from_huggingface(t5_config, shards.get, mesh=mesh, rules=rules)
+    config = parse_config(raw, dtype)
+    mapping.check_names(mapping.tensor_shapes(config), shards.names(), str(directory))
     return config, mapping.from_huggingface(config, shards.get, mesh=mesh, rules=rules)
 
 

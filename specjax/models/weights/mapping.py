@@ -13,22 +13,31 @@ import numpy as np
 from jax.sharding import Mesh
 
 from specjax import sharding
-from specjax.models import decoder, layers
-from specjax.models.config import DecoderConfig
+from specjax.models import families, layers
+from specjax.models.config import DecoderConfig, ModelConfig
 from specjax.types import Tree
 
 Tensors = Callable[[str], np.ndarray] | Mapping[str, np.ndarray]
 """Tensors by their Hugging Face names."""
 
-Place = Callable[[np.ndarray, sharding.Axes], jax.Array]
-"""Puts one finished array where its logical axes say."""
+HARMLESS = (
+    "rotary_emb.inv_freq",
+    "lm_head.weight",
+    "coder.embed_tokens.weight",
+    "EncDecAttention.relative_attention_bias.weight",
+)
+"""How the names of tensors end that some files hold although no model reads them: copies, and leftovers."""
+
+Place = Callable[..., jax.Array]
+"""`(array, axes, num_contracted=0)`: puts one array, whose inputs' axes come first, where its logical axes say."""
 
 
-def placer(config: DecoderConfig, mesh: Mesh | None, rules: sharding.Rules) -> Place:
-    """A function that casts an array to the model's dtype and moves it to the device, or over the mesh."""
+def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Place:
+    """A function that brings an array into the order and the dtype in which the model stores it, and places it."""
     dtype = jnp.dtype(config.dtype)
 
-    def place(array: np.ndarray, axes: sharding.Axes) -> jax.Array:
+    def place(array: np.ndarray, axes: sharding.Axes, inputs: int = 0) -> jax.Array:
+        array = np.transpose(array, layers.stored(array.ndim, inputs, dtype))
         # A copy of its own: on CPU, JAX may keep the very buffer, which could be a view of a mapped file.
         array = np.array(array, dtype=dtype, order="C")
         where = None if mesh is None else sharding.named_sharding(mesh, array.shape, axes, rules)
@@ -67,20 +76,20 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_names(config: DecoderConfig, names: Collection[str], source: str) -> None:
+def check_names(expected: Collection[str], names: Collection[str], source: str) -> None:
     """Checks that the tensors of a file are those of the model, no fewer and no more.
 
     Args:
-      config: the model's shape.
-      names: the tensors' Hugging Face names.
+      expected: the Hugging Face names of the model's tensors.
+      names: those of the file's.
       source: what to call the file in the error.
 
     Raises:
       ValueError: for a missing tensor, or one that this model would ignore and so compute something else.
     """
-    expected, found = set(tensor_shapes(config)), set(names)
-    harmless = {n for n in found if n.endswith("rotary_emb.inv_freq") or n == "lm_head.weight"}
-    for problem, group in (("lacks", expected - found), ("has unexpected", found - expected - harmless)):
+    wanted, found = set(expected), set(names)
+    harmless = {name for name in found if name.endswith(HARMLESS)}
+    for problem, group in (("lacks", wanted - found), ("has unexpected", found - wanted - harmless)):
         if group:
             shown = sorted(group)
             more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
@@ -90,7 +99,7 @@ def check_names(config: DecoderConfig, names: Collection[str], source: str) -> N
             )
 
 
-def _checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], np.ndarray]:
+def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], np.ndarray]:
     """Reads tensors by name and checks their shapes."""
 
     def get(name: str) -> np.ndarray:
@@ -144,26 +153,22 @@ def from_huggingface(
       rules: logical to mesh axes.
 
     Returns:
-      The tree that `decoder.abstract_params(config)` describes.
+      The tree that `families.abstract_params(config)` describes.
 
     Raises:
       ValueError: for a tensor that is missing or has another shape, naming it.
     """
-    get = _checked(tensors, tensor_shapes(config))
-    axes = decoder.param_axes(config)
-    contracted = decoder.num_contracted(config)
-    put = placer(config, mesh, rules)
-
-    def place(array: np.ndarray, axes: sharding.Axes, inputs: int) -> jax.Array:
-        """Places an array whose inputs' axes come first."""
-        return put(np.transpose(array, layers.stored(array.ndim, inputs, config.dtype)), axes)
+    get = checked(tensors, tensor_shapes(config))
+    axes = families.param_axes(config)
+    contracted = families.num_contracted(config)
+    place = placer(config, mesh, rules)
 
     def part(prefix: str) -> Callable[[str], np.ndarray]:
         return lambda name: get(prefix + name)
 
     params: Tree = {}
     if not config.tie_embeddings:
-        params["embedding"] = put(get("model.embed_tokens.weight"), axes["embedding"])
+        params["embedding"] = place(get("model.embed_tokens.weight"), axes["embedding"])
     params["layers"] = {}
     for layer in range(config.num_layers):
         block, inputs, prefix = axes["layers"][layer], contracted["layers"][layer], f"model.layers.{layer}."
@@ -172,12 +177,12 @@ def from_huggingface(
         norm = get(f"{prefix}input_layernorm.weight")
         mlp_norm = get(f"{prefix}post_attention_layernorm.weight")
         params["layers"][layer] = {
-            "attention_norm": put(norm, block["attention_norm"]),
+            "attention_norm": place(norm, block["attention_norm"]),
             "attention": {n: place(x, block["attention"][n], inputs["attention"][n]) for n, x in attention},
-            "mlp_norm": put(mlp_norm, block["mlp_norm"]),
+            "mlp_norm": place(mlp_norm, block["mlp_norm"]),
             "mlp": {n: place(x, block["mlp"][n], inputs["mlp"][n]) for n, x in mlp},
         }
-    params["norm"] = put(get("model.norm.weight"), axes["norm"])
+    params["norm"] = place(get("model.norm.weight"), axes["norm"])
     head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
     params["head"] = place(get(head).T, axes["head"], contracted["head"])
     return params

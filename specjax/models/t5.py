@@ -1,0 +1,384 @@
+"""The T5 family as `Model`s: T5 (Raffel et al. 2019, arXiv 1910.10683), T5 v1.1, Flan-T5, mT5, umT5.
+
+The encoder runs once, in `prefill`; what the decoder needs of it, the keys and values of the cross-attention, lies in
+the cache beside those of the text. From then on an encoder-decoder is a decoder like any other.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from specjax import sharding
+from specjax.models import cache as cache_lib
+from specjax.models import graph, layers
+from specjax.models.config import T5Config
+from specjax.types import Batch, Inputs, Model, ModelOutput, Tree
+
+NO_LIMIT = 2**31 - 1
+"""Relative positions go on for ever."""
+
+_ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of every decoder layer.
+
+    The invariant of `models.cache` holds for `keys`, `values` and `length`; the others are written once.
+
+    Attributes:
+      keys: of the text, one `[B, heads, L, head_dim]` array per layer.
+      values: likewise.
+      length: `[B]` the number of valid entries of each row.
+      source_keys: of the encoder's output, one `[B, heads, S, head_dim]` array per layer; S = 0 before the prefill.
+      source_values: likewise.
+      source_length: `[B]` how many of them the row's source has.
+    """
+
+    keys: tuple[Float[Array, "B H L E"], ...]
+    values: tuple[Float[Array, "B H L E"], ...]
+    length: Int[Array, " B"]
+    source_keys: tuple[Float[Array, "B H S E"], ...]
+    source_values: tuple[Float[Array, "B H S E"], ...]
+    source_length: Int[Array, " B"]
+
+
+def buckets(config: T5Config, *, bidirectional: bool) -> np.ndarray:
+    """The bucket of every relative position (Raffel et al. 2019, section 2.1).
+
+    Small distances have a bucket each; greater ones share buckets that widen logarithmically up to `max_distance`, from
+    where on there is one. An encoder uses one half of the buckets for what comes after a token.
+
+    Returns:
+      `[2 M + 1]` int32, M = `max_distance`: the buckets of the distances query - key from -M to M.
+    """
+    # In float32, step by step as published: at a bucket's edge, rounding decides.
+    distance = np.arange(-config.max_distance, config.max_distance + 1)
+    number, first = config.num_buckets, np.zeros_like(distance)
+    if bidirectional:
+        number //= 2
+        first, distance = np.where(distance < 0, number, 0), np.abs(distance)
+    else:
+        distance = np.maximum(distance, 0)
+    exact = number // 2
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
+        math.log(config.max_distance / exact)
+    )
+    wide = np.minimum(exact + (ratio * np.float32(number - exact)).astype(np.int32), number - 1)
+    return (first + np.where(distance < exact, distance, wide)).astype(np.int32)
+
+
+def relative_bias(
+    config: T5Config,
+    table: Float[Array, "buckets H"],
+    queries: Int[Array, "B T"],
+    num_keys: int,
+    *,
+    bidirectional: bool,
+) -> Float[Array, "B H T S"]:
+    """What attention scores gain by position.
+
+    Args:
+      config: the shape.
+      table: the parameters.
+      queries: the places of the tokens that look.
+      num_keys: S; the tokens that are seen stand at 0 .. S - 1.
+      bidirectional: whether tokens see what comes after them.
+    """
+    by_distance = table.astype(jnp.float32).T[:, buckets(config, bidirectional=bidirectional)]
+    distance = queries[:, :, None] - jnp.arange(num_keys)
+    far = config.max_distance
+    return jnp.moveaxis(by_distance[:, jnp.clip(distance, -far, far) + far], 0, 1)
+
+
+def _normal(*deviations: float) -> nnx.Initializer:
+    """Normal initialiser; of several deviations, each for one entry of the last axis but one."""
+
+    def make(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        scale = jnp.asarray(deviations)[:, None] if len(deviations) > 1 else max(deviations)
+        return (jax.random.normal(key, shape) * scale).astype(dtype)
+
+    return make
+
+
+class SelfAttention(nnx.Module):
+    """Attention without a scale, to which positions come as a bias; queries, keys and values by one product."""
+
+    def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs, *, has_bias: bool):
+        """Declares the parameters; the deviations are those that T5 trains from."""
+        c, self.rules = config, rules
+        heads, deviation = (c.num_heads, 3, c.head_dim), c.hidden_size**-0.5
+        self.qkv = layers.parameter(
+            rngs,
+            (c.hidden_size, *heads),
+            ("embed", "kv_heads", "qkv", "head_dim"),
+            c.dtype,
+            init=_normal(deviation * c.head_dim**-0.5, deviation, deviation),
+            num_contracted=1,
+        )
+        self.out = _out(c, rngs)
+        if has_bias:
+            shape = (c.num_buckets, c.num_heads)
+            self.bias = layers.parameter(rngs, shape, ("buckets", "kv_heads"), c.dtype, init=_normal(deviation))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "#B T S"],
+        bias: Float[Array, "#B H T S"],
+        keys: Float[Array, "B H S E"],
+        values: Float[Array, "B H S E"],
+        start: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H S E"], Float[Array, "B H S E"]]:
+        """Writes the tokens' keys and values into the cache and attends to all that `mask` lets through."""
+        qkv = layers.linear(x, self.qkv[...])
+        keys = cache_lib.constrain(cache_lib.write(keys, qkv[:, :, :, 1], start), self.rules)
+        values = cache_lib.constrain(cache_lib.write(values, qkv[:, :, :, 2], start), self.rules)
+        mixed = layers.attend(qkv[:, :, :, :1].astype(keys.dtype), keys, values, mask, bias)
+        return layers.linear(mixed[:, :, :, 0], self.out[...], num_contracted=2), keys, values
+
+
+class CrossAttention(nnx.Module):
+    """The text attends to the encoder's output."""
+
+    def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs):
+        """Declares the parameters."""
+        c, self.rules, deviation = config, rules, config.hidden_size**-0.5
+        self.query = layers.parameter(
+            rngs,
+            (c.hidden_size, c.num_heads, c.head_dim),
+            ("embed", "kv_heads", "head_dim"),
+            c.dtype,
+            init=_normal(deviation * c.head_dim**-0.5),
+            num_contracted=1,
+        )
+        self.key_value = layers.parameter(
+            rngs,
+            (c.hidden_size, c.num_heads, 2, c.head_dim),
+            ("embed", "kv_heads", "qkv", "head_dim"),
+            c.dtype,
+            init=_normal(deviation),
+            num_contracted=1,
+        )
+        self.out = _out(c, rngs)
+
+    def read(self, encoded: Float[Array, "B S D"]) -> tuple[Float[Array, "B H S E"], Float[Array, "B H S E"]]:
+        """The keys and values of the encoder's output."""
+        weight = self.key_value[...]
+        both = jnp.swapaxes(layers.linear(encoded, weight).astype(weight.dtype), 1, 2)
+        keys, values = both[:, :, :, 0], both[:, :, :, 1]
+        return cache_lib.constrain(keys, self.rules), cache_lib.constrain(values, self.rules)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T S"],
+        keys: Float[Array, "B H S E"],
+        values: Float[Array, "B H S E"],
+    ) -> Float[Array, "B T D"]:
+        """Attends to the source."""
+        query = layers.linear(x, self.query[...])[:, :, :, None].astype(keys.dtype)
+        mixed = layers.attend(query, keys, values, mask)
+        return layers.linear(mixed[:, :, :, 0], self.out[...], num_contracted=2)
+
+
+def _out(c: T5Config, rngs: nnx.Rngs) -> nnx.Param:
+    """The projection from the heads back to the residual."""
+    init = _normal((c.num_heads * c.head_dim) ** -0.5)
+    shape, axes = (c.num_heads, c.head_dim, c.hidden_size), ("kv_heads", "head_dim", "embed")
+    return layers.parameter(rngs, shape, axes, c.dtype, init=init, num_contracted=2)
+
+
+class FeedForward(nnx.Module):
+    """`down(activation(x in))`, or, gated (arXiv 2002.05202), `down(activation(x gate) * x up)` by one product."""
+
+    def __init__(self, config: T5Config, rngs: nnx.Rngs):
+        """Declares the parameters."""
+        c = config
+        self.activation = c.activation
+        up = (c.hidden_size, 2 if c.gated else 1, c.intermediate_size)
+        init = _normal(c.hidden_size**-0.5)
+        self.up = layers.parameter(rngs, up, ("embed", "gate_up", "mlp"), c.dtype, init=init, num_contracted=1)
+        down, init = (c.intermediate_size, c.hidden_size), _normal(c.intermediate_size**-0.5)
+        self.down = layers.parameter(rngs, down, ("mlp", "embed"), c.dtype, init=init, num_contracted=1)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The layer's contribution to the residual."""
+        up = layers.linear(x, self.up[...])
+        inner = _ACTIVATIONS[self.activation](up[:, :, 0])
+        return layers.linear(inner * up[:, :, 1] if up.shape[2] == 2 else inner, self.down[...])
+
+
+class Block(nnx.Module):
+    """One layer of either side: self-attention, cross-attention in the decoder, feed-forward, each behind a norm."""
+
+    def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs, *, is_decoder: bool, has_bias: bool):
+        """Declares the parameters."""
+        c, self.eps = config, config.norm_eps
+        self.attention_norm = _norm(c, rngs)
+        self.attention = SelfAttention(c, rules, rngs, has_bias=has_bias)
+        if is_decoder:
+            self.cross_norm = _norm(c, rngs)
+            self.cross = CrossAttention(c, rules, rngs)
+        self.mlp_norm = _norm(c, rngs)
+        self.mlp = FeedForward(c, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], mask, bias, keys, values, start, source=None):
+        """The residual stream after the layer, and the layer's updated keys and values.
+
+        `source` is, in the decoder, which tokens of the source each token sees, and their keys and values.
+        """
+        normed = layers.rms_norm(x, self.attention_norm[...], self.eps)
+        mixed, keys, values = self.attention(normed, mask, bias, keys, values, start)
+        x = x + mixed
+        if source is not None:
+            x = x + self.cross(layers.rms_norm(x, self.cross_norm[...], self.eps), *source)
+        return x + self.mlp(layers.rms_norm(x, self.mlp_norm[...], self.eps)), keys, values
+
+
+def _norm(c: T5Config, rngs: nnx.Rngs) -> nnx.Param:
+    return layers.parameter(rngs, (c.hidden_size,), ("embed",), c.dtype, init=nnx.initializers.ones_init())
+
+
+class T5(nnx.Module):
+    """Embedding, encoder, decoder, head. The table of a tied model is stored as the head is: `D -> V`."""
+
+    def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs):
+        """Declares the parameters."""
+        c = config
+        self.config, self.rules = config, rules
+        if not c.tie_embeddings:
+            table = (c.vocab_size, c.hidden_size)
+            self.embedding = layers.parameter(rngs, table, ("vocab", "embed"), c.dtype, init=_normal(1.0))
+
+        def stack(number: int, is_decoder: bool) -> Any:
+            bias = [i == 0 or c.bias_per_layer for i in range(number)]
+            return nnx.List([Block(c, rules, rngs, is_decoder=is_decoder, has_bias=has_bias) for has_bias in bias])
+
+        self.encoder, self.encoder_norm = stack(c.num_encoder_layers, False), _norm(c, rngs)
+        self.decoder, self.norm = stack(c.num_layers, True), _norm(c, rngs)
+        init = _normal(1.0 if c.tie_embeddings and c.scale_outputs else c.hidden_size**-0.5)
+        head, axes = (c.hidden_size, c.vocab_size), ("embed", "vocab")
+        self.head = layers.parameter(rngs, head, axes, c.dtype, init=init, num_contracted=1)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks tokens up; ids beyond the table read its last row (a draft may know fewer tokens than its target)."""
+        table = self.head[...] if self.config.tie_embeddings else self.embedding[...]
+        return layers.look_up(table, tokens, transposed=self.config.tie_embeddings)
+
+    def encode(self, source: Int[Array, "B S"], mask: Bool[Array, "B S S"]) -> Float[Array, "B S D"]:
+        """The encoder's output; each token sees those of its own source that `mask` lets through."""
+        c, (rows, size) = self.config, source.shape
+        x, bias = self.embed(source), None
+        empty = jnp.zeros((rows, c.num_heads, size, c.head_dim), c.dtype)
+        for block in self.encoder:
+            if bias is None or c.bias_per_layer:
+                table, places = block.attention.bias[...], jnp.arange(size)[None]
+                bias = relative_bias(c, table, places, size, bidirectional=True)
+            x, _, _ = block(x, mask, bias, empty, empty, None)
+        return layers.rms_norm(x, self.encoder_norm[...], c.norm_eps)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        start: Int[Array, " B"] | None,
+        packed: Batch | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The decoder's last hidden states of T tokens that stand at `start ..`, and the cache with them in it.
+
+        In a training batch, which fills the cache as a prefill does, the segments of a row do not see each other.
+        """
+        c, slots = self.config, jnp.arange(cache.keys[0].shape[2])
+        begin = jnp.zeros(tokens.shape[0], jnp.int32) if start is None else start
+        places = begin[:, None] + jnp.arange(tokens.shape[1])
+        mask = slots <= places[:, :, None]
+        size = cache.source_keys[0].shape[2]
+        sees = jnp.arange(size) < cache.source_length[:, None, None]
+        sees = jnp.broadcast_to(sees, (*tokens.shape, size))
+        if packed is not None:
+            assert packed.source_segments is not None  # `score` has seen to it.
+            mask &= layers.same_segment(packed.segments, packed.segments)
+            sees = layers.same_segment(packed.segments, packed.source_segments)
+        x, bias = self.embed(tokens), None
+        keys, values = list(cache.keys), list(cache.values)
+        for i, block in enumerate(self.decoder):
+            if bias is None or c.bias_per_layer:
+                bias = relative_bias(c, block.attention.bias[...], places, slots.size, bidirectional=False)
+            source = sees, cache.source_keys[i], cache.source_values[i]
+            x, keys[i], values[i] = block(x, mask, bias, keys[i], values[i], start, source)
+        x = layers.rms_norm(x, self.norm[...], c.norm_eps)
+        return x, cache._replace(keys=tuple(keys), values=tuple(values))
+
+    def read(self, encoded: Float[Array, "B S D"], length: Int[Array, " B"], cache: Cache) -> Cache:
+        """The cache with the encoder's output in it."""
+        both = [block.cross.read(encoded) for block in self.decoder]
+        keys, values = zip(*both, strict=True)
+        return cache._replace(source_keys=keys, source_values=values, source_length=length)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The head, in float32."""
+        if self.config.scale_outputs:
+            hidden = hidden * self.config.hidden_size**-0.5
+        axes = ("batch", "tokens", "vocab")
+        return sharding.constrain(layers.linear(hidden, self.head[...]), axes, self.rules)
+
+
+@functools.cache
+def model(config: T5Config, rules: sharding.Rules) -> Model:
+    """The pure functions of an encoder-decoder. Equal configurations give the same `Model`.
+
+    Args:
+      config: the shape.
+      rules: logical to mesh axes, for its activations and cache under `jax.set_mesh`.
+    """
+
+    def module(params: Tree) -> T5:
+        return graph.merge(T5, config, rules, params)
+
+    def init_cache(batch_size: int, max_len: int) -> Cache:
+        def empty(size: int) -> tuple[Array, ...]:
+            text = cache_lib.init(config.num_layers, batch_size, config.num_heads, size, config.head_dim, config.dtype)
+            return tuple(cache_lib.constrain(x, rules) for x in text.keys)
+
+        none = jnp.zeros(batch_size, jnp.int32)
+        return Cache(empty(max_len), empty(max_len), none, empty(0), empty(0), none)
+
+    def prefill(params: Tree, inputs: Inputs, cache: Cache) -> tuple[ModelOutput, Cache]:
+        if inputs.source is None or inputs.source_length is None:
+            raise ValueError(
+                "An encoder-decoder reads inputs.source, which is None: its target is a decoder-only model, or the "
+                "prompts were not made for it. Use an encoder-decoder target, or a decoder-only draft."
+            )
+        t5 = module(params)
+        known = jnp.arange(inputs.source.shape[1]) < inputs.source_length[:, None]
+        encoded = t5.encode(inputs.source, jnp.broadcast_to(known[:, None], (*known.shape, known.shape[1])))
+        cache = t5.read(encoded, inputs.source_length, cache)
+        hidden, cache = t5.hidden(inputs.tokens, cache, None)
+        last = jnp.take_along_axis(hidden, (inputs.length - 1)[:, None, None], axis=1)
+        return ModelOutput(t5.logits(last), hidden), cache._replace(length=inputs.length)
+
+    def apply(params: Tree, tokens: Int[Array, "B T"], cache: Cache) -> tuple[ModelOutput, Cache]:
+        t5 = module(params)
+        hidden, cache = t5.hidden(tokens, cache, cache.length)
+        return ModelOutput(t5.logits(hidden), hidden), cache._replace(length=cache.length + tokens.shape[1])
+
+    def score(params: Tree, batch: Batch) -> Float[Array, "B T V"]:
+        if batch.source is None or batch.source_segments is None:
+            raise ValueError("An encoder-decoder trains on batches with a source, and this one's is None.")
+        t5 = module(params)
+        encoded = t5.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments))
+        cache = t5.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), init_cache(*batch.tokens.shape))
+        return t5.logits(t5.hidden(batch.tokens, cache, None, batch)[0])
+
+    return Model(init_cache, prefill, apply, config.vocab_size, NO_LIMIT, config.start_token, score)

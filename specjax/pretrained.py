@@ -10,7 +10,7 @@ from specjax import sharding
 from specjax.models import families
 from specjax.models.config import ModelConfig
 from specjax.models.weights import checkpoint, gguf, huggingface, wheel
-from specjax.text import Tokenizer
+from specjax.text import SPIECE, Tokenizer
 from specjax.types import Model, Tree
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -33,7 +33,8 @@ class Pretrained(NamedTuple):
 
 
 def _tokenizer(directory: pathlib.Path) -> Tokenizer | None:
-    return Tokenizer.from_directory(directory) if (directory / "tokenizer.json").is_file() else None
+    has_one = any((directory / name).is_file() for name in ("tokenizer.json", SPIECE))
+    return Tokenizer.from_directory(directory) if has_one else None
 
 
 def _resolve(source: str | pathlib.Path) -> pathlib.Path:

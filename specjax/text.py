@@ -9,12 +9,19 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from specjax import spiece
+
 # Tokens that end a text or a turn. Files name one of them, often the other one than a chat ends with; a model stops at
 # every one that its vocabulary has as a control token (so does llama.cpp).
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 # The token types of GGUF files.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
+
+SPIECE = "spiece.model"
+"""What T5 calls its SentencePiece model."""
+
+_EXTRA_ID = re.compile(r"<extra_id_\d+>")
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -185,14 +192,18 @@ class Tokenizer:
         """Reads `tokenizer.json` and what lies beside it, as transformers 4 or 5 or `save` wrote it.
 
         What is put around a text is what tokenizer.json says: as in transformers 5, `add_bos_token` and
-        `add_eos_token` of tokenizer_config.json count for nothing beside it.
+        `add_eos_token` of tokenizer_config.json count for nothing beside it. Where there is none, `spiece.model` is
+        read, which is all that the repositories of T5 v1.1 have.
 
         Raises:
-          FileNotFoundError: where there is no tokenizer.json.
+          FileNotFoundError: where there is neither tokenizer.json nor spiece.model.
           ValueError: where a file cannot be parsed.
         """
         directory = pathlib.Path(directory)
         path = directory / "tokenizer.json"
+        if not path.is_file() and (directory / SPIECE).is_file():
+            extra_ids = _read_json(directory / "tokenizer_config.json").get("extra_ids", 0)
+            return cls.from_sentencepiece(directory / SPIECE, extra_ids=int(extra_ids))
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing: download it, or make it with transformers' "
@@ -213,6 +224,34 @@ class Tokenizer:
             chat_template=template.read_text(encoding="utf-8") if template.is_file() else _template(config),
             eos_token_ids=_eos_ids(directory),
         )
+
+    @classmethod
+    def from_sentencepiece(cls, path: str | pathlib.Path, *, extra_ids: int = 0) -> "Tokenizer":
+        """Rebuilds the tokenizer of a SentencePiece unigram model; as T5 does, it puts the end token behind a text.
+
+        It gives the ids of the `sentencepiece` library, with three exceptions. Special tokens written out in a text
+        become those tokens. Of two equally probable segmentations, such as those of ")))" into "))" and ")", either may
+        be taken. Characters are normalised by grapheme, as transformers' fast tokenizers do, where the library takes
+        the longest match: letters with several marks may differ.
+
+        Args:
+          path: a `spiece.model`.
+          extra_ids: how many tokens `<extra_id_0>`, ... T5 adds, which the file need not have; the first comes last.
+
+        Raises:
+          FileNotFoundError: where there is no such file.
+          ValueError: for a file that is broken, or a kind of model that is not unigram.
+        """
+        model = spiece.read(path)
+        backend = _unigram(model)
+        special = [piece.text for piece in model.pieces if piece.kind in (spiece.CONTROL, spiece.UNKNOWN)]
+        found = [piece.text for piece in model.pieces if piece.kind == spiece.USER_DEFINED and "▁" not in piece.text]
+        special += [text for text in found if _EXTRA_ID.fullmatch(text)] + extra_tokens(extra_ids)
+        backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+        others = [AddedToken(text, special=False, normalized=False) for text in found if text not in special]
+        backend.add_tokens(others)
+        _surround(backend, model.roles, bos=False, eos=True)
+        return cls(backend, special_tokens=model.roles)
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
@@ -402,6 +441,34 @@ def _sentencepiece_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return backend
+
+
+def extra_tokens(number: int) -> list[str]:
+    """The tokens that T5 puts at its vocabulary's end, in order: `<extra_id_0>` is the last."""
+    return [f"<extra_id_{i}>" for i in reversed(range(number))]
+
+
+def _unigram(model: spiece.Model) -> tokenizers.Tokenizer:
+    """The segmentation of greatest probability, spaces written as "▁"."""
+    texts = [piece.text for piece in model.pieces]
+    unknown = texts.index(model.roles["unk_token"])
+    scores = [(piece.text, piece.score) for piece in model.pieces]
+    # The package's own stub knows the first of these arguments alone.
+    unigram: Any = models.Unigram
+    backend = tokenizers.Tokenizer(unigram(scores, unknown, model.byte_fallback))
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    if model.strip:
+        # Not `Strip`, which takes all white space for a space.
+        steps += [normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if model.add_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    backend.normalizer = normalizers.Sequence(steps)
+    # No piece of most models goes on after a space; then each word can be parted on its own, which is faster.
+    words = not any("▁" in text[1:] for text in texts)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=words)
+    spaces = decoders.Metaspace(prepend_scheme="always" if model.add_prefix else "never")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), spaces]) if model.byte_fallback else spaces
     return backend
 
 

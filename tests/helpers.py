@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from specjax import automaton, decode, sampling, testing, verify
-from specjax.types import DecodeState, Drafter, Inputs, Model, Params
+from specjax.text import Tokenizer
+from specjax.types import Context, DecodeState, Drafter, History, Inputs, Model, Params
 from specjax.verify import Rule
 
 SIGNIFICANCE = 1e-5
@@ -206,3 +209,62 @@ def texts(state: DecodeState) -> list[list[int]]:
 def random_prompts(count: int, vocab_size: int, seed: int = 0, longest: int = 12) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocab_size, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def random_corpus(seed: int = 0, vocab_size: int = 5, count: int = 40, longest: int = 12) -> list[list[int]]:
+    """Texts in which a token often follows the one before it by one, so that contexts matter."""
+    rng = np.random.default_rng(seed)
+    corpus = []
+    for _ in range(count):
+        text = [int(rng.integers(vocab_size))]
+        for _ in range(int(rng.integers(longest))):
+            text.append(int(rng.integers(vocab_size)) if rng.random() < 0.5 else (text[-1] + 1) % vocab_size)
+        corpus.append(text)
+    return corpus
+
+
+def tokenizer_of(words: str) -> Tokenizer:
+    """A tokenizer whose tokens are those words, in this order; "▁" begins a word of a text."""
+    backend = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(words.split())}, "[unk]"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return Tokenizer(backend)
+
+
+def context_of(rows: Sequence[Sequence[int]], k: int, vocab_size: int, max_draft: Any = None, **options) -> Context:
+    """What a drafter sees of some texts."""
+    length = np.asarray([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), length.max() + k + 2), np.int32)
+    for row, text in zip(tokens, rows, strict=True):
+        row[: len(text)] = text
+    # What lies behind a text is stale.
+    tokens[np.arange(tokens.shape[1]) >= length[:, None]] = 1
+    size = len(rows)
+    history = History(
+        jnp.asarray(tokens),
+        jnp.asarray(length),
+        jnp.asarray(length),
+        jnp.full(8, -1, jnp.int32),
+        None,
+        jnp.zeros((size, 1), jnp.int32),
+    )
+    keys = jax.random.split(jax.random.key(0), (size, k))
+    room = jnp.asarray(np.broadcast_to(k if max_draft is None else max_draft, size), jnp.int32)
+    return Context(history, keys, room, sampling.options(size, **options), vocab_size)
+
+
+def greedy_text(drafter, draft_params: Any) -> tuple[list[list[int]], int]:
+    """Texts of the tiny decoder, and how many draft tokens were accepted."""
+    model, params = testing.tiny_decoder(0)
+    both = Params(params, draft_params)
+    state = decode.prefill(
+        model,
+        drafter,
+        both,
+        decode.pad_prompts(random_prompts(6, 61)),
+        max_new_tokens=[30, 3, 0, 17, 40, 1],
+        step_cost=0.0,
+        max_len=64,
+    )
+    state = decode.generate(model, drafter, verify.rejection, both, state)
+    return texts(state), int(np.asarray(state.stats.accepted).sum())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from helpers import Group, Pair, Sample, assert_exact, p_value, sample
+from helpers import Group, Pair, Sample, assert_exact, p_value, random_prompts, sample
 
 from specjax import drafters, testing, verify
 from specjax.verify import Rule
@@ -18,12 +18,17 @@ from specjax.verify import Rule
 TARGET, TABLE = testing.tabular(0)
 DRAFT, DRAFT_TABLE = testing.tabular(1)
 PADDED, PADDED_TABLE = testing.tabular(2, padding=2)
+TEXTS = random_prompts(60, 4)
+COUNTS = drafters.count_ngrams(TEXTS, vocab_size=4, max_successors=3)
+CORPUS = drafters.index_corpus(TEXTS, vocab_size=4)
 
 DRAFTERS = {
     "none": Pair(TARGET, TABLE, drafters.none()),
     "ngram": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1)),
     "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
     "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),
+    "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3), COUNTS.params),
+    "retrieval": Pair(TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8), CORPUS.params),
 }
 
 PARITY = ((1, 0, 0, 1), (0, 1, 1, -1))

@@ -47,6 +47,10 @@ WITH_HISTORY = [
     Group((0, 3), 10_000, grammar=((1, 0, 0, 1), (0, 1, 1, -1))),
 ]
 
+TEXTS = random_prompts(60, 4)
+COUNTS = drafters.count_ngrams(TEXTS, vocab_size=4)
+CORPUS = drafters.index_corpus(TEXTS, vocab_size=4)
+
 Check = Callable[..., None]
 
 
@@ -56,6 +60,14 @@ def by_model(k: int = 2) -> Pair:
 
 def by_lookup() -> Pair:
     return Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1))
+
+
+def by_table() -> Pair:
+    return Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3), COUNTS.params)
+
+
+def by_retrieval() -> Pair:
+    return Pair(TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, min_match=1), CORPUS.params)
 
 
 # The checks.
@@ -289,6 +301,18 @@ def most_probable(proposal: Proposal) -> Proposal:
     return proposal._replace(tokens=jnp.argmax(proposal.probs, axis=-1).astype(jnp.int32))
 
 
+def of_the_first_place(proposal: Proposal) -> Proposal:
+    assert proposal.probs is not None
+    return proposal._replace(probs=jnp.broadcast_to(proposal.probs[:, :1], proposal.probs.shape))
+
+
+def without_backoff(proposal: Proposal) -> Proposal:
+    """Only what the longest context lists, as if nothing were left to back off with."""
+    assert proposal.probs is not None
+    least = jnp.min(proposal.probs, axis=-1, keepdims=True)
+    return proposal._replace(probs=(proposal.probs - least) / jnp.sum(proposal.probs - least, axis=-1, keepdims=True))
+
+
 def narrowed(proposal: Proposal) -> Proposal:
     assert proposal.probs is not None
     return proposal._replace(probs=jnp.exp2(jnp.round(jnp.log2(proposal.probs))))
@@ -325,6 +349,8 @@ DRAFTERS = {
         by_lookup(), lambda p: p._replace(probs=jax.nn.one_hot((p.tokens + 1) % 4, 4))
     ),
     "draft probabilities rounded after the draft was sampled": lambda: _states(by_model(1), narrowed),
+    "back-off mass left out of what a table states": lambda: _states(by_table(), without_backoff),
+    "histogram of the continuations not updated along the path": lambda: _states(by_retrieval(), of_the_first_place),
 }
 
 

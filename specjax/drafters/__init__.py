@@ -3,5 +3,21 @@
 from specjax.drafters.model import model
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
+from specjax.drafters.retrieval import Datastore, index_corpus, load_datastore, retrieval, save_datastore
+from specjax.drafters.table import Table, count_ngrams, load_table, save_table, table
 
-__all__ = ["model", "ngram", "none"]
+__all__ = [
+    "Datastore",
+    "Table",
+    "count_ngrams",
+    "index_corpus",
+    "load_datastore",
+    "load_table",
+    "model",
+    "ngram",
+    "none",
+    "retrieval",
+    "save_datastore",
+    "save_table",
+    "table",
+]

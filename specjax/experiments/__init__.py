@@ -4,7 +4,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-EXPERIMENTS = {"compare": "specjax.experiments.compare:run"}
+EXPERIMENTS = {
+    "compare": "specjax.experiments.compare:run",
+    "count": "specjax.experiments.count:run",
+    "leviathan": "specjax.experiments.leviathan:run",
+    "train": "specjax.experiments.train:run",
+}
 """`module:function` by name, imported when asked for. The function takes `(config, workdir, *, overwrite)`."""
 
 

@@ -28,10 +28,13 @@ Config = Any
 """An `ml_collections.ConfigDict` with the keys of `configs/compare.py`."""
 
 CHOICES = {
-    "drafter": ("model", "ngram", "none"),
+    "drafter": ("model", "ngram", "none", "table", "retrieval"),
     "dtype": ("float32", "bfloat16"),
     "chat": ("auto", "true", "false"),
 }
+
+_WITH_DRAFT = {"model": "SOURCE", "table": "PATH (of configs/count.py)", "retrieval": "PATH (of configs/count.py)"}
+"""Drafters that need `config.draft`, and what that is."""
 
 _AT_LEAST_ONE = ("max_new_tokens", "batch_size", "repeats", "min_match", "mesh_data", "mesh_model")
 _AT_LEAST_ZERO = ("num_prompts", "num_draft_tokens", "seed")
@@ -158,10 +161,13 @@ def check(config: Config) -> None:
     for key in ("target", "data"):
         if not config[key]:
             raise ValueError(f"config.{key} is empty: give --config.{key}=...")
-    if config.drafter == "model" and not config.draft:
-        raise ValueError("config.drafter='model' needs a draft: give --config.draft=SOURCE, or choose drafter=ngram.")
-    if config.drafter != "model" and config.draft:
-        raise ValueError(f"config.draft={config.draft!r} is of use to drafter=model only, not {config.drafter}.")
+    if config.drafter in _WITH_DRAFT and not config.draft:
+        raise ValueError(
+            f"config.drafter={config.drafter!r} needs a draft: give --config.draft={_WITH_DRAFT[config.drafter]}, or "
+            "choose drafter=ngram."
+        )
+    if config.drafter not in _WITH_DRAFT and config.draft:
+        raise ValueError(f"config.draft={config.draft!r} is of no use to drafter={config.drafter}: leave it out.")
     verify.from_name(config.verify)
     if config.verify == "greedy" and config.temperature > 0:
         raise ValueError(f"config.verify='greedy' is for temperature 0, not {config.temperature}: choose rejection.")
@@ -196,27 +202,36 @@ def _load(config: Config, view: View) -> tuple[Pretrained, Drafter]:
     if config.drafter == "model":
         draft = target if config.draft == config.target else load(config.draft)
         return target, drafters.model(draft, num_draft_tokens=k)
+    longest = max(config.min_match, 8)
     if config.drafter == "ngram":
-        longest = max(config.min_match, 8)
         return target, drafters.ngram(num_draft_tokens=k, min_match=config.min_match, max_match=longest)
+    if config.drafter == "table":
+        return target, drafters.table(drafters.load_table(config.draft), num_draft_tokens=k)
+    if config.drafter == "retrieval":
+        datastore = drafters.load_datastore(config.draft)
+        longest = max(min(longest, datastore.depth), config.min_match)
+        return target, drafters.retrieval(datastore, num_draft_tokens=k, min_match=config.min_match, max_match=longest)
     return target, drafters.none()
 
 
-def _batches(config: Config, chosen: Sequence[Prompt], encoded: Sequence[list[int]]) -> list[Batch]:
-    size, batches = config.batch_size, []
-    for number, begin in enumerate(range(0, len(chosen), size)):
-        rows, tokens = list(chosen[begin : begin + size]), list(encoded[begin : begin + size])
-        filler = size - len(rows)
-        batches.append(
+def batches(
+    chosen: Sequence[Prompt], encoded: Sequence[list[int]], *, batch_size: int, max_new_tokens: int, seed: int
+) -> list[Batch]:
+    """Prompts in batches, in their order."""
+    found = []
+    for number, begin in enumerate(range(0, len(chosen), batch_size)):
+        rows, tokens = list(chosen[begin : begin + batch_size]), list(encoded[begin : begin + batch_size])
+        filler = batch_size - len(rows)
+        found.append(
             Batch(
                 number,
                 rows,
                 tokens + [tokens[0]] * filler,
-                [config.max_new_tokens] * len(rows) + [0] * filler,
-                [config.seed + row.number for row in rows] + [0] * filler,
+                [max_new_tokens] * len(rows) + [0] * filler,
+                [seed + row.number for row in rows] + [0] * filler,
             )
         )
-    return batches
+    return found
 
 
 def _grammar(config: Config, target: Pretrained) -> Automaton | None:
@@ -231,16 +246,16 @@ def _grammar(config: Config, target: Pretrained) -> Automaton | None:
 
 def _buffer(config: Config, target: Pretrained, encoded: Sequence[list[int]], num_draft_tokens: int) -> int:
     """One buffer length for both sides and all batches."""
-    longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
-    needed = len(encoded[longest]) + config.max_new_tokens
+    inputs = decode.read_inputs(target.model, encoded)
+    longest = int(np.argmax(inputs.length))
+    needed = int(inputs.length[longest]) + config.max_new_tokens
     if needed > target.model.max_len:
         raise ValueError(
-            f"Prompt {longest} of {config.data} has {len(encoded[longest])} tokens; with {config.max_new_tokens} new "
-            f"ones that makes {needed}, but the target knows {target.model.max_len} positions: lower "
-            "config.max_new_tokens, or leave the prompt out."
+            f"Prompt {longest} of {config.data} has {needed - config.max_new_tokens} tokens; with "
+            f"{config.max_new_tokens} new ones that makes {needed}, but the target knows {target.model.max_len} "
+            "positions: lower config.max_new_tokens, or leave the prompt out."
         )
-    padded = decode.pad_prompts([encoded[longest]]).tokens.shape[1]
-    return max(decode.buffer_length(needed, num_draft_tokens), padded)
+    return max(decode.buffer_length(needed, num_draft_tokens), inputs.tokens.shape[1])
 
 
 def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench, list[Batch]]:
@@ -257,7 +272,8 @@ def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench,
         "max_len": _buffer(config, target, encoded, drafter.num_draft_tokens),
         "step_cost": max(config.step_cost, 0.0),
     }
-    return Bench(target, drafter, options, config.repeats), _batches(config, chosen, encoded)
+    sizes = {name: config[name] for name in ("batch_size", "max_new_tokens", "seed")}
+    return Bench(target, drafter, options, config.repeats), batches(chosen, encoded, **sizes)
 
 
 def _common(config: Config, bench: Bench, costs: metrics.Costs, device: str) -> Row:
@@ -276,7 +292,7 @@ def _common(config: Config, bench: Bench, costs: metrics.Costs, device: str) -> 
     }
 
 
-def _rows(common: Row, batch: Batch, sides: dict[str, list[Decoded]], compiled: dict[str, float]) -> list[Row]:
+def rows_of(common: Row, batch: Batch, sides: dict[str, list[Decoded]], compiled: dict[str, float]) -> list[Row]:
     """The rows of a batch from all repeats of both sides (`""`: speculative, `"baseline_"`: plain)."""
     shared: Row = {}
     for side, runs in sides.items():
@@ -343,7 +359,7 @@ def _show_text(bench: Bench, batch: Batch, view: View) -> None:
         view.stream(tokenizer, [(generation.tokens[i], generation.from_draft[i])])
 
 
-def _measure(bench: Bench, batch: Batch) -> dict[str, list[Decoded]]:
+def measure(bench: Bench, batch: Batch) -> dict[str, list[Decoded]]:
     """Decodes a batch by both sides in turn; which goes first changes from repeat to repeat."""
     sides: dict[str, list[Decoded]] = {"": [], "baseline_": []}
     order = [("baseline_", bench.plain), ("", bench.drafter)]
@@ -385,8 +401,8 @@ def _run_batches(
             seconds = compile_sides(batch)
             if config.show_text:
                 _show_text(bench, batch, view)
-            sides = _measure(bench, batch)
-            rows = _rows(common, batch, sides, seconds)
+            sides = measure(bench, batch)
+            rows = rows_of(common, batch, sides, seconds)
             workdir.add(rows, _samples(bench, batch, sides[""][0].generation, sides["baseline_"][0].generation))
             for row in rows if config.show_text else ():
                 view.row(row)

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -49,11 +56,20 @@ class View:
             yield
 
     @contextlib.contextmanager
-    def progress(self, total: int, done: int) -> Iterator[Progress]:
-        """A bar over the prompts, on terminals only. The caller advances it."""
+    def progress(self, total: int, done: int = 0, what: str = "prompts") -> Iterator[Progress]:
+        """A bar over the prompts, or over something else, on terminals only. The caller advances it."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            bar.add_task("prompts", total=total, completed=done)
+            bar.add_task(what, total=total, completed=done)
+            yield bar
+
+    @contextlib.contextmanager
+    def training(self, total: int) -> Iterator[Progress]:
+        """A bar over steps, on terminals only. The caller updates `completed` and `status`."""
+        left = (TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), *left)
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            bar.add_task("step", total=total, status="")
             yield bar
 
     def line(self, message: str, style: str = "") -> None:

@@ -1,5 +1,6 @@
 """The plots of a run, as PNG, without a display."""
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 
@@ -58,6 +59,27 @@ def speedup(rows: Sequence[Row]) -> Figure:
     axes.set_xlim(0, 1.1 * max(1.0, *values, *accounted))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     _clean(axes, "Speculative over plain decoding (orange: slower)", "measured speedup", "")
+    return figure
+
+
+def losses(steps: Sequence[Row], valid: Sequence[Row]) -> Figure:
+    """The loss of every step, its running mean over a fiftieth of the run, and that of held-out texts."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    number = [line["step"] for line in steps]
+    loss = [line["loss"] for line in steps]
+    size = max(len(loss) // 50, 1)
+    summed = [0.0, *itertools.accumulate(loss)]
+    mean = [(summed[i] - summed[max(i - size, 0)]) / min(i, size) for i in range(1, len(summed))]
+    axes.plot(number, loss, color=_BLUE, linewidth=0.5, alpha=0.35)
+    axes.plot(number, mean, color=_BLUE, linewidth=1.4, label="training")
+    if valid:
+        places = [line["step"] for line in valid]
+        axes.plot(places, [line["valid_loss"] for line in valid], "o-", color=_ORANGE, markersize=3, label="validation")
+    # The first steps of a run would leave no room for the rest.
+    axes.set_ylim(top=1.15 * max([*mean[len(mean) // 10 :], *(line["valid_loss"] for line in valid[1:])]))
+    axes.legend(frameon=False, fontsize=8)
+    _clean(axes, "Cross-entropy", "step", "nats per target token")
     return figure
 
 

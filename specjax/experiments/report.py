@@ -134,7 +134,8 @@ def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     return found
 
 
-def _markdown(table: Sequence[Sequence[str]]) -> str:
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its header."""
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
     return "\n".join([rows[0], "|---" + "|---:" * (len(table[0]) - 1) + "|", *rows[1:]])
 
@@ -163,7 +164,7 @@ def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) 
     parts = [
         f"# {config['name']}",
         f"{sides}, K = {k}, {rule}, temperature {total['temperature']:g}, batch {total['batch_size']}, {place}.",
-        _markdown([HEADER, *map(cells, shown)]),
+        markdown([HEADER, *map(cells, shown)]),
         "\n".join(f"- **{text}**" if bad else f"- {text}" for text, bad in findings(rows)),
         f"Scoring {k + 1} tokens costs {costs.score_cost:.2f} plain steps, a whole drafting step {costs.step_cost:.2f} "
         f"(the run was told {total['step_cost']:.2f}). Compiling took {total['compile_seconds']:.1f} s for speculation "

@@ -1,0 +1,76 @@
+"""Leviathan et al. 2022 in small: English to German, everything trained here on two CPU cores.
+
+Command:
+
+    python -m specjax.launch --config=configs/leviathan/mini_ende.py --config.train=ende.train.jsonl.xz \\
+        --config.valid=ende.valid.jsonl.xz --config.test=ende.test.jsonl.xz --workdir=runs/mini_ende
+
+The files have one JSON object a line with `input` (English) and `target` (German). `mini_ende.py:tiny` is the same in a
+few minutes, with models that have hardly learnt anything: it shows that everything works, and nothing else.
+
+A T5 of 7.7M parameters with a deep decoder is the target; drafts are T5s of 1.7M and 0.4M, each about four times
+smaller than the one before, a bigram and a unigram table. Hardware: two CPU cores, about 90 minutes. The paper's row,
+T5-XXL with T5-small on WMT EnDe (TPU v4): alpha .75 and 3.4x at temperature 0, .62 and 2.6x at temperature 1.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+_BASE = runpy.run_path(str(pathlib.Path(__file__).parent / "experiment.py"))
+
+SHAPES = {
+    "target": {
+        "hidden_size": 192,
+        "head_dim": 48,
+        "num_heads": 4,
+        "intermediate_size": 768,
+        "num_encoder_layers": 3,
+        "num_layers": 8,
+    },
+    "base": {
+        "hidden_size": 128,
+        "head_dim": 32,
+        "num_heads": 4,
+        "intermediate_size": 512,
+        "num_encoder_layers": 2,
+        "num_layers": 1,
+    },
+    "small": {
+        "hidden_size": 40,
+        "head_dim": 20,
+        "num_heads": 2,
+        "intermediate_size": 160,
+        "num_encoder_layers": 1,
+        "num_layers": 1,
+    },
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "tiny"):
+        raise ValueError(f"{variant!r} is no variant: write mini_ende.py, or mini_ende.py:tiny.")
+    config = _BASE["get_config"]("0")
+    config.name = "mini_ende"
+    config.paper = "ende"
+    for name, shape in SHAPES.items():
+        config.models[name] = _BASE["model"]()
+        config.models[name].model.update(shape)
+        config.models[name].num_steps = 1400
+    config.training.vocab_size = 8192
+    if variant == "tiny":
+        config.name = "mini_ende:tiny"
+        config.training.vocab_size = 512
+        config.training.update(target_length=64, source_length=64, batch_size=8, eval_every=20, save_every=20)
+        config.training.update(warmup_steps=5, learning_rate=5e-3)
+        for shape in config.models.values():
+            shape.num_steps = 20
+            shape.model.update(hidden_size=32, head_dim=16, num_heads=2, intermediate_size=64)
+            shape.model.update(num_encoder_layers=1, num_layers=1)
+        config.models.target.model.num_layers = 2
+        config.num_draft_tokens = (2,)
+        config.lenience = (1.0, 0.3)
+        config.update(num_prompts=2, quality_prompts=4, alpha_tokens=64, quality_batch=4, repeats=1)
+        config.update(max_prompt_tokens=96, max_new_tokens=16)
+    return config

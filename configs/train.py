@@ -1,0 +1,74 @@
+"""Trains a T5 or a language model from scratch on a file of texts: a target, or a draft with its vocabulary.
+
+Command, for a target and a draft for it:
+
+    python -m specjax.launch --config=configs/train.py --config.data=FILE --config.valid=FILE \\
+        --config.size=6m --workdir=runs/target
+    python -m specjax.launch --config=configs/train.py --config.data=FILE --config.valid=FILE \\
+        --config.size=1.5m --config.vocabulary=runs/target/spiece.model --workdir=runs/draft
+    python -m specjax.launch --config=configs/compare.py --config.target=runs/target/model \\
+        --config.drafter=model --config.draft=runs/draft/model --config.data=FILE
+
+A FILE has one JSON object a line, with `input` and `target`, or, for a language model, `text`; `.xz` is unpacked.
+hub:NAME or hub:NAME:SPLIT is a hub data set (pip install datasets). The extra `train` of the package trains
+vocabularies. Ctrl-C saves, and the same command goes on, with the losses that it would have had.
+
+Hardware: whatever JAX runs on; parameters, gradient and moments take 16 bytes a parameter. Several devices:
+--config.mesh_data and --config.mesh_model. Expected: a loss curve (train.jsonl, loss.png), summary.md, and model/,
+which `specjax.load` reads: the parameters of least validation loss.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.experiment = "train"
+    config.name = "train"  # The heading of summary.md.
+
+    config.data = ""  # A FILE to learn.
+    config.valid = ""  # A held-out FILE, or nothing.
+    config.vocabulary = ""  # A spiece.model or a model's directory; empty: trained on the data, as spiece.model.
+    config.vocab_size = 8192  # Of a vocabulary that is trained: tokens, ...
+    config.extra_ids = 0  # ... of which so many are T5's <extra_id_0>, ...; ...
+    config.byte_fallback = False  # ... whether unknown characters are spelt in bytes.
+
+    config.kind = "t5"  # Or decoder.
+    config.size = "6m"  # 0.4m, 1.5m, 6m; for t5 also small, base, large, the shapes of T5 v1.1.
+    config.model = ConfigDict()  # Numbers that replace those of the size; 0 replaces nothing.
+    config.model.hidden_size = 0
+    config.model.intermediate_size = 0
+    config.model.head_dim = 0
+    config.model.num_heads = 0
+    config.model.num_layers = 0  # Of the decoder.
+    config.model.num_encoder_layers = 0  # kind=t5.
+    config.model.num_kv_heads = 0  # kind=decoder; num_heads has to be a multiple.
+    config.model.max_position = 0  # kind=decoder.
+
+    config.target_length = 256  # Tokens of a row, which several texts share; longer texts are cut.
+    config.source_length = 256  # Tokens of its source, for kind=t5.
+    config.batch_size = 16  # Rows of a step, ...
+    # ... in so many parts, to save memory. CPUs are fastest with one or two rows a part; accelerators want all in one.
+    config.num_microbatches = 8
+
+    config.num_steps = 4000
+    config.optimizer = "adamw"  # Or adafactor.
+    config.learning_rate = 2e-3  # The peak.
+    config.warmup_steps = 200
+    config.schedule = "cosine"  # Or inverse_sqrt, constant.
+    config.final_fraction = 0.1  # Of the peak, where a cosine ends.
+    config.weight_decay = 0.0
+    config.beta1 = 0.9  # Of adamw.
+    config.beta2 = 0.98
+    config.clip_norm = 1.0  # 0: off.
+    config.z_loss = 0.0  # 0: off.
+    config.dtype = "float32"  # Or bfloat16: of the matrix products; parameters and loss stay float32.
+    config.seed = 0
+
+    config.eval_every = 250  # Steps between two looks at the validation loss, ...
+    config.save_every = 250  # ... two checkpoints, ...
+    config.log_every = 10  # ... and two reports.
+    config.keep = 2  # Checkpoints that are kept.
+    config.mesh_data = 1  # Devices to split the batch over ...
+    config.mesh_model = 1  # ... and the matrices.
+    return config

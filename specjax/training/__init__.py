@@ -1,0 +1,1 @@
+"""Training: vocabularies, packed batches, the step, checkpoints, and the loop around them."""

@@ -1,0 +1,235 @@
+"""The loop: steps, reports, validation, checkpoints, the model that comes of it."""
+
+import contextlib
+import math
+import pathlib
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from specjax import api, pretrained
+from specjax.models import families
+from specjax.models.config import ModelConfig
+from specjax.models.weights import checkpoint
+from specjax.pretrained import Pretrained
+from specjax.text import Tokenizer
+from specjax.training import train
+from specjax.training.checkpoints import Checkpoints
+from specjax.training.config import TrainConfig
+from specjax.training.curve import Curve, Line
+from specjax.training.data import Dataset
+from specjax.training.train import Metrics, TrainState
+from specjax.types import Tree
+
+CHECKPOINTS, CURVE, MODEL = "checkpoints", "train.jsonl", "model"
+"""What a run leaves in its directory."""
+
+FILES = (CHECKPOINTS, CURVE, MODEL)
+
+Report = Callable[[list[Line]], None]
+"""Takes the new lines of the curve."""
+
+
+class Run(NamedTuple):
+    """What is trained, and on what.
+
+    Attributes:
+      model_config: the shape, float32.
+      config: how.
+      data: the texts to learn.
+      valid: held-out texts, or None.
+      tokenizer: the vocabulary.
+      mesh: where; None for the default device.
+    """
+
+    model_config: ModelConfig
+    config: TrainConfig
+    data: Dataset
+    valid: Dataset | None
+    tokenizer: Tokenizer
+    mesh: Mesh | None = None
+
+
+def check(run: Run) -> None:
+    """Refuses what does not fit together.
+
+    Raises:
+      ValueError: naming the value and the remedy.
+    """
+    width, size = run.model_config.vocab_size, max(run.tokenizer.vocab().values()) + 1
+    if size > width:
+        raise ValueError(
+            f"The vocabulary has {size} tokens, but the model's logits are {width} wide: choose a smaller vocabulary, "
+            f"or vocab_size={size}."
+        )
+    longest = families.model(run.model_config).max_len
+    if run.data.target_length > longest:
+        raise ValueError(
+            f"target_length={run.data.target_length}, but the model knows {longest} positions: lower it, or raise "
+            "model.max_position."
+        )
+    if run.mesh is not None:
+        part, over = run.config.batch_size // run.config.num_microbatches, run.mesh.shape["data"]
+        if part % over:
+            raise ValueError(
+                f"batch_size={run.config.batch_size} over num_microbatches={run.config.num_microbatches} is {part} "
+                f"rows, which do not divide over the {over} devices of mesh axis 'data'."
+            )
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a run cannot be continued without, as JSON values."""
+    return {
+        "train": run.config.identity(),
+        "model": checkpoint.config_to_json(run.model_config),
+        "vocabulary_checksum": zlib.crc32(run.tokenizer.backend.to_str().encode()),
+        "data_checksum": run.data.checksum,
+        "valid_checksum": None if run.valid is None else run.valid.checksum,
+        "target_length": run.data.target_length,
+        "source_length": run.data.source_length,
+    }
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether the run was asked to end, by Ctrl-C or by the system; a second Ctrl-C does not wait.
+
+    An exception in the middle of a step would lose the state, which is donated to it.
+    """
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def evaluate(run: Run, data: Dataset, params: Tree) -> float:
+    """The mean loss of all targets, in nats."""
+    parts = [
+        train.eval_step(run.model_config, run.config.dtype, params, batch)
+        for batch in data.in_order(run.config.batch_size // run.config.num_microbatches, run.mesh)
+    ]
+    loss, weight = (float(sum(float(getattr(part, name)) for part in parts)) for name in ("loss", "weight"))
+    return loss / weight
+
+
+def _lines(first: int, metrics: list[Metrics], seconds: float) -> list[Line]:
+    """The lines of the steps after `first`, and how fast they were."""
+    values = jax.device_get(metrics)
+    speed = sum(int(value.num_tokens) for value in values) / seconds
+    lines = []
+    for step, value in enumerate(values, start=first + 1):
+        numbers = {name: float(number) for name, number in value._asdict().items()}
+        if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
+            raise FloatingPointError(
+                f"Step {step} has loss {numbers['loss']} and gradient norm {numbers['grad_norm']}: lower "
+                "learning_rate, raise warmup_steps, or set clip_norm, and begin again with --overwrite."
+            )
+        numbers |= {"seconds": round(seconds / len(values), 6), "tokens_per_second": round(speed, 1)}
+        lines.append({"step": step} | numbers)
+    return lines
+
+
+class _Loop:
+    """The files of a run, and what is done between steps."""
+
+    def __init__(self, run: Run, directory: pathlib.Path, report: Report):
+        self.run, self.directory, self.report = run, directory, report
+        self.checkpoints = Checkpoints(directory / CHECKPOINTS, identity(run), run.config.keep)
+
+    def restore(self) -> TrainState:
+        """The newest checkpoint, or a fresh state; reports what the curve has."""
+        run = self.run
+        state = self.checkpoints.restore(train.abstract_state(run.model_config, run.config, run.mesh))
+        self.curve = Curve(self.directory / CURVE, 0 if state is None else int(state.step))
+        self.report(self.curve.lines)
+        return train.init(run.model_config, run.config, run.mesh) if state is None else state
+
+    def add(self, lines: list[Line]) -> None:
+        self.curve.add(lines)
+        self.report(lines)
+
+    def export(self, params: Tree) -> None:
+        model = Pretrained(families.model(self.run.model_config), params, self.run.tokenizer, self.run.model_config)
+        pretrained.save(model, self.directory / MODEL)
+
+    def look(self, step: int, params: Tree) -> None:
+        """Takes the validation loss, and keeps the best model so far."""
+        if self.run.valid is None:
+            return
+        self.add([{"step": step, "valid_loss": evaluate(self.run, self.run.valid, params)}])
+        if self.curve.best is not None and self.curve.best["step"] == step:
+            self.export(params)
+
+    def steps(self, state: TrainState, asked: Callable[[], bool]) -> TrainState:
+        run, config, first = self.run, self.run.config, int(state.step)
+        pending: list[Metrics] = []
+        begin = time.perf_counter()
+        for step in range(first + 1, config.num_steps + 1):
+            batch = run.data.batch(step - 1, config.batch_size, run.mesh)
+            state, metrics = train.train_step(run.model_config, config, state, batch)
+            pending.append(metrics)
+            finished = step == config.num_steps
+            stop = asked() and not finished
+            look = finished or step % config.eval_every == 0
+            save = finished or stop or step % config.save_every == 0
+            if not (look or save or step % config.log_every == 0):
+                continue
+            jax.block_until_ready(metrics)
+            self.add(_lines(step - len(pending), pending, time.perf_counter() - begin))
+            pending = []
+            if look:
+                self.look(step, state.params)
+            if save:
+                self.checkpoints.save(state)
+            if stop:
+                raise KeyboardInterrupt(f"step {step} is saved in {self.checkpoints.directory}")
+            begin = time.perf_counter()
+        return state
+
+
+def fit(run: Run, directory: str | pathlib.Path, report: Report | None = None) -> Curve:
+    """Trains a model, from the beginning or from where a run in the directory stopped.
+
+    What is left in the directory: `checkpoints/`, `train.jsonl` (see `curve`), and `model/`, which `specjax.load`
+    reads: the parameters of least validation loss, or, without held-out texts, the last.
+
+    Args:
+      run: what is trained.
+      directory: of this run alone.
+      report: called with the new lines of the curve every `log_every` steps and with every validation.
+
+    Returns:
+      The curve.
+
+    Raises:
+      KeyboardInterrupt: after Ctrl-C, once the step is saved; its message says where.
+      FloatingPointError: where a loss is not finite.
+      ValueError: for what does not fit together, a checkpoint that is corrupt, or one of another run.
+    """
+    check(run)
+    loop = _Loop(run, pathlib.Path(directory), report or (lambda lines: None))
+    with contextlib.closing(loop.checkpoints), api.on_mesh(run.mesh), _interrupts() as asked:
+        state = loop.restore()
+        state = loop.steps(state, asked)
+        if run.valid is None or not (loop.directory / MODEL).is_dir():
+            loop.export(state.params)
+    return loop.curve

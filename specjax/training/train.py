@@ -1,0 +1,217 @@
+"""The training step: one jitted function from state and batch to state and metrics.
+
+Parameters and the optimiser's moments are float32 and lie split over the mesh by the rules of inference
+(`families.param_axes`), batches over `data`; the compiler adds up the gradients. A copy of the parameters in
+`TrainConfig.dtype` is made within the step for the matrix products.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from specjax import sharding
+from specjax.models import families
+from specjax.models.config import ModelConfig
+from specjax.training import optimizers
+from specjax.training.config import TrainConfig
+from specjax.types import Batch, Tree
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    Attributes:
+      params: float32.
+      optimizer: the state of the optimiser.
+      step: `[]` how many steps were made.
+    """
+
+    params: Tree
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+class Sums(NamedTuple):
+    """Sums over the targets of a batch.
+
+    Attributes:
+      loss: of weight times cross-entropy in nats.
+      square: of weight times the squared log-normaliser.
+      weight: of the weights.
+    """
+
+    loss: Float[Array, ""]
+    square: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """What a step tells.
+
+    Attributes:
+      loss: cross-entropy in nats a target, before the step.
+      grad_norm: of the gradient, before it is clipped.
+      learning_rate: of the step.
+      num_targets: the sum of the weights.
+      num_tokens: what encoder and decoder have read, padding excluded.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    num_targets: Float[Array, ""]
+    num_tokens: Int[Array, ""]
+
+
+def _abstract_state(model_config: ModelConfig, config: TrainConfig) -> TrainState:
+    params = families.abstract_params(model_config)
+    moments = jax.eval_shape(optimizers.optimizer(config).init, params)
+    return TrainState(params, moments, jax.ShapeDtypeStruct((), jnp.int32))  # pyright: ignore[reportArgumentType]
+
+
+def abstract_state(
+    model_config: ModelConfig, config: TrainConfig, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
+) -> TrainState:
+    """The state with a `jax.ShapeDtypeStruct` in each array's place.
+
+    A moment of a parameter's shape is split as the parameter is; smaller ones, as Adafactor's, are on every device.
+
+    Raises:
+      ValueError: for a model that is not float32, or a mesh that does not divide its axes.
+    """
+    if model_config.dtype != "float32":
+        raise ValueError(
+            f"dtype={model_config.dtype!r}: parameters are trained in float32. Give TrainConfig that dtype, which "
+            "is then the matrix products' alone."
+        )
+    state = _abstract_state(model_config, config)
+    if mesh is None:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def split(x: jax.ShapeDtypeStruct, axes: sharding.Axes) -> jax.ShapeDtypeStruct:
+        place = sharding.named_sharding(mesh, x.shape, axes, rules)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    def copied(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
+    params = jax.tree.map(split, state.params, families.param_axes(model_config))
+    moments = optax.tree_map_params(
+        optimizers.optimizer(config),
+        lambda x, param: (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=param.sharding) if x.shape == param.shape else copied(x)
+        ),
+        state.optimizer,
+        params,
+        transform_non_params=copied,
+    )
+    return TrainState(params, moments, copied(state.step))  # pyright: ignore[reportArgumentType]
+
+
+def init(
+    model_config: ModelConfig, config: TrainConfig, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
+) -> TrainState:
+    """The state that training begins from, each device's part made where it lies.
+
+    Args:
+      model_config: the model's shape, float32.
+      config: its seed decides about the parameters.
+      mesh: where the state goes; None for the default device.
+      rules: logical to mesh axes.
+
+    Raises:
+      ValueError: as `abstract_state`.
+    """
+
+    def make(key: jax.Array) -> TrainState:
+        params = families.init_params(model_config, key)
+        return TrainState(params, optimizers.optimizer(config).init(params), jnp.zeros((), jnp.int32))
+
+    places = jax.tree.map(lambda x: x.sharding, abstract_state(model_config, config, mesh, rules))
+    return jax.jit(make, out_shardings=places)(jax.random.key(config.seed))
+
+
+def sums(model_config: ModelConfig, params: Tree, batch: Batch) -> Sums:
+    """The loss of a batch, added up in float32.
+
+    Args:
+      model_config: of the parameters' dtype.
+      params: the parameters.
+      batch: the batch.
+
+    Raises:
+      ValueError: for a batch without a source, where the model is an encoder-decoder.
+    """
+    score = families.model(model_config).score
+    assert score is not None  # Every family trains.
+    logits = score(params, batch)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    # Not a gather, which would bring logits that are split over the vocabulary together.
+    is_target = jnp.arange(logits.shape[-1]) == batch.targets[:, :, None]
+    loss = normaliser - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    weight = batch.weights
+    return Sums(jnp.sum(weight * loss), jnp.sum(weight * normaliser**2), jnp.sum(weight))
+
+
+def _objective(
+    model_config: ModelConfig, config: TrainConfig, params: Tree, batch: Batch, total: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """A batch's part of what is minimised, and of the loss; `total` is the weight of all its microbatches."""
+    added = sums(*families.cast(model_config, params, config.dtype), batch)
+    return (added.loss + config.z_loss * added.square) / total, added.loss / total
+
+
+def _microbatches(batch: Batch, number: int) -> Batch:
+    """`[number, B / number, ...]`, parted so that each microbatch has rows on every device without moving any."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_step(
+    model_config: ModelConfig, config: TrainConfig, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One step of the optimiser on the mean loss of all targets of a batch.
+
+    Args:
+      model_config: the shape of the parameters, float32.
+      config: how to train.
+      state: what the step starts from; it is donated.
+      batch: `[batch_size, T]`.
+
+    Returns:
+      The state after the step, and its metrics. Gradients of microbatches are added up with one normaliser, so that
+      their number changes nothing but rounding.
+    """
+    total = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    gradient = jax.value_and_grad(functools.partial(_objective, model_config, config), has_aux=True)
+
+    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        (_, loss), grads = gradient(state.params, part, total)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+    if config.num_microbatches == 1:
+        (_, loss), grads = gradient(state.params, batch, total)
+    else:
+        nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+        (loss, grads), _ = jax.lax.scan(add, nothing, _microbatches(batch, config.num_microbatches))
+    optimizer = optimizers.optimizer(config)
+    updates, moments = optimizer.update(grads, state.optimizer, state.params)
+    num_tokens = jnp.sum(batch.segments > 0)
+    if batch.source_segments is not None:
+        num_tokens += jnp.sum(batch.source_segments > 0)
+    rate = jnp.asarray(optimizers.schedule(config)(state.step), jnp.float32)
+    metrics = Metrics(loss, optax.tree.norm(grads), rate, jnp.sum(batch.weights), num_tokens)
+    return TrainState(optax.apply_updates(state.params, updates), moments, state.step + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def eval_step(model_config: ModelConfig, dtype: str, params: Tree, batch: Batch) -> Sums:
+    """The loss of a batch, in the dtype that it is trained in."""
+    return sums(*families.cast(model_config, params, dtype), batch)

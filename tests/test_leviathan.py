@@ -1,0 +1,169 @@
+"""The experiment of Leviathan et al. 2022, in the small: from files of pairs to the paper's tables."""
+
+import json
+import random
+import runpy
+
+import pytest
+
+from specjax import launch, tasks, theory
+from specjax.experiments import leviathan_report, results
+from specjax.experiments.leviathan import Store
+from specjax.experiments.leviathan_report import Measured
+
+WORDS = ("library", "read", "write", "check", "files", "package", "tools", "users", "daemons", "and", "of", "the")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Sentences and their words reversed."""
+    directory, rng = tmp_path_factory.mktemp("pairs"), random.Random(0)
+    for name, number in (("train", 400), ("valid", 20), ("test", 24)):
+        texts = [[rng.choice(WORDS) for _ in range(rng.randint(4, 9))] for _ in range(number)]
+        lines = [json.dumps({"input": " ".join(text), "target": " ".join(text[::-1])}) for text in texts]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def command(pairs, workdir, *more):
+    files = [f"--config.{name}={pairs / name}.jsonl" for name in ("train", "valid", "test")]
+    small = ["--config.training.vocab_size=64", "--config.temperatures=(0.0, 1.0)", "--config.tables=(2,)"]
+    steps = [f"--config.models.{name}.num_steps=4" for name in ("target", "base", "small")]
+    args = ["launch", "--config=configs/leviathan/mini_ende.py:tiny", f"--workdir={workdir}", "--nocompilation_cache"]
+    return [
+        *args,
+        *files,
+        *small,
+        *steps,
+        "--config.lenience=(0.5,)",
+        "--config.timed_drafts=('bigram', 'small')",
+        *more,
+    ]
+
+
+def test_from_pairs_to_the_tables_of_the_paper(pairs, tmp_path, capfd):
+    assert launch.main(command(pairs, tmp_path)) == 0, capfd.readouterr().err
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert {(row["draft"], row["temperature"]) for row in rows} == {
+        (draft, t) for draft in ("bigram", "small") for t in (0.0, 1.0)
+    }
+    assert all(set(results.FIRST) <= set(row) for row in rows)
+    assert all(row["identical"] == 1.0 for row in rows if row["temperature"] == 0)
+    cells = json.loads((tmp_path / "cells.json").read_text())["cells"]
+    alphas = {name: cell for name, cell in cells.items() if name.startswith("alpha")}
+    assert len(alphas) == 6
+    assert all(0 <= cell["alpha"] <= 1 and cell["num_tokens"] >= 64 for cell in alphas.values())
+    summary = (tmp_path / "summary.md").read_text()
+    assert "7 / 0.75 / 3.4x" in summary
+    assert "SLOWER" in summary
+    for name in ("speedup.png", "acceptance.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+        assert f"({name})" in summary
+    # Once more: everything is found, and nothing is measured again.
+    capfd.readouterr()
+    assert launch.main(command(pairs, tmp_path)) == 0
+    assert json.loads((tmp_path / "cells.json").read_text())["cells"] == cells
+    # With other settings it is refused.
+    assert launch.main(command(pairs, tmp_path, "--config.seed=1")) == 1
+    assert "seed: 0 before, 1 now" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.test=missing.jsonl", "missing.jsonl does not exist"),
+        ("--config.metric=meteor", "config.metric='meteor'"),
+        ("--config.num_draft_tokens=(0,)", "config.num_draft_tokens=(0,)"),
+        ("--config.num_prompts=0", "config.num_prompts=0"),
+        ("--config.train=", "config.train is empty"),
+        ("--config.models.target.sauce=x", "no key 'models.target.sauce'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_line(flag, message, pairs, tmp_path, capfd):
+    assert launch.main(command(pairs, tmp_path, flag)) == 1
+    error = capfd.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "models").exists()
+
+
+def test_the_store_finds_what_it_has_and_refuses_what_is_not_its_own(tmp_path):
+    store = Store(tmp_path, {"seed": 0}, overwrite=False)
+    assert store.get("a", lambda: {"x": 1.5}) == {"x": 1.5}
+    again = Store(tmp_path, {"seed": 0}, overwrite=False)
+    assert again.get("a", pytest.fail) == {"x": 1.5}
+    with pytest.raises(ValueError, match="seed: 0 before, 1 now"):
+        Store(tmp_path, {"seed": 1}, overwrite=False)
+    assert Store(tmp_path, {"seed": 1}, overwrite=True).cells == {}
+    (tmp_path / "cells.json").write_text("{")
+    with pytest.raises(ValueError, match="is broken"):
+        Store(tmp_path, {"seed": 0}, overwrite=False)
+
+
+def row(draft, temperature, k, alpha, c, scoring, error):
+    """A cell whose clock is off from the prediction by a factor."""
+    return {
+        "draft": draft,
+        "temperature": temperature,
+        "num_draft_tokens": k,
+        "acceptance_rate": alpha,
+        "block_efficiency": theory.expected_tokens(alpha, k),
+        "cost_ratio": c,
+        "score_cost": scoring,
+        "predicted_speedup": theory.walltime_factor(alpha, k, c),
+        "measured_speedup": theory.walltime_factor(alpha, k, c, scoring) * error,
+        "identical": 1.0,
+        "acceptance_by_position": [alpha] * k,
+    }
+
+
+def measured(error):
+    rows = [row("small", t, k, 0.75, 0.02, 1.2, error) for t in (0.0, 1.0) for k in (1, 7)]
+    return Measured(
+        name="x",
+        paper="ende",
+        metric="bleu",
+        about="About.",
+        sizes={"target": 100, "small": 10},
+        alpha={"small": {0.0: (0.75, 99), 1.0: (0.75, 99)}},
+        rows=rows,
+        quality={0.0: {"plain": 20.0, "small": 20.0}, 1.0: {"plain": 15.0, "small": 15.5}},
+        lenience={"small": {1.0: 0.6, 0.5: 0.7}},
+        seconds={"measuring": 60.0},
+    )
+
+
+def test_the_report_holds_the_clock_against_the_theorem():
+    close, far = leviathan_report.findings(measured(0.9)), leviathan_report.findings(measured(0.5))
+    assert close[0].startswith("4 of 4 cells lie within 15 %")
+    assert far[0].startswith("0 of 4 cells lie within 15 %")
+    assert any("SLOWER" in text for text in far)
+    table = leviathan_report.table_2(measured(1.0))
+    first = dict(zip(table[0], table[1], strict=True))
+    assert first["Thm 3.8"] == f"{theory.walltime_factor(0.75, 7, 0.02):.2f}x"
+    assert first["with scoring"] == first["measured"] == f"{theory.walltime_factor(0.75, 7, 0.02, 1.2):.2f}x"
+    assert first["K"] == first["best K predicted"] == "7"
+    assert first["paper: K / alpha / measured"] == "7 / 0.75 / 3.4x"
+    assert leviathan_report.table_5(measured(1.0))[1] == ["small", "0.60 (0.62)", "0.70 (0.71)"]
+
+
+def test_metrics_are_those_of_the_libraries():
+    texts = ["the cat sat on the mat today", "a dog barks"]
+    assert tasks.bleu(texts, texts) == pytest.approx(100.0)
+    assert tasks.rouge2(texts, texts) == pytest.approx(100.0)
+    assert tasks.bleu(texts, ["no word of it is there", "at all none"]) < 10
+    assert tasks.rouge2(["a b c"], ["a b d"]) == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["t5_xxl_ende", "t5_xxl_cnndm", "lm1b_gpt", "mini_ende", "mini_synopsis", "experiment"]
+)
+def test_every_config_is_whole(name):
+    path = f"configs/leviathan/{name}.py"
+    config = runpy.run_path(path)["get_config"]()
+    assert config.experiment == "leviathan"
+    assert f"--config={path}" in runpy.run_path(path)["__doc__"]
+    assert "target" in config.models
+    assert len(config.models) > 1
+    if name.startswith("t5"):
+        assert config.models.target.source == "google/t5-v1_1-xxl"

@@ -57,12 +57,13 @@ def get_config(variant: str = "") -> ConfigDict:
     for name, shape in SHAPES.items():
         config.models[name] = _BASE["model"]()
         config.models[name].model.update(shape)
-        config.models[name].num_steps = 1400
-    config.training.vocab_size = 8192
+        config.models[name].num_steps = 1100
+    # CPUs learn faster from a row at a time: its logits stay in their cache.
+    config.training.update(vocab_size=8192, batch_size=16, num_microbatches=16)
     if variant == "tiny":
         config.name = "mini_ende:tiny"
-        config.training.vocab_size = 512
-        config.training.update(target_length=64, source_length=64, batch_size=8, eval_every=20, save_every=20)
+        config.training.update(vocab_size=512, target_length=64, source_length=64, batch_size=8, num_microbatches=1)
+        config.training.update(eval_every=20, save_every=20)
         config.training.update(warmup_steps=5, learning_rate=5e-3)
         for shape in config.models.values():
             shape.num_steps = 20

@@ -12,7 +12,7 @@ import specjax
 from specjax import decode, drafters, sampling, sharding, verify
 from specjax.api import on_mesh
 from specjax.models import families
-from specjax.models.config import DecoderConfig
+from specjax.models.config import DecoderConfig, ModelConfig, T5Config
 from specjax.pretrained import Pretrained
 from specjax.types import Params
 
@@ -26,11 +26,23 @@ CONFIG = DecoderConfig(
     head_dim=16,
     max_position=256,
 )
+T5 = T5Config(
+    vocab_size=256,
+    hidden_size=64,
+    head_dim=16,
+    intermediate_size=128,
+    num_encoder_layers=2,
+    num_layers=2,
+    num_heads=4,
+    gated=True,
+    activation="gelu_new",
+)
 PROMPTS = [[1, 2, 3, 4, 1, 2], [9], [5, 6, 7, 8, 5, 6, 7], [11, 12, 13] * 4]
 
 
-def params(seed: int):
-    scaled = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, families.init_params(CONFIG, jax.random.key(0)))
+def params(seed: int, config: ModelConfig = CONFIG, scale: float = 6):
+    """Random parameters; those of another seed are a little different."""
+    scaled = jax.tree.map(lambda x: scale * x if x.ndim > 1 else x, families.init_params(config, jax.random.key(0)))
     noise = jax.random.key(seed)
     return jax.tree.map(lambda x: x + 0.02 * seed * jax.random.normal(noise, x.shape) if x.ndim > 1 else x, scaled)
 
@@ -59,6 +71,13 @@ def main() -> None:
                 }[name]
                 both.append(texts(Pretrained(model, t, None, CONFIG), drafter, temperature))
             report["cases"][f"{name} {temperature}"] = both
+
+    for temperature in (0.0, 1.0):
+        both = []
+        for place in (lambda x: x, lambda x: sharding.shard(x, families.param_axes(T5), mesh)):
+            t, d = (Pretrained(families.model(T5), place(params(i, T5, 2)), None, T5) for i in (0, 1))
+            both.append(texts(t, drafters.model(d, num_draft_tokens=3), temperature))
+        report["cases"][f"t5 {temperature}"] = both
 
     drafter = drafters.model(model, num_draft_tokens=3)
     inputs = decode.pad_prompts(PROMPTS)

@@ -362,6 +362,19 @@ def test_acceptance_overlap_and_tokens_per_step_are_those_of_the_paper(k: int):
     assert abs(emitted.mean() - wanted) < 4.5 * emitted.std() / np.sqrt(rows)
 
 
+def test_observing_sums_alpha_at_every_place_of_the_plain_text():
+    (target, table), (draft, draft_table) = testing.tabular(32, order=1), testing.tabular(33, order=1)
+    chosen = Pair(target, table, drafters.model(draft, num_draft_tokens=1), draft_table)
+    result = sample(chosen, [Group((0, 1), 500, budget=4)], rule=verify.observe)
+    p, q = (np.array([testing.distribution(row) for row in np.asarray(t)]) for t in (table, draft_table))
+    # A table of order 1 looks at the last token alone; before the last place there is no room for a draft.
+    last = np.concatenate([np.ones((500, 1), int), result.new_tokens(0)[:, :2]], axis=1)
+    stats = result.state.stats
+    assert int(np.asarray(stats.proposed).sum()) == last.size
+    wanted = np.minimum(p, q).sum(axis=1)[last].sum()
+    assert abs(float(np.asarray(stats.overlap, np.float64).sum()) - wanted) < 1e-3
+
+
 def test_overlap_of_one_hot_drafts_is_the_accepted_share():
     stats = sample(pair("ngram 1", 3), ragged("temperature 1")).state.stats
     proposed, accepted, overlap = (

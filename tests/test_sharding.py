@@ -16,7 +16,7 @@ from specjax.models import families
 from specjax.models.config import DecoderConfig
 
 PROGRAM = pathlib.Path(__file__).with_name("mesh_program.py")
-CASES = [f"{name} {temperature}" for name in ("none", "ngram", "model") for temperature in (0.0, 1.0)]
+CASES = [f"{name} {temperature}" for name in ("none", "ngram", "model", "t5") for temperature in (0.0, 1.0)]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from specjax.experiments import leviathan_report, results
 from specjax.experiments.leviathan import Store
 from specjax.experiments.leviathan_report import Measured
 
-WORDS = ("library", "read", "write", "check", "files", "package", "tools", "users", "daemons", "and", "of", "the")
+WORDS = ["".join(random.Random(i).choices("abcdefghiklmnoprstu", k=3 + i % 5)) for i in range(80)]
 
 
 @pytest.fixture(scope="module")

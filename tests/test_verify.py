@@ -441,7 +441,7 @@ def test_rules_are_found_by_name():
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("rejektion", "is not known: choose one of greedy, rejection, block, coupled, lenient"),
+        ("rejektion", "is not known: choose one of greedy, rejection, block, coupled, observe, lenient"),
         ("rejection:1", "takes no number"),
         ("lenient", "Write it as lenient:0.3"),
         ("lenient:2", r"lenience=2 is outside \(0, 1\]"),

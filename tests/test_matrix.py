@@ -231,5 +231,5 @@ def check_cell(drafter: str, rule: str, stop: str, rows: int) -> None:
     assert (accepted <= proposed).all()
     overlap = np.asarray(stats.overlap)
     assert ((overlap >= 0) & (overlap <= proposed.sum(axis=1) + 1e-3)).all()
-    if k:
+    if k and promise.rule is not verify.observe:
         assert accepted.sum(axis=0).min() > 100, f"drafts accepted by position: {accepted.sum(axis=0)}"

@@ -165,7 +165,7 @@ def generate_reference(model, source, **options):
     return out[:, 1:].tolist()
 
 
-@pytest.mark.parametrize("name", ["t5", "t5-v1.1", "umt5"])
+@pytest.mark.parametrize("name", ["t5", "umt5"])
 def test_greedy_and_beam_text_is_that_of_transformers(name, tmp_path):
     reference, target = load(tmp_path, name)
     _, draft = load(tmp_path, "t5-deep-encoder")
@@ -203,7 +203,7 @@ def drafters(tmp_path, target):
     }
 
 
-@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+@pytest.mark.parametrize("rule", ["block", "coupled"])
 def test_every_drafter_keeps_the_text(rule, tmp_path):
     _, target = load(tmp_path)
     options = {"max_new_tokens": 20, "step_cost": 0.0, "verify": verify.from_name(rule), "max_len": 64}

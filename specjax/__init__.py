@@ -3,7 +3,7 @@
 from specjax import automaton, decode, drafters, metrics, sampling, sharding, theory, verify
 from specjax.api import Generation, generate, stream
 from specjax.beam import beam_search
-from specjax.models.config import DecoderConfig
+from specjax.models.config import DecoderConfig, T5Config
 from specjax.pretrained import Pretrained, load, save
 from specjax.types import Drafter, Model, Params
 
@@ -16,6 +16,7 @@ __all__ = [
     "Model",
     "Params",
     "Pretrained",
+    "T5Config",
     "automaton",
     "beam_search",
     "decode",

@@ -33,7 +33,7 @@ Config = Any
 
 
 class Draft(NamedTuple):
-    """A draft: its name, and the drafter that it gives at some K."""
+    """A draft: its name, the drafter that it gives at some K, and its size in numbers."""
 
     name: str
     drafter: Callable[[int], Drafter]

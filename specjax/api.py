@@ -199,6 +199,7 @@ def prepare(
         inputs = jax.tree.map(
             lambda x: jax.device_put(x, sharding.named_sharding(mesh, x.shape, axes[: x.ndim])), inputs
         )
+        params = params._replace(draft=sharding.replicate_rest(params.draft, mesh))
     drafter = drafter._replace(source=None)
     with on_mesh(mesh):
         state = decode.prefill(
@@ -223,15 +224,15 @@ def prepare(
 
 def finish(request: Request, state: DecodeState) -> Generation:
     """Reads the texts of a state."""
-    tokens, from_draft, begin, end = (
-        np.asarray(x) for x in (state.tokens, state.from_draft, state.prompt_length, state.length)
+    tokens, from_draft, begin, end, done = sharding.to_host(
+        (state.tokens, state.from_draft, state.prompt_length, state.length, state.done)
     )
     rows = [(i, slice(*bounds)) for i, bounds in enumerate(zip(begin, end, strict=True))]
     new = [tokens[row].tolist() for row in rows]
-    stops, done = set(np.asarray(state.stop_tokens).tolist()), np.asarray(state.done)
+    stops = set(sharding.to_host(state.stop_tokens).tolist())
     found = np.zeros(len(rows), bool)
     if state.stop_strings is not None:
-        found = np.asarray(state.stop_state) == state.stop_strings.next_state.shape[0] - 1
+        found = sharding.to_host(state.stop_state) == state.stop_strings.next_state.shape[0] - 1
 
     def reason(row: int) -> str:
         if not done[row]:
@@ -240,7 +241,7 @@ def finish(request: Request, state: DecodeState) -> Generation:
 
     logprobs = top_logprobs = None
     if state.logprobs is not None:
-        chosen, top_tokens, top = (np.asarray(x) for x in state.logprobs)
+        chosen, top_tokens, top = sharding.to_host(state.logprobs)
         logprobs = [chosen[row].tolist() for row in rows]
         top_logprobs = [
             [dict(zip(*place, strict=True)) for place in zip(top_tokens[row].tolist(), top[row].tolist(), strict=True)]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from specjax import adaptive, automaton, processors, sampling, verify
+from specjax import adaptive, automaton, processors, sampling, sharding, verify
 from specjax.types import (
     Adaptation,
     Automaton,
@@ -39,7 +39,7 @@ DEFAULT_STEP_COST = 1.2
 """Time of a drafting step over that of a plain step, where nobody has measured it."""
 
 BUFFER_MULTIPLE = 64
-"""Buffers are rounded up to this many tokens, so that few programs serve all lengths."""
+"""Buffers are rounded up to this many tokens at least, so that few programs serve all lengths."""
 
 # Roles of the random numbers. A key is `fold_in(fold_in(seed[row], place), role)`, and place is that of a token in the
 # text: no key is used twice, and none depends on a row's neighbours. What a step decides as a whole (drafts, and how
@@ -60,7 +60,13 @@ class _Judged(NamedTuple):
 
 def buffer_length(limit: int, num_draft_tokens: int) -> int:
     """The buffer that texts of at most `limit` tokens need: a step may write K tokens beyond its text."""
-    return -(-(limit + num_draft_tokens + 1) // BUFFER_MULTIPLE) * BUFFER_MULTIPLE
+    return _round_up(limit + num_draft_tokens + 1, BUFFER_MULTIPLE)
+
+
+def _round_up(size: int, least: int) -> int:
+    """To one of eight sizes an octave, all multiples of `least`: few programs, and little padding in a long one."""
+    step = max(least, (1 << (size - 1).bit_length()) // 16)
+    return -(-size // step) * step
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> Inputs:
@@ -79,9 +85,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> I
         if len(prompt) == 0:
             raise ValueError(f"Prompt {i} is empty: give at least one token, such as the beginning-of-text token.")
     longest = max(map(len, prompts))
-    # Eight buckets an octave, none under 16: few programs, and little of a long prefill is padding.
-    step = max(16, (1 << (longest - 1).bit_length()) // 16)
-    width = -(-longest // step) * step if width is None else width
+    width = _round_up(longest, 16) if width is None else width
     if longest > width:
         raise ValueError(f"A prompt of {longest} tokens does not fit prompt_width={width}: raise it.")
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -132,7 +136,7 @@ def text_limits(
       ValueError: where something does not fit.
     """
     rows, width = inputs.tokens.shape
-    lengths, budget = np.asarray(inputs.length), np.asarray(max_new_tokens, np.int32)
+    lengths, budget = sharding.to_host(inputs.length), np.asarray(max_new_tokens, np.int32)
     if budget.shape not in ((), (rows,)):
         raise ValueError(f"{budget.size} values of max_new_tokens for {rows} rows: give one, or one a row.")
     if (budget < 0).any():
@@ -601,9 +605,9 @@ def check(state: DecodeState) -> None:
     Raises:
       FloatingPointError: naming the row, the position, and the side.
     """
-    failed_at = np.asarray(state.failed_at)
+    failed_at, draft_failed = sharding.to_host((state.failed_at, state.draft_failed))
     for row in np.flatnonzero(failed_at >= 0):
-        side = "draft" if bool(state.draft_failed[row]) else "target"
+        side = "draft" if draft_failed[row] else "target"
         raise FloatingPointError(
             f"The {side}'s logits are not numbers (NaN) at position {failed_at[row]} of row {row}, or the options "
             "forbid every token there: the text before it is sound. Check the weights, use float32, or allow more."

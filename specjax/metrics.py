@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from specjax import decode, sampling, theory
+from specjax import decode, sampling, sharding, theory
 from specjax.types import Context, DecodeState, Drafter, Feedback, Model, Params, Stats, Verdict
 
 
@@ -61,7 +61,7 @@ def summarise(stats: Stats, num_tokens: Array | np.ndarray) -> tuple[Summary, li
       stats: the counters of a `DecodeState`, on the device or not; rows of several runs may be concatenated.
       num_tokens: `[B]` new tokens of each row.
     """
-    host = jax.tree.map(np.asarray, stats)
+    host = sharding.to_host(stats)
     tokens = np.asarray(num_tokens)
     rows = [_summary(jax.tree.map(lambda x, i=i: x[i], host), int(n)) for i, n in enumerate(tokens)]
     return _summary(jax.tree.map(lambda x: x.sum(axis=0), host), int(tokens.sum())), rows

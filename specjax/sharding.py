@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = Sequence[str | None]
@@ -45,18 +47,32 @@ def override(rules: Rules, **changes: str | None) -> Rules:
     return tuple((table | changes).items())
 
 
-def make_mesh(data: int = 1, model: int = 1) -> Mesh:
-    """A mesh of `data * model` devices with those two axes.
+RULES_2D = override(RULES, embed="width")
+"""Matrices split both ways, over `model` and `width`: for models that are too large for as many chips as they have
+key/value heads. The two-dimensional weight-stationary layout of Pope et al. 2022 (arXiv 2211.05102, §3.2.2)."""
+
+REPLICATED = override(RULES, **{name: None for name, _ in RULES if name != "batch"})
+"""Every device holds the whole model, and computes its rows: for a draft that is too small to be worth collectives."""
+
+
+def make_mesh(data: int = 1, model: int = 1, width: int = 1) -> Mesh:
+    """A mesh of `data * model * width` devices with those axes.
+
+    Args:
+      data: over how many devices the rows of a batch are split.
+      model: over how many the heads, the feed-forward's inner width and the vocabulary.
+      width: over how many the model's width, by `RULES_2D`.
 
     Raises:
       ValueError: where there are not exactly that many devices.
     """
-    if data * model != jax.device_count():
+    sizes = (data, model, width)
+    if math.prod(sizes) != jax.device_count():
         raise ValueError(
-            f"data={data} times model={model} is {data * model} devices, but JAX sees {jax.device_count()}: "
-            "choose factors of that number."
+            f"data={data} times model={model} times width={width} is {math.prod(sizes)} devices, but JAX sees "
+            f"{jax.device_count()}: choose factors of that number."
         )
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh(sizes, ("data", "model", "width"), axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(axes: Axes, rules: Rules) -> PartitionSpec:
@@ -113,6 +129,30 @@ def shard(tree: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     names = treedef.flatten_up_to(axes)
     placed = [jax.device_put(x, named_sharding(mesh, x.shape, a, rules)) for x, a in zip(leaves, names, strict=True)]
     return jax.tree.unflatten(treedef, placed)
+
+
+def replicate_rest(tree: Any, mesh: Mesh) -> Any:
+    """Copies the arrays of `tree` that do not lie on the mesh to all of its devices."""
+
+    def place(x: Any) -> Any:
+        on_it = isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
+        return x if on_it else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(place, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays of `tree` as numpy's, on every process, wherever their parts lie.
+
+    All processes have to call it, with the same tree.
+    """
+
+    def fetch(x: jax.Array) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(fetch, tree)
 
 
 def constrain(x: jax.Array, axes: Axes, rules: Rules = RULES) -> jax.Array:

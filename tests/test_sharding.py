@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -10,30 +11,77 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from mesh_text_program import MESHES
 
 from specjax import sharding
 from specjax.models import families
 from specjax.models.config import DecoderConfig
 
-PROGRAM = pathlib.Path(__file__).with_name("mesh_program.py")
-CASES = [f"{name} {temperature}" for name in ("none", "ngram", "model", "t5") for temperature in (0.0, 1.0)]
+
+def start(program: str, devices: int, *args: str) -> subprocess.Popen:
+    """Starts a program of this directory with so many virtual devices, which have to exist before JAX starts."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, str(pathlib.Path(__file__).with_name(program)), *args]
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def reports(*processes: subprocess.Popen) -> list[dict]:
+    """What each printed; all are stopped where one fails."""
+    try:
+        found = [process.communicate(timeout=900) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, error) in zip(processes, found, strict=True):
+        assert process.returncode == 0, error[-3000:]
+    return [json.loads(out) for out, _ in found]
 
 
 @pytest.fixture(scope="module")
 def report():
-    """What `mesh_program` saw on `data` 2 x `model` 4; its devices have to exist before JAX starts."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, str(PROGRAM)], env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    """What `mesh_program` saw on `data` 2 x `model` 4."""
+    return reports(start("mesh_program.py", 8))[0]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_text_on_the_mesh_is_the_text_of_one_device(report, case):
-    assert report["devices"] == 8
-    one, mesh = report["cases"][case]
+@pytest.fixture(scope="module")
+def texts():
+    """What `mesh_text_program` decoded in one process."""
+    return reports(start("mesh_text_program.py", 8))[0]
+
+
+@pytest.fixture(scope="module")
+def texts_of_two():
+    """What two processes of it decoded together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return reports(*(start("mesh_text_program.py", 2, port, str(index)) for index in range(2)))
+
+
+def assert_same_text(case: list) -> None:
+    (one, accepted), (mesh, accepted_on_mesh) = case
     assert one == mesh
-    assert len({tuple(row) for row in one}) == len(one), "rows that all write the same text would prove little"
+    assert accepted == accepted_on_mesh
+    assert len({tuple(row) for row in one}) > len(one) / 2, "rows that all write the same text would prove little"
+
+
+@pytest.mark.parametrize(
+    "case", [f"{name}: {', '.join(case)}" for name, (_, _, _, cases) in MESHES.items() for case in cases]
+)
+def test_text_on_a_mesh_is_the_text_of_one_device(texts, case):
+    assert texts["devices"] == 8
+    assert_same_text(texts["cases"][case])
+    if "model, " in case:
+        assert texts["cases"][case][0][1] > 0, "drafts that are never accepted would prove little"
+
+
+def test_text_of_two_processes_is_the_text_of_one_device(texts_of_two):
+    for found in texts_of_two:
+        assert (found["devices"], found["processes"]) == (4, 2)
+        assert len(found["cases"]) > 1
+        for case in found["cases"].values():
+            assert_same_text(case)
 
 
 def test_cache_is_split_over_rows_and_heads_and_stays_so(report):
@@ -73,6 +121,11 @@ def test_a_size_that_does_not_divide_names_the_remedy():
 def test_a_mesh_of_the_wrong_size_names_the_devices():
     with pytest.raises(ValueError, match="JAX sees"):
         sharding.make_mesh(data=3, model=5)
+
+
+def test_what_is_replicated_and_what_is_split_twice():
+    assert sharding.partition_spec(("batch", "mlp"), sharding.REPLICATED) == PartitionSpec("data", None)
+    assert sharding.partition_spec(("embed", "mlp"), sharding.RULES_2D) == PartitionSpec("width", "model")
 
 
 def test_every_parameter_names_one_axis_a_dimension():

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -12,6 +13,9 @@ from specjax.models import graph, layers
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
 from specjax.types import Batch, Inputs, Model, ModelOutput, Tree
+
+PREFILL_CHUNK = 512
+"""Prompts are read at most so many tokens at a time: the scores of a whole one would grow with its square."""
 
 
 class Decoder(nnx.Module):
@@ -62,6 +66,24 @@ class Decoder(nnx.Module):
         x = layers.rms_norm(x, self.norm[...], self.config.norm_eps)
         return x, Cache(tuple(keys), tuple(values), cache.length)
 
+    def read(self, tokens: Int[Array, "B P"], cache: Cache) -> tuple[Float[Array, "B P D"], Cache]:
+        """`hidden` of whole prompts, in chunks of one width, of which the last may read some tokens again."""
+        rows, width = tokens.shape
+        num_chunks = -(-width // PREFILL_CHUNK)
+        if num_chunks == 1:
+            return self.hidden(tokens, cache, None)
+        size = -(-width // num_chunks)
+        starts = jnp.minimum(jnp.arange(num_chunks) * size, width - size)
+
+        def read_chunk(carry: tuple[Array, Cache], start: Array) -> tuple[tuple[Array, Cache], None]:
+            found, cache = carry
+            chunk = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+            hidden, cache = self.hidden(chunk, cache, jnp.full(rows, start))
+            return (jax.lax.dynamic_update_slice_in_dim(found, hidden, start, axis=1), cache), None
+
+        empty = jnp.zeros((rows, width, self.config.hidden_size), jnp.float32)
+        return jax.lax.scan(read_chunk, (empty, cache), starts)[0]
+
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head, in float32."""
         return sharding.constrain(layers.linear(hidden, self.head[...]), ("batch", "tokens", "vocab"), self.rules)
@@ -88,7 +110,7 @@ def model(config: DecoderConfig, rules: sharding.Rules) -> Model:
 
     def prefill(params: Tree, inputs: Inputs, cache: Cache) -> tuple[ModelOutput, Cache]:
         decoder = module(params)
-        hidden, cache = decoder.hidden(inputs.tokens, cache, None)
+        hidden, cache = decoder.read(inputs.tokens, cache)
         last = jnp.take_along_axis(hidden, (inputs.length - 1)[:, None, None], axis=1)
         return ModelOutput(decoder.logits(last), hidden), cache._replace(length=inputs.length)
 

@@ -3,18 +3,21 @@
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from specjax import sharding
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling, ModelConfig
-from specjax.models.weights import mapping, t5_mapping
+from specjax.models.weights import lazy, mapping, t5_mapping
 from specjax.types import Tree
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """The `model_type`s of `config.json` that `models.decoder` computes."""
+
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 HUB_FILES = (
     "config.json",
@@ -184,18 +187,20 @@ class _Shards:
         return set(self._files)
 
     def get(self, name: str) -> np.ndarray:
-        """Reads one tensor."""
+        """A tensor, of which nothing is read before it is asked for (a `LazyArray`, which stands for the array)."""
         import safetensors
 
-        try:
-            array = self._files[name].get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"Tensor {name!r} cannot be read ({error}): download its file again.") from error
-        if array.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-            raise ValueError(
-                f"Tensor {name!r} is of dtype {array.dtype}: specjax loads float16, bfloat16, float32 and float64."
-            )
-        return array
+        part = self._files[name].get_slice(name)
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(f"Tensor {name!r} is of dtype {part.get_dtype()}: specjax loads F16, BF16, F32 and F64.")
+
+        def read(region: lazy.Region) -> np.ndarray:
+            try:
+                return part[region] if region else self._files[name].get_tensor(name)
+            except safetensors.SafetensorError as error:
+                raise ValueError(f"Tensor {name!r} cannot be read ({error}): download its file again.") from error
+
+        return cast(np.ndarray, lazy.LazyArray(part.get_shape(), jnp.dtype(_DTYPES[part.get_dtype()]), read))
 
 
 def load(

@@ -2,7 +2,7 @@
 
 Hugging Face stores a projection as `[out, in]`, with the heads' dimensions flattened; the decoder keeps the heads
 apart, fuses what reads the same input, and stores it as `layers.stored` says. One array is read, fused, cast and placed
-at a time.
+at a time, and of that only what this process's devices hold.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -38,10 +38,18 @@ def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Pla
 
     def place(array: np.ndarray, axes: sharding.Axes, inputs: int = 0) -> jax.Array:
         array = np.transpose(array, layers.stored(array.ndim, inputs, dtype))
-        # A copy of its own: on CPU, JAX may keep the very buffer, which could be a view of a mapped file.
-        array = np.array(array, dtype=dtype, order="C")
-        where = None if mesh is None else sharding.named_sharding(mesh, array.shape, axes, rules)
-        return jax.device_put(array, where)
+        # Copies of their own: on CPU, JAX may keep the very buffer, which could be a view of a mapped file.
+        if mesh is None:
+            return jax.device_put(np.array(array, dtype=dtype, order="C"))
+        where = sharding.named_sharding(mesh, array.shape, axes, rules)
+        parts: dict[str, np.ndarray] = {}  # devices that hold the same part read it once
+
+        def read(region: tuple[slice, ...]) -> np.ndarray:
+            if (key := str(region)) not in parts:
+                parts[key] = np.array(array[region], dtype=dtype, order="C")
+            return parts[key]
+
+        return jax.make_array_from_callback(array.shape, where, read)
 
     return place
 
@@ -100,7 +108,7 @@ def check_names(expected: Collection[str], names: Collection[str], source: str) 
 
 
 def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], np.ndarray]:
-    """Reads tensors by name and checks their shapes."""
+    """Gives tensors by name, once their shapes are checked."""
 
     def get(name: str) -> np.ndarray:
         try:

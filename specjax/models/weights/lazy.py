@@ -1,0 +1,184 @@
+"""Arrays that are read from disk when they are needed, and only the part that is.
+
+A `LazyArray` takes numpy's own functions for bringing axes into another order (numpy's enhancement proposal 18), so
+that what fuses projections works on it as on an array: nothing is read until a slice of the result is, and then only
+the slices of the files that make it up. So each device's part of a model is read by the process that the device belongs
+to, and no process ever holds a whole matrix.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Region = tuple[slice, ...]
+"""One slice an axis, with start and stop, of step 1."""
+
+
+class LazyArray:
+    """An array of a shape whose regions `read` gives."""
+
+    def __init__(self, shape: Sequence[int], dtype: np.dtype, read: Callable[[Region], np.ndarray]):
+        """Keeps the function; reads nothing."""
+        self.shape, self.dtype, self._read = tuple(shape), dtype, read
+
+    @property
+    def ndim(self) -> int:
+        """How many axes there are."""
+        return len(self.shape)
+
+    @property
+    def T(self) -> "LazyArray":
+        """With the axes in reverse order."""
+        return self.transpose(range(self.ndim)[::-1])
+
+    def read(self, region: Region) -> np.ndarray:
+        """The numbers of a region."""
+        return self._read(region)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All numbers."""
+        del copy  # they come from the disk: nobody else has them
+        return np.asarray(self.read(tuple(slice(0, size) for size in self.shape)), dtype)
+
+    def __getitem__(self, index: Any) -> "LazyArray":
+        """The part that slices of a positive step select.
+
+        Raises:
+          TypeError: for anything but such slices.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        index += (slice(None),) * (self.ndim - len(index))
+        if not all(isinstance(i, slice) and (i.step is None or i.step > 0) for i in index):
+            raise TypeError(f"A lazy array takes slices of a positive step, not {index}.")
+        ranges = [range(size)[i] for i, size in zip(index, self.shape, strict=True)]
+
+        def read(region: Region) -> np.ndarray:
+            chosen = [r[i] for r, i in zip(ranges, region, strict=True)]
+            # A range that is empty has no last element.
+            whole = tuple(slice(r[0], r[-1] + 1) if r else slice(0, 0) for r in chosen)
+            return self.read(whole)[tuple(slice(None, None, r.step) for r in chosen)]
+
+        return LazyArray([len(r) for r in ranges], self.dtype, read)
+
+    def transpose(self, order: Sequence[int]) -> "LazyArray":
+        """With axis i of the result being axis `order[i]`."""
+        order = [axis % self.ndim for axis in order]
+        places = np.argsort(order)
+
+        def read(region: Region) -> np.ndarray:
+            return np.transpose(self.read(tuple(region[i] for i in places)), order)
+
+        return LazyArray([self.shape[axis] for axis in order], self.dtype, read)
+
+    def reshape(self, *shape: int) -> "LazyArray":
+        """The same numbers in another shape, of which one size may be -1.
+
+        Raises:
+          ValueError: where the sizes do not divide.
+        """
+        known = math.prod(size for size in shape if size != -1)
+        new = [math.prod(self.shape) // known if size == -1 else size for size in shape]
+        groups = _groups(self.shape, new)
+
+        def read(region: Region) -> np.ndarray:
+            whole: list[slice] = []  # what is read of the old axes
+            middle: list[int] = []  # its shape, once the old axes of each group are one
+            cuts: list[slice] = []  # what of that the outermost new axis asks for
+            sizes: list[int] = []  # its shape with the new axes
+            inner: list[slice] = []  # what of those the other new axes ask for
+            for old, fresh in groups:
+                if not fresh:
+                    whole += [slice(0, 1)] * len(old)
+                    continue
+                row = math.prod(new[i] for i in fresh[1:])
+                begin, end = region[fresh[0]].start * row, region[fresh[0]].stop * row
+                line = math.prod(self.shape[i] for i in old[1:])
+                first = begin // line
+                last = -(-end // line)
+                if old:
+                    whole += [slice(first, last), *(slice(0, self.shape[i]) for i in old[1:])]
+                middle.append((last - first) * line)
+                cuts.append(slice(begin - first * line, end - first * line))
+                sizes += [region[fresh[0]].stop - region[fresh[0]].start, *(new[i] for i in fresh[1:])]
+                inner += [slice(None), *(region[i] for i in fresh[1:])]
+            return self.read(tuple(whole)).reshape(middle)[tuple(cuts)].reshape(sizes)[tuple(inner)]
+
+        return LazyArray(new, self.dtype, read)
+
+    def __array_function__(self, func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
+        """numpy's functions that only move numbers about."""
+        del types
+        if func not in _FUNCTIONS:
+            return NotImplemented
+        return _FUNCTIONS[func](*args, **kwargs)
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The fewest axes of both shapes that hold the same numbers: `[([axes of old], [axes of new]), ...]`."""
+    if math.prod(old) != math.prod(new):
+        raise ValueError(f"An array of shape {tuple(old)} cannot have the shape {tuple(new)}.")
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right, size, wanted = [], [], 1, 1
+        while not (left and right and size == wanted):
+            if i < len(old) and (size <= wanted or j == len(new)):
+                left, size, i = [*left, i], size * old[i], i + 1
+            elif j < len(new):
+                right, wanted, j = [*right, j], wanted * new[j], j + 1
+            else:
+                break
+        groups.append((left, right))
+    return groups
+
+
+def _concatenate(arrays: Sequence[LazyArray], axis: int = 0) -> LazyArray:
+    first = arrays[0]
+    ends = np.cumsum([array.shape[axis] for array in arrays])
+    shape = list(first.shape)
+    shape[axis] = int(ends[-1])
+
+    def read(region: Region) -> np.ndarray:
+        parts, wanted = [], region[axis]
+        for array, end in zip(arrays, ends.tolist(), strict=True):
+            begin = end - array.shape[axis]
+            start, stop = max(wanted.start, begin) - begin, min(wanted.stop, end) - begin
+            if start < stop:
+                part = list(region)
+                part[axis] = slice(start, stop)
+                parts.append(array.read(tuple(part)))
+        return np.concatenate(parts, axis=axis)
+
+    return LazyArray(shape, first.dtype, read)
+
+
+def _stack(arrays: Sequence[LazyArray], axis: int = 0) -> LazyArray:
+    widened = [a.reshape(*a.shape[:axis], 1, *a.shape[axis:]) for a in arrays]
+    return _concatenate(widened, axis=axis)
+
+
+def _moveaxis(array: LazyArray, source: int, destination: int) -> LazyArray:
+    order = [axis for axis in range(array.ndim) if axis != source % array.ndim]
+    order.insert(destination % array.ndim, source % array.ndim)
+    return array.transpose(order)
+
+
+def _split(array: LazyArray, indices: Sequence[int] | int, axis: int = 0) -> list[LazyArray]:
+    size = array.shape[axis]
+    if isinstance(indices, int):
+        indices = [size // indices * i for i in range(1, indices)]
+    bounds = [0, *indices, size]
+    lead = (slice(None),) * (axis % array.ndim)
+    return [array[(*lead, slice(a, b))] for a, b in itertools.pairwise(bounds)]
+
+
+_FUNCTIONS: dict[Callable, Callable] = {
+    np.concatenate: _concatenate,
+    np.stack: _stack,
+    np.moveaxis: _moveaxis,
+    np.transpose: LazyArray.transpose,
+    np.split: _split,
+}

@@ -1,0 +1,129 @@
+"""Run by test_sharding: decodes the same prompts on one device and on meshes, and prints both sides' texts as JSON.
+
+mesh_text_program.py                      eight virtual devices of one process, every mesh of `MESHES`
+mesh_text_program.py PORT INDEX           one of two processes of two devices each, on a mesh of all four
+"""
+
+import json
+import sys
+from typing import Any
+
+import jax
+
+import specjax
+from specjax import drafters, sharding, verify
+from specjax.models import families
+from specjax.models.config import DecoderConfig, ModelConfig, T5Config
+from specjax.pretrained import Pretrained
+
+DECODER = DecoderConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=8,
+    max_position=256,
+)
+T5 = T5Config(
+    vocab_size=256,
+    hidden_size=64,
+    head_dim=8,
+    intermediate_size=128,
+    num_encoder_layers=2,
+    num_layers=2,
+    num_heads=8,
+    gated=True,
+    activation="gelu_new",
+)
+CONFIGS: dict[str, ModelConfig] = {"decoder": DECODER, "t5": T5}
+PROMPTS = [[1, 2, 3, 4, 1, 2], [9], [5, 6, 7, 8, 5, 6, 7], [11, 12, 13] * 4, [1, 2, 3, 4, 1, 2], [3] * 9, [7, 8], [200]]
+TEMPERATURES = [0.0, 1.0, 0.7, 1.0, 1.3, 0.0, 1.0, 1.0]
+CORPUS = [[1, 2, 3, 4, 1, 2, 5, 6, 7, 8], [11, 12, 13, 11, 12, 13], [9, 10, 9, 10]] * 3
+
+RULES = {
+    "rejection": verify.rejection,
+    "block": verify.block,
+    "coupled": verify.coupled,
+    "lenient": verify.lenient(0.3),
+    "typical": verify.typical(),
+    "top_k": verify.top_k(2),
+    "top_k_gap": verify.top_k(3, gap=1.0),
+    "distance": verify.distance(2),
+}
+EVERYTHING = (
+    [("decoder", "model", rule) for rule in RULES]
+    + [("decoder", drafter, "rejection") for drafter in ("none", "ngram", "table", "retrieval")]
+    + [("t5", "model", "rejection"), ("t5", "ngram", "block")]
+)
+FEW = [("decoder", "model", "rejection"), ("t5", "model", "rejection")]
+MESHES: dict[str, tuple[dict[str, int], sharding.Rules, sharding.Rules, list[tuple[str, str, str]]]] = {
+    "2x4": ({"data": 2, "model": 4}, sharding.RULES, sharding.RULES, EVERYTHING),
+    "1x8": ({"model": 8}, sharding.RULES, sharding.RULES, FEW),
+    "8x1": ({"data": 8}, sharding.RULES, sharding.RULES, FEW),
+    "2x2x2": ({"data": 2, "model": 2, "width": 2}, sharding.RULES_2D, sharding.RULES_2D, FEW),
+    "2x4, replicated draft": ({"data": 2, "model": 4}, sharding.RULES, sharding.REPLICATED, FEW),
+}
+
+
+def params(family: str, seed: int) -> Any:
+    """Random parameters; those of another seed are a little different."""
+    config, scale = CONFIGS[family], {"decoder": 6, "t5": 2}[family]
+    scaled = jax.tree.map(lambda x: scale * x if x.ndim > 1 else x, families.init_params(config, jax.random.key(0)))
+    noise = jax.random.key(seed)
+    return jax.tree.map(lambda x: x + 0.02 * seed * jax.random.normal(noise, x.shape) if x.ndim > 1 else x, scaled)
+
+
+def load(family: str, seed: int, mesh: jax.sharding.Mesh | None, rules: sharding.Rules) -> Pretrained:
+    config, tree = CONFIGS[family], params(family, seed)
+    if mesh is not None:
+        tree = sharding.shard(tree, families.param_axes(config), mesh, rules)
+    return Pretrained(families.model(config, rules), tree, None, config)
+
+
+def text(
+    case: tuple[str, str, str], mesh: jax.sharding.Mesh | None, rules: sharding.Rules, draft_rules: sharding.Rules
+) -> tuple[list[list[int]], int]:
+    """The texts of a case, and how many draft tokens were accepted."""
+    family, drafter, rule = case
+    made = {
+        "none": lambda: drafters.none(),
+        "ngram": lambda: drafters.ngram(num_draft_tokens=3, min_match=1),
+        "model": lambda: drafters.model(load(family, 1, mesh, draft_rules), num_draft_tokens=3),
+        "table": lambda: drafters.table(drafters.count_ngrams(CORPUS, vocab_size=256), num_draft_tokens=3),
+        "retrieval": lambda: drafters.retrieval(drafters.index_corpus(CORPUS, vocab_size=256), num_draft_tokens=3),
+    }[drafter]()
+    out = specjax.generate(
+        load(family, 0, mesh, rules),
+        PROMPTS,
+        drafter=made,
+        verify=RULES[rule],
+        max_new_tokens=[14, 12, 16, 11, 14, 9, 16, 13],
+        temperature=TEMPERATURES,
+        step_cost=0.0,
+    )
+    return out.tokens, sum(map(sum, out.from_draft))
+
+
+def main(cases: dict[str, Any]) -> None:
+    one: dict[tuple[str, str, str], Any] = {}
+    report: dict[str, Any] = {"devices": jax.device_count(), "processes": jax.process_count(), "cases": {}}
+    for name, (sizes, rules, draft_rules, wanted) in cases.items():
+        mesh = sharding.make_mesh(**sizes)
+        for case in wanted:
+            if case not in one:
+                one[case] = text(case, None, sharding.RULES, sharding.RULES)
+            found = text(case, mesh, rules, draft_rules)
+            report["cases"][f"{name}: {', '.join(case)}"] = [one[case], found]
+    json.dump(report, sys.stdout)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main(MESHES)
+    else:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
+        few = [("decoder", "model", "rejection"), ("t5", "retrieval", "coupled")]
+        main({"2x2": ({"data": 2, "model": 2}, sharding.RULES, sharding.RULES, few)})

@@ -32,6 +32,16 @@ LLAMA3 = {
 DEFAULT = {"rope_type": "default", "rope_theta": 1e5}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 BIASES = {"attention_bias": True, "mlp_bias": True}
+GEMMA3_ROPE = {"sliding_attention": {**DEFAULT, "rope_theta": 50.0}, "full_attention": LINEAR}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+GEMMA3 = {
+    "layer_types": ["full_attention", "sliding_attention"],
+    "rope_parameters": GEMMA3_ROPE,
+    "num_key_value_heads": 1,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": False,
+}
 
 CASES = {
     "llama": ("llama", {}),
@@ -44,6 +54,19 @@ CASES = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 36}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "qwen2-window-above": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu", "num_key_value_heads": 1}),
+    "gpt2": ("gpt2", {"n_inner": 40}),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "scale_attn_weights": False, "activation_function": "relu"}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_inner": 40}),
+    "gptj": ("gptj", {"rotary_dim": 4}),
+    "gptj-tied": ("gptj", {"rotary_dim": 8, "n_inner": 40, "tie_word_embeddings": True}),
+    "opt": ("opt", {"ffn_dim": 40, "init_std": 0.2}),
+    "opt-bare": ("opt", {"ffn_dim": 40, "init_std": 0.2, "enable_bias": False, "tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 30, **CAPS}),
+    "gemma2-plain": ("gemma2", {"head_dim": 8, "sliding_window": 64, "attention_bias": True, **NO_CAPS}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7}),
+    "gemma3-rope": ("gemma3_text", {"head_dim": 8, "sliding_window": 5, **GEMMA3}),
 }
 
 

@@ -297,7 +297,7 @@ def test_gguf_equals_huggingface(architecture, config, tmp_path):
 def test_unpermute_pairs_the_rows_that_rotate_together():
     """Row 2 i of llama.cpp's is row i, row 2 i + 1 is row i + head_dim / 2."""
     head_dim, heads = 6, 3
-    ours = gguf.unpermute(np.arange(heads * head_dim)[:, None] * np.ones(2), heads)[:, 0].reshape(heads, head_dim)
+    ours = mapping.unpermute(np.arange(heads * head_dim)[:, None] * np.ones(2), heads)[:, 0].reshape(heads, head_dim)
     for head in range(heads):
         for i in range(head_dim // 2):
             assert ours[head, i] == head * head_dim + 2 * i

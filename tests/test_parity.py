@@ -156,12 +156,30 @@ def test_the_cases_cover_what_they_name(tmp_path):
     assert configs["llama-llama3"].rope_theta == 5e5
     assert (configs["mistral-window"].sliding_window, configs["mistral"].sliding_window) == (4, None)
     assert (configs["qwen2-window"].sliding_window, configs["qwen2"].sliding_window) == (5, None)
+    windows = {name: [config.is_windowed(i) for i in range(config.num_layers)] for name, config in configs.items()}
+    assert windows["qwen2-window-above"] == windows["gemma3-rope"] == [False, True]
+    assert windows["gemma2"] == [True, False]
+    assert windows["gemma3"] == [True] * 5 + [False, True]
+    assert (configs["gemma3"].rope_theta, configs["gemma3"].local_rope_theta) == (1e6, 1e4)
+    assert (configs["gemma3-rope"].rope_theta, configs["gemma3-rope"].local_rope_theta) == (1e4, 50.0)
+    assert configs["gemma3-rope"].rope_scaling == LinearRopeScaling(4.0)
+    assert (configs["gemma2"].attention_softcap, configs["gemma2"].logit_softcap) == (2.0, 3.0)
+    assert (configs["gemma2-plain"].attention_softcap, configs["gemma2-plain"].logit_softcap) == (None, None)
+    assert configs["gemma2"].query_scale == 30**-0.5
+    assert (configs["gpt2"].query_scale, configs["gpt2-untied"].query_scale) == (None, 1.0)
+    assert (configs["gptj"].rotated, configs["gptj"].head_dim, configs["gptj-tied"].rotated) == (4, 8, 8)
+    assert configs["gpt_bigcode"].num_kv_heads == 1
+    assert not configs["opt-bare"].qkv_bias
+    assert {c.activation for c in configs.values()} == {"silu", "gelu", "gelu_new", "relu"}
     assert configs["llama-multi-head-biases"].mlp_bias
     assert configs["qwen2"].qkv_bias
     assert not configs["qwen2"].output_bias
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mistral-window", "qwen2", "gpt2", "gpt_bigcode", "gptj", "opt", "gemma2", "gemma3-rope"],
+)
 def test_tiny_models_write_the_same_text(name, tmp_path):
     model_type, changes = CASES[name]
     reference = tiny(model_type, **changes)

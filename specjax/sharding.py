@@ -26,6 +26,7 @@ RULES: Rules = (
     ("heads_per_group", None),
     ("head_dim", None),
     ("length", None),
+    ("positions", None),
     ("gate_up", None),
     ("qkv", None),
     ("buckets", None),

@@ -32,6 +32,16 @@ LLAMA3 = {
 DEFAULT = {"rope_type": "default", "rope_theta": 1e5}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 BIASES = {"attention_bias": True, "mlp_bias": True}
+GEMMA3_ROPE = {"sliding_attention": {**DEFAULT, "rope_theta": 50.0}, "full_attention": LINEAR}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+GEMMA3 = {
+    "layer_types": ["full_attention", "sliding_attention"],
+    "rope_parameters": GEMMA3_ROPE,
+    "num_key_value_heads": 1,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": False,
+}
 
 CASES = {
     "llama": ("llama", {}),
@@ -44,6 +54,19 @@ CASES = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("qwen2", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 36}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "qwen2-window-above": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu", "num_key_value_heads": 1}),
+    "gpt2": ("gpt2", {"n_inner": 40}),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "scale_attn_weights": False, "activation_function": "relu"}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_inner": 40}),
+    "gptj": ("gptj", {"rotary_dim": 4}),
+    "gptj-tied": ("gptj", {"rotary_dim": 8, "n_inner": 40, "tie_word_embeddings": True}),
+    "opt": ("opt", {"ffn_dim": 40, "init_std": 0.2}),
+    "opt-bare": ("opt", {"ffn_dim": 40, "init_std": 0.2, "enable_bias": False, "tie_word_embeddings": False}),
+    "gemma2": ("gemma2", {"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 30, **CAPS}),
+    "gemma2-plain": ("gemma2", {"head_dim": 8, "sliding_window": 64, "attention_bias": True, **NO_CAPS}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7}),
+    "gemma3-rope": ("gemma3_text", {"head_dim": 8, "sliding_window": 5, **GEMMA3}),
 }
 
 
@@ -133,12 +156,30 @@ def test_the_cases_cover_what_they_name(tmp_path):
     assert configs["llama-llama3"].rope_theta == 5e5
     assert (configs["mistral-window"].sliding_window, configs["mistral"].sliding_window) == (4, None)
     assert (configs["qwen2-window"].sliding_window, configs["qwen2"].sliding_window) == (5, None)
+    windows = {name: [config.is_windowed(i) for i in range(config.num_layers)] for name, config in configs.items()}
+    assert windows["qwen2-window-above"] == windows["gemma3-rope"] == [False, True]
+    assert windows["gemma2"] == [True, False]
+    assert windows["gemma3"] == [True] * 5 + [False, True]
+    assert (configs["gemma3"].rope_theta, configs["gemma3"].local_rope_theta) == (1e6, 1e4)
+    assert (configs["gemma3-rope"].rope_theta, configs["gemma3-rope"].local_rope_theta) == (1e4, 50.0)
+    assert configs["gemma3-rope"].rope_scaling == LinearRopeScaling(4.0)
+    assert (configs["gemma2"].attention_softcap, configs["gemma2"].logit_softcap) == (2.0, 3.0)
+    assert (configs["gemma2-plain"].attention_softcap, configs["gemma2-plain"].logit_softcap) == (None, None)
+    assert configs["gemma2"].query_scale == 30**-0.5
+    assert (configs["gpt2"].query_scale, configs["gpt2-untied"].query_scale) == (None, 1.0)
+    assert (configs["gptj"].rotated, configs["gptj"].head_dim, configs["gptj-tied"].rotated) == (4, 8, 8)
+    assert configs["gpt_bigcode"].num_kv_heads == 1
+    assert not configs["opt-bare"].qkv_bias
+    assert {c.activation for c in configs.values()} == {"silu", "gelu", "gelu_new", "relu"}
     assert configs["llama-multi-head-biases"].mlp_bias
     assert configs["qwen2"].qkv_bias
     assert not configs["qwen2"].output_bias
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mistral-window", "qwen2", "gpt2", "gpt_bigcode", "gptj", "opt", "gemma2", "gemma3-rope"],
+)
 def test_tiny_models_write_the_same_text(name, tmp_path):
     model_type, changes = CASES[name]
     reference = tiny(model_type, **changes)

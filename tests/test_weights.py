@@ -21,7 +21,7 @@ from gguf.constants import GGMLQuantizationType
 from specjax import pretrained, sharding
 from specjax.models import families
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
-from specjax.models.weights import checkpoint, gguf, huggingface, mapping, wheel
+from specjax.models.weights import checkpoint, gguf, huggingface, mapping, naming, wheel
 from specjax.text import Tokenizer
 
 TINY = DecoderConfig(
@@ -135,6 +135,15 @@ def test_huggingface_directory(tmp_path):
     assert pretrained.load(tmp_path).tokenizer is None
 
 
+QWEN2 = {"model_type": "qwen2", "use_sliding_window": True}
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_head": 4, "n_layer": 2, "n_positions": 64}
+OPT = {"model_type": "opt", "ffn_dim": 20}
+STRETCHED = {
+    "full_attention": {"rope_type": "default"},
+    "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -143,11 +152,25 @@ def test_huggingface_directory(tmp_path):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"'yarn'.*'llama3'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"'dynamic'"),
         ({"rope_parameters": {"rope_type": "linear"}}, r"lacks 'factor'"),
-        ({"hidden_act": "gelu"}, r"'gelu'.*'silu'"),
+        ({"hidden_act": "quick_gelu"}, r"'quick_gelu'.*'silu'"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0.5"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"gptq"),
         ({"num_key_value_heads": 3}, r"num_kv_heads=3"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, r"1 of 2 layers"),
+        ({**QWEN2, "layer_types": ["sliding_attention", "chunked_attention"]}, r"'chunked_attention'"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, r"use_bidirectional_attention=True"),
+        ({"model_type": "gemma2", "rope_scaling": {"rope_type": "yarn"}}, r"'yarn'"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50.0"),
+        ({"model_type": "gemma3_text", "rope_parameters": STRETCHED}, r"layers with a window"),
+        ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx=True.*gpt2.*False only"),
+        ({**GPT2, "add_cross_attention": True}, r"add_cross_attention=True"),
+        ({**GPT2, "activation_function": "tanh"}, r"activation_function='tanh'"),
+        ({**GPT2, "model_type": "gpt_bigcode", "multi_query": False}, r"multi_query=False"),
+        ({**GPT2, "model_type": "gptj", "rotary_dim": None}, r"rotary_dim=null"),
+        ({**OPT, "do_layer_norm_before": False}, r"do_layer_norm_before=False.*opt.*True only"),
+        ({**OPT, "word_embed_proj_dim": 8}, r"word_embed_proj_dim=8.*word_embed_proj_dim=16 only"),
+        ({**OPT, "_remove_final_layer_norm": True}, r"_remove_final_layer_norm=True"),
+        ({**OPT, "layer_norm_elementwise_affine": False}, r"layer_norm_elementwise_affine=False"),
+        ({"model_type": "opt"}, r"lacks 'ffn_dim'"),
     ],
 )
 def test_models_that_are_not_computed_are_refused(changes, message):
@@ -166,6 +189,42 @@ def test_sliding_windows_of_configs():
     assert window(**qwen2) is None  # by default only layers from 28 on slide
     assert window(**qwen2, max_window_layers=0) == 8
     assert window(**qwen2, layer_types=["sliding_attention"] * 2) == 8
+    mixed = huggingface.parse_config(hf_config(**qwen2, max_window_layers=1))
+    assert (mixed.sliding_window, mixed.global_layers) == (8, (0,))
+
+
+def test_gemma_configs_of_transformers_4():
+    """Neither `layer_types` nor nested `rope_parameters`."""
+    gemma2 = huggingface.parse_config(hf_config(model_type="gemma2", sliding_window=8))
+    assert (gemma2.sliding_window, gemma2.global_layers) == (8, (1,))
+    assert (gemma2.attention_softcap, gemma2.logit_softcap, gemma2.tie_embeddings) == (50.0, 30.0, True)
+    old = {"sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 100.0, "sliding_window": 8}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    gemma3 = huggingface.parse_config(hf_config(model_type="gemma3_text", rope_scaling=scaling, **old))
+    assert (gemma3.rope_theta, gemma3.local_rope_theta, gemma3.global_layers) == (1e6, 100.0, (1,))
+    assert gemma3.rope_scaling == LinearRopeScaling(8.0)
+
+
+def test_published_gpt2_files(tmp_path):
+    """Their names lack the model's prefix, and the causal mask lies among the weights."""
+    raw = {**GPT2, "vocab_size": 23, "n_inner": 20}
+    config = huggingface.parse_config(raw)
+    sources = naming.sources("gpt2", config, ["wte.weight"])
+    rng = np.random.default_rng(0)
+    tensors = {s.name: rng.normal(size=s.shape).astype(np.float32) for s in sources.values()}
+    assert tensors["h.1.attn.c_attn.weight"].shape == (16, 48)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    mask = {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32)}
+    safetensors.numpy.save_file(tensors | mask, tmp_path / "model.safetensors")
+    _, params = huggingface.load(tmp_path)
+    np.testing.assert_array_equal(params["position_embedding"], tensors["wpe.weight"])
+    named = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(named, tmp_path / "model.safetensors")
+    assert_same(huggingface.load(tmp_path)[1], params)
+    named["transformer.h.1.attn.c_attn.weight"] = np.zeros((16, 47), np.float32)
+    safetensors.numpy.save_file(named, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"transformer.h.1.attn.c_attn.weight.*\(16, 47\).*\(16, 48\)"):
+        huggingface.load(tmp_path)
 
 
 def test_incomplete_directories(tmp_path):
@@ -297,11 +356,12 @@ def test_gguf_equals_huggingface(architecture, config, tmp_path):
 def test_unpermute_pairs_the_rows_that_rotate_together():
     """Row 2 i of llama.cpp's is row i, row 2 i + 1 is row i + head_dim / 2."""
     head_dim, heads = 6, 3
-    ours = gguf.unpermute(np.arange(heads * head_dim)[:, None] * np.ones(2), heads)[:, 0].reshape(heads, head_dim)
+    ours = mapping.unpermute(np.arange(heads * head_dim)[:, None] * np.ones(2), heads)[:, 0].reshape(heads, head_dim)
     for head in range(heads):
         for i in range(head_dim // 2):
             assert ours[head, i] == head * head_dim + 2 * i
             assert ours[head, i + head_dim // 2] == head * head_dim + 2 * i + 1
+    np.testing.assert_array_equal(mapping.unpermute(np.arange(12), 2, 4), [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11])
 
 
 def q4_k_block(block):
@@ -548,7 +608,12 @@ def write_checkpoint(directory, config=TINY):
     return params
 
 
-@pytest.mark.parametrize("config", [TINY, SCALED, dataclasses.replace(TINY, rope_scaling=LinearRopeScaling(2.0))])
+PATTERNED = dataclasses.replace(TINY, sliding_window=8, global_layers=(1,), positions="learned", norm="layer")
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, SCALED, PATTERNED, dataclasses.replace(TINY, rope_scaling=LinearRopeScaling(2.0))]
+)
 def test_checkpoint_round_trip_is_bitwise(config, tmp_path):
     write_checkpoint(tmp_path, TINY)  # to be replaced
     params = write_checkpoint(tmp_path, config)

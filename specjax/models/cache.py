@@ -68,7 +68,9 @@ def write(
         # One entry more, beyond the length: XLA:CPU computes a lone entry twice, for the result and for attention, and
         # copies the cache to do so.
         new = jnp.concatenate([new, new], axis=2)
-    if rows > MAX_UNROLLED_ROWS or not jax.sharding.get_abstract_mesh().empty:
+    # With one key/value head (multi-query attention), XLA:CPU copies the cache around each of several row updates.
+    one_head = rows > 1 and buffer.shape[1] == 1
+    if rows > MAX_UNROLLED_ROWS or one_head or not jax.sharding.get_abstract_mesh().empty:
         return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice(b, n, (0, s, 0)))(buffer, new, start)
     for row in range(rows):
         buffer = jax.lax.dynamic_update_slice(buffer, new[row : row + 1], (row, 0, start[row], 0))

@@ -1,6 +1,9 @@
 """The shapes of models, apart from their weights."""
 
 import dataclasses
+from collections.abc import Sequence
+
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +23,64 @@ class LinearRopeScaling:
     factor: float
 
 
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
+"""What a feed-forward may compute: "gelu" is the exact one, "gelu_new" its approximation by tanh."""
+
+POSITIONS = ("rotary", "learned")
+"""How a decoder tells places apart: it turns queries and keys, or adds a learned table to the embeddings."""
+
+NORMS = ("rms", "rms_plus_one", "layer")
+"""What a decoder normalises by: the root mean square (times w, or times 1 + w), or LayerNorm with a bias."""
+
+
+def _one_of(config: object, **choices: Sequence[str]) -> None:
+    for name, known in choices.items():
+        if (value := getattr(config, name)) not in known:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder of the Llama family (Llama, SmolLM2, Mistral) or of Qwen2/2.5.
+    """A decoder-only model; the defaults of the switches are those of the Llama family.
 
-    `dtype` is that of weights, matrix products and cache: "float32" or "bfloat16"; the residual stream, the
-    softmaxes and the logits are float32 in both. `sliding_window` limits attention to that many last tokens.
+    `presets` has published shapes. Loaded are Llama, SmolLM2, Mistral, Qwen2/2.5, Gemma 2 and 3, GPT-2, GPT-J, OPT and
+    GPTBigCode; a Chinchilla is `gated=False, activation="gelu"` without biases.
+
+    Attributes:
+      vocab_size: the width of the logits.
+      hidden_size: of the residual stream.
+      intermediate_size: of the feed-forward.
+      num_layers: how many blocks.
+      num_heads: of the queries.
+      num_kv_heads: of the keys and values; 1 is multi-query attention (arXiv 1911.02150).
+      head_dim: of a head.
+      max_position: the longest text; of learned positions, the length of their table.
+      rope_theta: the base of the rotary angles.
+      rope_scaling: how they are stretched.
+      norm_eps: what norms add to the variance.
+      tie_embeddings: whether the head is the embeddings' table.
+      qkv_bias: whether queries, keys and values have biases.
+      output_bias: whether attention's output has one.
+      mlp_bias: whether the feed-forward has biases.
+      sliding_window: how many last tokens, itself included, a token sees; None for all.
+      dtype: of weights, matrix products and cache: "float32" or "bfloat16"; the residual stream, the softmaxes and the
+        logits are float32 in both.
+      positions: one of `POSITIONS`.
+      rotary_dim: how many first dimensions of a head are rotated; None for all.
+      norm: one of `NORMS`.
+      activation: one of `ACTIVATIONS`.
+      gated: whether the feed-forward is `down(activation(gate(x)) * up(x))`, else `down(activation(up(x)))`.
+      parallel: whether attention and feed-forward read the same normed input (GPT-J), else one after the other.
+      post_norms: whether what a block's two parts give is normed too before it is added (Gemma).
+      qk_norm: whether queries and keys are normed, head by head, before they are rotated (Gemma 3).
+      head_bias: whether the head has a bias.
+      scale_embeddings: whether embeddings are multiplied by the root of `hidden_size`, rounded to `dtype` (Gemma).
+      query_scale: what queries are multiplied by; None for `head_dim ** -0.5`.
+      attention_softcap: c of the `c tanh(x / c)` that bounds attention's scores (Gemma 2); None for no bound.
+      logit_softcap: likewise, of the logits.
+      global_layers: the layers, counted from 0, that `sliding_window` leaves alone.
+      local_rope_theta: the base of the rotary angles, unstretched, of the layers with a window (Gemma 3); None for the
+        same angles as the others.
     """
 
     vocab_size: int
@@ -45,6 +100,21 @@ class DecoderConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     dtype: str = "float32"
+    positions: str = "rotary"
+    rotary_dim: int | None = None
+    norm: str = "rms"
+    activation: str = "silu"
+    gated: bool = True
+    parallel: bool = False
+    post_norms: bool = False
+    qk_norm: bool = False
+    head_bias: bool = False
+    scale_embeddings: bool = False
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    global_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -52,12 +122,28 @@ class DecoderConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
                 "every key/value head serves the same number of query heads."
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'.")
+        _one_of(self, dtype=DTYPES, positions=POSITIONS, norm=NORMS, activation=ACTIVATIONS)
+        if self.positions == "rotary" and (self.rotated % 2 or not 0 < self.rotated <= self.head_dim):
+            raise ValueError(
+                f"rotary_dim={self.rotary_dim} with head_dim={self.head_dim}: an even number of a head's dimensions is "
+                "rotated."
+            )
+        if self.sliding_window is None and (self.global_layers or self.local_rope_theta is not None):
+            raise ValueError(
+                f"global_layers={self.global_layers} and local_rope_theta={self.local_rope_theta} tell layers with a "
+                "window from those without, but sliding_window is None: set it, or leave them out."
+            )
+        if not set(self.global_layers) <= set(range(self.num_layers)):
+            raise ValueError(f"global_layers={self.global_layers}: the {self.num_layers} layers are counted from 0.")
 
+    @property
+    def rotated(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
-ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
-"""What T5's feed-forward may compute: "gelu" is the exact one, "gelu_new" its approximation by tanh."""
+    def is_windowed(self, layer: int) -> bool:
+        """Whether a layer sees the last `sliding_window` tokens only."""
+        return self.sliding_window is not None and layer not in self.global_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +174,12 @@ class T5Config:
     dtype: str = "float32"
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r}: choose one of {', '.join(ACTIVATIONS)}.")
+        _one_of(self, dtype=DTYPES, activation=ACTIVATIONS)
         if self.num_buckets < 4 or self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
             raise ValueError(
                 f"num_buckets={self.num_buckets} and max_distance={self.max_distance}: the buckets are halved twice, "
                 "and the greatest distance has to lie beyond those that have a bucket of their own."
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'.")
 
 
 ModelConfig = DecoderConfig | T5Config

@@ -1,9 +1,11 @@
-"""Decoder-only language models as `Model`s: the Llama family (SmolLM2, Mistral) and Qwen2/2.5."""
+"""Decoder-only language models as `Model`s: one decoder, whose `DecoderConfig` says what it computes."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -27,15 +29,46 @@ class Decoder(nnx.Module):
         self.config, self.rules = config, rules
         if not c.tie_embeddings:
             self.embedding = layers.parameter(rngs, (c.vocab_size, c.hidden_size), ("vocab", "embed"), c.dtype)
+        if c.positions == "learned":
+            table = (c.max_position, c.hidden_size)
+            self.position_embedding = layers.parameter(rngs, table, ("positions", "embed"), c.dtype)
         self.layers = nnx.List([layers.Block(c, rules, rngs) for _ in range(c.num_layers)])
-        self.norm = layers.parameter(rngs, (c.hidden_size,), ("embed",), c.dtype, init=nnx.initializers.ones_init())
+        layers.declare_norm(self, "norm", c, rngs)
         head = (c.hidden_size, c.vocab_size)
         self.head = layers.parameter(rngs, head, ("embed", "vocab"), c.dtype, num_contracted=1)
+        if c.head_bias:
+            self.head_bias = layers.parameter(rngs, (c.vocab_size,), ("vocab",), c.dtype)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks tokens up; ids beyond the table read its last row (a draft may know fewer tokens than its target)."""
-        table = self.head[...] if self.config.tie_embeddings else self.embedding[...]
-        return layers.look_up(table, tokens, transposed=self.config.tie_embeddings)
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks tokens up, and learned positions.
+
+        Ids beyond the table read its last row (a draft may know fewer tokens than its target), and so do positions: no
+        text stands there, but padding may, and drafts beyond a text's limit.
+        """
+        c = self.config
+        table = self.head[...] if c.tie_embeddings else self.embedding[...]
+        x = layers.look_up(table, tokens, transposed=c.tie_embeddings)
+        if c.scale_embeddings:
+            x = x * np.asarray(math.sqrt(c.hidden_size), jnp.dtype(c.dtype)).astype(np.float32)
+        if c.positions == "learned":
+            x = x + layers.look_up(self.position_embedding[...], positions, transposed=False)
+        return x
+
+    def view(
+        self, windowed: bool, places: Int[Array, "B T"], positions: Int[Array, "B T"], size: int, packed: Batch | None
+    ) -> layers.View:
+        """What layers with or without a window know of the tokens' places, in a cache of that size."""
+        c, rope = self.config, None
+        if c.positions == "rotary":
+            angles = positions[:, :, None] * layers.rope_frequencies(c, windowed=windowed)
+            rope = jnp.cos(angles), jnp.sin(angles)
+        slots = jnp.arange(size)
+        mask = slots <= places[:, :, None]
+        if windowed and c.sliding_window is not None:
+            mask &= slots > places[:, :, None] - c.sliding_window
+        if packed is not None:
+            mask &= layers.same_segment(packed.segments, packed.segments)
+        return rope, mask
 
     def hidden(
         self,
@@ -51,19 +84,14 @@ class Decoder(nnx.Module):
         begin = jnp.zeros(tokens.shape[0], jnp.int32) if start is None else start
         places = begin[:, None] + jnp.arange(tokens.shape[1])
         positions = places if packed is None else packed.positions
-        angles = positions[:, :, None] * layers.rope_frequencies(self.config)
-        rope = jnp.cos(angles), jnp.sin(angles)
-        slots = jnp.arange(cache.keys[0].shape[2])
-        mask = slots <= places[:, :, None]
-        if self.config.sliding_window is not None:
-            mask &= slots > places[:, :, None] - self.config.sliding_window
-        if packed is not None:
-            mask &= layers.same_segment(packed.segments, packed.segments)
-        x = self.embed(tokens)
+        windowed = [self.config.is_windowed(i) for i in range(self.config.num_layers)]
+        size = cache.keys[0].shape[2]
+        views = {kind: self.view(kind, places, positions, size, packed) for kind in sorted(set(windowed))}
+        x = self.embed(tokens, positions)
         keys, values = list(cache.keys), list(cache.values)
         for i, block in enumerate(self.layers):
-            x, keys[i], values[i] = block(x, rope, mask, keys[i], values[i], start)
-        x = layers.rms_norm(x, self.norm[...], self.config.norm_eps)
+            x, keys[i], values[i] = block(x, views[windowed[i]], keys[i], values[i], start)
+        x = layers.normalize(self, "norm", self.config, x)
         return x, Cache(tuple(keys), tuple(values), cache.length)
 
     def read(self, tokens: Int[Array, "B P"], cache: Cache) -> tuple[Float[Array, "B P D"], Cache]:
@@ -86,7 +114,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head, in float32."""
-        return sharding.constrain(layers.linear(hidden, self.head[...]), ("batch", "tokens", "vocab"), self.rules)
+        logits = layers.linear(hidden, self.head[...])
+        if self.config.head_bias:
+            logits = logits + self.head_bias[...].astype(jnp.float32)
+        logits = layers.softcap(logits, self.config.logit_softcap)
+        return sharding.constrain(logits, ("batch", "tokens", "vocab"), self.rules)
 
 
 @functools.cache

@@ -14,10 +14,18 @@ Build = Callable[..., nnx.Module]
 """A module class: `(config, rules, rngs) -> module`."""
 
 
+class _OneKey(nnx.Rngs):
+    """The same key for every parameter: shapes need no other, and to count keys while tracing takes quadratic time."""
+
+    def params(self) -> jax.Array:
+        """The key."""
+        return jax.random.key(0)
+
+
 @functools.cache
 def _split(build: Build, config: Any, rules: sharding.Rules) -> tuple[Any, Any]:
     """The structure of the module and its abstract state."""
-    return nnx.split(nnx.eval_shape(lambda: build(config, rules, nnx.Rngs(0))), nnx.Param)
+    return nnx.split(nnx.eval_shape(lambda: build(config, rules, _OneKey(0))), nnx.Param)
 
 
 def merge(build: Build, config: Any, rules: sharding.Rules, params: Tree) -> Any:

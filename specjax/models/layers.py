@@ -3,6 +3,7 @@
 Every parameter names its logical axes beside its shape.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax import sharding
 from specjax.models import cache as cache_lib
 from specjax.models.config import DecoderConfig, LinearRopeScaling
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+View = tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None, Bool[Array, "B T S"]]
+"""What a layer knows of places: cosine and sine of the rotary angles (None: no rotation), and what each token sees."""
 
 
 def parameter(
@@ -90,16 +101,50 @@ def linear(x: Float[Array, "B T *i"], weight: Float[Array, "..."], num_contracte
     )
 
 
-def rms_norm(x: Float[Array, "B T D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "B T D"]:
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
     """Root-mean-square norm (arXiv 1910.07467) in float32."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale.astype(jnp.float32)
 
 
-def rope_frequencies(config: DecoderConfig) -> Float[Array, " half"]:
+def declare_norm(module: nnx.Module, name: str, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+    """Declares a norm's scale, `name`, and a LayerNorm's bias, `name_bias`, as parameters of the module."""
+    ones, zeros = nnx.initializers.ones_init(), nnx.initializers.zeros_init()
+    shape, axes = (config.hidden_size,), ("embed",)
+    init = zeros if config.norm == "rms_plus_one" else ones
+    setattr(module, name, parameter(rngs, shape, axes, config.dtype, init=init))
+    if config.norm == "layer":
+        setattr(module, f"{name}_bias", parameter(rngs, shape, axes, config.dtype, init=zeros))
+
+
+def scale_of(weight: Float[Array, "..."], config: DecoderConfig) -> Float[Array, "..."]:
+    """What an RMS norm multiplies by.
+
+    Of 1 + w, w is stored, as in published files, and the sum is float32: bfloat16 would round it to steps of 1/128.
+    """
+    return 1.0 + weight.astype(jnp.float32) if config.norm == "rms_plus_one" else weight
+
+
+def normalize(module: nnx.Module, name: str, config: DecoderConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The norm that `declare_norm` declared, in float32."""
+    weight = getattr(module, name)[...]
+    if config.norm != "layer":
+        return rms_norm(x, scale_of(weight, config), config.norm_eps)
+    # LayerNorm: arXiv 1607.06450.
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return rms_norm(centred, weight, config.norm_eps) + getattr(module, f"{name}_bias")[...].astype(jnp.float32)
+
+
+def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """`c tanh(x / c)`, which bounds x to (-c, c) (Gemma 2, arXiv 2408.00118, section 2); None: x."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope_frequencies(config: DecoderConfig, *, windowed: bool = False) -> Float[Array, " half"]:
     """The rotary angles per position in radians (arXiv 2104.09864, eq. 15), stretched as configured."""
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    scaling = config.rope_scaling
+    half, theta, scaling = config.rotated // 2, config.rope_theta, config.rope_scaling
+    if windowed and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, None
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is None:
         return frequencies
     if isinstance(scaling, LinearRopeScaling):
@@ -113,11 +158,13 @@ def rope_frequencies(config: DecoderConfig) -> Float[Array, " half"]:
 def rotate(
     x: Float[Array, "B T *h D"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T *h D"]:
-    """Rotary positions: the two halves of the head dimension are the coordinates of each plane."""
+    """Rotary positions: the two halves of the first `2 * half` dimensions are the coordinates of each plane."""
     lift = (slice(None), slice(None)) + (None,) * (x.ndim - 3)
+    size = 2 * cos.shape[-1]
     cos, sin = cos[lift], sin[lift]
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    a, b = jnp.split(x if size == x.shape[-1] else x[..., :size], 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
 def look_up(table: Float[Array, "..."], tokens: Int[Array, "B T"], *, transposed: bool) -> Float[Array, "B T D"]:
@@ -146,6 +193,7 @@ def attend(
     values: Float[Array, "B H S E"],
     mask: Bool[Array, "#B T S"],
     bias: Float[Array, "#B H T S"] | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "B T H G E"]:
     """Softmax attention of G query heads a key/value head, softmax and sums in float32.
 
@@ -158,12 +206,14 @@ def attend(
       values: likewise.
       mask: which tokens each sees.
       bias: what is added to the scores.
+      cap: what bounds the scores, see `softcap`.
     """
     rows, time, heads, group, size = query.shape
     matrix = jnp.swapaxes(query, 1, 2).reshape(rows, heads, time * group, size)
     batch = ((0, 1), (0, 1))
     scores = jax.lax.dot_general(matrix, keys, (((3,), (3,)), batch), preferred_element_type=jnp.float32)
     scores = scores.reshape(rows, heads, time, group, -1)
+    scores = softcap(scores, cap)
     if bias is not None:
         scores = scores + bias[:, :, :, None]
     scores = jnp.where(mask[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
@@ -192,75 +242,96 @@ class Attention(nnx.Module):
             self.qkv_bias = parameter(rngs, heads, head_axes, c.dtype)
         if c.output_bias:
             self.out_bias = parameter(rngs, (c.hidden_size,), ("embed",), c.dtype)
+        if c.qk_norm:
+            init = nnx.initializers.zeros_init() if c.norm == "rms_plus_one" else nnx.initializers.ones_init()
+            self.query_norm = parameter(rngs, (c.head_dim,), ("head_dim",), c.dtype, init=init)
+            self.key_norm = parameter(rngs, (c.head_dim,), ("head_dim",), c.dtype, init=init)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]],
-        mask: Bool[Array, "B T S"],
+        view: View,
         keys: Float[Array, "B H S E"],
         values: Float[Array, "B H S E"],
         start: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H S E"], Float[Array, "B H S E"]]:
-        """Writes the tokens' keys and values into the cache and attends to all that `mask` lets through."""
-        group = self.config.num_heads // self.config.num_kv_heads
+        """Writes the tokens' keys and values into the cache and attends to all that the view's mask lets through."""
+        c, (rope, mask) = self.config, view
+        group = c.num_heads // c.num_kv_heads
         qkv = linear(x, self.qkv[...])
-        if self.config.qkv_bias:
+        if c.qkv_bias:
             qkv = qkv + self.qkv_bias[...].astype(jnp.float32)
-        query_key = rotate(qkv[:, :, :, : group + 1], *rope)
+        query_key = qkv[:, :, :, : group + 1]
+        if c.qk_norm:
+            scales = jnp.stack([self.query_norm[...]] * group + [self.key_norm[...]])
+            query_key = rms_norm(query_key, scale_of(scales, c), c.norm_eps)
+        if rope is not None:
+            query_key = rotate(query_key, *rope)
         keys = cache_lib.constrain(cache_lib.write(keys, query_key[:, :, :, group], start), self.rules)
         values = cache_lib.constrain(cache_lib.write(values, qkv[:, :, :, group + 1], start), self.rules)
 
-        query = query_key[:, :, :, :group] * self.config.head_dim**-0.5
-        mixed = attend(query.astype(keys.dtype), keys, values, mask)
+        query = query_key[:, :, :, :group] * (c.head_dim**-0.5 if c.query_scale is None else c.query_scale)
+        mixed = attend(query.astype(keys.dtype), keys, values, mask, cap=c.attention_softcap)
         out = linear(mixed, self.out[...], num_contracted=3)
-        if self.config.output_bias:
+        if c.output_bias:
             out = out + self.out_bias[...].astype(jnp.float32)
         return out, keys, values
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (arXiv 2002.05202), gate and up projections fused in one product."""
+    """A feed-forward; gated (arXiv 2002.05202), gate and up projections are fused in one product."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        """Declares the parameters."""
+        """Declares the parameters. Ungated, `gate_up` is the up projection alone."""
         c = config
         self.config = config
-        gate_up = (c.hidden_size, 2, c.intermediate_size)
-        self.gate_up = parameter(rngs, gate_up, ("embed", "gate_up", "mlp"), c.dtype, num_contracted=1)
+        inner = (2 if c.gated else 1, c.intermediate_size)
+        self.gate_up = parameter(rngs, (c.hidden_size, *inner), ("embed", "gate_up", "mlp"), c.dtype, num_contracted=1)
         down = (c.intermediate_size, c.hidden_size)
         self.down = parameter(rngs, down, ("mlp", "embed"), c.dtype, num_contracted=1)
         if c.mlp_bias:
-            self.gate_up_bias = parameter(rngs, (2, c.intermediate_size), ("gate_up", "mlp"), c.dtype)
+            self.gate_up_bias = parameter(rngs, inner, ("gate_up", "mlp"), c.dtype)
             self.down_bias = parameter(rngs, (c.hidden_size,), ("embed",), c.dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """`down(silu(gate(x)) * up(x))`."""
+        """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))`."""
         gate_up = linear(x, self.gate_up[...])
         if self.config.mlp_bias:
             gate_up = gate_up + self.gate_up_bias[...].astype(jnp.float32)
-        out = linear(jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1], self.down[...])
+        inner = ACTIVATIONS[self.config.activation](gate_up[:, :, 0])
+        out = linear(inner * gate_up[:, :, 1] if self.config.gated else inner, self.down[...])
         if self.config.mlp_bias:
             out = out + self.down_bias[...].astype(jnp.float32)
         return out
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to the float32 residual."""
+    """One layer: attention and feed-forward, each behind a norm (or both behind one), added to the float32 residual."""
 
     def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
-        ones = nnx.initializers.ones_init()
-        self.eps = config.norm_eps
-        self.attention_norm = parameter(rngs, (config.hidden_size,), ("embed",), config.dtype, init=ones)
-        self.attention = Attention(config, rules, rngs)
-        self.mlp_norm = parameter(rngs, (config.hidden_size,), ("embed",), config.dtype, init=ones)
-        self.mlp = FeedForward(config, rngs)
+        c = config
+        self.config = config
+        declare_norm(self, "attention_norm", c, rngs)
+        self.attention = Attention(c, rules, rngs)
+        if not c.parallel:
+            declare_norm(self, "mlp_norm", c, rngs)
+        self.mlp = FeedForward(c, rngs)
+        if c.post_norms:
+            declare_norm(self, "attention_post_norm", c, rngs)
+            declare_norm(self, "mlp_post_norm", c, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], rope, mask, keys, values, start):
+    def __call__(self, x: Float[Array, "B T D"], view: View, keys, values, start):
         """The residual stream after the layer, and the layer's updated keys and values."""
-        mixed, keys, values = self.attention(
-            rms_norm(x, self.attention_norm[...], self.eps), rope, mask, keys, values, start
-        )
+        c = self.config
+        normed = normalize(self, "attention_norm", c, x)
+        mixed, keys, values = self.attention(normed, view, keys, values, start)
+        if c.post_norms:
+            mixed = normalize(self, "attention_post_norm", c, mixed)
         x = x + mixed
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), keys, values
+        if not c.parallel:
+            normed = normalize(self, "mlp_norm", c, x)
+        out = self.mlp(normed)
+        if c.post_norms:
+            out = normalize(self, "mlp_post_norm", c, out)
+        return x + out, keys, values

@@ -23,13 +23,6 @@ from specjax.types import Batch, Inputs, Model, ModelOutput, Tree
 NO_LIMIT = 2**31 - 1
 """Relative positions go on for ever."""
 
-_ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
-}
-
 
 class Cache(NamedTuple):
     """Keys and values of every decoder layer.
@@ -215,7 +208,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's contribution to the residual."""
         up = layers.linear(x, self.up[...])
-        inner = _ACTIVATIONS[self.activation](up[:, :, 0])
+        inner = layers.ACTIVATIONS[self.activation](up[:, :, 0])
         return layers.linear(inner * up[:, :, 1] if up.shape[2] == 2 else inner, self.down[...])
 
 

@@ -56,6 +56,8 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     if scaling := values.get("rope_scaling"):
         entries = dict(scaling)
         values["rope_scaling"] = _SCALINGS[entries.pop("type")](**entries)
+    if "global_layers" in values:  # JSON knows no tuples
+        values["global_layers"] = tuple(values["global_layers"])
     return _FAMILIES[family](**values)
 
 

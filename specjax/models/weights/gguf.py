@@ -49,20 +49,6 @@ def huggingface_name(name: str) -> str:
     return f"model.layers.{layer}.{_NAMES.get(part, part)}.{kind}"
 
 
-def unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undoes llama.cpp's reordering of the rows of a query or key projection.
-
-    llama.cpp rotates neighbouring rows (2 i, 2 i + 1) of a head; `layers.rotate`, as Hugging Face does, rows
-    (i, i + head_dim / 2). Its converter interleaves a head's halves; this separates them.
-
-    Args:
-      rows: `[num_heads * head_dim, ...]`.
-      num_heads: the number of heads in it.
-    """
-    paired = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
-    return paired.swapaxes(1, 2).reshape(rows.shape)
-
-
 class Tensor(NamedTuple):
     """One tensor of a file.
 
@@ -266,6 +252,6 @@ def load(
     def get(name: str) -> np.ndarray:
         array = dequantize(tensors[name])
         heads = permuted.get(name.split(".")[-2])
-        return array if heads is None else unpermute(array, heads)
+        return array if heads is None else mapping.unpermute(array, heads)
 
     return config, mapping.from_huggingface(config, get, mesh=mesh, rules=rules)

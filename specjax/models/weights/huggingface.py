@@ -3,18 +3,18 @@
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from specjax import sharding
-from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling, ModelConfig
-from specjax.models.weights import lazy, mapping, t5_mapping
+from specjax.models.config import DecoderConfig, ModelConfig
+from specjax.models.weights import decoder_configs, lazy, mapping, naming, t5_mapping
 from specjax.types import Tree
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
+MODEL_TYPES = tuple(decoder_configs.PARSERS)
 """The `model_type`s of `config.json` that `models.decoder` computes."""
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -52,52 +52,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _rope(raw: Mapping[str, Any], max_position: int) -> tuple[float, Llama3RopeScaling | LinearRopeScaling | None]:
-    """The base of the rotary angles and their scaling, from transformers 4's or 5's style of configuration."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    if (partial := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ValueError(f"partial_rotary_factor={partial}: specjax rotates whole heads only.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, LinearRopeScaling(float(rope["factor"]))
-    if kind == "llama3":
-        original = rope.get("original_max_position_embeddings", raw.get("original_max_position_embeddings"))
-        return theta, Llama3RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position=int(original or max_position),
-        )
-    raise ValueError(f"rope type {kind!r} is not supported: choose a model with 'default', 'linear' or 'llama3'.")
-
-
-def _sliding_window(raw: Mapping[str, Any], num_layers: int) -> int | None:
-    """How far back attention sees, where every layer has that same limit."""
-    if raw["model_type"] == "mistral":
-        return raw.get("sliding_window", 4096)  # transformers' default for a configuration without the entry
-    if raw["model_type"] != "qwen2" or not raw.get("use_sliding_window", False):
-        return None
-    window, first = raw.get("sliding_window", 4096), raw.get("max_window_layers", 28)
-    if kinds := raw.get("layer_types"):
-        sliding = [kind == "sliding_attention" for kind in kinds]
-    else:
-        sliding = [layer >= first for layer in range(num_layers)]
-    if window is None or not any(sliding):
-        return None
-    if not all(sliding):
-        raise ValueError(
-            f"use_sliding_window=true in {sum(sliding)} of {len(sliding)} layers: specjax knows one window for all "
-            "layers. Set use_sliding_window to false in config.json if your texts are shorter than "
-            f"sliding_window={window}."
-        )
-    return int(window)
-
-
 def parse_config(raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
-    """The shape of a model from its `config.json`, as transformers 4 or 5 wrote it.
+    """The shape of a decoder-only model from its `config.json`, as transformers 4 or 5 wrote it.
 
     Args:
       raw: the parsed file.
@@ -110,37 +66,13 @@ def parse_config(raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfi
     if kind not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES + t5_mapping.MODEL_TYPES)
         raise ValueError(f"model_type {kind!r} is not supported: specjax loads {known}.")
-    if (activation := raw.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"hidden_act={activation!r} is not supported: specjax computes 'silu'.")
     if quantized := raw.get("quantization_config"):
         method = quantized.get("quant_method", "unknown")
         raise ValueError(
             f"The weights are quantised ({method}): load the original model, or a GGUF file, which specjax dequantises."
         )
     try:
-        hidden, heads, layers = raw["hidden_size"], raw["num_attention_heads"], raw["num_hidden_layers"]
-        max_position = raw["max_position_embeddings"]
-        theta, scaling = _rope(raw, max_position)
-        llama_bias = kind == "llama" and bool(raw.get("attention_bias", False))
-        return DecoderConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=hidden,
-            intermediate_size=raw["intermediate_size"],
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            max_position=max_position,
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=kind == "qwen2" or llama_bias,
-            output_bias=llama_bias,
-            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
-            sliding_window=_sliding_window(raw, layers),
-            dtype=dtype,
-        )
+        return DecoderConfig(**decoder_configs.PARSERS[kind](raw), dtype=dtype)
     except KeyError as error:
         raise ValueError(f"The model's config.json lacks {error.args[0]!r}.") from None
 
@@ -186,8 +118,8 @@ class _Shards:
         """The names of all tensors."""
         return set(self._files)
 
-    def get(self, name: str) -> np.ndarray:
-        """A tensor, of which nothing is read before it is asked for (a `LazyArray`, which stands for the array)."""
+    def get(self, name: str) -> lazy.LazyArray:
+        """A tensor, of which nothing is read yet."""
         import safetensors
 
         part = self._files[name].get_slice(name)
@@ -200,7 +132,7 @@ class _Shards:
             except safetensors.SafetensorError as error:
                 raise ValueError(f"Tensor {name!r} cannot be read ({error}): download its file again.") from error
 
-        return cast(np.ndarray, lazy.LazyArray(part.get_shape(), jnp.dtype(_DTYPES[part.get_dtype()]), read))
+        return lazy.LazyArray(part.get_shape(), jnp.dtype(_DTYPES[part.get_dtype()]), read)
 
 
 def load(
@@ -234,8 +166,9 @@ def load(
         mapping.check_names(t5_mapping.tensor_shapes(t5_config), shards.names(), str(directory))
         return t5_config, t5_mapping.from_huggingface(t5_config, shards.get, mesh=mesh, rules=rules)
     config = parse_config(raw, dtype)
-    mapping.check_names(mapping.tensor_shapes(config), shards.names(), str(directory))
-    return config, mapping.from_huggingface(config, shards.get, mesh=mesh, rules=rules)
+    sources = naming.sources(raw["model_type"], config, shards.names())
+    mapping.check_names({source.name for source in sources.values()}, shards.names(), str(directory))
+    return config, mapping.from_huggingface(config, naming.reader(sources, shards.get), mesh=mesh, rules=rules)
 
 
 def download(repo_id: str) -> pathlib.Path:

@@ -73,12 +73,13 @@ class LazyArray:
 
         return LazyArray([self.shape[axis] for axis in order], self.dtype, read)
 
-    def reshape(self, *shape: int) -> "LazyArray":
-        """The same numbers in another shape, of which one size may be -1.
+    def reshape(self, *sizes: Any) -> "LazyArray":
+        """The same numbers in another shape, given as sizes or as a tuple of them, of which one may be -1.
 
         Raises:
           ValueError: where the sizes do not divide.
         """
+        shape = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple) else sizes
         known = math.prod(size for size in shape if size != -1)
         new = [math.prod(self.shape) // known if size == -1 else size for size in shape]
         groups = _groups(self.shape, new)
@@ -182,3 +183,6 @@ _FUNCTIONS: dict[Callable, Callable] = {
     np.transpose: LazyArray.transpose,
     np.split: _split,
 }
+
+Tensor = np.ndarray | LazyArray
+"""An array that is there, or one that is read when it is needed."""

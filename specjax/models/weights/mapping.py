@@ -1,8 +1,9 @@
-"""From the tensors of a Hugging Face Llama, Mistral or Qwen2 to the fused parameters of `decoder`.
+"""From the tensors of a decoder under Hugging Face's names to the fused parameters of `decoder`.
 
-Hugging Face stores a projection as `[out, in]`, with the heads' dimensions flattened; the decoder keeps the heads
-apart, fuses what reads the same input, and stores it as `layers.stored` says. One array is read, fused, cast and placed
-at a time, and of that only what this process's devices hold.
+The names are those of Llama, and of Gemma for what Llama lacks; `naming` says where other families hold the same.
+Hugging Face stores a projection as `[out, in]`, with the heads' dimensions flattened; the decoder keeps heads apart,
+fuses what reads the same input, and stores it as `layers.stored` says. One array is read, fused, cast and placed at a
+time, and of that only what this process's devices hold.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,9 +16,10 @@ from jax.sharding import Mesh
 from specjax import sharding
 from specjax.models import families, layers
 from specjax.models.config import DecoderConfig, ModelConfig
+from specjax.models.weights.lazy import Tensor
 from specjax.types import Tree
 
-Tensors = Callable[[str], np.ndarray] | Mapping[str, np.ndarray]
+Tensors = Callable[[str], Tensor] | Mapping[str, Tensor]
 """Tensors by their Hugging Face names."""
 
 HARMLESS = (
@@ -25,6 +27,8 @@ HARMLESS = (
     "lm_head.weight",
     "coder.embed_tokens.weight",
     "EncDecAttention.relative_attention_bias.weight",
+    ".attn.bias",
+    ".attn.masked_bias",
 )
 """How the names of tensors end that some files hold although no model reads them: copies, and leftovers."""
 
@@ -36,7 +40,7 @@ def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Pla
     """A function that brings an array into the order and the dtype in which the model stores it, and places it."""
     dtype = jnp.dtype(config.dtype)
 
-    def place(array: np.ndarray, axes: sharding.Axes, inputs: int = 0) -> jax.Array:
+    def place(array: Tensor, axes: sharding.Axes, inputs: int = 0) -> jax.Array:
         array = np.transpose(array, layers.stored(array.ndim, inputs, dtype))
         # Copies of their own: on CPU, JAX may keep the very buffer, which could be a view of a mapped file.
         if mesh is None:
@@ -54,33 +58,70 @@ def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Pla
     return place
 
 
+def unpermute(rows: Tensor, num_heads: int, rotated: int | None = None) -> Tensor:
+    """Brings rows of a query or key projection that rotate as neighbours into the order of `layers.rotate`.
+
+    llama.cpp and GPT-J rotate neighbouring rows (2 i, 2 i + 1) of a head; `layers.rotate`, as Hugging Face's Llama,
+    rotates rows (i, i + rotated / 2). This separates the interleaved halves.
+
+    Args:
+      rows: `[num_heads * head_dim, ...]`.
+      num_heads: the number of heads in it.
+      rotated: how many first rows of a head are rotated; None for all.
+    """
+    heads = rows.reshape(num_heads, -1, *rows.shape[1:])
+    turned, rest = np.split(heads, [heads.shape[1] if rotated is None else rotated], axis=1)
+    return np.concatenate([turned[:, 0::2], turned[:, 1::2], rest], axis=1).reshape(rows.shape)
+
+
+def _norms(c: DecoderConfig) -> dict[str, str]:
+    """The norms of a layer: the parameter's name, the tensor's."""
+    norms = {"attention_norm": "input_layernorm"}
+    if not c.parallel:
+        norms["mlp_norm"] = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+    if c.post_norms:
+        norms |= {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+    return norms
+
+
+def _norm_parts(c: DecoderConfig) -> dict[str, str]:
+    """What a norm consists of: the tensor's kind, and what its parameter's name ends with."""
+    return {"weight": "", "bias": "_bias"} if c.norm == "layer" else {"weight": ""}
+
+
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face name and shape of every tensor that a model of this shape has."""
+    """The name and shape of every tensor that a model of this shape has."""
     c = config
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (c.vocab_size, c.hidden_size),
-        "model.norm.weight": (c.hidden_size,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size)}
+    if c.positions == "learned":
+        shapes["model.embed_positions.weight"] = (c.max_position, c.hidden_size)
     if not c.tie_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+    if c.head_bias:
+        shapes["lm_head.bias"] = (c.vocab_size,)
     projections = {
         "self_attn.q_proj": (queries, c.hidden_size, c.qkv_bias),
         "self_attn.k_proj": (keys, c.hidden_size, c.qkv_bias),
         "self_attn.v_proj": (keys, c.hidden_size, c.qkv_bias),
         "self_attn.o_proj": (c.hidden_size, queries, c.output_bias),
-        "mlp.gate_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
         "mlp.up_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
         "mlp.down_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
     }
+    if c.gated:
+        projections["mlp.gate_proj"] = projections["mlp.up_proj"]
+    norms = ["model.norm"]
     for layer in range(c.num_layers):
         prefix = f"model.layers.{layer}."
-        shapes[f"{prefix}input_layernorm.weight"] = (c.hidden_size,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (c.hidden_size,)
+        norms += [prefix + name for name in _norms(c).values()]
         for name, (outputs, inputs, bias) in projections.items():
             shapes[f"{prefix}{name}.weight"] = (outputs, inputs)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (outputs,)
+        if c.qk_norm:
+            shapes |= {f"{prefix}self_attn.{name}_norm.weight": (c.head_dim,) for name in "qk"}
+    for name in norms:
+        shapes |= {f"{name}.{kind}": (c.hidden_size,) for kind in _norm_parts(c)}
     return shapes
 
 
@@ -107,10 +148,10 @@ def check_names(expected: Collection[str], names: Collection[str], source: str) 
             )
 
 
-def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], np.ndarray]:
+def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
     """Gives tensors by name, once their shapes are checked."""
 
-    def get(name: str) -> np.ndarray:
+    def get(name: str) -> Tensor:
         try:
             array = tensors[name] if isinstance(tensors, Mapping) else tensors(name)
         except KeyError:
@@ -125,13 +166,13 @@ def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable
     return get
 
 
-def _fuse_qkv(config: DecoderConfig, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _fuse_qkv(config: DecoderConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each key/value head's query heads, then its key, then its value: `[kv_heads, group + 2, head_dim, ...]`."""
     heads = (config.num_kv_heads, -1, config.head_dim)
     return np.concatenate([x.reshape(*heads, *x.shape[1:]) for x in (q, k, v)], axis=1)
 
 
-def _attention(c: DecoderConfig, get: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def _attention(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     qkv = [get(f"{name}_proj.weight") for name in "qkv"]
     yield "qkv", np.moveaxis(_fuse_qkv(c, *qkv), -1, 0)
     yield "out", get("o_proj.weight").T.reshape(c.num_kv_heads, -1, c.head_dim, c.hidden_size)
@@ -139,13 +180,17 @@ def _attention(c: DecoderConfig, get: Callable[[str], np.ndarray]) -> Iterator[t
         yield "qkv_bias", _fuse_qkv(c, *(get(f"{name}_proj.bias") for name in "qkv"))
     if c.output_bias:
         yield "out_bias", get("o_proj.bias")
+    if c.qk_norm:
+        yield "query_norm", get("q_norm.weight")
+        yield "key_norm", get("k_norm.weight")
 
 
-def _mlp(c: DecoderConfig, get: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    yield "gate_up", np.stack([get("gate_proj.weight").T, get("up_proj.weight").T], axis=1)
+def _mlp(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    inner = ("gate_proj", "up_proj") if c.gated else ("up_proj",)
+    yield "gate_up", np.stack([get(f"{name}.weight").T for name in inner], axis=1)
     yield "down", get("down_proj.weight").T
     if c.mlp_bias:
-        yield "gate_up_bias", np.stack([get("gate_proj.bias"), get("up_proj.bias")])
+        yield "gate_up_bias", np.stack([get(f"{name}.bias") for name in inner])
         yield "down_bias", get("down_proj.bias")
 
 
@@ -171,26 +216,32 @@ def from_huggingface(
     contracted = families.num_contracted(config)
     place = placer(config, mesh, rules)
 
-    def part(prefix: str) -> Callable[[str], np.ndarray]:
+    def part(prefix: str) -> Callable[[str], Tensor]:
         return lambda name: get(prefix + name)
+
+    def norm(prefix: str, name: str, axes: Tree) -> Tree:
+        parts = _norm_parts(config).items()
+        return {f"{name}{end}": place(get(f"{prefix}.{kind}"), axes[f"{name}{end}"]) for kind, end in parts}
 
     params: Tree = {}
     if not config.tie_embeddings:
         params["embedding"] = place(get("model.embed_tokens.weight"), axes["embedding"])
+    if config.positions == "learned":
+        params["position_embedding"] = place(get("model.embed_positions.weight"), axes["position_embedding"])
     params["layers"] = {}
     for layer in range(config.num_layers):
         block, inputs, prefix = axes["layers"][layer], contracted["layers"][layer], f"model.layers.{layer}."
         attention = _attention(config, part(f"{prefix}self_attn."))
         mlp = _mlp(config, part(f"{prefix}mlp."))
-        norm = get(f"{prefix}input_layernorm.weight")
-        mlp_norm = get(f"{prefix}post_attention_layernorm.weight")
         params["layers"][layer] = {
-            "attention_norm": place(norm, block["attention_norm"]),
             "attention": {n: place(x, block["attention"][n], inputs["attention"][n]) for n, x in attention},
-            "mlp_norm": place(mlp_norm, block["mlp_norm"]),
             "mlp": {n: place(x, block["mlp"][n], inputs["mlp"][n]) for n, x in mlp},
         }
-    params["norm"] = place(get("model.norm.weight"), axes["norm"])
+        for name, stem in _norms(config).items():
+            params["layers"][layer] |= norm(prefix + stem, name, block)
+    params |= norm("model.norm", "norm", axes)
     head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
     params["head"] = place(get(head).T, axes["head"], contracted["head"])
+    if config.head_bias:
+        params["head_bias"] = place(get("lm_head.bias"), axes["head_bias"])
     return params

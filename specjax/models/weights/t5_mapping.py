@@ -15,6 +15,7 @@ from specjax import sharding
 from specjax.models import families, layers
 from specjax.models.config import ACTIVATIONS, T5Config
 from specjax.models.weights import mapping
+from specjax.models.weights.lazy import Tensor
 from specjax.types import Tree
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
@@ -150,7 +151,7 @@ def from_huggingface(
     put = mapping.placer(config, mesh, rules)
     c, axes, contracted = config, families.param_axes(config), families.num_contracted(config)
 
-    def heads(prefix: str, names: str) -> np.ndarray:
+    def heads(prefix: str, names: str) -> Tensor:
         """Projections `D -> heads, one for each name, head_dim`."""
         parts = [get(f"{prefix}{name}.weight").T.reshape(-1, c.num_heads, c.head_dim) for name in names]
         return np.stack(parts, axis=2)
@@ -195,7 +196,7 @@ def from_huggingface(
     return params | place(top, axes, contracted)
 
 
-def _out(c: T5Config, get: Callable[[str], np.ndarray], prefix: str) -> np.ndarray:
+def _out(c: T5Config, get: Callable[[str], Tensor], prefix: str) -> Tensor:
     """The projection `heads, head_dim -> D`."""
     return get(f"{prefix}o.weight").T.reshape(c.num_heads, c.head_dim, c.hidden_size)
 

@@ -1,0 +1,146 @@
+"""Shapes of published decoder-only models, without weights, by name: for planning and for models made from scratch.
+
+    config = presets.get("chinchilla_70b")  # or presets.chinchilla_70b
+
+All are bfloat16; `dataclasses.replace(config, dtype="float32")` changes that.
+
+Of Gopher, Chinchilla and their draft, the papers give the layers, heads, widths, vocabulary, RMSNorm and a feed-forward
+of four times the width. Ours are the rotary positions, where the papers have Transformer-XL's relative ones, and GELU,
+which they do not name. So these shapes lack one projection of `hidden_size ** 2` a layer, by which Transformer-XL makes
+keys of distances: `chinchilla_70b` has 64.7e9 parameters.
+"""
+
+from typing import Any
+
+from specjax.models.config import DecoderConfig
+
+
+def _gopher(num_layers: int, hidden_size: int, num_heads: int) -> DecoderConfig:
+    """Rae et al. 2021, arXiv 2112.11446, section 3.1: RMSNorm, 32,000 SentencePieces, 2048 tokens of context."""
+    return DecoderConfig(
+        vocab_size=32000,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=128,
+        max_position=2048,
+        gated=False,
+        activation="gelu",
+        tie_embeddings=True,
+        dtype="bfloat16",
+    )
+
+
+def _gpt(num_layers: int, hidden_size: int, num_heads: int, **others: Any) -> DecoderConfig:
+    """GPT-2's kind: learned positions, LayerNorm, biases everywhere, a feed-forward of four times the width."""
+    return DecoderConfig(
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        positions="learned",
+        norm="layer",
+        gated=False,
+        tie_embeddings=True,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        dtype="bfloat16",
+        **others,
+    )
+
+
+def _opt(num_layers: int, hidden_size: int, num_heads: int) -> DecoderConfig:
+    """Zhang et al. 2022, arXiv 2205.01068, table 1; the vocabulary is that of the released weights."""
+    return _gpt(num_layers, hidden_size, num_heads, vocab_size=50272, max_position=2048, activation="relu")
+
+
+def _llama3(num_layers: int, hidden_size: int, num_heads: int, intermediate_size: int) -> DecoderConfig:
+    """Llama 3 (Grattafiori et al. 2024, arXiv 2407.21783, table 3), with the vocabulary of the released weights.
+
+    Llama 3.1, of the same shapes, stretches its rotary angles to 131072 positions.
+    """
+    return DecoderConfig(
+        vocab_size=128256,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position=8192,
+        rope_theta=500000.0,
+        dtype="bfloat16",
+    )
+
+
+chinchilla_70b = _gopher(80, 8192, 64)
+"""Hoffmann et al. 2022, arXiv 2203.15556, table 4."""
+
+chinchilla_draft_4b = _gopher(8, 6144, 48)
+"""The draft of Chen et al. 2023, arXiv 2302.01318: wide and shallow."""
+
+gopher_7b = _gopher(32, 4096, 32)
+"""The 7.1B model of Rae et al. 2021, table 1: a draft of the usual proportions, to compare the wide one with."""
+
+gpt2 = _gpt(12, 768, 12, vocab_size=50257, max_position=1024, activation="gelu_new")
+"""The smallest model of Radford et al. 2019, as released."""
+
+opt_125m = _opt(12, 768, 12)
+opt_66b = _opt(64, 9216, 72)
+opt_175b = _opt(96, 12288, 96)
+
+llama3_8b = _llama3(32, 4096, 32, 14336)
+llama3_70b = _llama3(80, 8192, 64, 28672)
+
+gemma2_2b = DecoderConfig(
+    vocab_size=256000,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_layers=26,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=256,
+    max_position=8192,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    sliding_window=4096,
+    dtype="bfloat16",
+    norm="rms_plus_one",
+    activation="gelu_new",
+    post_norms=True,
+    scale_embeddings=True,
+    query_scale=256**-0.5,
+    attention_softcap=50.0,
+    logit_softcap=30.0,
+    global_layers=tuple(range(1, 26, 2)),
+)
+"""Gemma 2 2B (arXiv 2408.00118, table 1), as released; the table's feed-forward counts gate and up together."""
+
+PRESETS = {
+    "chinchilla_70b": chinchilla_70b,
+    "chinchilla_draft_4b": chinchilla_draft_4b,
+    "gopher_7b": gopher_7b,
+    "gpt2": gpt2,
+    "opt_125m": opt_125m,
+    "opt_66b": opt_66b,
+    "opt_175b": opt_175b,
+    "llama3_8b": llama3_8b,
+    "llama3_70b": llama3_70b,
+    "gemma2_2b": gemma2_2b,
+}
+
+
+def get(name: str) -> DecoderConfig:
+    """The shape of that name.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"No preset is named {name!r}: choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

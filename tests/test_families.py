@@ -1,0 +1,229 @@
+"""What holds for every shape of the one decoder, with random weights; `test_parity` holds them against transformers."""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_prompts, right_pad, texts
+
+from specjax import decode, drafters, sampling, sharding, verify
+from specjax.models import families, layers, presets
+from specjax.models.config import DecoderConfig, LinearRopeScaling
+from specjax.types import Batch, Inputs, Params
+
+ADVANCE: Any = decode.advance
+TINY = DecoderConfig(
+    vocab_size=61, hidden_size=32, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
+    max_position=64,
+)  # fmt: skip
+GPT = dataclasses.replace(TINY, positions="learned", norm="layer", gated=False, tie_embeddings=True, qkv_bias=True,
+                          output_bias=True, mlp_bias=True, activation="gelu_new")  # fmt: skip
+GEMMA = dataclasses.replace(TINY, num_kv_heads=2, norm="rms_plus_one", activation="gelu_new", post_norms=True,
+                            scale_embeddings=True, tie_embeddings=True, query_scale=0.3, sliding_window=5,
+                            global_layers=(1,), logit_softcap=30.0)  # fmt: skip
+CONFIGS = {
+    "gpt2": GPT,
+    "opt": dataclasses.replace(GPT, activation="relu", tie_embeddings=False),
+    "gptj": dataclasses.replace(TINY, norm="layer", gated=False, activation="gelu_new", mlp_bias=True, rotary_dim=4,
+                                parallel=True, head_bias=True),
+    "gemma2": dataclasses.replace(GEMMA, attention_softcap=2.0),
+    "gemma3": dataclasses.replace(GEMMA, num_layers=3, qk_norm=True, local_rope_theta=50.0, global_layers=(2,),
+                                  rope_scaling=LinearRopeScaling(8.0)),
+    "multi-query": dataclasses.replace(GPT, num_kv_heads=1),
+    "chinchilla": dataclasses.replace(TINY, gated=False, activation="gelu", tie_embeddings=True),
+}  # fmt: skip
+
+
+@functools.cache
+def tiny(name, dtype="float32"):
+    """A model whose matrices make contexts matter and whose norms and biases do too, and its parameters."""
+    config = dataclasses.replace(CONFIGS[name], dtype=dtype)
+    noise = iter(jax.random.split(jax.random.key(1), 1000))
+
+    def spread(x):
+        scaled = x * (50 / 32**0.5) if x.ndim > 1 else x + 0.3 * jax.random.normal(next(noise), x.shape)
+        return scaled.astype(x.dtype)
+
+    return families.model(config), jax.tree.map(spread, families.init_params(config, jax.random.key(0)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def prefill(model, params, inputs, size):
+    return model.prefill(params, inputs, model.init_cache(inputs.tokens.shape[0], size))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prefill_then_apply_after_a_rollback_is_one_prefill(name):
+    model, params = tiny(name)
+    apply = jax.jit(model.apply)
+    tokens = np.random.default_rng(0).integers(0, 61, (3, 20))
+    lengths = np.array([12, 5, 1])
+    _, cache = prefill(model, params, Inputs(jnp.asarray(tokens[:, :12]), jnp.asarray(lengths)), 24)
+    # Four wrong tokens, of which none, one and three are kept.
+    keep = np.array([0, 1, 3])
+    at = [np.arange(n, n + 4) for n in lengths]
+    drafted = np.stack([row[places] for row, places in zip(tokens, at, strict=True)])
+    wrong = np.where(np.arange(4) < keep[:, None], drafted, (drafted + 1) % 61)
+    _, cache = apply(params, jnp.asarray(wrong), cache)
+    lengths = lengths + keep
+    rest = np.stack([row[n : n + 4] for row, n in zip(tokens, lengths, strict=True)])
+    output, cache = apply(params, jnp.asarray(rest), cache._replace(length=jnp.asarray(lengths)))
+    lengths = lengths + 4
+    fresh, fresh_cache = prefill(model, params, Inputs(jnp.asarray(tokens), jnp.asarray(lengths)), 24)
+    np.testing.assert_array_equal(cache.length, fresh_cache.length)
+    np.testing.assert_allclose(output.logits[:, -1], fresh.logits[:, 0], atol=1e-4)
+    for ours, wanted in zip((*cache.keys, *cache.values), (*fresh_cache.keys, *fresh_cache.values), strict=True):
+        for row, n in enumerate(lengths):
+            np.testing.assert_allclose(ours[row, :, :n], wanted[row, :, :n], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_speculation_writes_the_text_of_plain_decoding(name):
+    """The greedy rows, and with the coupled rule the sampled ones too, up to the last position; no cache is copied."""
+    model, params = tiny(name)
+    both = Params(params, None)
+    prompts = [2 * prompt for prompt in random_prompts(4, 61, longest=6)]
+
+    def decoded(drafter):
+        state = decode.prefill(
+            model,
+            drafter,
+            both,
+            decode.pad_prompts(prompts),
+            max_new_tokens=[model.max_len - len(prompt) for prompt in prompts],
+            options=sampling.options(4, temperature=[0.0, 0.0, 0.5, 1.0]),
+            step_cost=0.0,
+            max_len=80,
+        )
+        compiled = ADVANCE.lower(model, drafter, verify.coupled, both, state, np.int32(80)).compile()
+        shape = ",".join(map(str, state.cache.keys[0].shape))
+        assert f"[{shape}]" in compiled.as_text(), "the cache is not to be seen in the program"
+        assert not re.findall(rf"= \S*\[{shape}\]\S* copy\(.*", compiled.as_text())
+        return compiled(both, state, np.int32(80))
+
+    plain, drafted = decoded(drafters.none()), decoded(drafters.ngram(num_draft_tokens=4))
+    assert texts(drafted) == texts(plain)
+    assert [len(text) for text in texts(plain)] == [model.max_len] * 4
+    assert int(np.asarray(drafted.stats.accepted)[:2].sum()) > 0
+    assert len({tuple(text[-20:]) for text in texts(plain)}) > 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_texts_score_as_they_would_alone(name):
+    model, params = tiny(name)
+    assert model.score is not None
+    first, second = (np.random.default_rng(seed).integers(0, 61, 9 - seed) for seed in (0, 1))
+    width, size = 20, len(first) + len(second)
+    tokens, segments, positions = np.zeros((3, 1, width), np.int32)
+    tokens[0, :size] = [*first, *second]
+    segments[0, :size] = [1] * len(first) + [2] * len(second)
+    positions[0, :size] = [*range(len(first)), *range(len(second))]
+    batch = Batch(*map(jnp.asarray, (tokens, tokens, segments, positions)), jnp.ones((1, width)), None, None)
+    logits = jax.jit(model.score)(params, batch)[0]
+    for text, end in ((first, len(first)), (second, size)):
+        alone, _ = prefill(model, params, right_pad([text], len(text)), 24)
+        np.testing.assert_allclose(logits[end - 1], alone.logits[0, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_name_axes_that_have_a_rule(name):
+    config = CONFIGS[name]
+    mesh = jax.sharding.AbstractMesh((1, 1), ("data", "model"))
+    jax.tree.map(
+        lambda x, axes: sharding.named_sharding(mesh, x.shape, axes),
+        families.abstract_params(config),
+        families.param_axes(config),
+    )
+
+
+def test_texts_beyond_the_learned_positions_are_refused():
+    model, params = tiny("gpt2")
+    prompt = decode.pad_prompts([[1] * 30])
+    with pytest.raises(ValueError, match=r"makes 65, but the target knows 64 positions"):
+        decode.prefill(model, drafters.none(), Params(params, None), prompt, max_new_tokens=35)
+
+
+def test_padding_beyond_the_learned_positions_does_no_harm():
+    model, params = tiny("gpt2")
+    wide, _ = prefill(model, params, right_pad([[5, 6, 7]], 80), 96)
+    narrow, _ = prefill(model, params, right_pad([[5, 6, 7]], 3), 96)
+    np.testing.assert_allclose(wide.logits, narrow.logits, atol=1e-5)
+
+
+def test_one_plus_w_is_summed_in_float32():
+    config = dataclasses.replace(CONFIGS["gemma2"], dtype="bfloat16")
+    assert float(layers.scale_of(jnp.asarray([2**-9], jnp.bfloat16), config)[0]) == 1 + 2**-9
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+def test_bfloat16_is_near_float32(name):
+    """Rounded weights in both, so that only the products and the cache differ."""
+    model, params = tiny(name, "bfloat16")
+    config = dataclasses.replace(CONFIGS[name], dtype="bfloat16")
+    full_config, full = families.cast(config, params, "float32")
+    inputs = right_pad(random_prompts(4, 61), 12)
+    rounded, _ = prefill(model, params, inputs, 16)
+    exact, _ = prefill(families.model(full_config), full, inputs, 16)
+    error = np.abs(rounded.logits - exact.logits).max() / np.abs(exact.logits).max()
+    assert error < 0.05
+
+
+# What the papers and releases call the models, in the digits that they give.
+PUBLISHED = {
+    "chinchilla_70b": "70e9",
+    "chinchilla_draft_4b": "4e9",
+    "gopher_7b": "7.1e9",
+    "gpt2": "124e6",
+    "opt_125m": "125e6",
+    "opt_66b": "66e9",
+    "opt_175b": "175e9",
+    "llama3_8b": "8.0e9",
+    "llama3_70b": "70.6e9",
+    "gemma2_2b": "2.6e9",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(name):
+    config, number = presets.get(name), PUBLISHED[name]
+    count = families.num_params(config)
+    if config.vocab_size == 32000:  # Relative positions, which these shapes replace: one projection a layer.
+        count += config.num_layers * config.hidden_size**2
+    mantissa = number.split("e")[0]
+    unit = float(number) / float(mantissa) * 10.0 ** -len(mantissa.partition(".")[2])
+    assert math.floor(count / unit + 0.5) * unit == pytest.approx(float(number))
+
+
+def test_presets_by_name():
+    assert set(PUBLISHED) == set(presets.PRESETS)
+    for name, config in presets.PRESETS.items():
+        assert getattr(presets, name) is presets.get(name) is config
+        assert config.num_heads * config.head_dim == config.hidden_size or name == "gemma2_2b"
+    with pytest.raises(ValueError, match=r"'llama9'.*chinchilla_70b, chinchilla_draft_4b"):
+        presets.get("llama9")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": "alibi"}, r"positions='alibi': choose one of rotary, learned"),
+        ({"norm": "batch"}, r"norm='batch': choose one of rms"),
+        ({"activation": "tanh"}, r"activation='tanh': choose one of relu"),
+        ({"dtype": "float16"}, r"dtype='float16': choose one of float32, bfloat16"),
+        ({"rotary_dim": 3}, r"rotary_dim=3 with head_dim=8"),
+        ({"rotary_dim": 10}, r"rotary_dim=10 with head_dim=8"),
+        ({"rotary_dim": 0}, r"rotary_dim=0 with head_dim=8"),
+        ({"global_layers": (1,)}, r"sliding_window is None"),
+        ({"local_rope_theta": 1e4}, r"sliding_window is None"),
+        ({"sliding_window": 4, "global_layers": (2,)}, r"\(2,\): the 2 layers are counted from 0"),
+    ],
+)
+def test_shapes_that_make_no_model_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)

@@ -83,13 +83,12 @@ def programs(length: int, rows: int):
     """What the compiled prefill and the compiled loop need for texts of `length` tokens."""
     model, drafter = families.model(CONFIG), drafters.ngram(num_draft_tokens=4)
     params = Params(families.init_params(CONFIG, jax.random.key(0)), ())
-    tokens = jax.ShapeDtypeStruct((rows, length - 64), jnp.int32)
-    inputs = Inputs(tokens, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    inputs = Inputs(jnp.zeros((rows, length - 64), jnp.int32), jnp.ones(rows, jnp.int32))
     read = jax.jit(lambda params, inputs: model.prefill(params, inputs, model.init_cache(rows, length))[1])
-    prefill = read.lower(params.target, inputs).compile()
+    prefill: Any = read.lower(params.target, inputs).compile()
     prompts = decode.pad_prompts([[1] * 8] * rows)
     state = decode.prefill(model, drafter, params, prompts, max_new_tokens=32, max_len=length)
-    loop = decode.advance.lower(model, drafter, verify.rejection, params, state, np.int32(1)).compile()
+    loop: Any = decode.advance.lower(model, drafter, verify.rejection, params, state, np.int32(1)).compile()
     return prefill.memory_analysis(), loop.memory_analysis()
 
 

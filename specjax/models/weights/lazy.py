@@ -124,6 +124,12 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
+        # An axis of one stands alone: beside another, it would be the outermost, and all of that be read.
+        lone_old, lone_new = (i < len(old) and old[i] == 1), (j < len(new) and new[j] == 1)
+        if lone_old != lone_new:
+            groups.append(([i], []) if lone_old else ([], [j]))
+            i, j = i + lone_old, j + lone_new
+            continue
         left, right, size, wanted = [], [], 1, 1
         while not (left and right and size == wanted):
             if i < len(old) and (size <= wanted or j == len(new)):
@@ -184,5 +190,5 @@ _FUNCTIONS: dict[Callable, Callable] = {
     np.split: _split,
 }
 
-Tensor = np.ndarray | LazyArray
-"""An array that is there, or one that is read when it is needed."""
+Tensor = Any
+"""A numpy array, or a `LazyArray` in its place (numpy's stubs know no other arrays)."""

@@ -7,6 +7,7 @@ time, and of that only what this process's devices hold.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Pla
         where = sharding.named_sharding(mesh, array.shape, axes, rules)
         parts: dict[str, np.ndarray] = {}  # devices that hold the same part read it once
 
-        def read(region: tuple[slice, ...]) -> np.ndarray:
+        def read(region: Any) -> np.ndarray:
             if (key := str(region)) not in parts:
                 parts[key] = np.array(array[region], dtype=dtype, order="C")
             return parts[key]

@@ -15,7 +15,7 @@ from helpers import random_prompts, right_pad, texts
 from specjax import decode, drafters, sampling, sharding, verify
 from specjax.models import families, layers, presets
 from specjax.models.config import DecoderConfig, LinearRopeScaling
-from specjax.types import Batch, Inputs, Params
+from specjax.types import Batch, Params
 
 ADVANCE: Any = decode.advance
 TINY = DecoderConfig(
@@ -64,7 +64,8 @@ def test_prefill_then_apply_after_a_rollback_is_one_prefill(name):
     apply = jax.jit(model.apply)
     tokens = np.random.default_rng(0).integers(0, 61, (3, 20))
     lengths = np.array([12, 5, 1])
-    _, cache = prefill(model, params, Inputs(jnp.asarray(tokens[:, :12]), jnp.asarray(lengths)), 24)
+    prompts = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+    _, cache = prefill(model, params, right_pad(prompts, 20), 24)
     # Four wrong tokens, of which none, one and three are kept.
     keep = np.array([0, 1, 3])
     at = [np.arange(n, n + 4) for n in lengths]
@@ -75,7 +76,8 @@ def test_prefill_then_apply_after_a_rollback_is_one_prefill(name):
     rest = np.stack([row[n : n + 4] for row, n in zip(tokens, lengths, strict=True)])
     output, cache = apply(params, jnp.asarray(rest), cache._replace(length=jnp.asarray(lengths)))
     lengths = lengths + 4
-    fresh, fresh_cache = prefill(model, params, Inputs(jnp.asarray(tokens), jnp.asarray(lengths)), 24)
+    longer = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+    fresh, fresh_cache = prefill(model, params, right_pad(longer, 20), 24)
     np.testing.assert_array_equal(cache.length, fresh_cache.length)
     np.testing.assert_allclose(output.logits[:, -1], fresh.logits[:, 0], atol=1e-4)
     for ours, wanted in zip((*cache.keys, *cache.values), (*fresh_cache.keys, *fresh_cache.values), strict=True):
@@ -118,17 +120,18 @@ def test_speculation_writes_the_text_of_plain_decoding(name):
 def test_packed_texts_score_as_they_would_alone(name):
     model, params = tiny(name)
     assert model.score is not None
-    first, second = (np.random.default_rng(seed).integers(0, 61, 9 - seed) for seed in (0, 1))
+    first, second = (np.random.default_rng(seed).integers(0, 61, 9 - seed).tolist() for seed in (0, 1))
     width, size = 20, len(first) + len(second)
     tokens, segments, positions = np.zeros((3, 1, width), np.int32)
     tokens[0, :size] = [*first, *second]
     segments[0, :size] = [1] * len(first) + [2] * len(second)
     positions[0, :size] = [*range(len(first)), *range(len(second))]
-    batch = Batch(*map(jnp.asarray, (tokens, tokens, segments, positions)), jnp.ones((1, width)), None, None)
+    tokens, segments, positions = map(jnp.asarray, (tokens, segments, positions))
+    batch = Batch(tokens, tokens, segments, positions, jnp.ones((1, width)), None, None)
     logits = jax.jit(model.score)(params, batch)[0]
-    for text, end in ((first, len(first)), (second, size)):
-        alone, _ = prefill(model, params, right_pad([text], len(text)), 24)
-        np.testing.assert_allclose(logits[end - 1], alone.logits[0, 0], atol=1e-4)
+    alone, _ = prefill(model, params, right_pad([first, second, first], width), 24)
+    np.testing.assert_allclose(logits[len(first) - 1], alone.logits[0, 0], atol=1e-4)
+    np.testing.assert_allclose(logits[size - 1], alone.logits[1, 0], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

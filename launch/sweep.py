@@ -48,6 +48,9 @@ COLUMNS = {
 }
 """Fields of a row that the table shows, and how."""
 
+_SHORT = {"draft": "draft", "temperature": "T", "num_draft_tokens": "K", "batch_size": "batch"}
+"""Fields by which the rows of one run differ, and what the plot calls them."""
+
 _GRACE = 60
 """Seconds that a run may take to end after Ctrl-C."""
 
@@ -225,18 +228,13 @@ def plot(axes: Sequence[tuple[str, list[str]]], rows: Sequence[Row]) -> Figure:
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
         parts = [f"{name.removeprefix('config.')}={row['flags'][name]}" for name, _ in axes[1:]]
-        swept = row["flags"]
+        # A run may have swept something by itself.
         parts += [
             f"{short} {row[name]}"
-            for name, short in (
-                ("draft", "draft"),
-                ("temperature", "T"),
-                ("num_draft_tokens", "K"),
-                ("batch_size", "B"),
-            )
-            if f"config.{name}" not in swept and len({str(other[name]) for other in rows}) > 1
+            for name, short in _SHORT.items()
+            if f"config.{name}" not in row["flags"] and len({str(other[name]) for other in rows}) > 1
         ]
-        lines.setdefault(", ".join(parts), {})[values.index(swept[first])] = row["measured_speedup"]
+        lines.setdefault(", ".join(parts), {})[values.index(row["flags"][first])] = row["measured_speedup"]
     for label, points in lines.items():
         places = sorted(points)
         panel.plot(places, [points[place] for place in places], "o-", label=label)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from specjax import automaton, decode, drafters, metrics, sampling, sharding, verify
+from specjax import automaton, decode, distributed, drafters, metrics, sampling, sharding, verify
 from specjax.pretrained import Pretrained
 from specjax.text import Tokenizer
 from specjax.types import Automaton, DecodeState, Drafter, Params
@@ -312,7 +312,7 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
 def run(request: Request) -> DecodeState:
     """Decodes a prepared request to its end. Its state is donated."""
     with on_mesh(request.mesh):
-        return decode.generate(
+        state = decode.generate(
             request.target.model,
             request.drafter,
             request.rule,
@@ -320,6 +320,13 @@ def run(request: Request) -> DecodeState:
             request.state,
             fixed_shape=request.fixed_shape,
         )
+    return readable(request, state)
+
+
+def readable(request: Request, state: DecodeState) -> DecodeState:
+    """The state with all but the caches on every process, where there are several."""
+    large = {"cache": state.cache, "drafter": state.drafter}
+    return distributed.replicate(state._replace(**dict.fromkeys(large)), request.mesh)._replace(**large)
 
 
 def stream(
@@ -344,7 +351,7 @@ def stream(
 def run_in_steps(request: Request, steps: int) -> Iterator[DecodeState]:
     """Decodes a prepared request, pausing every few steps. Its state is donated, and so is each that is yielded."""
     with on_mesh(request.mesh):
-        yield from decode.stream(
+        states = decode.stream(
             request.target.model,
             request.drafter,
             request.rule,
@@ -353,3 +360,5 @@ def run_in_steps(request: Request, steps: int) -> Iterator[DecodeState]:
             steps=steps,
             fixed_shape=request.fixed_shape,
         )
+        for state in states:
+            yield readable(request, state)

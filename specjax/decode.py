@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from specjax import adaptive, automaton, processors, sampling, verify
+from specjax import adaptive, automaton, distributed, processors, sampling, verify
 from specjax.types import (
     Adaptation,
     Automaton,
@@ -132,7 +132,7 @@ def text_limits(
       ValueError: where something does not fit.
     """
     rows, width = inputs.tokens.shape
-    lengths, budget = np.asarray(inputs.length), np.asarray(max_new_tokens, np.int32)
+    lengths, budget = distributed.to_host(inputs.length), np.asarray(max_new_tokens, np.int32)
     if budget.shape not in ((), (rows,)):
         raise ValueError(f"{budget.size} values of max_new_tokens for {rows} rows: give one, or one a row.")
     if (budget < 0).any():
@@ -601,7 +601,7 @@ def check(state: DecodeState) -> None:
     Raises:
       FloatingPointError: naming the row, the position, and the side.
     """
-    failed_at = np.asarray(state.failed_at)
+    failed_at = distributed.to_host(state.failed_at)
     for row in np.flatnonzero(failed_at >= 0):
         side = "draft" if bool(state.draft_failed[row]) else "target"
         raise FloatingPointError(

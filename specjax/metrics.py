@@ -160,7 +160,7 @@ def measure_costs(
         return _Timed(lambda carry, n: run(params.target, carry, n), (copied, tokens))
 
     @jax.jit
-    def draft(params: Any, carry: Any, n: Array) -> Any:
+    def draft(params: Any, state: DecodeState, carry: Any, n: Array) -> Any:
         def body(_: Any, carry: Any) -> Any:
             drafter_state, shift = carry
             room = jnp.full(rows, k, jnp.int32)
@@ -181,7 +181,7 @@ def measure_costs(
     if k:
         copied = jax.tree.map(jnp.copy, state.drafter)
         start = copied, jnp.zeros(rows, jnp.int32)
-        loops.append(_Timed(lambda carry, n: draft(params.draft, carry, n), start))
+        loops.append(_Timed(lambda carry, n: draft(params.draft, state, carry, n), start))
     seconds = np.asarray([[loop.per_call(calls) for loop in loops] for _ in range(repeats)])
     plain = float(np.median(seconds[:, 0]))
     ratios = np.median(seconds / seconds[:, :1], axis=0)

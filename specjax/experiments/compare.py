@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from specjax import api, automaton, decode, drafters, metrics, pretrained, sharding, verify
+from specjax import api, automaton, decode, distributed, drafters, metrics, pretrained, sharding, verify
 from specjax.experiments import plots, prompts, report, results
 from specjax.experiments.display import View
 from specjax.experiments.marks import segments
@@ -125,17 +125,16 @@ class Bench:
         request = self.prepare(drafter, batch)
         with api.on_mesh(request.mesh):
             # The number of steps is an argument of the program that `generate` runs.
-            jax.block_until_ready(
-                decode.advance(
-                    request.target.model,
-                    request.drafter,
-                    request.rule,
-                    request.params,
-                    request.state,
-                    np.int32(1),
-                    request.fixed_shape,
-                )
+            state = decode.advance(
+                request.target.model,
+                request.drafter,
+                request.rule,
+                request.params,
+                request.state,
+                np.int32(1),
+                request.fixed_shape,
             )
+        jax.block_until_ready(api.readable(request, state))
         return time.perf_counter() - begin
 
     def measure_costs(self, batch: Batch) -> metrics.Costs:
@@ -402,7 +401,7 @@ def _run_batches(
     else:
         with view.status("Measuring the costs of a step"):
             costs = bench.measure_costs(batches[0])
-        step_cost = costs.step_cost if config.step_cost < 0 else config.step_cost
+        step_cost = distributed.from_first(costs.step_cost) if config.step_cost < 0 else config.step_cost
     bench.options["step_cost"] = step_cost
     common = _common(config, bench, costs, device)
     total = sum(len(batch.prompts) for batch in batches) + len(workdir.rows)

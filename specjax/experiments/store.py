@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from specjax import distributed
 from specjax.experiments import results
 
 
@@ -43,7 +44,8 @@ class Store:
         """The cell of a key, computed and written where it is not there."""
         if key not in self.cells:
             begin = time.perf_counter()
-            self.cells[key] = json.loads(results.to_json(compute()))
+            # The cells that follow may depend on what the clock of this one says.
+            self.cells[key] = distributed.from_first(json.loads(results.to_json(compute())))
             self.seconds += time.perf_counter() - begin
             results.write(
                 self.path, results.to_json({"settings": self.settings, "seconds": self.seconds, "cells": self.cells})

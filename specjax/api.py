@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from specjax import automaton, decode, drafters, metrics, sampling, sharding, verify
+from specjax import automaton, decode, distributed, drafters, metrics, sampling, sharding, verify
 from specjax.pretrained import Pretrained
 from specjax.text import Tokenizer
 from specjax.types import Automaton, DecodeState, Drafter, Params
@@ -114,6 +114,12 @@ def check_vocabularies(target: Pretrained, draft: Any) -> None:
 
 
 @functools.lru_cache(maxsize=16)
+def _stopping(strings: tuple[str, ...], tokenizer: Tokenizer, vocab_size: int) -> Automaton:
+    """Kept, for a large vocabulary takes a second or two."""
+    return automaton.stop_strings(strings, tokenizer, vocab_size=vocab_size)
+
+
+@functools.lru_cache(maxsize=16)
 def _vocabulary_conflict(target: Tokenizer, draft: Tokenizer) -> str:
     ours, theirs = target.vocab(), draft.vocab()
     names = {i: token for token, i in ours.items()}
@@ -187,7 +193,7 @@ def prepare(
             raise ValueError(f"stop_strings={stop_strings!r} need a tokenizer, which the target lacks: give tokens.")
         vocab_size = target.model.vocab_size
         strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        stopping = automaton.stop_strings(strings, target.tokenizer, vocab_size=vocab_size)
+        stopping = _stopping(tuple(strings), target.tokenizer, vocab_size)
     num_texts = rows * num_return_sequences
     seeds = [seed + i for i in range(num_texts)] if isinstance(seed, int) else list(seed)
     if len(seeds) != num_texts:
@@ -224,15 +230,15 @@ def prepare(
 
 def finish(request: Request, state: DecodeState) -> Generation:
     """Reads the texts of a state."""
-    tokens, from_draft, begin, end, done = sharding.to_host(
-        (state.tokens, state.from_draft, state.prompt_length, state.length, state.done)
+    tokens, from_draft, begin, end = (
+        np.asarray(x) for x in (state.tokens, state.from_draft, state.prompt_length, state.length)
     )
     rows = [(i, slice(*bounds)) for i, bounds in enumerate(zip(begin, end, strict=True))]
     new = [tokens[row].tolist() for row in rows]
-    stops = set(sharding.to_host(state.stop_tokens).tolist())
+    stops, done = set(np.asarray(state.stop_tokens).tolist()), np.asarray(state.done)
     found = np.zeros(len(rows), bool)
     if state.stop_strings is not None:
-        found = sharding.to_host(state.stop_state) == state.stop_strings.next_state.shape[0] - 1
+        found = np.asarray(state.stop_state) == state.stop_strings.next_state.shape[0] - 1
 
     def reason(row: int) -> str:
         if not done[row]:
@@ -241,7 +247,7 @@ def finish(request: Request, state: DecodeState) -> Generation:
 
     logprobs = top_logprobs = None
     if state.logprobs is not None:
-        chosen, top_tokens, top = sharding.to_host(state.logprobs)
+        chosen, top_tokens, top = (np.asarray(x) for x in state.logprobs)
         logprobs = [chosen[row].tolist() for row in rows]
         top_logprobs = [
             [dict(zip(*place, strict=True)) for place in zip(top_tokens[row].tolist(), top[row].tolist(), strict=True)]
@@ -307,7 +313,7 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
 def run(request: Request) -> DecodeState:
     """Decodes a prepared request to its end. Its state is donated."""
     with on_mesh(request.mesh):
-        return decode.generate(
+        state = decode.generate(
             request.target.model,
             request.drafter,
             request.rule,
@@ -315,6 +321,13 @@ def run(request: Request) -> DecodeState:
             request.state,
             fixed_shape=request.fixed_shape,
         )
+    return readable(request, state)
+
+
+def readable(request: Request, state: DecodeState) -> DecodeState:
+    """The state with all but the caches on every process, where there are several."""
+    large = {"cache": state.cache, "drafter": state.drafter}
+    return distributed.replicate(state._replace(**dict.fromkeys(large)), request.mesh)._replace(**large)
 
 
 def stream(
@@ -339,7 +352,7 @@ def stream(
 def run_in_steps(request: Request, steps: int) -> Iterator[DecodeState]:
     """Decodes a prepared request, pausing every few steps. Its state is donated, and so is each that is yielded."""
     with on_mesh(request.mesh):
-        yield from decode.stream(
+        states = decode.stream(
             request.target.model,
             request.drafter,
             request.rule,
@@ -348,3 +361,5 @@ def run_in_steps(request: Request, steps: int) -> Iterator[DecodeState]:
             steps=steps,
             fixed_shape=request.fixed_shape,
         )
+        for state in states:
+            yield readable(request, state)

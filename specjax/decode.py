@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from specjax import adaptive, automaton, processors, sampling, sharding, verify
+from specjax import adaptive, automaton, distributed, processors, sampling, verify
 from specjax.types import (
     Adaptation,
     Automaton,
@@ -136,7 +136,7 @@ def text_limits(
       ValueError: where something does not fit.
     """
     rows, width = inputs.tokens.shape
-    lengths, budget = sharding.to_host(inputs.length), np.asarray(max_new_tokens, np.int32)
+    lengths, budget = distributed.to_host(inputs.length), np.asarray(max_new_tokens, np.int32)
     if budget.shape not in ((), (rows,)):
         raise ValueError(f"{budget.size} values of max_new_tokens for {rows} rows: give one, or one a row.")
     if (budget < 0).any():
@@ -605,7 +605,7 @@ def check(state: DecodeState) -> None:
     Raises:
       FloatingPointError: naming the row, the position, and the side.
     """
-    failed_at, draft_failed = sharding.to_host((state.failed_at, state.draft_failed))
+    failed_at, draft_failed = distributed.to_host(state.failed_at), distributed.to_host(state.draft_failed)
     for row in np.flatnonzero(failed_at >= 0):
         side = "draft" if draft_failed[row] else "target"
         raise FloatingPointError(

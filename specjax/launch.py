@@ -4,14 +4,16 @@ Every key of the config file can be overridden; `--config=FILE --help` lists the
 is continued by the same command.
 """
 
+import contextlib
 import os
 import pathlib
 import re
 import runpy
+import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -31,6 +33,12 @@ def _define() -> flags.FlagValues:
         "compilation_cache",
         True,
         "Keep compiled programs in $SPECJAX_CACHE/jax (~/.cache/specjax/jax).",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Join the processes of this run, one on each host, all with the same command; the first prints and writes.",
         flag_values=values,
     )
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.", flag_values=values)
@@ -150,7 +158,23 @@ def _run(values: flags.FlagValues, config: ConfigDict, workdir: pathlib.Path) ->
     run = experiments.get(str(config.experiment))
     if values.compilation_cache:
         enable_compilation_cache()
-    run(config, workdir, overwrite=values.overwrite)
+    if values.distributed:
+        _run_distributed(run, config, workdir, values.overwrite)
+    else:
+        run(config, workdir, overwrite=values.overwrite)
+
+
+def _run_distributed(run: Callable[..., Any], config: ConfigDict, workdir: pathlib.Path, overwrite: bool) -> None:
+    """Runs as one of several processes."""
+    from specjax import distributed
+
+    distributed.initialize()
+    own = distributed.mirror(workdir)
+    with contextlib.ExitStack() as stack:
+        if not distributed.is_first():
+            stack.callback(shutil.rmtree, own, ignore_errors=True)
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        run(config, own, overwrite=overwrite)
 
 
 def _complain(message: Any, debug: bool = False) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from specjax import decode, sampling, sharding, theory
+from specjax import decode, sampling, theory
 from specjax.types import Context, DecodeState, Drafter, Feedback, Model, Params, Stats, Verdict
 
 
@@ -61,7 +61,7 @@ def summarise(stats: Stats, num_tokens: Array | np.ndarray) -> tuple[Summary, li
       stats: the counters of a `DecodeState`, on the device or not; rows of several runs may be concatenated.
       num_tokens: `[B]` new tokens of each row.
     """
-    host = sharding.to_host(stats)
+    host = jax.tree.map(np.asarray, stats)
     tokens = np.asarray(num_tokens)
     rows = [_summary(jax.tree.map(lambda x, i=i: x[i], host), int(n)) for i, n in enumerate(tokens)]
     return _summary(jax.tree.map(lambda x: x.sum(axis=0), host), int(tokens.sum())), rows
@@ -160,7 +160,7 @@ def measure_costs(
         return _Timed(lambda carry, n: run(params.target, carry, n), (copied, tokens))
 
     @jax.jit
-    def draft(params: Any, carry: Any, n: Array) -> Any:
+    def draft(params: Any, state: DecodeState, carry: Any, n: Array) -> Any:
         def body(_: Any, carry: Any) -> Any:
             drafter_state, shift = carry
             room = jnp.full(rows, k, jnp.int32)
@@ -181,7 +181,7 @@ def measure_costs(
     if k:
         copied = jax.tree.map(jnp.copy, state.drafter)
         start = copied, jnp.zeros(rows, jnp.int32)
-        loops.append(_Timed(lambda carry, n: draft(params.draft, carry, n), start))
+        loops.append(_Timed(lambda carry, n: draft(params.draft, state, carry, n), start))
     seconds = np.asarray([[loop.per_call(calls) for loop in loops] for _ in range(repeats)])
     plain = float(np.median(seconds[:, 0]))
     ratios = np.median(seconds / seconds[:, :1], axis=0)

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = Sequence[str | None]
@@ -140,20 +138,6 @@ def replicate_rest(tree: Any, mesh: Mesh) -> Any:
         return x if on_it else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map(place, tree)
-
-
-def to_host(tree: Any) -> Any:
-    """The arrays of `tree` as numpy's, on every process, wherever their parts lie.
-
-    All processes have to call it, with the same tree.
-    """
-
-    def fetch(x: jax.Array) -> np.ndarray:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-    return jax.tree.map(fetch, tree)
 
 
 def constrain(x: jax.Array, axes: Axes, rules: Rules = RULES) -> jax.Array:

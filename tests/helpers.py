@@ -1,6 +1,7 @@
 """Cases and checks that the tests share; `test_mutants` holds the same checks against planted bugs."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,10 +11,15 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+import specjax
 from specjax import automaton, decode, sampling, testing, verify
+from specjax.models import families
 from specjax.text import Tokenizer
 from specjax.types import Context, DecodeState, Drafter, History, Inputs, Model, Params
 from specjax.verify import Rule
+
+WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "then", "it", "ran", "to", "see", "who", "was", "there"]
+"""The vocabulary of `save_tiny_decoder`."""
 
 SIGNIFICANCE = 1e-5
 """Seeds are fixed: a sound sampler passes always or never, and a few hundred tests at this level hardly ever fail."""
@@ -223,12 +229,32 @@ def random_corpus(seed: int = 0, vocab_size: int = 5, count: int = 40, longest: 
     return corpus
 
 
-def tokenizer_of(words: str) -> Tokenizer:
+def tokenizer_of(words: str | Sequence[str]) -> Tokenizer:
     """A tokenizer whose tokens are those words, in this order; "▁" begins a word of a text."""
-    backend = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(words.split())}, "[unk]"))
+    listed = words.split() if isinstance(words, str) else words
+    backend = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(listed)}, "[unk]"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     return Tokenizer(backend)
+
+
+def save_tiny_decoder(directory: pathlib.Path, seed: int, more_words: Sequence[str] = ()) -> str:
+    """Saves a random model that knows `WORDS`, and returns its source."""
+    tokenizer = tokenizer_of([*(f"\u2581{word}" for word in [*WORDS, *more_words]), "[unk]"])
+    config = specjax.DecoderConfig(
+        vocab_size=len(WORDS) + len(more_words) + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position=256,
+    )
+    # The default deviation of .02 would leave the logits almost constant.
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, families.init_params(config, jax.random.key(seed)))
+    specjax.save(specjax.Pretrained(families.model(config), params, tokenizer, config), directory)
+    return str(directory)
 
 
 def context_of(rows: Sequence[Sequence[int]], k: int, vocab_size: int, max_draft: Any = None, **options) -> Context:

@@ -10,18 +10,13 @@ import time
 
 import jax
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from helpers import WORDS, save_tiny_decoder
 
-import specjax
 from specjax import experiments, launch
-from specjax.models import families
-from specjax.text import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMPARE = str(ROOT / "configs" / "compare.py")
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
-WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "then", "it", "ran", "to", "see", "who", "was", "there"]
 ROW_KEYS = """
     task target draft drafter verify exact temperature num_draft_tokens batch_size num_prompts num_tokens
     acceptance_rate block_efficiency cost_ratio predicted_speedup measured_speedup tokens_per_second
@@ -31,35 +26,14 @@ ROW_KEYS = """
 """
 
 
-def _save(directory: pathlib.Path, seed: int) -> str:
-    vocab = {f"\u2581{word}": i for i, word in enumerate(WORDS)} | {"[unk]": len(WORDS)}
-    backend = tokenizers.Tokenizer(models.WordLevel(vocab, "[unk]"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    config = specjax.DecoderConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position=256,
-    )
-    # The default deviation of .02 would leave the logits almost constant.
-    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, families.init_params(config, jax.random.key(seed)))
-    specjax.save(specjax.Pretrained(families.model(config), params, Tokenizer(backend), config), directory)
-    return str(directory)
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory) -> str:
-    return _save(tmp_path_factory.mktemp("target"), 0)
+    return save_tiny_decoder(tmp_path_factory.mktemp("target"), 0)
 
 
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory) -> str:
-    return _save(tmp_path_factory.mktemp("draft"), 1)
+    return save_tiny_decoder(tmp_path_factory.mktemp("draft"), 1)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 
 from specjax import launch, tasks, theory
 from specjax.experiments import leviathan_report, results
-from specjax.experiments.leviathan import Store
 from specjax.experiments.leviathan_report import Measured
+from specjax.experiments.store import Store
 
 WORDS = ["".join(random.Random(i).choices("abcdefghiklmnoprstu", k=3 + i % 5)) for i in range(80)]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 EXPERIMENTS = {
+    "chinchilla": "specjax.experiments.chinchilla:run",
     "compare": "specjax.experiments.compare:run",
     "count": "specjax.experiments.count:run",
     "leviathan": "specjax.experiments.leviathan:run",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from specjax import api, decode, verify
 from specjax.experiments import compare, results
@@ -41,6 +42,7 @@ class Setting(NamedTuple):
       repeats: how often each side decodes a batch; medians count.
       seed: prompt i uses `seed + i`.
       dtype: of the models.
+      stop_strings: strings that end a text.
     """
 
     target: Pretrained
@@ -53,6 +55,7 @@ class Setting(NamedTuple):
     repeats: int
     seed: int
     dtype: str
+    stop_strings: tuple[str, ...] = ()
 
 
 def setting(
@@ -80,11 +83,13 @@ def setting(
     )
 
 
-def _options(chosen: Setting, temperature: float, rule: verify.Rule) -> dict[str, Any]:
+def _options(chosen: Setting, temperature: float, top_p: float, rule: verify.Rule) -> dict[str, Any]:
     return {
         "verify": rule,
         "temperature": temperature,
         **OFF,
+        "top_p": top_p,
+        "stop_strings": chosen.stop_strings,
         "fixed_shape": False,
         "max_len": chosen.max_len,
         "prompt_width": chosen.prompt_width,
@@ -93,18 +98,40 @@ def _options(chosen: Setting, temperature: float, rule: verify.Rule) -> dict[str
     }
 
 
-def _batches(chosen: Setting, number: int, batch_size: int) -> list[compare.Batch]:
+def _batches(chosen: Setting, begin: int, end: int, batch_size: int) -> list[compare.Batch]:
     return compare.batches(
-        chosen.prompts[:number],
-        chosen.encoded[:number],
+        chosen.prompts[begin:end],
+        chosen.encoded[begin:end],
         batch_size=batch_size,
         max_new_tokens=chosen.max_new_tokens,
         seed=chosen.seed,
     )
 
 
-def timed(chosen: Setting, drafter: Drafter, name: str, temperature: float, num_prompts: int, rule: verify.Rule) -> Row:
-    """The row of a cell: both sides decode every prompt by itself, in turn.
+def _clock(rows: int, sides: dict[str, list[compare.Decoded]]) -> Row:
+    """What a batch of `rows` texts took on both sides: seconds (median of its repeats), all new tokens, and steps."""
+    clock: Row = {"rows": rows}
+    for side, runs in sides.items():
+        clock |= {
+            f"{side}seconds": float(np.median([run.seconds for run in runs])),
+            f"{side}tokens": runs[0].generation.stats.num_tokens,
+            f"{side}steps": int(runs[0].state.stats.target_calls.max()),
+        }
+    return clock
+
+
+def timed(
+    chosen: Setting,
+    drafter: Drafter,
+    name: str,
+    temperature: float,
+    num_prompts: int,
+    rule: verify.Rule,
+    *,
+    top_p: float = 1.0,
+    batch_size: int = 1,
+) -> Row:
+    """The row of a cell: both sides decode every batch in turn.
 
     Args:
       chosen: what all cells share.
@@ -113,14 +140,20 @@ def timed(chosen: Setting, drafter: Drafter, name: str, temperature: float, num_
       temperature: of target and draft.
       num_prompts: how many prompts.
       rule: the acceptance rule.
+      top_p: of target and draft; 1 is off.
+      batch_size: prompts that are decoded together.
+
+    Returns:
+      the row of all prompts; under `clock` it has what each batch took.
     """
-    bench = compare.Bench(chosen.target, drafter, _options(chosen, temperature, rule), chosen.repeats)
-    batches = _batches(chosen, num_prompts, 1)
+    bench = compare.Bench(chosen.target, drafter, _options(chosen, temperature, top_p, rule), chosen.repeats)
+    batches = _batches(chosen, 0, num_prompts, batch_size)
     seconds = {"baseline_": bench.compile(bench.plain, batches[0]), "": bench.compile(drafter, batches[0])}
     costs = bench.measure_costs(batches[0])
     common = {
         **OFF,
         "temperature": temperature,
+        "top_p": top_p,
         "target": chosen.name,
         "draft": name,
         "drafter": "model" if drafter.source is not None and drafter.source.model is not None else "table",
@@ -128,7 +161,7 @@ def timed(chosen: Setting, drafter: Drafter, name: str, temperature: float, num_
         "exact": rule.exact,
         "fixed_shape": False,
         "num_draft_tokens": drafter.num_draft_tokens,
-        "batch_size": 1,
+        "batch_size": batch_size,
         "max_new_tokens": chosen.max_new_tokens,
         "max_len": chosen.max_len,
         "seed": chosen.seed,
@@ -141,9 +174,12 @@ def timed(chosen: Setting, drafter: Drafter, name: str, temperature: float, num_
         "jax_version": jax.__version__,
     }
     rows: list[Row] = []
+    clock: list[Row] = []
     for batch in batches:
-        rows += compare.rows_of(common, batch, compare.measure(bench, batch), seconds)
-    return results.combine(rows, name)
+        sides = compare.measure(bench, batch)
+        rows += compare.rows_of(common, batch, sides, seconds)
+        clock.append(_clock(len(batch.prompts), sides))
+    return results.combine(rows, name) | {"clock": clock}
 
 
 class Texts(NamedTuple):
@@ -163,7 +199,15 @@ class Texts(NamedTuple):
 
 
 def texts(
-    chosen: Setting, drafter: Drafter, temperature: float, num_prompts: int, rule: verify.Rule, batch_size: int = 16
+    chosen: Setting,
+    drafter: Drafter,
+    temperature: float,
+    num_prompts: int,
+    rule: verify.Rule,
+    batch_size: int = 16,
+    *,
+    top_p: float = 1.0,
+    begin: int = 0,
 ) -> Texts:
     """Decodes prompts in batches, untimed; with the rule `observe`, alpha is that over the whole text of the target.
 
@@ -174,12 +218,14 @@ def texts(
       num_prompts: how many prompts.
       rule: the acceptance rule.
       batch_size: rows.
+      top_p: of target and draft; 1 is off.
+      begin: the first of the prompts.
     """
-    bench = compare.Bench(chosen.target, drafter, _options(chosen, temperature, rule), 1)
+    bench = compare.Bench(chosen.target, drafter, _options(chosen, temperature, top_p, rule), 1)
     text: list[str] = []
     tokens: list[list[int]] = []
     overlap = judged = 0.0
-    for batch in _batches(chosen, num_prompts, batch_size):
+    for batch in _batches(chosen, begin, begin + num_prompts, batch_size):
         decoded, rows = bench.decode(drafter, batch), len(batch.prompts)
         text += (decoded.generation.text or [])[:rows]
         tokens += decoded.generation.tokens[:rows]

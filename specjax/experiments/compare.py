@@ -9,13 +9,13 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from specjax import api, automaton, decode, drafters, metrics, pretrained, sharding, verify
+from specjax import api, automaton, decode, distributed, drafters, metrics, pretrained, sharding, verify
 from specjax.experiments import plots, prompts, report, results
 from specjax.experiments.display import View
 from specjax.experiments.marks import segments
@@ -125,17 +125,16 @@ class Bench:
         request = self.prepare(drafter, batch)
         with api.on_mesh(request.mesh):
             # The number of steps is an argument of the program that `generate` runs.
-            jax.block_until_ready(
-                decode.advance(
-                    request.target.model,
-                    request.drafter,
-                    request.rule,
-                    request.params,
-                    request.state,
-                    np.int32(1),
-                    request.fixed_shape,
-                )
+            state = decode.advance(
+                request.target.model,
+                request.drafter,
+                request.rule,
+                request.params,
+                request.state,
+                np.int32(1),
+                request.fixed_shape,
             )
+        jax.block_until_ready(api.readable(request, state))
         return time.perf_counter() - begin
 
     def measure_costs(self, batch: Batch) -> metrics.Costs:
@@ -185,33 +184,42 @@ def device_name() -> str:
     return kind if count == 1 else f"{count} x {kind}"
 
 
-def _load(config: Config, view: View) -> tuple[Pretrained, Drafter]:
+def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafter]]:
+    """The target and its drafter, by K, as the keys of `configs/compare.py` name them.
+
+    Raises:
+      ValueError: where the target has no tokenizer, or what is loaded does not fit.
+      OSError: for files that cannot be read.
+    """
     mesh = None
     if config.mesh_data * config.mesh_model > 1:
         mesh = sharding.make_mesh(data=config.mesh_data, model=config.mesh_model)
 
-    def load(source: str) -> Pretrained:
+    def read(source: str) -> Pretrained:
         with view.status(f"Loading {source} (the first time, this downloads it)"):
             loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh)
             jax.block_until_ready(loaded.params)
         return loaded
 
-    target, k = load(config.target), config.num_draft_tokens
+    target = read(config.target)
     if target.tokenizer is None:
         raise ValueError(f"The target {config.target} has no tokenizer: save one beside it (tokenizer.json).")
     if config.drafter == "model":
-        draft = target if config.draft == config.target else load(config.draft)
-        return target, drafters.model(draft, num_draft_tokens=k)
-    longest = max(config.min_match, 8)
+        draft = target if config.draft == config.target else read(config.draft)
+        return target, lambda k: drafters.model(draft, num_draft_tokens=k)
+    shortest, longest = config.min_match, max(config.min_match, 8)
     if config.drafter == "ngram":
-        return target, drafters.ngram(num_draft_tokens=k, min_match=config.min_match, max_match=longest)
+        return target, lambda k: drafters.ngram(num_draft_tokens=k, min_match=shortest, max_match=longest)
     if config.drafter == "table":
-        return target, drafters.table(drafters.load_table(config.draft), num_draft_tokens=k)
+        table = drafters.load_table(config.draft)
+        return target, lambda k: drafters.table(table, num_draft_tokens=k)
     if config.drafter == "retrieval":
         datastore = drafters.load_datastore(config.draft)
-        longest = max(min(longest, datastore.depth), config.min_match)
-        return target, drafters.retrieval(datastore, num_draft_tokens=k, min_match=config.min_match, max_match=longest)
-    return target, drafters.none()
+        longest = max(min(longest, datastore.depth), shortest)
+        return target, lambda k: drafters.retrieval(
+            datastore, num_draft_tokens=k, min_match=shortest, max_match=longest
+        )
+    return target, lambda k: drafters.none()
 
 
 def batches(
@@ -259,7 +267,8 @@ def _buffer(config: Config, target: Pretrained, encoded: Sequence[list[int]], nu
 
 
 def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench, list[Batch]]:
-    target, drafter = _load(config, view)
+    target, drafter_of = load(config, view)
+    drafter = drafter_of(config.num_draft_tokens)
     assert target.tokenizer is not None
     chat = target.tokenizer.has_chat_template if config.chat == "auto" else config.chat == "true"
     encoded = api.encode(target, [prompt.text for prompt in chosen], chat=chat)
@@ -392,7 +401,7 @@ def _run_batches(
     else:
         with view.status("Measuring the costs of a step"):
             costs = bench.measure_costs(batches[0])
-        step_cost = costs.step_cost if config.step_cost < 0 else config.step_cost
+        step_cost = distributed.from_first(costs.step_cost) if config.step_cost < 0 else config.step_cost
     bench.options["step_cost"] = step_cost
     common = _common(config, bench, costs, device)
     total = sum(len(batch.prompts) for batch in batches) + len(workdir.rows)

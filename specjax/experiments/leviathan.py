@@ -11,7 +11,6 @@ are published), the n-gram tables, then the cells of three tables:
 
 import json
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from specjax.experiments import cells, compare, prompts, results, texts, train
 from specjax.experiments.display import View
 from specjax.experiments.leviathan_report import Measured, findings, write_report
 from specjax.experiments.results import Row
+from specjax.experiments.store import Store
 from specjax.pretrained import Pretrained
 from specjax.text import SPIECE
 from specjax.training import fit
@@ -38,48 +38,6 @@ class Draft(NamedTuple):
     name: str
     drafter: Callable[[int], Drafter]
     num_params: int
-
-
-class Store:
-    """The finished cells of a run by what they measure, in `cells.json`, and the seconds that they took."""
-
-    def __init__(self, directory: pathlib.Path, settings: dict[str, Any], *, overwrite: bool):
-        """Opens or makes the file.
-
-        Raises:
-          ValueError: where it is broken, or an earlier run had other settings.
-        """
-        self.path = directory / "cells.json"
-        if overwrite:
-            self.path.unlink(missing_ok=True)
-        self.settings: dict[str, Any] = json.loads(results.to_json(settings))
-        self.cells: dict[str, Any] = {}
-        self.seconds = 0.0
-        if not self.path.exists():
-            return
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            before, self.cells, self.seconds = content["settings"], content["cells"], content["seconds"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is broken ({error!r}): delete it, or give --overwrite.") from error
-        differ = [key for key in sorted({*before, *self.settings}) if before.get(key) != self.settings.get(key)]
-        if differ:
-            key = differ[0]
-            raise ValueError(
-                f"{self.path} was measured with another config ({key}: {before.get(key)!r} before, "
-                f"{self.settings.get(key)!r} now): choose another --workdir, or give --overwrite to measure again."
-            )
-
-    def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The cell of a key, computed and written where it is not there."""
-        if key not in self.cells:
-            begin = time.perf_counter()
-            self.cells[key] = json.loads(results.to_json(compute()))
-            self.seconds += time.perf_counter() - begin
-            results.write(
-                self.path, results.to_json({"settings": self.settings, "seconds": self.seconds, "cells": self.cells})
-            )
-        return self.cells[key]
 
 
 def check(config: Config) -> None:

@@ -1,5 +1,5 @@
-"""What an experiment decodes, and how good a text is: pairs of input and reference, and the metrics of the papers."""
+"""What an experiment decodes, and how good a text is: prompts, the metrics of the papers, and what runs programs."""
 
-from specjax.tasks.quality import METRICS, bleu, rouge2
+from specjax.tasks.quality import METRICS, bleu, rouge2, rouge2_scores
 
-__all__ = ["METRICS", "bleu", "rouge2"]
+__all__ = ["METRICS", "bleu", "rouge2", "rouge2_scores"]

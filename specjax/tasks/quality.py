@@ -21,8 +21,8 @@ def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
     return float(sacrebleu.corpus_bleu(list(texts), [list(references)]).score)
 
 
-def rouge2(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F1 of shared bigrams (ROUGE-2, Lin 2004), words stemmed, as rouge-score computes it.
+def rouge2_scores(texts: Sequence[str], references: Sequence[str]) -> list[float]:
+    """F1 of shared bigrams (ROUGE-2, Lin 2004) of each text, words stemmed, as rouge-score computes it.
 
     Args:
       texts: what was generated.
@@ -37,8 +37,13 @@ def rouge2(texts: Sequence[str], references: Sequence[str]) -> float:
         raise ImportError("ROUGE is computed by rouge-score: pip install rouge-score.") from error
     scorer = rouge_scorer.RougeScorer(["rouge2"], use_stemmer=True)
     pairs = zip(references, texts, strict=True)
-    scores = [scorer.score(reference, text)["rouge2"].fmeasure for reference, text in pairs]
-    return 100.0 * sum(scores) / len(scores)
+    return [100.0 * scorer.score(reference, text)["rouge2"].fmeasure for reference, text in pairs]
+
+
+def rouge2(texts: Sequence[str], references: Sequence[str]) -> float:
+    """The mean of `rouge2_scores`."""
+    scores = rouge2_scores(texts, references)
+    return sum(scores) / len(scores)
 
 
 METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] = MappingProxyType(

@@ -1,0 +1,226 @@
+"""HumanEval, greedy, batch 1: specjax with a draft model against specjax without, and against transformers.
+
+    python benchmarks/humaneval.py --target=qwen2.5-coder-1.5b/model.gguf --draft=qwen2.5-coder-0.5b/model.gguf \\
+        --out=humaneval.json
+
+Needs the package human-eval, whose problems it takes; no program is run. All modes continue the same token ids with the
+same weights on the same threads, in turn, problem by problem; whole calls are timed, prefill included, each after a
+short one that compiles. Texts end at the end token or after `--max_new_tokens`. Reported are milliseconds per
+new token, the speedup over plain specjax, alpha, and whether the texts are equal: rounding may part them in bfloat16,
+in which scoring K + 1 tokens is not bit for bit what scoring one is. `transformers assisted` is assisted generation
+with transformers' own choice of how many tokens to draft. The file of `--out` is written after every problem, and a run
+that finds it goes on from there.
+"""
+
+import datetime
+import json
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import specjax
+from specjax import api, decode
+from specjax.experiments import report
+from specjax.models.weights import wheel
+from specjax.tasks import human_eval
+from specjax.types import Drafter
+
+_TARGET = flags.DEFINE_string("target", None, "Source of the target.", required=True)
+_DRAFT = flags.DEFINE_string("draft", None, "Source of the draft.", required=True)
+_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 20, "The first so many of HumanEval.", lower_bound=1)
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per problem.", lower_bound=1)
+_DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 4, "K of specjax.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of everything.")
+_REPEATS = flags.DEFINE_integer("repeats", 1, "Timed calls per problem and mode; medians count.", lower_bound=1)
+_TRANSFORMERS = flags.DEFINE_boolean("transformers", True, "Measure transformers too, on GGUF files or directories.")
+_OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; where it exists, the run goes on from it.")
+
+PLAIN, SPECULATIVE = "specjax plain", "specjax speculative"
+
+
+class Text(NamedTuple):
+    """What a call wrote.
+
+    Attributes:
+      tokens: new token ids.
+      counted: sums over its steps, by counter; nothing for transformers.
+    """
+
+    tokens: list[int]
+    counted: dict[str, float]
+
+
+Run = Callable[[list[int], int], Text]
+"""`(prompt, max_new_tokens)`."""
+
+
+def specjax_run(target: specjax.Pretrained, drafter: Drafter, longest: int) -> Run:
+    """A specjax call; both modes get one buffer, which holds prompts of `longest` tokens."""
+
+    def run(prompt: list[int], new_tokens: int) -> Text:
+        request = api.prepare(
+            target,
+            [prompt],
+            drafter=drafter,
+            max_new_tokens=new_tokens,
+            max_len=decode.buffer_length(longest + _NEW_TOKENS.value, _DRAFT_TOKENS.value),
+            # As in the paper, every step drafts.
+            step_cost=0.0,
+        )
+        state = api.run(request)
+        counted = {name: float(np.sum(x)) for name, x in state.stats._asdict().items()}
+        return Text(api.finish(request, state).tokens[0], counted)
+
+    return run
+
+
+def transformers_runs(target: specjax.Pretrained) -> dict[str, Run]:
+    """`generate` of transformers on the same files, plain and with the draft as assistant."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[_DTYPE.value]
+
+    def load(source: str) -> Any:
+        path = pathlib.Path(source)
+        options: dict[str, Any] = {"dtype": dtype}
+        if path.is_file():
+            options |= {"gguf_file": path.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent if path.is_file() else source, **options
+        )
+        return model.eval()
+
+    model, assistant = load(_TARGET.value), load(_DRAFT.value)
+    assert target.tokenizer is not None
+    eos = list(target.tokenizer.eos_token_ids)
+
+    def mode(**options: Any) -> Run:
+        def run(prompt: list[int], new_tokens: int) -> Text:
+            ids = torch.tensor([prompt])
+            with torch.inference_mode():
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    eos_token_id=eos,
+                    pad_token_id=eos[0],
+                    **options,
+                )
+            return Text(out[0, len(prompt) :].tolist(), {})
+
+        return run
+
+    return {"transformers plain": mode(), "transformers assisted": mode(assistant_model=assistant)}
+
+
+def measure(runs: dict[str, Run], prompt: list[int]) -> dict[str, Any]:
+    """Median seconds of each mode, taken in turn, and what it wrote."""
+    texts: dict[str, Text] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run(prompt, 2)
+    for _ in range(_REPEATS.value):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            texts[name] = run(prompt, _NEW_TOKENS.value)
+            seconds[name].append(time.perf_counter() - begin)
+    return {
+        "prompt_tokens": len(prompt),
+        "seconds": {name: float(np.median(taken)) for name, taken in seconds.items()},
+        "tokens": {name: text.tokens for name, text in texts.items()},
+        "counted": texts[SPECULATIVE].counted,
+    }
+
+
+def ms_per_token(row: dict[str, Any], mode: str) -> float:
+    """Milliseconds per new token."""
+    return 1e3 * row["seconds"][mode] / len(row["tokens"][mode])
+
+
+def summarise(rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
+    """The table, and what follows from it."""
+    table = [["problem", "tokens", *(f"{mode}, ms/token" for mode in modes), "speedup", "identical", "alpha"]]
+    for name, row in rows.items():
+        counted, own = row["counted"], row["tokens"]
+        alpha = counted["overlap"] / counted["proposed"] if counted["proposed"] else float("nan")
+        speedup = ms_per_token(row, PLAIN) / ms_per_token(row, SPECULATIVE)
+        table.append(
+            [
+                name,
+                str(len(own[PLAIN])),
+                *(f"{ms_per_token(row, mode):.1f}" for mode in modes),
+                f"{speedup:.2f}x",
+                "yes" if own[SPECULATIVE] == own[PLAIN] else "NO",
+                f"{alpha:.2f}",
+            ]
+        )
+    sums = {field: sum(row["counted"][field] for row in rows.values()) for field in ("overlap", "proposed")}
+    calls = sum(row["counted"]["target_calls"] for row in rows.values())
+    written = sum(len(row["tokens"][SPECULATIVE]) for row in rows.values())
+    geometric = {
+        mode: float(np.exp(np.mean([np.log(ms_per_token(row, mode)) for row in rows.values()]))) for mode in modes
+    }
+    lines = [report.markdown(table), ""]
+    lines.append(
+        f"- alpha {sums['overlap'] / max(sums['proposed'], 1):.3f}, {written / calls:.2f} tokens per target call"
+    )
+    for mode in modes:
+        same = sum(row["tokens"][mode] == row["tokens"][PLAIN] for row in rows.values())
+        speed = f"{geometric[mode]:.1f} ms/token (geometric mean), {geometric[PLAIN] / geometric[mode]:.2f} times"
+        lines.append(f"- {mode}: {speed} plain specjax; its text on {same} of {len(rows)} problems")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Measures and prints a Markdown table."""
+    del argv
+    jax.config.update("jax_compilation_cache_dir", str(wheel.cache_directory() / "jax"))
+    names = ("target", "draft", "dtype", "max_new_tokens", "num_draft_tokens", "repeats", "transformers")
+    settings = {name: flags.FLAGS[name].value for name in names}
+    path = pathlib.Path(_OUT.value) if _OUT.value else None
+    record: dict[str, Any] = {"settings": settings, "problems": {}}
+    if path and path.exists():
+        record = json.loads(path.read_text())
+        if record["settings"] != settings:
+            raise ValueError(f"{path} holds measurements of other settings: choose another --out, or remove it.")
+    rows: dict[str, dict[str, Any]] = record["problems"]
+    chosen = human_eval.problems(_NUM_PROBLEMS.value)
+    if any(problem.name not in rows for problem in chosen):
+        target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
+        draft = specjax.load(_DRAFT.value, dtype=_DTYPE.value)
+        # Of all problems, so that a run over more of them goes on with the same buffer.
+        longest = max(map(len, api.encode(target, [problem.prompt for problem in human_eval.problems()])))
+        runs = {
+            PLAIN: specjax_run(target, specjax.drafters.none(), longest),
+            SPECULATIVE: specjax_run(
+                target, specjax.drafters.model(draft, num_draft_tokens=_DRAFT_TOKENS.value), longest
+            ),
+        }
+        if _TRANSFORMERS.value:
+            runs |= transformers_runs(target)
+        encoded = api.encode(target, [problem.prompt for problem in chosen])
+        for problem, prompt in zip(chosen, encoded, strict=True):
+            if problem.name not in rows:
+                rows[problem.name] = measure(runs, prompt)
+                if path:
+                    path.write_text(json.dumps(record))
+            shown = "  ".join(f"{mode} {ms_per_token(rows[problem.name], mode):.1f}" for mode in runs)
+            print(f"{problem.name}: ms/token: {shown}", file=sys.stderr)
+    place = f"{platform.machine()}, {jax.default_backend()}, {_DTYPE.value}, K = {_DRAFT_TOKENS.value}"
+    print(f"HumanEval, {len(chosen)} problems, greedy; {place}, jax {jax.__version__}, {datetime.date.today()}\n")
+    measured = {problem.name: rows[problem.name] for problem in chosen}
+    print(summarise(measured, list(measured[chosen[0].name]["seconds"])))
+
+
+if __name__ == "__main__":
+    app.run(main)

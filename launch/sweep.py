@@ -1,0 +1,349 @@
+"""Runs `specjax.launch` for every combination of some flags' values, and gathers one table and plot.
+
+    python launch/sweep.py --sweep=config.num_draft_tokens=1,2,4,8 --sweep=config.temperature=0,1 \\
+        --workdir=runs/sweep --config=configs/compare.py --config.target=SOURCE --config.data=FILE
+
+Every other flag is passed on. Each combination is a cell: a run of its own, in a process of its own, with the directory
+WORKDIR/cells/NAME, where log.txt has what it printed. The same command skips finished cells, so an interrupted sweep
+goes on; a cell that fails is reported at the end, with exit code 1, and does not stop the others. A value may hold
+commas inside brackets or quotes: --sweep='config.num_draft_tokens=(1,2),(4,8)'.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from matplotlib.figure import Figure
+
+from specjax import launch
+from specjax.experiments import results
+from specjax.experiments.report import markdown
+from specjax.experiments.results import Row
+
+RECORD = "sweep.json"
+"""The finished cells of a sweep, and what they were run with."""
+
+COLUMNS = {
+    "draft": "{}",
+    "temperature": "{:g}",
+    "num_draft_tokens": "{}",
+    "batch_size": "{}",
+    "num_tokens": "{}",
+    "acceptance_rate": "{:.3f}",
+    "block_efficiency": "{:.2f}",
+    "baseline_tokens_per_second": "{:.1f}",
+    "tokens_per_second": "{:.1f}",
+    "predicted_speedup": "{:.2f}x",
+    "measured_speedup": "{:.2f}x",
+    "identical": "{:.0%}",
+}
+"""Fields of a row that the table shows, and how."""
+
+_SHORT = {"draft": "draft", "temperature": "T", "num_draft_tokens": "K", "batch_size": "batch"}
+"""Fields by which the rows of one run differ, and what the plot calls them."""
+
+_GRACE = 60
+"""Seconds that a run may take to end after Ctrl-C."""
+
+
+class Cell(NamedTuple):
+    """A combination of values.
+
+    Attributes:
+      name: also that of its directory.
+      values: by flag.
+    """
+
+    name: str
+    values: dict[str, str]
+
+    @property
+    def flags(self) -> list[str]:
+        """What the run is given beside the common flags."""
+        return [f"--{flag}={value}" for flag, value in self.values.items()]
+
+
+def split_values(text: str) -> list[str]:
+    """The values between commas; commas within brackets or quotes part nothing."""
+    found, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        depth += 0 if quote else (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth and not quote:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [value.strip() for value in found]
+
+
+def read_axis(text: str) -> tuple[str, list[str]]:
+    """A flag's name and its values from `NAME=VALUE,VALUE,...`.
+
+    Raises:
+      UsageError: for no values, an empty or a repeated one.
+    """
+    name, _, values = text.partition("=")
+    found = split_values(values)
+    if not name or not all(found) or len(set(found)) < len(found):
+        raise launch.UsageError(f"--sweep={text}: write --sweep=config.KEY=VALUE,VALUE,..., each value once.")
+    return name.removeprefix("--"), found
+
+
+def grid(axes: Sequence[tuple[str, list[str]]]) -> list[Cell]:
+    """All combinations; the last axis changes fastest.
+
+    Raises:
+      UsageError: for an axis given twice, or values whose directories would have one name.
+    """
+    names = [name for name, _ in axes]
+    if not names:
+        raise launch.UsageError("Nothing to sweep: give --sweep=config.KEY=VALUE,VALUE,...")
+    if len(set(names)) < len(names):
+        raise launch.UsageError(f"--sweep names {max(names, key=names.count)} twice: give all its values at once.")
+    cells = []
+    for values in itertools.product(*(values for _, values in axes)):
+        chosen = dict(zip(names, values, strict=True))
+        shown = ",".join(f"{name.removeprefix('config.')}={value}" for name, value in chosen.items())
+        cells.append(Cell(re.sub(r"[^\w.=,+-]", "_", shown), chosen))
+    directories = [cell.name for cell in cells]
+    if len(set(directories)) < len(cells):
+        raise launch.UsageError(f"Two cells would be called {max(directories, key=directories.count)}: rename files.")
+    return cells
+
+
+class Record:
+    """The finished cells on disk: by name, the seconds that each took."""
+
+    def __init__(self, directory: pathlib.Path, common: Sequence[str]):
+        """Opens or makes the file.
+
+        Raises:
+          ValueError: where it is broken, or was made with other flags.
+        """
+        self.path, self.common = directory / RECORD, list(common)
+        self.finished: dict[str, float] = {}
+        if not self.path.exists():
+            return
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            before, self.finished = content["flags"], content["finished"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is broken ({error!r}): delete it, or choose another --workdir.") from error
+        if sorted(before) != sorted(self.common):
+            differ = sorted(set(before) ^ set(self.common))
+            raise ValueError(
+                f"{self.path} is of a sweep with other flags ({', '.join(differ)}): choose another --workdir, or "
+                "delete that one."
+            )
+
+    def add(self, cell: Cell, seconds: float) -> None:
+        """Writes that a cell is finished."""
+        self.finished[cell.name] = seconds
+        results.write(self.path, results.to_json({"flags": self.common, "finished": self.finished}))
+
+
+def command(common: Sequence[str], cell: Cell, directory: pathlib.Path) -> list[str]:
+    """The command of a cell."""
+    return [
+        sys.executable,
+        "-m",
+        "specjax.launch",
+        *common,
+        *cell.flags,
+        f"--workdir={directory / 'cells' / cell.name}",
+    ]
+
+
+def run_cell(argv: Sequence[str], directory: pathlib.Path) -> int:
+    """Runs a cell; what it prints goes to `log.txt`.
+
+    Returns:
+      its exit code.
+
+    Raises:
+      KeyboardInterrupt: after the run has ended too.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "log.txt").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # A terminal has told the run already; told twice, it would stop while it cleans up.
+            if not sys.stdin.isatty():
+                process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            raise
+
+
+def last_line(path: pathlib.Path) -> str:
+    """The last line of a file that says something; errors end a run's log."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "it said nothing")
+
+
+def rows_of(cell: Cell, directory: pathlib.Path) -> list[Row]:
+    """What a cell has measured: the row of all prompts where there is one, else all rows; and its values."""
+    path = directory / "cells" / cell.name / "results.json"
+    found: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    rows = [row for row in found if isinstance(row, dict) and "measured_speedup" in row]
+    rows = [row for row in rows if row["task"] == "all"] or rows
+    return [{"cell": cell.name, "flags": cell.values} | row for row in rows]
+
+
+def table(cells: Sequence[Cell], rows: Sequence[Row], finished: dict[str, float], failed: dict[str, str]) -> str:
+    """A line a row; a cell without rows has one too."""
+    axes = list(cells[0].values)
+    shown = {name: how for name, how in COLUMNS.items() if f"config.{name}" not in axes}
+    lines = [[*(axis.removeprefix("config.") for axis in axes), *shown, "state"]]
+    for cell in cells:
+        state = "finished" if cell.name in finished else "FAILED" if cell.name in failed else "not run"
+        for row in [row for row in rows if row["cell"] == cell.name] or [{}]:
+            values = [how.format(row[name]) if row.get(name) is not None else "-" for name, how in shown.items()]
+            lines.append([*cell.values.values(), *values, state])
+    return markdown(lines)
+
+
+def plot(axes: Sequence[tuple[str, list[str]]], rows: Sequence[Row]) -> Figure:
+    """Measured speedup against the first axis, a line for each combination of the others (and of a run's own rows)."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    panel = figure.subplots()
+    first, values = axes[0]
+    lines: dict[str, dict[int, float]] = {}
+    for row in rows:
+        parts = [f"{name.removeprefix('config.')}={row['flags'][name]}" for name, _ in axes[1:]]
+        # A run may have swept something by itself.
+        parts += [
+            f"{short} {row[name]}"
+            for name, short in _SHORT.items()
+            if f"config.{name}" not in row["flags"] and len({str(other[name]) for other in rows}) > 1
+        ]
+        lines.setdefault(", ".join(parts), {})[values.index(row["flags"][first])] = row["measured_speedup"]
+    for label, points in lines.items():
+        places = sorted(points)
+        panel.plot(places, [points[place] for place in places], "o-", label=label)
+    panel.axhline(1, color="#666666", linewidth=0.8, linestyle=":")
+    panel.set_xticks(range(len(values)), values)
+    panel.set_xlabel(first.removeprefix("config."))
+    panel.set_ylabel("speedup over plain decoding")
+    panel.set_ylim(bottom=0)
+    panel.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        panel.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def gather(
+    axes: Sequence[tuple[str, list[str]]],
+    cells: Sequence[Cell],
+    directory: pathlib.Path,
+    record: Record,
+    failed: dict[str, str],
+) -> None:
+    """Writes the table of all cells so far, their rows, and the plot."""
+    rows = [row for cell in cells if cell.name in record.finished for row in rows_of(cell, directory)]
+    results.write(directory / "results.json", results.to_json(rows))
+    parts = [f"# {directory.name}", f"`specjax.launch {shlex.join(record.common)}`"]
+    parts.append(table(cells, rows, record.finished, failed))
+    parts += [f"- **{name} FAILED**: {why}" for name, why in failed.items()]
+    if rows:
+        plot(axes, rows).savefig(directory / "speedup.png", dpi=130)
+        parts.append("![speedup](speedup.png)")
+    seconds = sum(record.finished[cell.name] for cell in cells if cell.name in record.finished)
+    parts.append(f"The finished cells took {seconds / 60:.1f} min.")
+    results.write(directory / "summary.md", "\n\n".join(parts) + "\n")
+
+
+def read_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    """The sweep's own flags, and those that are passed on.
+
+    Raises:
+      UsageError: in one sentence.
+    """
+    own = flags.FlagValues()
+    flags.DEFINE_multi_string("sweep", [], "config.KEY=VALUE,VALUE,...; repeat it for more axes.", flag_values=own)
+    flags.DEFINE_string("workdir", "runs/sweep", "Where the table and the cells go.", flag_values=own)
+    flags.DEFINE_bool("dry_run", False, "Print the commands, and run nothing.", flag_values=own)
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
+    try:
+        return own, own(list(argv), known_only=True)[1:]
+    except flags.Error as error:
+        raise launch.UsageError(" ".join(str(error).split())) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+      the exit code: 0, 1 where a cell failed or nothing could be run, 130 after an interrupt.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    try:
+        own, common = read_flags(argv)
+        if own.help:
+            print(__doc__)
+            print("\n".join(f"  --{name}: {own[name].help}" for name in ("sweep", "workdir", "dry_run")))
+            return 0
+        axes = [read_axis(text) for text in own.sweep]
+        cells = grid(axes)
+        for cell in cells:
+            # All of them before the first is run.
+            launch.parse(["launch", *common, *cell.flags])
+        directory = pathlib.Path(own.workdir)
+        if own.dry_run:
+            print("\n".join(shlex.join(command(common, cell, directory)) for cell in cells))
+            return 0
+        record = Record(directory, common)
+    except (launch.UsageError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    directory.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    for number, cell in enumerate(cells, start=1):
+        title = f"[{number} of {len(cells)}] {cell.name}"
+        if cell.name in record.finished:
+            print(f"{title}: finished before", flush=True)
+            continue
+        print(f"{title} ...", flush=True)
+        begin, workdir = time.monotonic(), directory / "cells" / cell.name
+        try:
+            code = run_cell(command(common, cell, directory), workdir)
+        except KeyboardInterrupt:
+            code = 130
+        if code == 130:
+            gather(axes, cells, directory, record, failed)
+            done = f"{len(record.finished)} of {len(cells)} cells are finished in {directory}"
+            print(f"\nInterrupted: {done}; the same command continues.", file=sys.stderr)
+            return 130
+        if code:
+            failed[cell.name] = f"exit code {code}: {last_line(workdir / 'log.txt')}"
+            print(f"{title} FAILED, {failed[cell.name]}", file=sys.stderr, flush=True)
+        else:
+            record.add(cell, time.monotonic() - begin)
+        gather(axes, cells, directory, record, failed)
+    gather(axes, cells, directory, record, failed)
+    print(f"summary.md, results.json and the cells are in {directory}.")
+    if failed:
+        print(f"error: {len(failed)} of {len(cells)} cells failed: {', '.join(failed)}.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# Creates a TPU VM slice, installs specjax on all of its hosts, runs one experiment on it, fetches the results and
+# deletes the slice, also where a step fails or Ctrl-C ends it. What follows -- are the flags of specjax.launch.
+#
+#   launch/tpu_vm.sh --name=spec --zone=us-east5-b --type=v6e-8 --out=runs/xsum -- \
+#     --config=configs/chinchilla/xsum.py --config.data=xsum.test.jsonl --config.mesh_model=8
+#
+#   --name=NAME          of the slice
+#   --zone=ZONE          where
+#   --type=TYPE          accelerator type, such as v6e-8; several hosts (v5e-16 ...) run together
+#   --out=DIR            where the results go on this machine
+#   --project=PROJECT    the Google Cloud project; gcloud's own by default
+#   --version=VERSION    runtime version, v2-alpha-tpuv6e by default
+#   --data=FILE          is copied to every host, into the directory in which the run starts; may be repeated
+#   --spot               spot capacity, which may be taken away at any time
+#   --keep               leave the slice as it is; the same command uses it again
+#   --dry-run            print every command, and run none
+#
+# What DIR holds of an earlier run is sent to the slice first, so that the same command goes on with it.
+set -euo pipefail
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+name='' zone='' type='' out='' project='' version=v2-alpha-tpuv6e
+data=() spot=() keep=0 dry=0
+while (($#)); do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --out=*) out=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --data=*) data+=("${1#*=}") ;;
+    --spot) spot=(--spot) ;;
+    --keep) keep=1 ;;
+    --dry-run) dry=1 ;;
+    --help | -h)
+      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
+      exit 0
+      ;;
+    --)
+      shift
+      break
+      ;;
+    *) die "unknown argument $1: --help lists them; flags of the run come behind --" ;;
+  esac
+  shift
+done
+for needed in name zone type out; do
+  [[ -n ${!needed} ]] || die "--$needed is missing: --help lists what is needed"
+done
+(($#)) || die "no run: give the flags of specjax.launch behind --, such as -- --config=configs/compare.py"
+for flag in "$@"; do
+  [[ $flag != --workdir* ]] || die "$flag: --out says where the results go"
+done
+root=$(cd "$(dirname "$0")/.." && pwd)
+for file in ${data[@]+"${data[@]}"}; do
+  [[ -f $file ]] || die "--data=$file: there is no such file"
+done
+where=(--zone="$zone" ${project:+--project="$project"})
+
+# Shown as it could be typed.
+run() {
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
+  ((dry)) || "$@"
+}
+
+on_hosts() {
+  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"
+}
+
+# The first host alone writes results.
+fetch() {
+  run mkdir -p "$out"
+  run gcloud compute tpus tpu-vm scp --recurse "$name:specjax/runs/out/*" "$out" "${where[@]}" --worker=0
+}
+
+archive='' started=0
+# shellcheck disable=SC2317,SC2329  # The trap runs it.
+finish() {
+  local code=$?
+  trap - EXIT
+  # Ctrl-C again does not stop the deletion.
+  trap '' INT TERM
+  [[ -z $archive ]] || rm -f "$archive"
+  # Whatever is finished, after a failure too.
+  if ((started)) && ! fetch; then
+    echo "error: the results could not be fetched" >&2
+    code=$((code ? code : 1))
+  fi
+  if ((keep)); then
+    echo "The slice $name is kept: gcloud compute tpus tpu-vm delete $name ${where[*]}" >&2
+  elif ! run gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet; then
+    echo "error: the slice $name could not be deleted, and costs money: delete it by hand" >&2
+    code=1
+  fi
+  exit "$code"
+}
+
+if ((dry)) || ! gcloud compute tpus tpu-vm describe "$name" "${where[@]}" >/dev/null 2>&1; then
+  # From here on: a creation that fails half-way may leave a slice behind.
+  trap finish EXIT
+  trap 'exit 130' INT TERM
+  run gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type="$type" --version="$version" \
+    ${spot[@]+"${spot[@]}"}
+elif ((keep)); then
+  trap finish EXIT
+  trap 'exit 130' INT TERM
+else
+  die "a slice $name exists already: choose another --name, or give --keep to use it"
+fi
+
+archive=$(mktemp -t specjax.XXXXXX)
+run tar -czf "$archive" -C "$root" --exclude=./runs --exclude=./.git --exclude=./.venv \
+  --exclude=__pycache__ .
+run gcloud compute tpus tpu-vm scp "$archive" "$name:specjax.tar.gz" "${where[@]}" --worker=all
+on_hosts 'mkdir -p specjax/runs/out && tar -xzf specjax.tar.gz -C specjax'
+if [[ -n $(ls -A "$out" 2>/dev/null) ]]; then
+  run gcloud compute tpus tpu-vm scp --recurse "$out"/* "$name:specjax/runs/out/" "${where[@]}" --worker=0
+fi
+for file in ${data[@]+"${data[@]}"}; do
+  run gcloud compute tpus tpu-vm scp "$file" "$name:specjax/$(basename "$file")" "${where[@]}" --worker=all
+done
+# shellcheck disable=SC2016  # $HOME is that of the host.
+on_hosts 'test -x specjax-venv/bin/python || python3 -m venv specjax-venv; specjax-venv/bin/pip install --quiet -e "$HOME/specjax[tpu,experiments]"'
+flags=$(printf ' %q' "$@")
+started=1
+on_hosts "cd specjax && ../specjax-venv/bin/python -m specjax.launch --distributed --workdir=runs/out$flags" || {
+  code=$?
+  echo "error: the run ended with exit code $code" >&2
+  exit "$code"
+}

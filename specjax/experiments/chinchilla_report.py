@@ -1,0 +1,334 @@
+"""The table and plots of the experiment of Chen et al. 2023, the paper's figures beside the measured ones."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from specjax.experiments import results
+from specjax.experiments.report import markdown
+from specjax.experiments.results import Row
+
+TOKENS = 128
+"""The paper's Figure 1 has the time in which a text grows by so many tokens."""
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn."""
+
+    temperature: float
+    top_p: float
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return "greedy" if self.temperature == 0 else f"nucleus {self.top_p:g}, T={self.temperature:g}"
+
+
+class Published(NamedTuple):
+    """A line of the paper's Table 1: K = 4, batch 1.
+
+    Attributes:
+      plain: the metric, without speculation.
+      speculative: and with it.
+      plain_ms: milliseconds per token.
+      speculative_ms: with speculation.
+      speedup: the one over the other.
+    """
+
+    plain: str
+    speculative: str
+    plain_ms: float
+    speculative_ms: float
+    speedup: float
+
+
+PAPER: dict[str, dict[Sampling, Published]] = {
+    "xsum": {
+        Sampling(1.0, 0.8): Published("ROUGE-2 11.2", "11.4", 14.1, 7.52, 1.92),
+        Sampling(0.0, 1.0): Published("ROUGE-2 15.7", "15.6", 14.1, 7.00, 2.01),
+    },
+    "humaneval": {Sampling(0.8, 0.95): Published("pass 45.1 %", "47.0 %", 14.1, 5.73, 2.46)},
+}
+"""Table 1, by task and sampling. A target of 70B parameters and a draft of 4B on 16 TPU v4."""
+
+DIFFERENT = (
+    "The paper: Chinchilla, 70B parameters, with a draft of 4B and 8 layers, trained for it (1.8 ms a token against "
+    "14.1), on 16 TPU v4, batch 1, K = 4; XSum: 11,305 texts of at most 128 tokens after one example; HumanEval: 100 "
+    "texts of at most 512 tokens for each of 164 problems. Ours are the models, device and numbers of texts above: "
+    "milliseconds and quality cannot be compared across, and a speedup only as far as the ratios of costs are alike. "
+    "Ours are of decoding alone, without reading the prompt."
+)
+"""What lies between the two columns."""
+
+_COLORS = ("#3b6ea5", "#c8553d", "#5b8c5a", "#8a6bb0", "#b08a3e", "#666666")
+
+
+class Measured(NamedTuple):
+    """Everything that the run measured.
+
+    Attributes:
+      name: of the experiment.
+      paper: which of the paper's tasks stands beside it: "xsum", "humaneval" or "".
+      about: a sentence about models, data and machine.
+      rows: the timed cells, with their `clock`.
+      scores: by side and sampling ("plain, greedy"), then metric: one score a problem, 0 to 100.
+      quality_draft_tokens: K of the texts that were judged.
+      seconds: what measuring took.
+    """
+
+    name: str
+    paper: str
+    about: str
+    rows: list[Row]
+    scores: dict[str, dict[str, list[float]]]
+    quality_draft_tokens: int
+    seconds: float
+
+
+class Line(NamedTuple):
+    """The cells of one sampling and batch size, K ascending: a line of the plots."""
+
+    sampling: Sampling
+    batch_size: int
+    rows: list[Row]
+
+    @property
+    def label(self) -> str:
+        """What a legend calls it."""
+        return f"{self.sampling.name}, batch {self.batch_size}"
+
+
+def lines(rows: Sequence[Row]) -> list[Line]:
+    """The cells by sampling and batch size."""
+    keys = dict.fromkeys((Sampling(r["temperature"], r["top_p"]), r["batch_size"]) for r in rows)
+    found = []
+    for sampling, batch_size in keys:
+        swept = [r for r in rows if (r["temperature"], r["top_p"], r["batch_size"]) == (*sampling, batch_size)]
+        found.append(Line(sampling, batch_size, sorted(swept, key=lambda row: row["num_draft_tokens"])))
+    return found
+
+
+def milliseconds(row: Row, side: str = "") -> list[float]:
+    """What `TOKENS` tokens of a row of each batch took; `side` "baseline_": without speculation.
+
+    A text that ends early, or a batch with such texts, is taken for one that goes on as fast.
+    """
+    return [1e3 * TOKENS * b[f"{side}seconds"] * b["rows"] / b[f"{side}tokens"] for b in row["clock"]]
+
+
+def ms_per_token(row: Row, side: str = "") -> float:
+    """Milliseconds per token of a row, all batches together."""
+    seconds = sum(batch[f"{side}seconds"] * batch["rows"] for batch in row["clock"])
+    return 1e3 * seconds / sum(batch[f"{side}tokens"] for batch in row["clock"])
+
+
+def loop_ms(row: Row) -> float:
+    """Milliseconds per step of the loop."""
+    return 1e3 * sum(batch["seconds"] for batch in row["clock"]) / sum(batch["steps"] for batch in row["clock"])
+
+
+def efficiency(row: Row) -> float:
+    """The paper's measure of acceptance: tokens of a loop over K + 1, the token that the target adds among them.
+
+    It falls with K whatever the draft, and is no estimate of alpha.
+    """
+    return row["block_efficiency"] / (row["num_draft_tokens"] + 1)
+
+
+def loop_fit(line: Line) -> tuple[float, float]:
+    """Milliseconds that a draft token adds to a loop by a straight line through K >= 1, and the share explained (R^2).
+
+    K = 0 is left out: a plain step is another program. Both are NaN with fewer than three K.
+    """
+    drafting = [row for row in line.rows if row["num_draft_tokens"]]
+    if len(drafting) < 3:
+        return float("nan"), float("nan")
+    k = np.asarray([row["num_draft_tokens"] for row in drafting], float)
+    ms = np.asarray([loop_ms(row) for row in drafting])
+    slope, start = np.polyfit(k, ms, 1)
+    return float(slope), float(1 - np.var(ms - start - slope * k) / np.var(ms))
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error over problems."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _best(line: Line) -> Row:
+    """The fastest cell; one that drafts, where there is one."""
+    return max([row for row in line.rows if row["num_draft_tokens"]] or line.rows, key=lambda r: r["measured_speedup"])
+
+
+def _scored(measured: Measured, side: str, sampling: Sampling) -> str:
+    found = measured.scores.get(f"{side}, {sampling.name}", {})
+    return ", ".join("{} {:.1f} ± {:.1f}".format(name, *_mean(values)) for name, values in found.items()) or "-"
+
+
+def table_1(measured: Measured) -> list[list[str]]:
+    """Every sampling and batch size at the K of the judged texts and at the best K, the paper's line beside it."""
+    head = "sampling, batch, K, quality plain, speculative, ms/token plain, speculative, speedup"
+    table = [[*head.split(", "), "paper: quality", "paper: ms/token", "paper: speedup"]]
+    for line in lines(measured.rows):
+        best = _best(line)
+        judged = [row for row in line.rows if row["num_draft_tokens"] == measured.quality_draft_tokens]
+        paper = PAPER.get(measured.paper, {}).get(line.sampling) if line.batch_size == 1 else None
+        for row in [*judged, best] if best not in judged else judged:
+            table.append(
+                [
+                    line.sampling.name,
+                    str(line.batch_size),
+                    f"{row['num_draft_tokens']}{' (best)' if row is best else ''}",
+                    _scored(measured, "plain", line.sampling),
+                    _scored(measured, "speculative", line.sampling),
+                    f"{ms_per_token(row, 'baseline_'):.2f}",
+                    f"{ms_per_token(row):.2f}",
+                    f"{row['measured_speedup']:.2f}x",
+                    f"{paper.plain} -> {paper.speculative}" if paper else "-",
+                    f"{paper.plain_ms:g} -> {paper.speculative_ms:.2f}" if paper else "-",
+                    f"{paper.speedup:.2f}x" if paper else "-",
+                ]
+            )
+    return table
+
+
+def table_sweep(measured: Measured) -> list[list[str]]:
+    """Every timed cell: what Figure 1 shows."""
+    head = "sampling, batch, K, alpha, tokens/loop, tokens/(K+1), loop ms"
+    table = [[*head.split(", "), f"{TOKENS} tokens: P50", "P90", "P99", "plain: P50", "P90", "P99", "speedup", "same"]]
+    for line in lines(measured.rows):
+        for row in line.rows:
+            spread = [np.percentile(milliseconds(row, side), (50, 90, 99)) for side in ("", "baseline_")]
+            identical = row["identical"]
+            table.append(
+                [
+                    line.sampling.name,
+                    str(line.batch_size),
+                    str(row["num_draft_tokens"]),
+                    "-" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}",
+                    f"{row['block_efficiency']:.2f}",
+                    f"{efficiency(row):.2f}",
+                    f"{loop_ms(row):.1f}",
+                    *(f"{value:.0f}" for side in spread for value in side),
+                    f"{row['measured_speedup']:.2f}x",
+                    "-" if identical is None else f"{identical:.0%}",
+                ]
+            )
+    return table
+
+
+def figure_1(measured: Measured) -> Figure:
+    """The paper's Figure 1: time for 128 tokens, acceptance and loop time against K."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    counts = sorted({row["num_draft_tokens"] for row in measured.rows})
+    panels = figure.subplots(1, 3)
+    shown = (
+        (f"time for {TOKENS} tokens", "ms", lambda row: float(np.mean(milliseconds(row)))),
+        ("acceptance: tokens of a loop / (K + 1)", "", efficiency),
+        ("time of a loop", "ms", loop_ms),
+    )
+    for axes, (title, unit, value) in zip(panels, shown, strict=True):
+        for line, color in zip(lines(measured.rows), _COLORS * 9, strict=False):
+            k = [row["num_draft_tokens"] for row in line.rows]
+            axes.plot(k, [value(row) for row in line.rows], "o-", color=color, label=line.label)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xticks(counts)
+        axes.set_xlabel("draft tokens a step, K")
+        axes.set_ylabel(unit)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def spread_plot(measured: Measured) -> Figure:
+    """P50, P90 and P99 of the texts' times against K, those of plain decoding dotted."""
+    swept = lines(measured.rows)
+    figure = Figure(figsize=(4.6 * len(swept), 3.8), layout="constrained")
+    for axes, line in zip(np.atleast_1d(figure.subplots(1, len(swept))), swept, strict=True):
+        k = [row["num_draft_tokens"] for row in line.rows]
+        plain = [ms for row in line.rows for ms in milliseconds(row, "baseline_")]
+        for percent, color in zip((50, 90, 99), _COLORS, strict=False):
+            values = [np.percentile(milliseconds(row), percent) for row in line.rows]
+            axes.plot(k, values, "o-", color=color, label=f"P{percent}")
+            axes.axhline(np.percentile(plain, percent), color=color, linewidth=0.8, linestyle=":")
+        axes.set_title(line.label, loc="left", fontsize=10)
+        axes.set_xticks(k)
+        axes.set_xlabel("draft tokens a step, K")
+        axes.set_ylabel(f"ms for {TOKENS} tokens")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def findings(measured: Measured) -> list[str]:
+    """What the run shows, in sentences."""
+    found = []
+    for line in lines(measured.rows):
+        best = _best(line)
+        found.append(
+            f"{line.label}: fastest with K = {best['num_draft_tokens']}, {best['measured_speedup']:.2f} times plain "
+            f"decoding ({ms_per_token(best, 'baseline_'):.2f} to {ms_per_token(best):.2f} ms a token)."
+        )
+        slower = [row for row in line.rows if row["num_draft_tokens"] and row["measured_speedup"] < 1]
+        if slower:
+            names = ", ".join(f"{row['num_draft_tokens']} ({row['measured_speedup']:.2f}x)" for row in slower)
+            found.append(f"**{line.label}: SLOWER than plain decoding with K = {names}.**")
+        slope, explained = loop_fit(line)
+        if np.isfinite(slope):
+            fit = f"straight line, R2 {explained:.2f}"
+            found.append(f"{line.label}: a draft token adds {slope:.2f} ms to a loop ({fit}).")
+    for sampling in dict.fromkeys(line.sampling for line in lines(measured.rows)):
+        plain, ours = (measured.scores.get(f"{side}, {sampling.name}", {}) for side in ("plain", "speculative"))
+        for metric in plain:
+            difference, error = _mean(np.subtract(ours[metric], plain[metric]).tolist())
+            found.append(
+                f"{metric}, {sampling.name}: {np.mean(plain[metric]):.2f} plainly, {np.mean(ours[metric]):.2f} with "
+                f"speculation; the difference is {difference:+.2f} ± {error:.2f} (standard error over problems)."
+            )
+    return found
+
+
+LEGEND = f"""\
+- **quality**: mean and standard error over problems, 0 to 100; the texts of both sides are of the same prompts.
+- **ms/token**, **{TOKENS} tokens**: of decoding a row; a text that ends early is taken for one that goes on as fast.
+  P50, P90, P99: over texts (over batches, where several texts are decoded together).
+- **tokens/(K+1)**: the paper's acceptance, the token that the target adds among the tokens. **alpha**: mean of
+  sum min(target, draft) over the judged draft tokens.
+- **K = 0**: plain against plain decoding: how much the clock is to be trusted.
+- **same**: texts that equal plain decoding's, token by token (greedy only)."""
+
+
+def summary(measured: Measured) -> str:
+    """The text of `summary.md`."""
+    parts = [
+        f"# {measured.name}",
+        measured.about,
+        "\n".join(f"- {text}" for text in findings(measured)),
+        "## Speed and quality (the paper's Table 1)",
+        markdown(table_1(measured)),
+        DIFFERENT if measured.paper else "",
+        "## Every K (Figure 1)",
+        "![figure 1](figure1.png)",
+        "![spread](spread.png)",
+        markdown(table_sweep(measured)),
+        LEGEND,
+        f"Measuring took {measured.seconds / 60:.1f} min.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_report(directory: pathlib.Path, measured: Measured) -> Sequence[str]:
+    """Writes `results.json`, `summary.md` and the plots.
+
+    Returns:
+      the files' names.
+    """
+    results.write(directory / "results.json", results.to_json(measured.rows))
+    figure_1(measured).savefig(directory / "figure1.png", dpi=130)
+    spread_plot(measured).savefig(directory / "spread.png", dpi=130)
+    results.write(directory / "summary.md", summary(measured))
+    return "results.json", "summary.md", "figure1.png", "spread.png"

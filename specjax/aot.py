@@ -8,7 +8,6 @@ compiled with few layers, twice, and what is per layer is extrapolated (`extrapo
 """
 
 import collections
-import dataclasses
 import importlib.util
 import os
 import time
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specjax import decode, hlo, plan, sampling, sharding, verify
+from specjax import decode, hlo, plan, sampling, verify
 from specjax.chips import Topology
 from specjax.drafters.model import match_vocab
 from specjax.plan import Setup, Sharded
@@ -195,9 +194,7 @@ def draft_call(setup: Setup, mesh: Mesh, temperature: float = 0.0) -> Any:
         return lowered.compile()
 
 
-def target_call(
-    setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0, rule: Rule = verify.rejection
-) -> Any:
+def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0, rule: Rule = verify.rejection) -> Any:
     """One target call that scores some tokens of each row and judges the drafts among them, compiled (`decode`)."""
     placed, rows = plan.shard(setup, mesh), setup.batch_size
     vocab_size, numbers = setup.target.vocab_size, _numbers(temperature)
@@ -247,15 +244,6 @@ def _combine(programs: list[tuple[float, Program]]) -> Program:
     return Program(**numbers, optimal_seconds=seconds[0] if known else None, collectives=counts)
 
 
-def with_layers(setup: Setup, target: int, draft: int) -> Setup:
-    """The same plan with fewer layers."""
-    return dataclasses.replace(
-        setup,
-        target=dataclasses.replace(setup.target, num_layers=target),
-        draft=dataclasses.replace(setup.draft, num_layers=draft),
-    )
-
-
 def _samples(layers: int, every: bool) -> list[tuple[float, int]]:
     """Numbers of layers to compile, and the weight of each in the result for all layers."""
     if every or layers <= MORE:
@@ -299,7 +287,7 @@ def extrapolate(
     base = targets[0][1], drafts[0][1]
 
     def compiled_step(target: int, draft: int) -> Program:
-        few = with_layers(setup, target, draft)
+        few = plan.with_layers(setup, target, draft)
         placed = plan.shard(few, mesh)
         return read(step(few, mesh, rule), _cache_shapes(placed.state.cache, placed.state.drafter))
 
@@ -314,7 +302,11 @@ def extrapolate(
     def compiled_call(side: str, tokens: int) -> Program:
         programs = []
         for weight, layers in targets if side == "target" else drafts:
-            few = with_layers(setup, layers, base[1]) if side == "target" else with_layers(setup, base[0], layers)
+            few = (
+                plan.with_layers(setup, layers, base[1])
+                if side == "target"
+                else plan.with_layers(setup, base[0], layers)
+            )
             placed: Sharded = plan.shard(few, mesh)
             if side == "target":
                 program = target_call(few, mesh, tokens, temperature, rule)

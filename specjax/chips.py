@@ -9,6 +9,7 @@ import math
 
 _GB, _GIB = 10**9, 2**30
 _TPU = "https://docs.cloud.google.com/tpu/docs"
+_NVIDIA = "https://www.nvidia.com/en-us/data-center"
 _NCCL = "NCCL src/graph/tuning.cc (baseLat and hwLat of Ring LL over NVLink)"
 _SCALING = "How to Scale Your Model, part 3 (about 1 us a hop), https://jax-ml.github.io/scaling-book/sharding"
 
@@ -31,6 +32,7 @@ class Chip:
       devices: how many JAX devices a chip is.
       dimensions: of the network of TPUs; 1 for GPUs, of which each reaches each.
       wraps_at: the dimensions of a slice close to rings where all are multiples of this; 0: never.
+      most: how many reach each other directly: a TPU pod, or GPUs by NVLink.
       compiler_name: what libtpu calls it.
     """
 
@@ -47,11 +49,12 @@ class Chip:
     devices: int = 1
     dimensions: int = 1
     wraps_at: int = 0
+    most: int = 8
     compiler_name: str = ""
 
 
 def _tpu(name: str, teraflops: float, memory: int, bandwidth: float, interconnect: float, **rest) -> Chip:
-    values = {"source": f"{_TPU}/{name}", "compiler_name": name, "dimensions": 3, "wraps_at": 4} | rest
+    values = {"source": f"{_TPU}/{name}", "compiler_name": name, "dimensions": 3, "wraps_at": 4, "most": 4096} | rest
     return Chip(
         name, teraflops * 1e12, memory, bandwidth * _GB, interconnect * _GB,
         base_latency=0.0, hop_latency=1e-6, latency_source=_SCALING, **values,
@@ -69,14 +72,14 @@ CHIPS = {
     chip.name: chip
     for chip in (
         _tpu("v4", 275, 32 * _GIB, 1200, 600, source=f"{_TPU}/v4; interconnect: arXiv 2304.01433, 6 links of 50 GB/s"),
-        _tpu("v5e", 197, 16 * _GB, 819, 400, dimensions=2, wraps_at=16),
+        _tpu("v5e", 197, 16 * _GB, 819, 400, dimensions=2, wraps_at=16, most=256),
         _tpu("v5p", 459, 95 * _GB, 2765, 1200),
-        _tpu("v6e", 918, 32 * _GB, 1638, 800, dimensions=2, wraps_at=16),
+        _tpu("v6e", 918, 32 * _GB, 1638, 800, dimensions=2, wraps_at=16, most=256),
         _tpu("v7x", 2307, 192 * _GIB, 7380, 1200, source=f"{_TPU}/tpu7x", compiler_name="tpu7x", devices=2),
-        _gpu("A100", 312, 80 * _GB, 2039, 600, "NVIDIA A100 80GB SXM data sheet"),
-        _gpu("H100", 989, 80 * _GB, 3350, 900, "NVIDIA H100 SXM data sheet (half of the sparse rate)"),
-        _gpu("H200", 989, 141 * _GB, 4800, 900, "NVIDIA H200 SXM data sheet (half of the sparse rate)"),
-        _gpu("B200", 2250, 180 * _GB, 8000, 1800, "NVIDIA DGX B200 data sheet, an eighth (half of the sparse rate)"),
+        _gpu("A100", 312, 80 * _GB, 2039, 600, f"{_NVIDIA}/a100 (80 GB SXM)"),
+        _gpu("H100", 989, 80 * _GB, 3350, 900, f"{_NVIDIA}/h100 (SXM; half of the sparse rate)"),
+        _gpu("H200", 989, 141 * _GB, 4800, 900, f"{_NVIDIA}/h200 (SXM; half of the sparse rate)"),
+        _gpu("B200", 2250, 180 * _GB, 8000, 1800, f"{_NVIDIA}/dgx-b200 (an eighth; half of the sparse rate)"),
     )
 }
 """By name."""
@@ -123,20 +126,25 @@ def parse(name: str) -> Topology:
     kind, _, sizes = name.partition(":")
     chip = CHIPS.get(kind)
     if chip is None:
-        raise ValueError(f"topology={name!r}: no chip {kind!r}; write one of {', '.join(map(_example, CHIPS.values()))}.")
+        raise ValueError(
+            f"topology={name!r}: no chip {kind!r}; write one of {', '.join(map(_example, CHIPS.values()))}."
+        )
     shape = tuple(int(size) if size.isdecimal() else 0 for size in sizes.split("x"))
     if len(shape) != chip.dimensions or not all(shape):
-        words = "number of GPUs" if not chip.tpu else f"{chip.dimensions} sizes"
+        words = f"{chip.dimensions} sizes" if chip.tpu else "number of GPUs"
         raise ValueError(f"topology={name!r}: {kind} takes the {words}, such as {_example(chip)}.")
-    return Topology(chip, shape)
+    topology = Topology(chip, shape)
+    if topology.num_chips > chip.most:
+        raise ValueError(f"topology={name!r}: at most {chip.most} reach each other directly, such as {_example(chip)}.")
+    return topology
 
 
 def all_reduce_seconds(topology: Topology, devices: int, size_in_bytes: float) -> float:
     """How long an all-reduce takes at least: the way there and back, and the bytes.
 
     Data goes to the farthest device and back (a reduce-scatter, then an all-gather), along a ring of GPUs or in every
-    dimension of a TPU slice; where the dimensions close to rings, the way is half as long. Every device sends and receives
-    `2 (n - 1) / n` of the array.
+    dimension of a TPU slice; where the dimensions close to rings, the way is half as long. Every device sends
+    `2 (n - 1) / n` of the array, and receives as much.
 
     Args:
       topology: where.

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from specjax import chips, decode, drafters, sampling, sharding, theory
 from specjax.chips import Topology
 from specjax.models import cache as cache_lib
-from specjax.models import families
+from specjax.models import families, layers
 from specjax.models.config import ModelConfig
 from specjax.types import DecodeState, Drafter, Model, Params, Tree
 
@@ -117,6 +116,13 @@ def rules_of(setup: Setup, side: str, mesh: Mesh | AbstractMesh) -> sharding.Rul
     return sharding.fitting(families.abstract_params(config), families.param_axes(config), mesh, rules)
 
 
+def _place_params(setup: Setup, side: str, mesh: Mesh | AbstractMesh) -> Tree:
+    """The abstract parameters of one side, laid out on a mesh."""
+    config = setup.side(side)
+    shapes, axes = families.abstract_params(config), families.param_axes(config)
+    return sharding.abstract(shapes, axes, mesh, rules_of(setup, side, mesh))
+
+
 def _cache_axes(cache: Any) -> Any:
     """Logical axes of a cache of any family: layers' keys and values, and lengths."""
     return jax.tree.map(lambda x: cache_lib.AXES if x.ndim == len(cache_lib.AXES) else ("batch",), cache)
@@ -158,7 +164,7 @@ def shard(setup: Setup, mesh: Mesh | AbstractMesh) -> Sharded:
         models,
         drafter,
         rules,
-        Params(*(place(shapes[i], families.param_axes(setup.side(s)), s) for i, s in enumerate(SIDES))),
+        Params(*(_place_params(setup, side, mesh) for side in SIDES)),
         placed._replace(
             cache=place(state.cache, _cache_axes(state.cache)),
             drafter=place(state.drafter, _cache_axes(state.drafter), "draft"),
@@ -198,12 +204,29 @@ class Memory(NamedTuple):
     other: int
 
 
+def with_layers(setup: Setup, target: int, draft: int) -> Setup:
+    """The same plan with another number of layers."""
+    return dataclasses.replace(
+        setup,
+        target=dataclasses.replace(setup.target, num_layers=target),
+        draft=dataclasses.replace(setup.draft, num_layers=draft),
+    )
+
+
 def memory(setup: Setup) -> Memory:
     """What lies in each device's memory, temporaries not counted."""
-    placed = shard(setup, abstract_mesh(setup))
-    caches = local_bytes(placed.state.cache), local_bytes(placed.state.drafter)
-    params = local_bytes(placed.params.target), local_bytes(placed.params.draft)
-    return Memory(*params, *caches, local_bytes(placed.state) - sum(caches))
+    mesh = abstract_mesh(setup)
+    # Caches are traced with one layer: all are alike, and there may be many.
+    state = shard(with_layers(setup, 1, 1), mesh).state
+
+    def cache(tree: Tree, side: str) -> int:
+        leaves = jax.tree.leaves(tree)
+        layers = setup.side(side).num_layers
+        return sum(local_bytes([x]) * (layers if x.ndim == len(cache_lib.AXES) else 1) for x in leaves)
+
+    caches = cache(state.cache, "target"), cache(state.drafter, "draft")
+    other = local_bytes(state) - local_bytes(state.cache) - local_bytes(state.drafter)
+    return Memory(*(local_bytes(_place_params(setup, side, mesh)) for side in SIDES), *caches, other)
 
 
 class Cost(NamedTuple):
@@ -271,19 +294,17 @@ def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -
 
 
 def _reduced(config: ModelConfig, params: Tree, read: set[int], looked_up: set[int]) -> Iterator[int]:
-    """Numbers a token of each all-reduce: products whose contracted axes are split, and lookups in a split table."""
+    """Numbers a token of each all-reduce: products whose contracted axes are split, lookups in a split vocabulary."""
     leaves, treedef = jax.tree.flatten(params)
-    contracted = treedef.flatten_up_to(families.num_contracted(config))
-    for i, (leaf, number) in enumerate(zip(leaves, contracted, strict=True)):
-        split = [axis is not None for axis in leaf.sharding.spec] + [False] * len(leaf.shape)
-        # A bfloat16 matrix lies outputs first (`layers.stored`).
-        outputs_first = leaf.dtype.itemsize == 2
+    contracted, axes = (treedef.flatten_up_to(f(config)) for f in (families.num_contracted, families.param_axes))
+    for i, (leaf, number, names) in enumerate(zip(leaves, contracted, axes, strict=True)):
+        split = [axis is not None for axis in (*leaf.sharding.spec, *[None] * leaf.ndim)]
+        outputs_first = layers.outputs_first(leaf.dtype)
         inputs = range(leaf.ndim - number, leaf.ndim) if outputs_first else range(number)
-        if number and i in read and any(split[axis] for axis in inputs):
+        if i in read and any(split[axis] for axis in inputs):
             yield leaf.size // math.prod(leaf.shape[axis] for axis in inputs)
-        if i in looked_up and any(split[: leaf.ndim]):
-            rows = next(axis for axis in range(leaf.ndim) if split[axis])
-            yield leaf.size // leaf.shape[rows]
+        if i in looked_up and "vocab" in names and split[names.index("vocab")]:
+            yield leaf.size // leaf.shape[names.index("vocab")]
 
 
 def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
@@ -430,22 +451,25 @@ class Fit(NamedTuple):
         return self.needed <= self.available
 
 
-_MOST_CHIPS = {True: 4096, False: 8}
-"""Of TPUs, and of GPUs that reach each other by NVLink."""
-
-
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _larger(topology: Topology) -> Iterator[Topology]:
-    """Topologies of twice as many chips, four times ...: the smallest dimension is doubled."""
-    shape = list(topology.shape)
-    while 2 * math.prod(shape) <= _MOST_CHIPS[topology.chip.tpu]:
+def _larger(setup: Setup) -> Iterator[Setup]:
+    """The plan on twice as many chips, four times ..., which split the models, or, where they can, rows too.
+
+    The smallest dimension of the topology is doubled.
+    """
+    shape = list(setup.topology.shape)
+    while 2 * math.prod(shape) <= setup.topology.chip.most:
         # The last of the smallest.
         i = max(range(len(shape)), key=lambda i: (-shape[i], i))
         shape[i] *= 2
-        yield dataclasses.replace(topology, shape=tuple(shape))
+        topology = dataclasses.replace(setup.topology, shape=tuple(shape))
+        data = setup.data
+        while setup.batch_size % data == 0 and topology.num_devices % data == 0:
+            yield dataclasses.replace(setup, topology=topology, data=data)
+            data *= 2
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
@@ -487,14 +511,13 @@ def fit(setup: Setup, overhead: int = 0) -> Fit:
     if narrow != setup and not enough(narrow):
         plans.append((narrow, " in bfloat16", " --config.dtype=bfloat16"))
     for plan, words, flag in plans:
-        for topology in _larger(setup.topology):
-            larger = dataclasses.replace(plan, topology=topology)
-            if enough(larger):
-                remedies.append(
-                    f"{topology.num_chips} chips{words} need {_gib(needs(larger))} a device: "
-                    f"--config.topology={topology.name}{flag}"
-                )
-                break
+        larger = next((setup for setup in _larger(plan) if enough(setup)), None)
+        if larger is not None:
+            split = f" --config.data={larger.data}" if larger.data != setup.data else ""
+            remedies.append(
+                f"{larger.topology.num_chips} chips{words} need {_gib(needs(larger))} a device: "
+                f"--config.topology={larger.topology.name}{split}{flag}"
+            )
     batch = _largest(
         1,
         setup.batch_size // setup.data - 1,

@@ -97,9 +97,7 @@ def _collectives(counts: aot.Counts) -> list[Row]:
 def _compiled(setup: Setup, config: Config) -> aot.Compiled:
     rule = verify.from_name(config.verify)
     mesh = aot.make_mesh(setup.topology, setup.data)
-    return aot.extrapolate(
-        setup, mesh, temperature=config.temperature, rule=rule, every_layer=config.layers == "all"
-    )
+    return aot.extrapolate(setup, mesh, temperature=config.temperature, rule=rule, every_layer=config.layers == "all")
 
 
 def _call(setup: Setup, side: str, tokens: int, cost: Cost, computed: Cost, program: aot.Program | None) -> Row:
@@ -124,9 +122,7 @@ def _call(setup: Setup, side: str, tokens: int, cost: Cost, computed: Cost, prog
     }
 
 
-def _with_compiled(
-    cost: Callable[[int], Cost], side: str, compiled: aot.Compiled | None
-) -> Callable[[int], Cost]:
+def _with_compiled(cost: Callable[[int], Cost], side: str, compiled: aot.Compiled | None) -> Callable[[int], Cost]:
     """Costs with what XLA made of the collectives, where it was asked."""
     if compiled is None:
         return cost

@@ -51,13 +51,19 @@ def _prediction(row: Row) -> str:
 
 def _references(row: Row) -> list[str]:
     """Predictions beside times that somebody has published."""
-    predicted = {"target": row["ms_per_token_by_draft_tokens"][0], "draft": row["draft_ms"]}
-    return [
-        f"Published for {row[side]}: {known:g} ms/token; predicted {_ms(predicted[side])} ms, "
-        f"{predicted[side] / known:.0%} of it."
-        for side, known in row["reference_ms"].items()
-        if known
-    ]
+    lines = []
+    for side, known in row["reference_ms"].items():
+        call = next(call for call in row["calls"] if call["side"] == side)
+        if not known:
+            continue
+        line = (
+            f"Published for {row[side]}: {known:g} ms/token; predicted {_ms(call['ms'])} ms, {call['ms'] / known:.0%}."
+        )
+        if call["collectives"] and known > call["ms"]:
+            each = 1e3 * (known - call["ms"]) / call["collectives"]
+            line += f" What is missing is as much as {each:.0f} us for each of its {call['collectives']:g} collectives."
+        lines.append(line)
+    return lines
 
 
 def headlines(rows: Sequence[Row]) -> list[str]:
@@ -68,8 +74,8 @@ def headlines(rows: Sequence[Row]) -> list[str]:
         if row["step"]:
             step = row["step"]
             lines.append(
-                f"Compiled step: {step['cache_copies']:g} cache copies; {step['alias_bytes'] / step['output_bytes']:.2%} "
-                "of the state is written in place."
+                f"Compiled step: {step['cache_copies']:g} cache copies; "
+                f"{step['alias_bytes'] / step['output_bytes']:.2%} of the state is written in place."
             )
     return lines
 
@@ -102,9 +108,9 @@ def _calls(row: Row) -> list[str]:
         ))  # fmt: skip
     counted = (
         "Collectives are counted in the compiled calls, sampling's included (target calls of other T lie on the line "
-        "between T = 1 and T = K + 1). XLA's columns are of the compiled calls; XLA counts bytes in on-chip memories "
-        "too, and the loop of converting and adding in which it computes a single row, so they exceed the others, which "
-        "are computed from the model's matrix products."
+        "between T = 1 and T = K + 1). XLA's columns are of the compiled calls; it counts bytes in on-chip memories "
+        "too, and every conversion and sum where it multiplies a single row by itself, so they exceed the others, "
+        "which are computed from the model's matrix products."
         if row["compiled"]
         else "Nothing was compiled: every column is computed from the model's matrix products and their shardings. "
         "Sampling's few small collectives are not counted."
@@ -116,14 +122,20 @@ def _collectives(row: Row) -> list[str]:
     if not row["step"]:
         return []
     lines = [
-        (c["part"].replace("_", " "), c["kind"], f"{c['count']:g}", f"{c['bytes'] / 1e3:.2f}", f"{c['largest'] / 1e3:.2f}")
+        (
+            c["part"].replace("_", " "),
+            c["kind"],
+            f"{c['count']:g}",
+            f"{c['bytes'] / 1e3:.2f}",
+            f"{c['largest'] / 1e3:.2f}",
+        )
         for c in row["step"]["collectives"]
     ]
     header = ("part of the step", "kind", "in the program", "kB together", "kB the largest")
     words = (
         "As they stand in the program of the whole loop, each once: a target call stands there for T = 1 and for "
-        "T = K + 1; a draft call for the first token of a draft, for the others, and for catching up after plain steps; "
-        "sampling for every option."
+        "T = K + 1; a draft call for the first token of a draft, for the others, and for catching up after plain "
+        "steps; sampling for every option."
     )
     return ["### Collectives of the compiled step", "", *_table(header, lines), words, ""]
 
@@ -181,8 +193,10 @@ def markdown(title: str, rows: Sequence[Row]) -> str:
         lines += [f"## {row['target']} with {row['draft']} on {row['topology']}", ""]
         lines += [f"- {line}" for line in headlines([row])]
         mesh = row["mesh"]
-        lines.append(f"- {row['chips']} chips as data {mesh['data']} x model {mesh['model']}; {row['dtype']}; buffer of "
-                     f"{row['buffer']} tokens; draft {row['draft_sharding']}.")  # fmt: skip
+        lines.append(
+            f"- {row['chips']} chips as data {mesh['data']} x model {mesh['model']}; {row['dtype']}; "
+            f"buffer of {row['buffer']} tokens; draft {row['draft_sharding']}."
+        )
         for side, names in row["replicated"].items():
             if names:
                 lines.append(f"- Every device has the {side}'s {', '.join(names)} whole: the size does not divide.")

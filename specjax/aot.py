@@ -88,8 +88,8 @@ class Program(NamedTuple):
       temporary_bytes: beside.
       code_bytes: of the program itself.
       flops: counted by XLA; bodies of loops once.
-      bytes_accessed: likewise.
-      optimal_seconds: XLA's own estimate; None where it has none (it is not positive).
+      bytes_accessed: likewise, on-chip memories and all; None where extrapolated, since it depends on what fits there.
+      optimal_seconds: XLA's own estimate; None where it has none (it is not positive), or where extrapolated.
       collectives: as they stand in the program, each once.
       cache_copies: instructions that copy a layer's keys or values.
     """
@@ -100,7 +100,7 @@ class Program(NamedTuple):
     temporary_bytes: float
     code_bytes: float
     flops: float
-    bytes_accessed: float
+    bytes_accessed: float | None
     optimal_seconds: float | None
     collectives: Counts
     cache_copies: float
@@ -136,7 +136,8 @@ def read(compiled: Any, cache_shapes: set[tuple[int, ...]]) -> Program:
     )
 
 
-def _cache_shapes(*caches: Any) -> set[tuple[int, ...]]:
+def cache_shapes(*caches: Any) -> set[tuple[int, ...]]:
+    """The shapes of the layers' keys and values on one device, of abstract caches (`plan.shard`)."""
     leaves = jax.tree.leaves(caches)
     return {x.sharding.shard_shape(x.shape) for x in leaves if x.ndim == 4}
 
@@ -158,14 +159,16 @@ def _rows_like(mesh: Mesh, shape: tuple[int, ...], dtype: Any, vocab: str | None
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def _numbers(temperature: float) -> Any:
+def _numbers(temperature: float) -> dict[str, tuple[Any, Any]]:
     """Sampling options as plain numbers, which become constants of a program."""
-    return jax.tree.map(lambda x: (x.item(), x.dtype), sampling.options(1, temperature=temperature))
+    options = sampling.options(1, temperature=temperature)
+    return {name: (x.item(), x.dtype) for name, x in options._asdict().items() if x is not None}
 
 
-def _constant(numbers: Any, rows: int) -> SamplingOptions:
+def _constant(numbers: dict[str, tuple[Any, Any]], rows: int) -> SamplingOptions:
     """Sampling options that XLA knows when it compiles."""
-    return SamplingOptions(*(None if x is None else jnp.full(rows, *x) for x in numbers))
+    values: dict[str, Any] = {name: jnp.full(rows, value, dtype) for name, (value, dtype) in numbers.items()}
+    return SamplingOptions(**values, penalties=None)
 
 
 def _no_history(rows: int, tokens: int) -> History:
@@ -225,23 +228,22 @@ def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0,
 
 def _combine(programs: list[tuple[float, Program]]) -> Program:
     """The sum of programs, each so many times."""
+    if len(programs) == 1:
+        return programs[0][1]
 
     def add(name: str) -> float:
         return sum(weight * getattr(program, name) for weight, program in programs)
 
-    keys = sorted({key for _, program in programs for key in program.collectives})
-    counts = {
-        key: (
-            sum(weight * program.collectives.get(key, (0, 0, 0))[0] for weight, program in programs),
-            sum(weight * program.collectives.get(key, (0, 0, 0))[1] for weight, program in programs),
-            max(program.collectives.get(key, (0, 0, 0))[2] for _, program in programs),
-        )
-        for key in keys
-    }
-    numbers = {name: add(name) for name in Program._fields if name not in ("collectives", "optimal_seconds")}
-    seconds = [program.optimal_seconds for _, program in programs]
-    known = len(programs) == 1 and seconds[0] is not None
-    return Program(**numbers, optimal_seconds=seconds[0] if known else None, collectives=counts)
+    counts = {}
+    for key in sorted({key for _, program in programs for key in program.collectives}):
+        found = [(weight, program.collectives.get(key, (0.0, 0.0, 0.0))) for weight, program in programs]
+        number, size = (sum(weight * count[i] for weight, count in found) for i in (0, 1))
+        counts[key] = (number, size, max(count[2] for _, count in found))
+    unknown = {"bytes_accessed": None, "optimal_seconds": None, "collectives": counts}
+    summed = {name: add(name) for name in Program._fields if name not in unknown}
+    # A line through two programs may lie below either, where XLA has fused one of them better.
+    most = max(program.temporary_bytes for _, program in programs)
+    return Program(**(summed | unknown | {"temporary_bytes": max(summed["temporary_bytes"], most)}))
 
 
 def _samples(layers: int, every: bool) -> list[tuple[float, int]]:
@@ -289,7 +291,7 @@ def extrapolate(
     def compiled_step(target: int, draft: int) -> Program:
         few = plan.with_layers(setup, target, draft)
         placed = plan.shard(few, mesh)
-        return read(step(few, mesh, rule), _cache_shapes(placed.state.cache, placed.state.drafter))
+        return read(step(few, mesh, rule), cache_shapes(placed.state.cache, placed.state.drafter))
 
     # f(t, d) = f(t0, d0) + (f(t, d0) - f(t0, d0)) + (f(t0, d) - f(t0, d0)): linear in both.
     terms = [(weight, (layers, base[1])) for weight, layers in targets]
@@ -310,9 +312,9 @@ def extrapolate(
             placed: Sharded = plan.shard(few, mesh)
             if side == "target":
                 program = target_call(few, mesh, tokens, temperature, rule)
-                shapes = _cache_shapes(placed.state.cache)
+                shapes = cache_shapes(placed.state.cache)
             else:
-                program, shapes = draft_call(few, mesh, temperature), _cache_shapes(placed.state.drafter)
+                program, shapes = draft_call(few, mesh, temperature), cache_shapes(placed.state.drafter)
             programs.append((weight, read(program, shapes)))
         return _combine(programs)
 

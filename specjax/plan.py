@@ -226,7 +226,8 @@ def memory(setup: Setup) -> Memory:
 
     caches = cache(state.cache, "target"), cache(state.drafter, "draft")
     other = local_bytes(state) - local_bytes(state.cache) - local_bytes(state.drafter)
-    return Memory(*(local_bytes(_place_params(setup, side, mesh)) for side in SIDES), *caches, other)
+    target, draft = (local_bytes(_place_params(setup, side, mesh)) for side in SIDES)
+    return Memory(target, draft, *caches, other)
 
 
 class Cost(NamedTuple):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +56,8 @@ A_LAYER = {"decoder": 2, "t5": 3}
 
 def setup_of(family: str = "decoder", topology: str = "v5e:2x2", **values) -> plan.Setup:
     target, draft = FAMILIES[family]
-    values = {"num_draft_tokens": 3, "prompt_tokens": 16, "max_new_tokens": 32} | values
-    return plan.Setup(target, draft, chips.parse(topology), **values)
+    rest: dict[str, Any] = {"num_draft_tokens": 3, "prompt_tokens": 16, "max_new_tokens": 32} | values
+    return plan.Setup(target, draft, chips.parse(topology), **rest)
 
 
 # --- Chips
@@ -159,7 +160,7 @@ def test_an_update_that_is_not_in_place_is_a_copy():
 def test_the_cost_of_a_decoders_call_is_the_closed_form(tokens: int, dtype: str):
     setup = dataclasses.replace(setup_of(batch_size=2), target=dataclasses.replace(WIDE, dtype=dtype))
     cost = plan.call_cost(setup, "target")(tokens)
-    c, rows, devices = setup.target, 2, 4
+    c, rows, devices = dataclasses.replace(WIDE, dtype=dtype), 2, 4
     size = np.dtype(jnp.dtype(dtype)).itemsize
     layer = (
         c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) + 3 * c.hidden_size * c.intermediate_size
@@ -266,7 +267,7 @@ def test_what_does_not_fit_says_what_would():
     more = dataclasses.replace(tight.topology, shape=chips.parse(name).shape)
     assert more.num_chips > 4
     assert plan.fit(dataclasses.replace(tight, topology=more, data=int(data)), 1000).fits
-    half = dataclasses.replace(more, shape=tuple(sorted(more.shape)[:-1] + [max(more.shape) // 2]))
+    half = dataclasses.replace(more, shape=(*sorted(more.shape)[:-1], max(more.shape) // 2))
     assert not plan.fit(dataclasses.replace(tight, topology=half, data=min(int(data), half.num_chips)), 1000).fits
 
 
@@ -483,15 +484,18 @@ def test_configs_name_the_experiment(path):
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_step_on_tpus_copies_no_cache_and_gathers_nothing(family: str, topology: str):
-    # One array of keys is 4 MiB a device: a copy of it could not hide among the temporaries.
-    setup = setup_of(family, topology, batch_size=1, max_len=16384)
+    # One array of keys is 16 MiB a device: a copy of it could not hide among the temporaries.
+    setup = setup_of(family, topology, max_len=16384)
+    heads = {"num_heads": 16} | ({"num_kv_heads": 16} if family == "decoder" else {})
+    wide, narrow = (dataclasses.replace(setup.side(side), **heads) for side in plan.SIDES)
+    setup = dataclasses.replace(setup, target=wide, draft=narrow)
     mesh = aot.make_mesh(setup.topology, 1)
     placed = plan.shard(setup, mesh)
-    text = aot.step(setup, mesh)
-    program = aot.read(text, aot._cache_shapes(placed.state.cache, placed.state.drafter))
+    program = aot.read(aot.step(setup, mesh), aot.cache_shapes(placed.state.cache, placed.state.drafter))
     assert program.cache_copies == 0
-    layer = setup.buffer * 128 * 2
-    assert program.temporary_bytes < layer
+    # T5's bias by position has the heads last, which XLA pads to 128: one more array of that size.
+    arrays = {"decoder": 1, "t5": 2}[family]
+    assert program.temporary_bytes < arrays * setup.buffer * 4 * 128 * 2
     # All of the donated state comes out where it went in, but for what is smaller than a page.
     assert program.output_bytes - program.alias_bytes < 4096
     assert program.alias_bytes > plan.memory(setup).target_cache + plan.memory(setup).draft_cache
@@ -513,7 +517,7 @@ def test_the_step_on_tpus_copies_no_cache_and_gathers_nothing(family: str, topol
 def test_sampling_on_a_split_vocabulary_sends_a_few_numbers(temperature: float):
     setup = setup_of()
     mesh = aot.make_mesh(setup.topology, 1)
-    shapes_of = aot._cache_shapes(plan.shard(setup, mesh).state.drafter)
+    shapes_of = aot.cache_shapes(plan.shard(setup, mesh).state.drafter)
     program = aot.read(aot.draft_call(setup, mesh, temperature), shapes_of)
     count, size, _ = program.collectives["drafting", "all-reduce"]
     assert set(program.collectives) == {("drafting", "all-reduce"), ("draft_call", "all-reduce")}
@@ -533,11 +537,15 @@ def test_what_is_extrapolated_from_few_layers_is_what_all_of_them_give():
     assert (few.exact, every.exact) == (False, True)
     assert few.step.argument_bytes == pytest.approx(every.step.argument_bytes, rel=1e-3)
     assert few.step.alias_bytes == pytest.approx(every.step.alias_bytes, rel=1e-3)
+    # Temporaries are not quite linear: they are those of the layer that needs most.
+    assert few.step.temporary_bytes == pytest.approx(every.step.temporary_bytes, abs=2**21)
+    assert few.step.code_bytes == pytest.approx(every.step.code_bytes, rel=0.2)
     for key, (count, size, largest) in every.step.collectives.items():
         assert few.step.collectives[key][0] == count
         assert few.step.collectives[key][1] == pytest.approx(size, rel=0.01)
         assert few.step.collectives[key][2] == largest
     for call in every.calls:
         assert few.calls[call].flops == pytest.approx(every.calls[call].flops, rel=0.02)
-        assert few.calls[call].bytes_accessed == pytest.approx(every.calls[call].bytes_accessed, rel=0.05)
+        assert few.calls[call].bytes_accessed is None
+        assert (every.calls[call].bytes_accessed or 0) > 0
         assert few.calls[call].collectives == every.calls[call].collectives

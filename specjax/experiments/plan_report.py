@@ -108,9 +108,9 @@ def _calls(row: Row) -> list[str]:
         ))  # fmt: skip
     counted = (
         "Collectives are counted in the compiled calls, sampling's included (target calls of other T lie on the line "
-        "between T = 1 and T = K + 1). XLA's columns are of the compiled calls; it counts bytes in on-chip memories "
-        "too, and every conversion and sum where it multiplies a single row by itself, so they exceed the others, "
-        "which are computed from the model's matrix products."
+        "between T = 1 and T = K + 1). XLA's columns are of the compiled calls: it counts every conversion and sum "
+        "where a single row is multiplied, and bytes in on-chip memories too (which are not extrapolated), so they "
+        "exceed the others, which are computed from the model's matrix products."
         if row["compiled"]
         else "Nothing was compiled: every column is computed from the model's matrix products and their shardings. "
         "Sampling's few small collectives are not counted."

@@ -429,6 +429,19 @@ def test_tpus_are_planned_end_to_end(tmp_path):
     assert "| target call | all-reduce |" in summary
 
 
+@needs_libtpu
+def test_what_xla_finds_no_room_for_does_not_fit(tmp_path, capsys):
+    large = dataclasses.replace(WIDE, vocab_size=4_000_000, hidden_size=4096)
+    values = {"target": _directory(tmp_path / "large", large), "draft": _directory(tmp_path / "draft", NARROW)}
+    assert launch.main(_launch(tmp_path, topology="v5e:1x1", **values)) == 0
+    (row,) = _rows(tmp_path)
+    assert (row["exhausted"], row["fits"], row["compiled"]) == (True, False, False)
+    output = capsys.readouterr().out
+    assert "DOES NOT FIT" in output
+    assert "XLA finds no room" in output
+    assert "chips need" in output
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

@@ -39,6 +39,7 @@ def check(config: Config) -> None:
         raise ValueError(f"config.draft_sharding={config.draft_sharding!r}: choose split or replicated.")
     if not 0 <= config.alpha <= 1:
         raise ValueError(f"config.alpha={config.alpha} is not a probability.")
+    verify.from_name(config.verify)
     if config.temperature < 0:
         raise ValueError(f"config.temperature={config.temperature} is negative.")
     if config.max_draft_tokens < config.num_draft_tokens:
@@ -94,10 +95,17 @@ def _collectives(counts: aot.Counts) -> list[Row]:
     ]
 
 
-def _compiled(setup: Setup, config: Config) -> aot.Compiled:
+def _compiled(setup: Setup, config: Config) -> aot.Compiled | None:
+    """What XLA makes of it; None where even the few layers that are compiled do not fit."""
     rule = verify.from_name(config.verify)
     mesh = aot.make_mesh(setup.topology, setup.data)
-    return aot.extrapolate(setup, mesh, temperature=config.temperature, rule=rule, every_layer=config.layers == "all")
+    every = config.layers == "all"
+    try:
+        return aot.extrapolate(setup, mesh, temperature=config.temperature, rule=rule, every_layer=every)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
 
 
 def _call(setup: Setup, side: str, tokens: int, cost: Cost, computed: Cost, program: aot.Program | None) -> Row:
@@ -134,7 +142,7 @@ def _with_compiled(cost: Callable[[int], Cost], side: str, compiled: aot.Compile
     return plan.with_collectives(cost, seen)
 
 
-def make_row(name: str, setup: Setup, config: Config, compiled: aot.Compiled | None) -> Row:
+def make_row(name: str, setup: Setup, config: Config, compiled: aot.Compiled | None, exhausted: bool = False) -> Row:
     """Everything that is known of one target and one draft on one topology, as plain values.
 
     Args:
@@ -142,6 +150,7 @@ def make_row(name: str, setup: Setup, config: Config, compiled: aot.Compiled | N
       setup: the plan.
       config: as `configs/plan.py` has it.
       compiled: what XLA made of it, or None.
+      exhausted: whether XLA found that it does not fit.
     """
     computed = {side: plan.call_cost(setup, side) for side in plan.SIDES}
     cost = {side: _with_compiled(computed[side], side, compiled) for side in plan.SIDES}
@@ -191,7 +200,8 @@ def make_row(name: str, setup: Setup, config: Config, compiled: aot.Compiled | N
             "needed": fit.needed,
             "available": fit.available,
         },
-        "fits": fit.fits,
+        "exhausted": exhausted,
+        "fits": fit.fits and not exhausted,
         "remedies": fit.remedies,
         "step": {
             "collectives": _collectives(compiled.step.collectives),
@@ -239,11 +249,11 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
     rows = []
     for name, setup in setups(config).items():
-        compiled = None
-        if setup.topology.chip.tpu and config.compile:
+        compiled, compiles = None, setup.topology.chip.tpu and config.compile
+        if compiles:
             with view.status(f"Compiling {config.target} with {name} for {setup.topology.name} (a minute or two)"):
                 compiled = _compiled(setup, config)
-        rows.append(make_row(name, setup, config, compiled))
+        rows.append(make_row(name, setup, config, compiled, exhausted=compiles and compiled is None))
     workdir.mkdir(parents=True, exist_ok=True)
     results.write(workdir / "config.json", results.to_json(config.to_dict()))
     results.write(workdir / "summary.md", plan_report.markdown(config.name, rows))

@@ -32,6 +32,8 @@ def fit(row: Row) -> str:
     if not row["compiled"]:
         sizes += ", temporaries not counted"
     where = f"{row['target']} with {row['draft']} on {row['topology']}, batch {row['batch_size']}"
+    if row["exhausted"]:
+        sizes += ", and XLA finds no room for its temporaries with them, even for few layers"
     if row["fits"]:
         return f"Fits: {where}: {sizes}."
     if not row["remedies"]:

@@ -239,11 +239,11 @@ def _combine(programs: list[tuple[float, Program]]) -> Program:
         found = [(weight, program.collectives.get(key, (0.0, 0.0, 0.0))) for weight, program in programs]
         number, size = (sum(weight * count[i] for weight, count in found) for i in (0, 1))
         counts[key] = (number, size, max(count[2] for _, count in found))
-    unknown = {"bytes_accessed": None, "optimal_seconds": None, "collectives": counts}
-    summed = {name: add(name) for name in Program._fields if name not in unknown}
+    values: dict[str, Any] = {"bytes_accessed": None, "optimal_seconds": None, "collectives": counts}
+    values |= {name: add(name) for name in Program._fields if name not in values}
     # A line through two programs may lie below either, where XLA has fused one of them better.
-    most = max(program.temporary_bytes for _, program in programs)
-    return Program(**(summed | unknown | {"temporary_bytes": max(summed["temporary_bytes"], most)}))
+    values["temporary_bytes"] = max(values["temporary_bytes"], *(program.temporary_bytes for _, program in programs))
+    return Program(**values)
 
 
 def _samples(layers: int, every: bool) -> list[tuple[float, int]]:

@@ -245,8 +245,10 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     if _claim(config, workdir, overwrite):
         view.line(f"The plan is finished in {workdir}{os.sep}; --overwrite makes it anew.")
         return
-    # Nothing is computed: whatever accelerator is here stays free.
+    # Nothing is computed: whatever accelerator is here stays free. And a program for a TPU that is not here can be
+    # written to the compilation cache, but not read from it.
     jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
     rows = []
     for name, setup in setups(config).items():
         compiled, compiles = None, setup.topology.chip.tpu and config.compile

@@ -25,8 +25,14 @@ from specjax.plan import Setup, Sharded
 from specjax.types import History, Proposal, SamplingOptions, StepKeys
 from specjax.verify import Rule
 
-# Without these, libtpu asks a metadata server what machine it is on, and complains that there is none.
-_MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v4-8"}
+# Without the first three, libtpu asks a metadata server what machine it is on, and complains that there is none.
+# Without the last, only one process at a time may load it, which is meant for those that use a TPU.
+_MACHINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 FEW, MORE = 2, 4
 """Layers that are compiled in the place of many."""
@@ -47,7 +53,7 @@ def make_mesh(topology: Topology, data: int) -> Mesh:
     """The mesh of a topology that is not here, `data` times `model`.
 
     Raises:
-      ValueError: where libtpu is not installed or does not know the topology.
+      ValueError: where libtpu is not installed, does not know the topology, or cannot be loaded.
     """
     from jax.experimental import topologies
 
@@ -72,7 +78,7 @@ def make_mesh(topology: Topology, data: int) -> Mesh:
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"topology={topology.name!r}: libtpu does not know it ({reason}); even sizes of 2, 4, 8 ... exist."
+            f"topology={topology.name!r}: libtpu does not give it ({reason}). There are sizes of 1, 2, 4, 8 ..."
         ) from error
     devices = topologies.make_mesh(description, (data, topology.num_devices // data), ("data", "model")).devices
     return Mesh(devices, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -128,6 +128,28 @@ def _cache_axes(cache: Any) -> Any:
     return jax.tree.map(lambda x: cache_lib.AXES if x.ndim == len(cache_lib.AXES) else ("batch",), cache)
 
 
+@functools.lru_cache(maxsize=64)
+def _state_shapes(
+    target: ModelConfig,
+    draft: ModelConfig,
+    num_draft_tokens: int,
+    batch_size: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    max_len: int,
+) -> DecodeState:
+    """The loop's state after the prefill, wherever it lies."""
+    model, drafter = families.model(target), drafters.model(families.model(draft), num_draft_tokens=num_draft_tokens)
+    inputs, options = decode.read_inputs(model, [[0] * prompt_tokens] * batch_size), sampling.options(batch_size)
+
+    def prefill(params: Params) -> DecodeState:
+        return decode.prefill(
+            model, drafter, params, inputs, max_new_tokens=max_new_tokens, options=options, max_len=max_len
+        )
+
+    return jax.eval_shape(prefill, Params(families.abstract_params(target), families.abstract_params(draft)))
+
+
 @functools.lru_cache(maxsize=8)
 def shard(setup: Setup, mesh: Mesh | AbstractMesh) -> Sharded:
     """The abstract arguments of the step, laid out on a mesh."""
@@ -139,20 +161,14 @@ def shard(setup: Setup, mesh: Mesh | AbstractMesh) -> Sharded:
         models[side] = model._replace(apply=jax.named_scope(f"{side}_call")(model.apply))
     drafter = drafters.model(models["draft"], num_draft_tokens=setup.num_draft_tokens)
     drafter = drafter._replace(propose=jax.named_scope("drafting")(drafter.propose))
-    shapes = Params(*(families.abstract_params(setup.side(side)) for side in SIDES))
-    inputs = decode.read_inputs(models["target"], [[0] * setup.prompt_tokens] * setup.batch_size)
-    options = sampling.options(setup.batch_size)
-    state = jax.eval_shape(
-        lambda params: decode.prefill(
-            models["target"],
-            drafter,
-            params,
-            inputs,
-            max_new_tokens=setup.max_new_tokens,
-            options=options,
-            max_len=setup.buffer,
-        ),
-        shapes,
+    state = _state_shapes(
+        setup.target,
+        setup.draft,
+        setup.num_draft_tokens,
+        setup.batch_size,
+        setup.prompt_tokens,
+        setup.max_new_tokens,
+        setup.buffer,
     )
 
     def place(tree: Tree, axes: Any, side: str = "target") -> Tree:
@@ -213,6 +229,7 @@ def with_layers(setup: Setup, target: int, draft: int) -> Setup:
     )
 
 
+@functools.lru_cache(maxsize=64)
 def memory(setup: Setup) -> Memory:
     """What lies in each device's memory, temporaries not counted."""
     mesh = abstract_mesh(setup)

@@ -478,7 +478,7 @@ def test_errors_are_one_line(values, words, tmp_path, capsys, monkeypatch):
 def test_a_slice_that_libtpu_does_not_know_is_one_line(tmp_path, capsys):
     assert launch.main(_launch(tmp_path, topology="v5e:3x5")) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: topology='v5e:3x5': libtpu does not know it")
+    assert error.startswith("error: topology='v5e:3x5': libtpu does not give it")
     assert error.count("\n") == 1
 
 

@@ -140,6 +140,49 @@ def replicate_rest(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, tree)
 
 
+def abstract(tree: Any, axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
+    """`tree`, of `jax.ShapeDtypeStruct`s, with the sharding in each that `shard` would give it.
+
+    Args:
+      tree: a pytree of shapes.
+      axes: the same pytree with a tuple of axis names in each array's place.
+      mesh: where they would lie.
+      rules: logical to mesh axes.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    names = treedef.flatten_up_to(axes)
+    return treedef.unflatten(
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named_sharding(mesh, x.shape, a, rules))
+        for x, a in zip(leaves, names, strict=True)
+    )
+
+
+def fitting(tree: Any, axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Rules:
+    """The rules, but what does not divide over its mesh axis in some array of `tree` is replicated in all.
+
+    For plans and reports, which say so: whoever places arrays decides that for himself (`override`).
+
+    Args:
+      tree: a pytree of arrays or shapes.
+      axes: the same pytree with a tuple of axis names in each array's place.
+      mesh: where they would lie.
+      rules: logical to mesh axes.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    table = dict(rules)
+    sizes = [
+        (name, size)
+        for x, names in zip(leaves, treedef.flatten_up_to(axes), strict=True)
+        for name, size in zip(names, x.shape, strict=True)
+    ]
+    whole = {
+        name: None
+        for name, size in sizes
+        if name is not None and table[name] in mesh.shape and size % mesh.shape[table[name] or ""]
+    }
+    return override(rules, **whole)
+
+
 def constrain(x: jax.Array, axes: Axes, rules: Rules = RULES) -> jax.Array:
     """Keeps an activation split as its logical axes say; without a mesh (`jax.set_mesh`), does nothing.
 

@@ -1,7 +1,12 @@
-"""The catalogue of planted bugs is printed at the end of a run: which check caught which."""
+"""Tests run on the CPU; the catalogue of planted bugs is printed at the end: which check caught which."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+
+# Before JAX starts, and for processes that tests start: libtpu is here to compile, and there need be no TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import pytest

@@ -1,14 +1,13 @@
 """Run by test_sharding in a process with 8 virtual CPU devices: compiles and decodes on a mesh, prints JSON."""
 
+import collections
 import json
-import re
 import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from specjax import decode, drafters, sampling, sharding, verify
+from specjax import decode, drafters, hlo, sampling, sharding, verify
 from specjax.api import on_mesh
 from specjax.models import families
 from specjax.models.config import DecoderConfig
@@ -44,17 +43,13 @@ def main() -> None:
         compiled = decode.advance.lower(model, drafter, verify.rejection, both_params, state, jnp.int32(9)).compile()
     text = compiled.as_text() or ""
     shard = state.cache.keys[0].addressable_shards[0].data.shape
-    local = ",".join(map(str, shard))
     report["cache_shape"] = state.cache.keys[0].shape
     report["cache_shard"] = shard
-    report["cache_copies"] = len(re.findall(rf"f32\[{local}\]\S* copy\(", text))
-    whole = re.findall(r"(?:all-gather|all-to-all|collective-permute)\S* = f32\[([\d,]*)\]", text)
-    report["gathered"] = sorted({int(np.prod([int(n) for n in shape.split(",") if n] or [1])) for shape in whole})
-    report["cache_layer_size"] = int(np.prod(state.cache.keys[0].shape))
-    report["collectives"] = {
-        kind: len(re.findall(rf" {kind}(?:-start)?\(", text))
-        for kind in ("all-reduce", "all-gather", "all-to-all", "collective-permute")
-    }
+    report["cache_copies"] = len(hlo.copies(text, [shard]))
+    found = hlo.collectives(text)
+    report["gathered_bytes"] = max((c.size_in_bytes for c in found if c.kind != "all-reduce"), default=0)
+    report["cache_layer_bytes"] = state.cache.keys[0].nbytes
+    report["collectives"] = dict(collections.Counter(c.kind for c in found))
     with on_mesh(mesh):
         state = decode.generate(model, drafter, verify.rejection, both_params, state)
     report["cache_shard_after"] = state.cache.keys[0].addressable_shards[0].data.shape

@@ -9,6 +9,7 @@ EXPERIMENTS = {
     "compare": "specjax.experiments.compare:run",
     "count": "specjax.experiments.count:run",
     "leviathan": "specjax.experiments.leviathan:run",
+    "plan": "specjax.experiments.plan:run",
     "train": "specjax.experiments.train:run",
 }
 """`module:function` by name, imported when asked for. The function takes `(config, workdir, *, overwrite)`."""

@@ -95,3 +95,23 @@ def write(directory: pathlib.Path, shown: Sequence[Row]) -> list[str]:
     for name, figure in figures.items():
         figure.savefig(directory / name, dpi=130)
     return list(figures)
+
+
+def plan(rows: Sequence[Row]) -> Figure:
+    """Predicted time of a target call against the tokens that it scores, and of a token against K, for each draft."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    first = rows[0]
+    times = first["target_ms_by_tokens"]
+    left.plot(range(1, len(times) + 1), times, "o-", color=_BLUE, markersize=3, label=f"target: {first['target']}")
+    for row, color in zip(rows, itertools.cycle((_ORANGE, _GREY, _BLUE)), strict=False):
+        left.axhline(row["draft_ms"], color=color, linestyle="--", linewidth=1.2, label=f"draft, T = 1: {row['draft']}")
+        by_k, best = row["ms_per_token_by_draft_tokens"], row["best_num_draft_tokens"]
+        right.plot(range(len(by_k)), by_k, "o-", color=color, markersize=3, label=f"{row['draft']}, best K = {best}")
+        right.plot(best, by_k[best], "D", color=color, markersize=7, fillstyle="none")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=8)
+    _clean(left, f"A call at the roofline of {first['topology']} (prediction)", "tokens T that it reads", "ms")
+    _clean(right, f"A token at alpha = {first['alpha']:g} (prediction)", "draft tokens K a step", "ms")
+    return figure

@@ -1,0 +1,133 @@
+"""Reads compiled XLA programs: what they copy, what they send between devices, and where in them.
+
+XLA prints one instruction a line, `%name = TYPE opcode(operands), ..., metadata={op_name="..."}`. A type may end in the
+memory space that it lies in: `{...S(1)}` and higher are on-chip memories, none is the device's main memory.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+"""What moves data between devices."""
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9-]*)\(")
+_ARRAY = re.compile(r"\b(?P<dtype>[a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[(?P<shape>[0-9,]*)\](?P<layout>\{[^}]*\})?")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_SPACE = re.compile(r"S\((\d+)\)")
+
+
+class Array(NamedTuple):
+    """An array that an instruction makes.
+
+    Attributes:
+      dtype: as XLA writes it, such as "bf16".
+      shape: on one device.
+      space: the number of its memory space; 0 is the main memory.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    space: int
+
+    @property
+    def size_in_bytes(self) -> int:
+        """Without padding; what has less than a byte counts one."""
+        bits = re.match(r"[a-z]+(\d+)", self.dtype)
+        return math.prod(self.shape) * max(int(bits[1]) // 8, 1) if bits else math.prod(self.shape)
+
+
+class Instruction(NamedTuple):
+    """A line of a program.
+
+    Attributes:
+      opcode: such as "dot" or "all-reduce-start".
+      arrays: what it makes; several where it makes a tuple.
+      op_name: the path of the JAX operation that it stems from; empty where XLA names none.
+      text: the line.
+    """
+
+    opcode: str
+    arrays: tuple[Array, ...]
+    op_name: str
+    text: str
+
+
+class Collective(NamedTuple):
+    """A collective as it stands in a program, once, however often it runs.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      size_in_bytes: of its result on one device.
+      op_name: the path of the JAX operation that it stems from.
+    """
+
+    kind: str
+    size_in_bytes: int
+    op_name: str
+
+
+def instructions(program: str) -> Iterator[Instruction]:
+    """The instructions of a program, of all its computations, in order.
+
+    Args:
+      program: as `compiled.as_text()` gives it.
+    """
+    for line in program.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        arrays = tuple(
+            Array(
+                found["dtype"],
+                tuple(int(n) for n in found["shape"].split(",") if n),
+                int(space[1]) if (space := _SPACE.search(found["layout"] or "")) else 0,
+            )
+            for found in _ARRAY.finditer(match["type"])
+        )
+        name = _OP_NAME.search(line)
+        yield Instruction(match["opcode"], arrays, name[1] if name else "", line.strip())
+
+
+def collectives(program: str) -> list[Collective]:
+    """What a program sends between devices.
+
+    Args:
+      program: as `compiled.as_text()` gives it.
+    """
+    found = []
+    for instruction in instructions(program):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        sizes = [array.size_in_bytes for array in instruction.arrays]
+        # What starts anything but an all-reduce makes a tuple of its operand, its result and bookkeeping.
+        asynchronous = instruction.opcode != kind and kind != "all-reduce"
+        found.append(Collective(kind, max(sizes) if asynchronous else sum(sizes), instruction.op_name))
+    return found
+
+
+def copies(program: str, shapes: Sequence[Sequence[int]]) -> list[str]:
+    """The instructions that copy an array of one of these shapes within the main memory.
+
+    What is brought into an on-chip memory, and back from it, is no copy: it is read and written there anyway.
+
+    Args:
+      program: as `compiled.as_text()` gives it.
+      shapes: on one device.
+
+    Raises:
+      ValueError: where the program has no array of one of the shapes: nothing could be found.
+    """
+    wanted = {tuple(shape) for shape in shapes}
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for instruction in instructions(program):
+        here = [array for array in instruction.arrays if array.shape in wanted]
+        seen.update(array.shape for array in here)
+        if instruction.opcode in ("copy", "copy-start") and here and all(array.space == 0 for array in here):
+            found.append(instruction.text)
+    if missing := sorted(wanted - seen):
+        raise ValueError(f"The program has no array of shape {missing[0]}: give the shapes of one device's part.")
+    return found

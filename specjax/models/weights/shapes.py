@@ -1,0 +1,52 @@
+"""The shape of a published model, without its weights."""
+
+import dataclasses
+import pathlib
+
+from specjax.models import presets
+from specjax.models.config import ModelConfig
+from specjax.models.weights import checkpoint, huggingface, t5_mapping
+
+
+def _download(repo_id: str) -> pathlib.Path:
+    """The directory of a hub repository's `config.json`, which alone is downloaded."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(repo_id, "config.json")).parent
+    except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(
+            f"{repo_id!r} is no preset ({', '.join(presets.PRESETS)}) and no directory, and the Hugging Face hub did "
+            f"not give its config.json ({reason}): check the name and the network."
+        ) from error
+
+
+def read(source: str | pathlib.Path, dtype: str = "bfloat16") -> ModelConfig:
+    """Reads the shape of a model.
+
+    Args:
+      source: the name of a preset (`models.presets`), a directory with `config.json` or one that `save` wrote, or a hub
+        id.
+      dtype: "float32" or "bfloat16", that of the parameters, the products and the cache.
+
+    Raises:
+      FileNotFoundError: for a directory without either file.
+      OSError: where the hub does not give the file.
+      ValueError: for a model that specjax does not compute, or a broken file.
+    """
+    if str(source) in presets.PRESETS:
+        return dataclasses.replace(presets.get(str(source)), dtype=dtype)
+    path = pathlib.Path(source).expanduser()
+    if not path.is_dir():
+        path = _download(str(source))
+    if (path / checkpoint.CONFIG_FILE).is_file():
+        config = checkpoint.config_from_json(huggingface.read_json(path / checkpoint.CONFIG_FILE)["config"])
+        return dataclasses.replace(config, dtype=dtype)
+    raw = huggingface.read_json(path / "config.json")
+    if raw.get("model_type") in t5_mapping.MODEL_TYPES:
+        # The weights would tell; transformers ties the two unless told otherwise.
+        names = () if raw.get("tie_word_embeddings", True) else (t5_mapping.HEAD,)
+        return t5_mapping.parse_config(raw, names, dtype)
+    return huggingface.parse_config(raw, dtype)

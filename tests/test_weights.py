@@ -696,7 +696,7 @@ def test_save_and_load_a_pretrained_model(tmp_path):
 # ---- meshes and start-up, each in a process of its own
 
 MESH = """
-import sys, jax, numpy as np
+import sys, jax, numpy as np, specjax
 from specjax import pretrained, sharding
 from specjax.models import families
 assert jax.device_count() == 4
@@ -718,6 +718,21 @@ for tree in (placed.params, again.params):
         np.testing.assert_array_equal(x, y)
     jax.tree.map(check, host.params, tree, axes)
 assert again.params["layers"][0]["mlp"]["down"].addressable_shards[0].data.shape == (10, 16)
+
+# A checkpoint on meshes other than the one that wrote it.
+for sizes in ({"model": 4}, {"data": 4}, {"data": 2, "width": 2}):
+    other = sharding.make_mesh(**sizes)
+    elsewhere = sharding.override(sharding.RULES_2D, vocab=None, kv_heads=None)
+    moved = pretrained.load(sys.argv[2], mesh=other, rules=elsewhere)
+    jax.tree.map(np.testing.assert_array_equal, host.params, moved.params)
+
+# Two key/value heads on four devices: each on two, and the same text.
+four = sharding.make_mesh(model=4)
+repeated = pretrained.load(sys.argv[1], mesh=four, rules=rules)
+assert (repeated.config.num_kv_heads, host.config.num_kv_heads) == (4, 2)
+prompts, options = [[1, 2, 3, 4, 1, 2], [9, 9]], {"max_new_tokens": 12, "temperature": [0.0, 1.0]}
+texts = [specjax.generate(model, prompts, **options).tokens for model in (host, repeated)]
+assert texts[0] == texts[1], texts
 """
 
 

@@ -254,4 +254,5 @@ def load(
         heads = permuted.get(name.split(".")[-2])
         return array if heads is None else mapping.unpermute(array, heads)
 
-    return config, mapping.from_huggingface(config, get, mesh=mesh, rules=rules)
+    config, repeated = mapping.repeat_kv_heads(config, get, mesh, rules)
+    return config, mapping.from_huggingface(config, repeated, mesh=mesh, rules=rules)

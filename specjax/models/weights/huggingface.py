@@ -168,7 +168,8 @@ def load(
     config = parse_config(raw, dtype)
     sources = naming.sources(raw["model_type"], config, shards.names())
     mapping.check_names({source.name for source in sources.values()}, shards.names(), str(directory))
-    return config, mapping.from_huggingface(config, naming.reader(sources, shards.get), mesh=mesh, rules=rules)
+    config, tensors = mapping.repeat_kv_heads(config, naming.reader(sources, shards.get), mesh, rules)
+    return config, mapping.from_huggingface(config, tensors, mesh=mesh, rules=rules)
 
 
 def download(repo_id: str) -> pathlib.Path:

@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
     config.fixed_shape = False
     config.mesh_data = 1  # Devices to split the batch over ...
     config.mesh_model = 1  # ... and the matrices.
+    config.draft_sharding = "split"  # Or replicated: every device has all of the draft.
 
     config.repeats = 3  # Each side decodes each batch so often; medians count.
     # Time of a drafting step over that of a plain step, which drafts have to win back, or a row stops drafting for a

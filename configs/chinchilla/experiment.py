@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # Or bfloat16.
     config.mesh_data = 1  # Devices to split the batch over ...
     config.mesh_model = 1  # ... and the matrices.
+    config.draft_sharding = "split"  # Or replicated: every device has all of the draft.
     return config
 
 

@@ -59,7 +59,9 @@ def check(config: Config) -> None:
     Raises:
       ValueError: naming the key, its value and the remedy.
     """
-    for key, choices in (("task", TASKS), ("drafter", ("model", "ngram")), ("dtype", compare.CHOICES["dtype"])):
+    choices_of = {"task": TASKS, "drafter": ("model", "ngram")}
+    choices_of |= {key: compare.CHOICES[key] for key in ("dtype", "draft_sharding")}
+    for key, choices in choices_of.items():
         if config[key] not in choices:
             raise ValueError(f"config.{key}={config[key]!r}: choose one of {', '.join(choices)}.")
     if not config.target:

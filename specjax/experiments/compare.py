@@ -31,6 +31,7 @@ CHOICES = {
     "drafter": ("model", "ngram", "none", "table", "retrieval"),
     "dtype": ("float32", "bfloat16"),
     "chat": ("auto", "true", "false"),
+    "draft_sharding": ("split", "replicated"),
 }
 
 _WITH_DRAFT = {"model": "SOURCE", "table": "PATH (of configs/count.py)", "retrieval": "PATH (of configs/count.py)"}
@@ -195,17 +196,18 @@ def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafte
     if config.mesh_data * config.mesh_model > 1:
         mesh = sharding.make_mesh(data=config.mesh_data, model=config.mesh_model)
 
-    def read(source: str) -> Pretrained:
+    def read(source: str, rules: sharding.Rules = sharding.RULES) -> Pretrained:
         with view.status(f"Loading {source} (the first time, this downloads it)"):
-            loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh)
+            loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh, rules=rules)
             jax.block_until_ready(loaded.params)
         return loaded
 
     target = read(config.target)
+    draft_rules = sharding.REPLICATED if config.draft_sharding == "replicated" else sharding.RULES
     if target.tokenizer is None:
         raise ValueError(f"The target {config.target} has no tokenizer: save one beside it (tokenizer.json).")
     if config.drafter == "model":
-        draft = target if config.draft == config.target else read(config.draft)
+        draft = target if config.draft == config.target else read(config.draft, draft_rules)
         return target, lambda k: drafters.model(draft, num_draft_tokens=k)
     shortest, longest = config.min_match, max(config.min_match, 8)
     if config.drafter == "ngram":

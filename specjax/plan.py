@@ -108,17 +108,24 @@ def abstract_mesh(setup: Setup) -> AbstractMesh:
     return AbstractMesh(setup.mesh_shape, ("data", "model"), axis_types=types)
 
 
+def _wanted_rules(setup: Setup, side: str) -> sharding.Rules:
+    return sharding.REPLICATED if side == "draft" and setup.draft_replicated else sharding.RULES
+
+
+def placed_config(setup: Setup, side: str) -> ModelConfig:
+    """The shape of one side as it lies on the mesh: its key/value heads repeated, where more devices share them."""
+    return families.repeat_kv_heads(setup.side(side), abstract_mesh(setup), _wanted_rules(setup, side))
+
+
 def rules_of(setup: Setup, side: str, mesh: Mesh | AbstractMesh) -> sharding.Rules:
     """The rules of one side: those of everybody, with what does not divide replicated."""
-    config, rules = setup.side(side), sharding.RULES
-    if side == "draft" and setup.draft_replicated:
-        rules = sharding.override(rules, **{name: None for name, axis in rules if axis == "model"})
+    config, rules = placed_config(setup, side), _wanted_rules(setup, side)
     return sharding.fitting(families.abstract_params(config), families.param_axes(config), mesh, rules)
 
 
 def _place_params(setup: Setup, side: str, mesh: Mesh | AbstractMesh) -> Tree:
     """The abstract parameters of one side, laid out on a mesh."""
-    config = setup.side(side)
+    config = placed_config(setup, side)
     shapes, axes = families.abstract_params(config), families.param_axes(config)
     return sharding.abstract(shapes, axes, mesh, rules_of(setup, side, mesh))
 
@@ -156,14 +163,14 @@ def shard(setup: Setup, mesh: Mesh | AbstractMesh) -> Sharded:
     rules = {side: rules_of(setup, side, mesh) for side in SIDES}
     models = {}
     for side in SIDES:
-        model = families.model(setup.side(side), rules[side])
+        model = families.model(placed_config(setup, side), rules[side])
         # The scope is to be seen in the compiled program's names, and changes nothing.
         models[side] = model._replace(apply=jax.named_scope(f"{side}_call")(model.apply))
     drafter = drafters.model(models["draft"], num_draft_tokens=setup.num_draft_tokens)
     drafter = drafter._replace(propose=jax.named_scope("drafting")(drafter.propose))
     state = _state_shapes(
-        setup.target,
-        setup.draft,
+        placed_config(setup, "target"),
+        placed_config(setup, "draft"),
         setup.num_draft_tokens,
         setup.batch_size,
         setup.prompt_tokens,
@@ -350,7 +357,7 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
             # A product with the cache has its rows split already; one with a parameter runs for the device's own rows.
             divisors = [shards[i] * (setup.data if i < num_params else 1) for i in known]
             flops += product.flops / max(divisors, default=setup.data)
-        reduced = list(_reduced(setup.side(side), params, read, looked_up)) if setup.mesh_shape[1] > 1 else []
+        reduced = list(_reduced(placed_config(setup, side), params, read, looked_up)) if setup.mesh_shape[1] > 1 else []
         return Cost(
             flops,
             local_bytes([arguments[i] for i in read if i < num_params]),

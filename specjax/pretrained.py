@@ -91,7 +91,7 @@ def load(
       dtype: "float32" or "bfloat16", that of the parameters, the products and the cache.
       mesh: where to place the parameters, split by `rules`; None for the default device. Each process reads only what
         its own devices hold. Where the mesh splits key/value heads over more devices than there are, each head is
-        stored on several (`mapping.repeat_kv_heads`), and the configuration says so.
+        stored on several (`families.repeat_kv_heads`), and the configuration says so.
       rules: logical to mesh axes; a draft may have others than its target, such as `sharding.REPLICATED`.
 
     Returns:

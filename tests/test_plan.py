@@ -199,13 +199,20 @@ def test_rows_are_split_over_data_and_a_replicated_draft_needs_no_collectives():
     assert draft.parameter_bytes > 3.9 * plan.call_cost(setup_of(), "draft")(1).parameter_bytes
 
 
-def test_heads_that_do_not_divide_are_replicated_and_named():
-    setup = setup_of(topology="v5e:2x4")
-    assert plan.replicated(setup, "target") == ["kv_heads"]
-    assert plan.replicated(setup_of(), "target") == []
-    cost, four = (plan.call_cost(s, "target")(1) for s in (setup, setup_of()))
+def test_heads_that_do_not_divide_are_repeated_or_replicated_and_named():
+    four, eight = setup_of(), setup_of(topology="v5e:2x4")
+    # Eight query heads with four key/value heads: on eight devices, each has one of both.
+    assert plan.placed_config(eight, "target") == dataclasses.replace(WIDE, num_kv_heads=8)
+    assert plan.replicated(eight, "target") == plan.replicated(four, "target") == []
+    cost, fewer = (plan.call_cost(setup, "target")(1) for setup in (eight, four))
+    assert cost.all_reduces == fewer.all_reduces
+    assert cost.cache_bytes == pytest.approx(fewer.cache_bytes, rel=0.01)
+    assert cost.parameter_bytes < 0.6 * fewer.parameter_bytes
+    # Four query heads cannot be shared by eight devices.
+    assert plan.replicated(eight, "draft") == ["kv_heads"]
+    cost, fewer = (plan.call_cost(setup, "draft")(1) for setup in (eight, four))
     # Attention's product needs no sum over devices that all have it whole.
-    assert cost.all_reduces == four.all_reduces - WIDE.num_layers
+    assert cost.all_reduces == fewer.all_reduces - NARROW.num_layers
 
 
 def test_the_forecast_is_theorem_3_8():

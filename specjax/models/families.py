@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from specjax import sharding
 from specjax.models import decoder, graph, layers, t5
@@ -49,6 +50,30 @@ def init_params(config: ModelConfig, key: jax.Array) -> Tree:
 def num_params(config: ModelConfig) -> int:
     """How many numbers the parameters are."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def repeat_kv_heads(config: ModelConfig, mesh: Mesh | AbstractMesh | None, rules: sharding.Rules) -> ModelConfig:
+    """The shape with every key/value head as often as devices have to share it.
+
+    Where a mesh splits the heads over more devices than there are, but no more than there are query heads, each device
+    gets one head with the queries that are its own: weights and queries stay split, no product needs another
+    all-reduce, and no device's cache is larger than it would be with that head whole.
+
+    Args:
+      config: the shape.
+      mesh: where the parameters will be, or None.
+      rules: logical to mesh axes.
+
+    Returns:
+      the shape, unchanged where the heads divide, or repeating does not help.
+    """
+    axis = dict(rules)["kv_heads"]
+    if mesh is None or axis is None or not isinstance(config, DecoderConfig):
+        return config
+    devices = dict(mesh.shape).get(axis, 1)
+    if config.num_kv_heads % devices == 0 or devices % config.num_kv_heads or config.num_heads % devices:
+        return config
+    return dataclasses.replace(config, num_kv_heads=devices)
 
 
 def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tree]:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from specjax import sharding
+from specjax.models import families
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
 from specjax.models.weights import mapping
 from specjax.types import Tree
@@ -254,5 +255,7 @@ def load(
         heads = permuted.get(name.split(".")[-2])
         return array if heads is None else mapping.unpermute(array, heads)
 
-    config, repeated = mapping.repeat_kv_heads(config, get, mesh, rules)
-    return config, mapping.from_huggingface(config, repeated, mesh=mesh, rules=rules)
+    placed = families.repeat_kv_heads(config, mesh, rules)
+    return placed, mapping.from_huggingface(
+        placed, mapping.repeat_kv_heads(config, placed, get), mesh=mesh, rules=rules
+    )

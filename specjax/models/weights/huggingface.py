@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from specjax import sharding
+from specjax.models import families
 from specjax.models.config import DecoderConfig, ModelConfig
 from specjax.models.weights import decoder_configs, lazy, mapping, naming, t5_mapping
 from specjax.types import Tree
@@ -168,8 +169,9 @@ def load(
     config = parse_config(raw, dtype)
     sources = naming.sources(raw["model_type"], config, shards.names())
     mapping.check_names({source.name for source in sources.values()}, shards.names(), str(directory))
-    config, tensors = mapping.repeat_kv_heads(config, naming.reader(sources, shards.get), mesh, rules)
-    return config, mapping.from_huggingface(config, tensors, mesh=mesh, rules=rules)
+    placed = families.repeat_kv_heads(config, mesh, rules)
+    tensors = mapping.repeat_kv_heads(config, placed, naming.reader(sources, shards.get))
+    return placed, mapping.from_huggingface(placed, tensors, mesh=mesh, rules=rules)
 
 
 def download(repo_id: str) -> pathlib.Path:

@@ -6,7 +6,6 @@ fuses what reads the same input, and stores it as `layers.stored` says. One arra
 time, and of that only what this process's devices hold.
 """
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -169,37 +168,25 @@ def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable
 
 
 def repeat_kv_heads(
-    config: DecoderConfig, tensors: Callable[[str], Tensor], mesh: Mesh | None, rules: sharding.Rules
-) -> tuple[DecoderConfig, Callable[[str], Tensor]]:
-    """The same model with every key/value head as often as devices have to share it.
-
-    Where a mesh splits the heads over more devices than there are, but no more than there are query heads, each device
-    gets one head with the queries that are its own: the weights and the queries stay split, no product needs another
-    all-reduce, and the cache is no larger on any device than it would be with that head whole.
+    config: DecoderConfig, repeated: DecoderConfig, tensors: Callable[[str], Tensor]
+) -> Callable[[str], Tensor]:
+    """The tensors of `families.repeat_kv_heads`.
 
     Args:
-      config: the shape.
-      tensors: the tensors of that shape, by name.
-      mesh: where the parameters will be, or None.
-      rules: logical to mesh axes.
-
-    Returns:
-      the shape with the repeated heads, and its tensors; unchanged where the heads divide, or repeating does not help.
+      config: the shape of the tensors.
+      repeated: the same with more key/value heads.
+      tensors: by name.
     """
-    axis, heads = dict(rules)["kv_heads"], config.num_kv_heads
-    devices = 1 if mesh is None or axis is None else mesh.shape.get(axis, 1)
-    if heads % devices == 0 or devices % heads or config.num_heads % devices:
-        return config, tensors
-    times = devices // heads
+    heads, times = config.num_kv_heads, repeated.num_kv_heads // config.num_kv_heads
 
     def get(name: str) -> Tensor:
         array = tensors(name)
-        if name.split(".")[-2] not in ("k_proj", "v_proj"):
+        if times == 1 or name.split(".")[-2] not in ("k_proj", "v_proj"):
             return array
         each = array.reshape(heads, 1, config.head_dim, *array.shape[1:])
         return np.concatenate([each] * times, axis=1).reshape(times * array.shape[0], *array.shape[1:])
 
-    return dataclasses.replace(config, num_kv_heads=devices), get
+    return get
 
 
 def _fuse_qkv(config: DecoderConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -159,29 +159,30 @@ def measure_costs(
         tokens = jnp.zeros((rows, width), jnp.int32)
         return _Timed(lambda carry, n: run(params.target, carry, n), (copied, tokens))
 
+    def propose(params: Any, state: DecodeState, drafter_state: Any, shift: Array) -> tuple[Any, Array, Any]:
+        room = jnp.full(rows, k, jnp.int32)
+        length = state.length + shift
+        history = decode.history_of(state)._replace(length=length)
+        keys = jax.vmap(lambda key: jax.random.split(key, k))(state.seed)
+        context = Context(history, keys, room, state.sampling, target.vocab_size)
+        proposal, drafter_state = drafter.propose(params, drafter_state, context)
+        verdict = Verdict(jnp.zeros((rows, k + 1), jnp.int32), jnp.zeros(rows, jnp.int32))
+        feedback = Feedback(verdict, length, jnp.zeros((rows, k + 1, 1)))
+        # Token ids are never negative, but the compiler cannot know: the next round has to wait for this one.
+        shift = jnp.minimum(jnp.sum(proposal.tokens, axis=-1), 0)
+        # The distributions are part of the work, though nobody reads them here.
+        return drafter.update(params, drafter_state, feedback), shift, proposal.probs
+
     @jax.jit
     def draft(params: Any, state: DecodeState, carry: Any, n: Array) -> Any:
-        def body(_: Any, carry: Any) -> Any:
-            drafter_state, shift = carry
-            room = jnp.full(rows, k, jnp.int32)
-            length = state.length + shift
-            history = decode.history_of(state)._replace(length=length)
-            keys = jax.vmap(lambda key: jax.random.split(key, k))(state.seed)
-            context = Context(history, keys, room, state.sampling, target.vocab_size)
-            proposal, drafter_state = drafter.propose(params, drafter_state, context)
-            verdict = Verdict(jnp.zeros((rows, k + 1), jnp.int32), jnp.zeros(rows, jnp.int32))
-            feedback = Feedback(verdict, length, jnp.zeros((rows, k + 1, 1)))
-            # Token ids are never negative, but the compiler cannot know: the next round has to wait for this one.
-            shift = jnp.minimum(jnp.sum(proposal.tokens, axis=-1), 0)
-            return drafter.update(params, drafter_state, feedback), shift
-
-        return jax.lax.fori_loop(0, n, body, carry)
+        return jax.lax.fori_loop(0, n, lambda _, carry: propose(params, state, *carry[:2]), carry)
 
     loops = [score(1), score(k + 1)]
     if k:
-        copied = jax.tree.map(jnp.copy, state.drafter)
-        start = copied, jnp.zeros(rows, jnp.int32)
-        loops.append(_Timed(lambda carry, n: draft(params.draft, state, carry, n), start))
+        start = jax.tree.map(jnp.copy, state.drafter), jnp.zeros(rows, jnp.int32)
+        probs = jax.eval_shape(propose, params.draft, state, *start)[2]
+        carry = *start, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), probs)
+        loops.append(_Timed(lambda carry, n: draft(params.draft, state, carry, n), carry))
     seconds = np.asarray([[loop.per_call(calls) for loop in loops] for _ in range(repeats)])
     plain = float(np.median(seconds[:, 0]))
     ratios = np.median(seconds / seconds[:, :1], axis=0)

@@ -138,6 +138,9 @@ def test_the_report_holds_the_clock_against_the_theorem():
     assert close[0].startswith("4 of 4 cells lie within 15 %")
     assert far[0].startswith("0 of 4 cells lie within 15 %")
     assert any("SLOWER" in text for text in far)
+    # K c + scoring is all that a step takes in `close`, but for a tenth; and half of it in `far`.
+    assert "takes 1.42 plain ones (median); its model calls account for 1.28" in close[1]
+    assert "takes 2.56 plain ones (median); its model calls account for 1.28" in far[1]
     table = leviathan_report.table_2(measured(1.0))
     first = dict(zip(table[0], table[1], strict=True))
     assert first["Thm 3.8"] == f"{theory.walltime_factor(0.75, 7, 0.02):.2f}x"

@@ -22,7 +22,7 @@ from specjax import chips, decode, drafters, sampling, sharding, theory
 from specjax.chips import Topology
 from specjax.models import cache as cache_lib
 from specjax.models import families, layers
-from specjax.models.config import ModelConfig
+from specjax.models.config import DecoderConfig, ModelConfig
 from specjax.types import DecodeState, Drafter, Model, Params, Tree
 
 SIDES = ("target", "draft")
@@ -114,7 +114,10 @@ def _wanted_rules(setup: Setup, side: str) -> sharding.Rules:
 
 def placed_config(setup: Setup, side: str) -> ModelConfig:
     """The shape of one side as it lies on the mesh: its key/value heads repeated, where more devices share them."""
-    return families.repeat_kv_heads(setup.side(side), abstract_mesh(setup), _wanted_rules(setup, side))
+    config = setup.side(side)
+    if not isinstance(config, DecoderConfig):
+        return config
+    return families.repeat_kv_heads(config, abstract_mesh(setup), _wanted_rules(setup, side))
 
 
 def rules_of(setup: Setup, side: str, mesh: Mesh | AbstractMesh) -> sharding.Rules:

@@ -1,6 +1,7 @@
 """Run by test_sharding: decodes the same prompts on one device and on meshes, and prints both sides' texts as JSON.
 
 mesh_text_program.py                      eight virtual devices of one process, every mesh of `MESHES`
+mesh_text_program.py slow                 likewise, those of `SLOW`
 mesh_text_program.py PORT INDEX           one of two processes of two devices each, on a mesh of all four
 """
 
@@ -20,7 +21,7 @@ DECODER = DecoderConfig(
     vocab_size=256,
     hidden_size=64,
     intermediate_size=128,
-    num_layers=2,
+    num_layers=1,
     num_heads=16,
     num_kv_heads=8,
     head_dim=8,
@@ -31,8 +32,8 @@ T5 = T5Config(
     hidden_size=64,
     head_dim=8,
     intermediate_size=128,
-    num_encoder_layers=2,
-    num_layers=2,
+    num_encoder_layers=1,
+    num_layers=1,
     num_heads=8,
     gated=True,
     activation="gelu_new",
@@ -52,18 +53,37 @@ RULES = {
     "top_k_gap": verify.top_k(3, gap=1.0),
     "distance": verify.distance(2),
 }
-EVERYTHING = (
-    [("decoder", "model", rule) for rule in RULES]
+DRAFTERS = ("none", "ngram", "model", "table", "retrieval")
+
+Case = tuple[str, str, str]
+Meshes = dict[str, tuple[dict[str, int], sharding.Rules, sharding.Rules, list[Case]]]
+
+DECODERS: list[Case] = [("decoder", "model", "rejection")]
+BOTH: list[Case] = [*DECODERS, ("t5", "model", "rejection")]
+MAIN: list[Case] = [
+    *BOTH,
+    ("decoder", "model", "coupled"),
+    ("decoder", "ngram", "block"),
+    ("decoder", "model", "lenient"),
+]
+REST: list[Case] = (
+    [("decoder", "model", rule) for rule in ("block", "typical", "top_k", "top_k_gap", "distance")]
     + [("decoder", drafter, "rejection") for drafter in ("none", "ngram", "table", "retrieval")]
-    + [("t5", "model", "rejection"), ("t5", "ngram", "block")]
+    + [("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
-FEW = [("decoder", "model", "rejection"), ("t5", "model", "rejection")]
-MESHES: dict[str, tuple[dict[str, int], sharding.Rules, sharding.Rules, list[tuple[str, str, str]]]] = {
-    "2x4": ({"data": 2, "model": 4}, sharding.RULES, sharding.RULES, EVERYTHING),
-    "1x8": ({"model": 8}, sharding.RULES, sharding.RULES, FEW),
-    "8x1": ({"data": 8}, sharding.RULES, sharding.RULES, FEW),
-    "2x2x2": ({"data": 2, "model": 2, "width": 2}, sharding.RULES_2D, sharding.RULES_2D, FEW),
-    "2x4, replicated draft": ({"data": 2, "model": 4}, sharding.RULES, sharding.REPLICATED, FEW),
+SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D
+MESHES: Meshes = {
+    "2x4": ({"data": 2, "model": 4}, SPLIT, SPLIT, MAIN),
+    "1x8": ({"model": 8}, SPLIT, SPLIT, BOTH),
+    "8x1": ({"data": 8}, SPLIT, SPLIT, DECODERS),
+    "2x2x2": ({"data": 2, "model": 2, "width": 2}, TWICE, TWICE, DECODERS),
+    "2x4, replicated draft": ({"data": 2, "model": 4}, SPLIT, REPLICATED, DECODERS),
+}
+SLOW: Meshes = {
+    "2x4": ({"data": 2, "model": 4}, SPLIT, SPLIT, REST),
+    "8x1": ({"data": 8}, SPLIT, SPLIT, BOTH[1:]),
+    "2x2x2": ({"data": 2, "model": 2, "width": 2}, TWICE, TWICE, BOTH[1:]),
+    "2x4, replicated draft": ({"data": 2, "model": 4}, SPLIT, REPLICATED, BOTH[1:]),
 }
 
 
@@ -83,7 +103,7 @@ def load(family: str, seed: int, mesh: jax.sharding.Mesh | None, rules: sharding
 
 
 def text(
-    case: tuple[str, str, str], mesh: jax.sharding.Mesh | None, rules: sharding.Rules, draft_rules: sharding.Rules
+    case: Case, mesh: jax.sharding.Mesh | None, rules: sharding.Rules, draft_rules: sharding.Rules
 ) -> tuple[list[list[int]], int]:
     """The texts of a case, and how many draft tokens were accepted."""
     family, drafter, rule = case
@@ -106,8 +126,8 @@ def text(
     return out.tokens, sum(map(sum, out.from_draft))
 
 
-def main(cases: dict[str, Any]) -> None:
-    one: dict[tuple[str, str, str], Any] = {}
+def main(cases: Meshes) -> None:
+    one: dict[Case, Any] = {}
     report: dict[str, Any] = {"devices": jax.device_count(), "processes": jax.process_count(), "cases": {}}
     for name, (sizes, rules, draft_rules, wanted) in cases.items():
         mesh = sharding.make_mesh(**sizes)
@@ -116,14 +136,15 @@ def main(cases: dict[str, Any]) -> None:
                 one[case] = text(case, None, sharding.RULES, sharding.RULES)
             found = text(case, mesh, rules, draft_rules)
             report["cases"][f"{name}: {', '.join(case)}"] = [one[case], found]
-    json.dump(report, sys.stdout)
+    # On a line of its own: the collectives of CPUs print, too.
+    print("\n" + json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main(MESHES)
+    if len(sys.argv) < 3:
+        main(SLOW if sys.argv[1:] == ["slow"] else MESHES)
     else:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-        few = [("decoder", "model", "rejection"), ("t5", "retrieval", "coupled")]
+        few: list[Case] = [("decoder", "model", "rejection"), ("t5", "ngram", "coupled")]
         main({"2x2": ({"data": 2, "model": 2}, sharding.RULES, sharding.RULES, few)})

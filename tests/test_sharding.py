@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from mesh_text_program import MESHES
+from mesh_text_program import DRAFTERS, MESHES, RULES, SLOW
 
 from specjax import sharding
 from specjax.models import families
@@ -35,7 +35,7 @@ def reports(*processes: subprocess.Popen) -> list[dict]:
             process.kill()
     for process, (_, error) in zip(processes, found, strict=True):
         assert process.returncode == 0, error[-3000:]
-    return [json.loads(out) for out, _ in found]
+    return [json.loads(out.splitlines()[-1]) for out, _ in found]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,12 @@ def report():
 def texts():
     """What `mesh_text_program` decoded in one process."""
     return reports(start("mesh_text_program.py", 8))[0]
+
+
+@pytest.fixture(scope="module")
+def more_texts():
+    """The rest of what it can decode."""
+    return reports(start("mesh_text_program.py", 8, "slow"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +72,32 @@ def assert_same_text(case: list) -> None:
     assert len({tuple(row) for row in one}) > len(one) / 2, "rows that all write the same text would prove little"
 
 
-@pytest.mark.parametrize(
-    "case", [f"{name}: {', '.join(case)}" for name, (_, _, _, cases) in MESHES.items() for case in cases]
-)
-def test_text_on_a_mesh_is_the_text_of_one_device(texts, case):
-    assert texts["devices"] == 8
-    assert_same_text(texts["cases"][case])
+def names(meshes):
+    return [f"{name}: {', '.join(case)}" for name, (_, _, _, cases) in meshes.items() for case in cases]
+
+
+def assert_text_of_one_device(report, case):
+    assert report["devices"] == 8
+    assert_same_text(report["cases"][case])
     if "model, " in case:
-        assert texts["cases"][case][0][1] > 0, "drafts that are never accepted would prove little"
+        assert report["cases"][case][0][1] > 0, "drafts that are never accepted would prove little"
+
+
+@pytest.mark.parametrize("case", names(MESHES))
+def test_text_on_a_mesh_is_the_text_of_one_device(texts, case):
+    assert_text_of_one_device(texts, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", names(SLOW))
+def test_more_text_on_a_mesh_is_the_text_of_one_device(more_texts, case):
+    assert_text_of_one_device(more_texts, case)
+
+
+def test_every_rule_and_drafter_is_decoded_on_a_mesh():
+    decoded = {case for meshes in (MESHES, SLOW) for _, _, _, cases in meshes.values() for case in cases}
+    assert {rule for _, _, rule in decoded} == set(RULES)
+    assert {drafter for _, drafter, _ in decoded} == set(DRAFTERS)
 
 
 def test_text_of_two_processes_is_the_text_of_one_device(texts_of_two):

@@ -52,7 +52,7 @@ def num_params(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def repeat_kv_heads(config: ModelConfig, mesh: Mesh | AbstractMesh | None, rules: sharding.Rules) -> ModelConfig:
+def repeat_kv_heads(config: DecoderConfig, mesh: Mesh | AbstractMesh | None, rules: sharding.Rules) -> DecoderConfig:
     """The shape with every key/value head as often as devices have to share it.
 
     Where a mesh splits the heads over more devices than there are, but no more than there are query heads, each device
@@ -68,7 +68,7 @@ def repeat_kv_heads(config: ModelConfig, mesh: Mesh | AbstractMesh | None, rules
       the shape, unchanged where the heads divide, or repeating does not help.
     """
     axis = dict(rules)["kv_heads"]
-    if mesh is None or axis is None or not isinstance(config, DecoderConfig):
+    if mesh is None or axis is None:
         return config
     devices = dict(mesh.shape).get(axis, 1)
     if config.num_kv_heads % devices == 0 or devices % config.num_kv_heads or config.num_heads % devices:

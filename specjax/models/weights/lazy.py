@@ -44,15 +44,21 @@ class LazyArray:
         return np.asarray(self.read(tuple(slice(0, size) for size in self.shape)), dtype)
 
     def __getitem__(self, index: Any) -> "LazyArray":
-        """The part that slices of a positive step select.
+        """The part that slices of a positive step and numbers select; as in numpy, a number's axis is gone.
 
         Raises:
-          TypeError: for anything but such slices.
+          TypeError: for anything else.
         """
         index = index if isinstance(index, tuple) else (index,)
         index += (slice(None),) * (self.ndim - len(index))
+        if any(isinstance(i, int) for i in index):
+            # One past the last is no slice's end where the number counts from the end.
+            places = [i % size if isinstance(i, int) else i for i, size in zip(index, self.shape, strict=True)]
+            part = self[tuple(slice(i, i + 1) if isinstance(i, int) else i for i in places)]
+            kept = [size for i, size in zip(index, part.shape, strict=True) if not isinstance(i, int)]
+            return part.reshape(tuple(kept))
         if not all(isinstance(i, slice) and (i.step is None or i.step > 0) for i in index):
-            raise TypeError(f"A lazy array takes slices of a positive step, not {index}.")
+            raise TypeError(f"A lazy array takes numbers and slices of a positive step, not {index}.")
         ranges = [range(size)[i] for i, size in zip(index, self.shape, strict=True)]
 
         def read(region: Region) -> np.ndarray:

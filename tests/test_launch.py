@@ -13,6 +13,7 @@ import pytest
 from helpers import WORDS, save_tiny_decoder
 
 from specjax import experiments, launch
+from specjax.experiments import compare as compare_experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMPARE = str(ROOT / "configs" / "compare.py")
@@ -243,6 +244,17 @@ def test_help(capsys):
     assert "--workdir" in capsys.readouterr().out
     assert launch.main([*_arguments(QUICKSTART), "--help"]) == 0
     assert "--config.num_draft_tokens=7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pairs").glob("*.py")), ids=lambda path: path.stem)
+def test_pairs_are_compare_with_values(path):
+    _, compare = launch.parse(_arguments())
+    _, pair = launch.parse(_arguments(str(path)))
+    assert compare is not None
+    assert pair is not None
+    assert set(pair) == set(compare)
+    pair.data = COMPARE  # a file that is there
+    compare_experiment.check(pair)
 
 
 def test_quickstart_is_compare_with_values(tmp_path):

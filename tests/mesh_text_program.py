@@ -146,5 +146,5 @@ if __name__ == "__main__":
     else:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-        few: list[Case] = [("decoder", "model", "rejection"), ("t5", "ngram", "coupled")]
+        few: list[Case] = [("decoder", "model", "rejection"), ("t5", "retrieval", "coupled")]
         main({"2x2": ({"data": 2, "model": 2}, sharding.RULES, sharding.RULES, few)})

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from specjax import decode, hlo, plan, sampling, verify
 from specjax.chips import Topology
 from specjax.drafters.model import match_vocab
+from specjax.models import cache as cache_lib
 from specjax.plan import Setup, Sharded
 from specjax.types import History, Proposal, SamplingOptions, StepKeys
 from specjax.verify import Rule
@@ -145,7 +146,7 @@ def read(compiled: Any, cache_shapes: set[tuple[int, ...]]) -> Program:
 def cache_shapes(*caches: Any) -> set[tuple[int, ...]]:
     """The shapes of the layers' keys and values on one device, of abstract caches (`plan.shard`)."""
     leaves = jax.tree.leaves(caches)
-    return {x.sharding.shard_shape(x.shape) for x in leaves if x.ndim == 4}
+    return {x.sharding.shard_shape(x.shape) for x in leaves if len(cache_lib.axes_of(x.ndim)) > 1}
 
 
 def step(setup: Setup, mesh: Mesh, rule: Rule = verify.rejection) -> Any:

@@ -68,13 +68,15 @@ def _gpu(name: str, teraflops: float, memory: int, bandwidth: float, interconnec
     )  # fmt: skip
 
 
+_FLAT = {"dimensions": 2, "wraps_at": 16, "most": 256}
+
 CHIPS = {
     chip.name: chip
     for chip in (
         _tpu("v4", 275, 32 * _GIB, 1200, 600, source=f"{_TPU}/v4; interconnect: arXiv 2304.01433, 6 links of 50 GB/s"),
-        _tpu("v5e", 197, 16 * _GB, 819, 400, dimensions=2, wraps_at=16, most=256),
-        _tpu("v5p", 459, 95 * _GB, 2765, 1200),
-        _tpu("v6e", 918, 32 * _GB, 1638, 800, dimensions=2, wraps_at=16, most=256),
+        _tpu("v5e", 197, 16 * _GB, 819, 400, **_FLAT),
+        _tpu("v5p", 459, 95 * _GIB, 2765, 1200, source=f"{_TPU}/tpu7x, which has all three"),
+        _tpu("v6e", 918, 32 * _GIB, 1638, 800, source=f"{_TPU}/tpu7x, likewise", **_FLAT),
         _tpu("v7x", 2307, 192 * _GIB, 7380, 1200, source=f"{_TPU}/tpu7x", compiler_name="tpu7x", devices=2),
         _gpu("A100", 312, 80 * _GB, 2039, 600, f"{_NVIDIA}/a100 (80 GB SXM)"),
         _gpu("H100", 989, 80 * _GB, 3350, 900, f"{_NVIDIA}/h100 (SXM; half of the sparse rate)"),

@@ -135,7 +135,7 @@ def _place_params(setup: Setup, side: str, mesh: Mesh | AbstractMesh) -> Tree:
 
 def _cache_axes(cache: Any) -> Any:
     """Logical axes of a cache of any family: layers' keys and values, and lengths."""
-    return jax.tree.map(lambda x: cache_lib.AXES if x.ndim == len(cache_lib.AXES) else ("batch",), cache)
+    return jax.tree.map(lambda x: cache_lib.axes_of(x.ndim), cache)
 
 
 @functools.lru_cache(maxsize=64)
@@ -239,10 +239,19 @@ def with_layers(setup: Setup, target: int, draft: int) -> Setup:
     )
 
 
+def unrolled(setup: Setup) -> Setup:
+    """The same plan with no layers scanned, which holds, reads and computes the same."""
+
+    def side(config: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(config, scan_layers=False) if isinstance(config, DecoderConfig) else config
+
+    return dataclasses.replace(setup, target=side(setup.target), draft=side(setup.draft))
+
+
 @functools.lru_cache(maxsize=64)
 def memory(setup: Setup) -> Memory:
     """What lies in each device's memory, temporaries not counted."""
-    mesh = abstract_mesh(setup)
+    setup, mesh = unrolled(setup), abstract_mesh(setup)
     # Caches are traced with one layer: all are alike, and there may be many.
     state = shard(with_layers(setup, 1, 1), mesh).state
 
@@ -340,6 +349,7 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
 
     Two calls are traced, of two and three tokens; every cost grows by as much with each further token.
     """
+    setup = unrolled(setup)
     placed = shard(setup, abstract_mesh(setup))
     index = SIDES.index(side)
     params, cache = placed.params[index], (placed.state.cache, placed.state.drafter)[index]

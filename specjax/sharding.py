@@ -23,6 +23,7 @@ RULES: Rules = (
     ("embed", None),
     ("heads_per_group", None),
     ("head_dim", None),
+    ("layers", None),
     ("length", None),
     ("positions", None),
     ("gate_up", None),

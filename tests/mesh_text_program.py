@@ -5,6 +5,7 @@ mesh_text_program.py slow                 likewise, those of `SLOW`
 mesh_text_program.py PORT INDEX           one of two processes of two devices each, on a mesh of all four
 """
 
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -38,7 +39,11 @@ T5 = T5Config(
     gated=True,
     activation="gelu_new",
 )
-CONFIGS: dict[str, ModelConfig] = {"decoder": DECODER, "t5": T5}
+CONFIGS: dict[str, ModelConfig] = {
+    "decoder": DECODER,
+    "scanned": dataclasses.replace(DECODER, num_layers=2, scan_layers=True),
+    "t5": T5,
+}
 PROMPTS = [[1, 2, 3, 4, 1, 2], [9], [5, 6, 7, 8, 5, 6, 7], [11, 12, 13] * 4, [1, 2, 3, 4, 1, 2], [3] * 9, [7, 8], [200]]
 TEMPERATURES = [0.0, 1.0, 0.7, 1.0, 1.3, 0.0, 1.0, 1.0]
 CORPUS = [[1, 2, 3, 4, 1, 2, 5, 6, 7, 8], [11, 12, 13, 11, 12, 13], [9, 10, 9, 10]] * 3
@@ -65,6 +70,7 @@ MAIN: list[Case] = [
     ("decoder", "model", "coupled"),
     ("decoder", "ngram", "block"),
     ("decoder", "model", "lenient"),
+    ("scanned", "model", "rejection"),
 ]
 REST: list[Case] = (
     [("decoder", "model", rule) for rule in ("block", "typical", "top_k", "top_k_gap", "distance")]
@@ -89,7 +95,7 @@ SLOW: Meshes = {
 
 def params(family: str, seed: int) -> Any:
     """Random parameters; those of another seed are a little different."""
-    config, scale = CONFIGS[family], {"decoder": 6, "t5": 2}[family]
+    config, scale = CONFIGS[family], {"decoder": 6, "scanned": 6, "t5": 2}[family]
     scaled = jax.tree.map(lambda x: scale * x if x.ndim > 1 else x, families.init_params(config, jax.random.key(0)))
     noise = jax.random.key(seed)
     return jax.tree.map(lambda x: x + 0.02 * seed * jax.random.normal(noise, x.shape) if x.ndim > 1 else x, scaled)

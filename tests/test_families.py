@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 import math
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_prompts, right_pad, texts
+from helpers import random_prompts, right_pad, save_tiny_decoder, texts
+from jax.sharding import AbstractMesh
 
-from specjax import decode, drafters, sampling, sharding, verify
+import specjax
+from specjax import decode, drafters, hlo, sampling, sharding, verify
 from specjax.models import families, layers, presets
-from specjax.models.config import DecoderConfig, LinearRopeScaling
+from specjax.models.config import DecoderConfig, LinearRopeScaling, T5Config
 from specjax.types import Batch, Params
 
 ADVANCE: Any = decode.advance
@@ -85,35 +86,86 @@ def test_prefill_then_apply_after_a_rollback_is_one_prefill(name):
             np.testing.assert_allclose(ours[row, :, :n], wanted[row, :, :n], atol=1e-5)
 
 
+PROMPTS = [2 * prompt for prompt in random_prompts(4, 61, longest=6)]
+
+
+def decoded(model, params, drafter):
+    """Greedy and sampled rows, up to the last position; no cache is copied."""
+    both = Params(params, None)
+    state = decode.prefill(
+        model,
+        drafter,
+        both,
+        decode.pad_prompts(PROMPTS),
+        max_new_tokens=[model.max_len - len(prompt) for prompt in PROMPTS],
+        options=sampling.options(4, temperature=[0.0, 0.0, 0.5, 1.0]),
+        step_cost=0.0,
+        max_len=80,
+    )
+    compiled = ADVANCE.lower(model, drafter, verify.coupled, both, state, np.int32(80)).compile()
+    assert not hlo.copies(compiled.as_text(), [state.cache.keys[0].shape])
+    return compiled(both, state, np.int32(80))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_speculation_writes_the_text_of_plain_decoding(name):
-    """The greedy rows, and with the coupled rule the sampled ones too, up to the last position; no cache is copied."""
+    """The greedy rows, and with the coupled rule the sampled ones too."""
     model, params = tiny(name)
-    both = Params(params, None)
-    prompts = [2 * prompt for prompt in random_prompts(4, 61, longest=6)]
-
-    def decoded(drafter):
-        state = decode.prefill(
-            model,
-            drafter,
-            both,
-            decode.pad_prompts(prompts),
-            max_new_tokens=[model.max_len - len(prompt) for prompt in prompts],
-            options=sampling.options(4, temperature=[0.0, 0.0, 0.5, 1.0]),
-            step_cost=0.0,
-            max_len=80,
-        )
-        compiled = ADVANCE.lower(model, drafter, verify.coupled, both, state, np.int32(80)).compile()
-        shape = ",".join(map(str, state.cache.keys[0].shape))
-        assert f"[{shape}]" in compiled.as_text(), "the cache is not to be seen in the program"
-        assert not re.findall(rf"= \S*\[{shape}\]\S* copy\(.*", compiled.as_text())
-        return compiled(both, state, np.int32(80))
-
-    plain, drafted = decoded(drafters.none()), decoded(drafters.ngram(num_draft_tokens=4))
+    plain, drafted = (decoded(model, params, d) for d in (drafters.none(), drafters.ngram(num_draft_tokens=4)))
     assert texts(drafted) == texts(plain)
     assert [len(text) for text in texts(plain)] == [model.max_len] * 4
     assert int(np.asarray(drafted.stats.accepted)[:2].sum()) > 0
     assert len({tuple(text[-20:]) for text in texts(plain)}) > 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "multi-query", "chinchilla"])
+def test_layers_that_are_scanned_write_the_text_of_those_that_are_not(name):
+    model, params = tiny(name)
+    config, stacked = families.stack_layers(CONFIGS[name], params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), stacked) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), families.abstract_params(config)
+    )
+    scanned = families.model(config)
+    (one, _), (other, _) = (
+        prefill(*which, right_pad(PROMPTS, 20), 24) for which in ((model, params), (scanned, stacked))
+    )
+    np.testing.assert_allclose(one.logits, other.logits, atol=1e-4)
+    drafter = drafters.ngram(num_draft_tokens=4)
+    assert texts(decoded(scanned, stacked, drafter)) == texts(decoded(model, params, drafters.none()))
+
+
+def test_scanned_layers_are_cast_and_split_as_they_are():
+    """Each is what it would be if the layers were cast or split first, and stacked then."""
+    _, params = tiny("gemma3")
+    config, stacked = families.stack_layers(CONFIGS["gemma3"], params)
+    got_config, got = families.cast(config, stacked, "bfloat16")
+    wanted_config, wanted = families.stack_layers(*families.cast(CONFIGS["gemma3"], params, "bfloat16"))
+    assert got_config == wanted_config
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    mesh, rules = AbstractMesh((2,), ("model",)), sharding.override(sharding.RULES, vocab=None)
+
+    def down(config):
+        tree = sharding.abstract(families.abstract_params(config), families.param_axes(config), mesh, rules)["layers"]
+        return (tree if config.scan_layers else tree[0])["mlp"]["down"].sharding.spec
+
+    assert "model" in down(CONFIGS["gemma3"])
+    assert tuple(down(config)) == (None, *down(CONFIGS["gemma3"]))
+
+
+def test_a_model_is_loaded_with_scanned_layers_and_saved_with_them(tmp_path):
+    source = save_tiny_decoder(tmp_path / "source", 0)
+    plain, scanned = (specjax.load(source, scan_layers=scan) for scan in (False, True))
+    specjax.save(scanned, tmp_path / "saved")
+    again = specjax.load(tmp_path / "saved")
+    assert again.config == scanned.config
+    assert scanned.config != plain.config
+    wanted, *found = (specjax.generate(m, [[5, 6, 7]], max_new_tokens=8).tokens for m in (plain, scanned, again))
+    assert found == [wanted, wanted]
+
+
+def test_an_encoder_decoder_is_not_scanned():
+    with pytest.raises(ValueError, match="scan_layers=True"):
+        families.stack_layers(T5Config(8, 8, 4, 8, 1, 1, 2), {})
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -215,6 +215,15 @@ def test_heads_that_do_not_divide_are_repeated_or_replicated_and_named():
     assert cost.all_reduces == fewer.all_reduces - NARROW.num_layers
 
 
+def test_scanned_layers_hold_and_read_what_unrolled_ones_do():
+    setup = setup_of(batch_size=4, data=2)
+    scanned = dataclasses.replace(setup, target=dataclasses.replace(WIDE, scan_layers=True))
+    placed = plan.shard(scanned, plan.abstract_mesh(scanned))
+    assert sum(plan.memory(scanned)) == plan.local_bytes((placed.params, placed.state))
+    assert plan.memory(scanned) == plan.memory(setup)
+    assert plan.call_cost(scanned, "target")(3) == plan.call_cost(setup, "target")(3)
+
+
 def test_the_forecast_is_theorem_3_8():
     forecast = plan.forecast([0.01, 0.01, 0.01, 0.02], 0.001, 0.8)
     assert forecast.cost_ratio == pytest.approx(0.1)

@@ -6,7 +6,8 @@ they are overwritten, since a call writes its own tokens at `length ..` before i
 attends to entries `0 .. p` only. So a rejected draft is undone by setting `length[row]`; nothing is copied or cleared.
 
 **Layout.** One array per layer, `[B, kv_heads, S, head_dim]`: the form that XLA updates in place inside a donated
-`while_loop`. Stacked layers, or S before the heads, are copied whole on every step.
+`while_loop`. With S before the heads, it is copied whole on every step. Where one layer's program is run for all of
+them (`DecoderConfig.scan_layers`), they lie in one array, `[B, layers, kv_heads, S, head_dim]`.
 """
 
 from typing import NamedTuple
@@ -22,19 +23,20 @@ from specjax import sharding
 MAX_UNROLLED_ROWS = 8
 
 AXES = ("batch", "kv_heads", "length", "head_dim")
+STACKED_AXES = ("batch", "layers", "kv_heads", "length", "head_dim")
 
 
 class Cache(NamedTuple):
     """Keys and values of every layer.
 
     Attributes:
-      keys: one `[B, kv_heads, S, head_dim]` array per layer.
+      keys: one `[B, kv_heads, S, head_dim]` array per layer, or a single `[B, layers, kv_heads, S, head_dim]`.
       values: likewise.
       length: `[B]` the number of valid entries of each row.
     """
 
-    keys: tuple[Float[Array, "B H S D"], ...]
-    values: tuple[Float[Array, "B H S D"], ...]
+    keys: tuple[Float[Array, "B *L H S D"], ...]
+    values: tuple[Float[Array, "B *L H S D"], ...]
     length: Int[Array, " B"]
 
 
@@ -47,36 +49,58 @@ def init(num_layers: int, batch_size: int, num_kv_heads: int, max_len: int, head
     return Cache(zeros(), zeros(), jnp.zeros(batch_size, jnp.int32))
 
 
-def axes(num_layers: int) -> Cache:
-    """The logical axes of every entry."""
-    return Cache((AXES,) * num_layers, (AXES,) * num_layers, ("batch",))  # pyright: ignore[reportArgumentType]
+def stack(cache: Cache) -> Cache:
+    """The same cache with all layers in one array."""
+    return cache._replace(keys=(jnp.stack(cache.keys, axis=1),), values=(jnp.stack(cache.values, axis=1),))
+
+
+def axes_of(num_axes: int) -> tuple[str, ...]:
+    """The logical axes of an array of a cache, of any family, which has so many of them: else it is lengths."""
+    return {len(AXES): AXES, len(STACKED_AXES): STACKED_AXES}.get(num_axes, ("batch",))
 
 
 def write(
-    buffer: Float[Array, "B H S D"], new: Float[Array, "B T H D"], start: Int[Array, " B"] | None
-) -> Float[Array, "B H S D"]:
+    buffer: Float[Array, "B *L H S D"],
+    new: Float[Array, "B T H D"],
+    start: Int[Array, " B"] | None,
+    layer: Int[Array, ""] | None = None,
+) -> Float[Array, "B *L H S D"]:
     """Writes T new entries of each row at that row's own position (None: all rows at 0, as in a prefill).
 
     The caller sees to it that `start + T < S`: XLA would shift a write that does not fit, over valid entries. (A lone
     token of a lone row is written twice, the second time beyond the length.)
+
+    Args:
+      buffer: keys or values of a layer, or of all.
+      new: what is written.
+      start: where.
+      layer: into which layer, of all.
     """
     new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
+    where = () if layer is None else (layer,)
+    if layer is not None:
+        new = new[:, None]
     if start is None:
-        return jax.lax.dynamic_update_slice(buffer, new, (0, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(buffer, new, (0, *where, 0, 0, 0))
     rows = buffer.shape[0]
-    if rows == 1 and new.shape[2] == 1:
+    if rows == 1 and new.shape[-2] == 1:
         # One entry more, beyond the length: XLA:CPU computes a lone entry twice, for the result and for attention, and
         # copies the cache to do so.
-        new = jnp.concatenate([new, new], axis=2)
+        new = jnp.concatenate([new, new], axis=-2)
     # With one key/value head (multi-query attention), XLA:CPU copies the cache around each of several row updates.
-    one_head = rows > 1 and buffer.shape[1] == 1
+    one_head = rows > 1 and buffer.shape[-3] == 1
     if rows > MAX_UNROLLED_ROWS or one_head or not jax.sharding.get_abstract_mesh().empty:
-        return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice(b, n, (0, s, 0)))(buffer, new, start)
+        return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice(b, n, (*where, 0, s, 0)))(buffer, new, start)
     for row in range(rows):
-        buffer = jax.lax.dynamic_update_slice(buffer, new[row : row + 1], (row, 0, start[row], 0))
+        buffer = jax.lax.dynamic_update_slice(buffer, new[row : row + 1], (row, *where, 0, start[row], 0))
     return buffer
 
 
-def constrain(buffer: Float[Array, "B H S D"], rules: sharding.Rules) -> Float[Array, "B H S D"]:
-    """Keeps a layer's keys or values sharded as declared."""
-    return sharding.constrain(buffer, AXES, rules)
+def of_layer(buffer: Float[Array, "B *L H S D"], layer: Int[Array, ""] | None) -> Float[Array, "B H S D"]:
+    """The keys or values of one layer: all of the buffer, or that layer of all."""
+    return buffer if layer is None else jax.lax.dynamic_index_in_dim(buffer, layer, axis=1, keepdims=False)
+
+
+def constrain(buffer: Float[Array, "B *L H S D"], rules: sharding.Rules) -> Float[Array, "B *L H S D"]:
+    """Keeps keys or values sharded as declared."""
+    return sharding.constrain(buffer, axes_of(buffer.ndim), rules)

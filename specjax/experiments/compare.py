@@ -196,9 +196,9 @@ def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafte
     if config.mesh_data * config.mesh_model > 1:
         mesh = sharding.make_mesh(data=config.mesh_data, model=config.mesh_model)
 
-    def read(source: str, rules: sharding.Rules = sharding.RULES) -> Pretrained:
+    def read(source: str, rules: sharding.Rules = sharding.RULES, int8: bool = False) -> Pretrained:
         with view.status(f"Loading {source} (the first time, this downloads it)"):
-            loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh, rules=rules)
+            loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh, rules=rules, int8=int8)
             jax.block_until_ready(loaded.params)
         return loaded
 
@@ -207,7 +207,8 @@ def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafte
     if target.tokenizer is None:
         raise ValueError(f"The target {config.target} has no tokenizer: save one beside it (tokenizer.json).")
     if config.drafter == "model":
-        draft = target if config.draft == config.target else read(config.draft, draft_rules)
+        same = config.draft == config.target and not config.draft_int8
+        draft = target if same else read(config.draft, draft_rules, config.draft_int8)
         return target, lambda k: drafters.model(draft, num_draft_tokens=k)
     shortest, longest = config.min_match, max(config.min_match, 8)
     if config.drafter == "ngram":

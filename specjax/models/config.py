@@ -81,6 +81,8 @@ class DecoderConfig:
       global_layers: the layers, counted from 0, that `sliding_window` leaves alone.
       local_rope_theta: the base of the rotary angles, unstretched, of the layers with a window (Gemma 3); None for the
         same angles as the others.
+      int8: whether matrices are stored in eight bits, with a scale for each output, and multiplied as integers on CPUs
+        (`families.quantise`); everything else stays in `dtype`. Not for training.
       scan_layers: whether one layer's program is compiled and run for every layer, whose parameters then are one array
         each (`families.stack_layers`), else all layers' one after the other. The text is the same; compiling takes
         less, a step more (docs/results/layers.md).
@@ -118,6 +120,7 @@ class DecoderConfig:
     logit_softcap: float | None = None
     global_layers: tuple[int, ...] = ()
     local_rope_theta: float | None = None
+    int8: bool = False
     scan_layers: bool = False
 
     def __post_init__(self):

@@ -41,8 +41,7 @@ class Decoder(nnx.Module):
         blocks = [layers.Block(c, rules, rngs) for _ in range(c.num_layers)]
         self.layers: Any = _stack(blocks) if c.scan_layers else nnx.List(blocks)
         layers.declare_norm(self, "norm", c, rngs)
-        head = (c.hidden_size, c.vocab_size)
-        self.head = layers.parameter(rngs, head, ("embed", "vocab"), c.dtype, num_contracted=1)
+        layers.declare_matrix(self, "head", c, rngs, (c.hidden_size, c.vocab_size), ("embed", "vocab"))
         if c.head_bias:
             self.head_bias = layers.parameter(rngs, (c.vocab_size,), ("vocab",), c.dtype)
 
@@ -54,7 +53,8 @@ class Decoder(nnx.Module):
         """
         c = self.config
         table = self.head[...] if c.tie_embeddings else self.embedding[...]
-        x = layers.look_up(table, tokens, transposed=c.tie_embeddings)
+        scale = self.head_scale[...] if c.tie_embeddings and c.int8 else None
+        x = layers.look_up(table, tokens, transposed=c.tie_embeddings, scale=scale)
         if c.scale_embeddings:
             x = x * np.asarray(math.sqrt(c.hidden_size), jnp.dtype(c.dtype)).astype(np.float32)
         if c.positions == "learned":
@@ -132,7 +132,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head, in float32."""
-        logits = layers.linear(hidden, self.head[...])
+        logits = layers.multiply(self, "head", hidden)
         if self.config.head_bias:
             logits = logits + self.head_bias[...].astype(jnp.float32)
         logits = layers.softcap(logits, self.config.logit_softcap)

@@ -80,7 +80,13 @@ def repeat_kv_heads(config: DecoderConfig, mesh: Mesh | AbstractMesh | None, rul
 
 
 def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tree]:
-    """The same model in another dtype, which may store its matrices in another order."""
+    """The same model in another dtype, which may store its matrices in another order.
+
+    Raises:
+      ValueError: for a model whose matrices are int8.
+    """
+    if isinstance(config, DecoderConfig) and config.int8:
+        raise ValueError(f"dtype={dtype!r}: this model is int8 in {config.dtype}; choose that, or quantise it anew.")
 
     def convert(x: jax.Array, inputs: int) -> jax.Array:
         if layers.outputs_first(config.dtype):
@@ -95,6 +101,40 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
     return dataclasses.replace(config, dtype=dtype), {
         name: jax.tree.map(converters.get(name, convert), part, inputs[name]) for name, part in params.items()
     }
+
+
+def quantise(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
+    """The same model with its matrices in int8, rounded to 1/127 of each output's largest weight.
+
+    As a draft it proposes nearly what it did, in half of the memory, and the target's distribution stays exact; as a
+    target it is another model.
+
+    Args:
+      config: of a decoder-only model.
+      params: its parameters.
+
+    Raises:
+      ValueError: for an encoder-decoder, or layers that are scanned already.
+    """
+    if not isinstance(config, DecoderConfig) or config.scan_layers:
+        what = "its layers are scanned already" if isinstance(config, DecoderConfig) else "it is an encoder-decoder"
+        raise ValueError(f"int8=True: only decoder-only models are quantised, before they are scanned, but {what}.")
+    if config.int8:
+        return config, params
+    quantised = jax.jit(layers.quantise, static_argnums=1)
+
+    def walk(tree: Tree, contracted: Tree) -> Tree:
+        found: Tree = {}
+        for name, x in tree.items():
+            if isinstance(x, dict):
+                found[name] = walk(x, contracted[name])
+            elif contracted[name]:
+                found[name], found[f"{name}_scale"] = quantised(x, contracted[name])
+            else:
+                found[name] = x
+        return found
+
+    return dataclasses.replace(config, int8=True), walk(params, num_contracted(config))
 
 
 def stack_layers(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:

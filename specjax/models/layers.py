@@ -247,6 +247,22 @@ def rotate(
     return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
+def _rows(table: Float[Array, "V D"] | Int[Array, "V D"], tokens: Int[Array, "B T"]) -> Array:
+    """Rows of a table."""
+
+    def take(table: Array, tokens: Array) -> Array:
+        return jnp.take(table, tokens, axis=0)
+
+    if table.dtype != jnp.bfloat16:
+        return take(table, tokens)
+
+    # XLA:CPU has no bfloat16 lookup: in a loop over drafts it would convert the whole table first, in every step.
+    def take_bits(table: Array, tokens: Array) -> Array:
+        return jax.lax.bitcast_convert_type(take(jax.lax.bitcast_convert_type(table, jnp.uint16), tokens), table.dtype)
+
+    return jax.lax.platform_dependent(table, tokens, cpu=take_bits, default=take)
+
+
 def look_up(
     table: Float[Array, "..."] | Int[Array, "V D"],
     tokens: Int[Array, "B T"],
@@ -266,7 +282,7 @@ def look_up(
     tokens = jnp.minimum(tokens, table.shape[1 if outputs_last else 0] - 1)
     if outputs_last:
         return jnp.moveaxis(jnp.take(table, tokens, axis=1), 0, -1).astype(jnp.float32)
-    found = jnp.take(table, tokens, axis=0).astype(jnp.float32)
+    found = _rows(table, tokens).astype(jnp.float32)
     return found if scale is None else found * jnp.take(scale, tokens, axis=0)[..., None]
 
 

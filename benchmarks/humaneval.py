@@ -37,7 +37,8 @@ _TARGET = flags.DEFINE_string("target", None, "Source of the target.", required=
 _DRAFT = flags.DEFINE_string("draft", None, "Source of the draft.", required=True)
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 20, "The first so many of HumanEval.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per problem.", lower_bound=1)
-_DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 4, "K of specjax.", lower_bound=1)
+_DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 7, "K of specjax.", lower_bound=1)
+_CONFIDENCE = flags.DEFINE_float("min_confidence", 0.6, "Where specjax stops drafting before K; 0: never.")
 _INT8 = flags.DEFINE_boolean("int8", True, "Measure specjax with the draft in int8, too.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of everything.")
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Timed calls per problem and mode; medians count.", lower_bound=1)
@@ -61,6 +62,11 @@ class Text(NamedTuple):
 
 Run = Callable[[list[int], int], Text]
 """`(prompt, max_new_tokens)`."""
+
+
+def drafter_of(draft: specjax.Pretrained) -> Drafter:
+    """The drafter that is measured."""
+    return specjax.drafters.model(draft, num_draft_tokens=_DRAFT_TOKENS.value, min_confidence=_CONFIDENCE.value)
 
 
 def specjax_run(target: specjax.Pretrained, drafter: Drafter, longest: int) -> Run:
@@ -185,7 +191,17 @@ def main(argv: list[str]) -> None:
     """Measures and prints a Markdown table."""
     del argv
     jax.config.update("jax_compilation_cache_dir", str(wheel.cache_directory() / "jax"))
-    names = ("target", "draft", "dtype", "max_new_tokens", "num_draft_tokens", "repeats", "int8", "transformers")
+    names = (
+        "target",
+        "draft",
+        "dtype",
+        "max_new_tokens",
+        "num_draft_tokens",
+        "min_confidence",
+        "repeats",
+        "int8",
+        "transformers",
+    )
     settings = {name: flags.FLAGS[name].value for name in names}
     path = pathlib.Path(_OUT.value) if _OUT.value else None
     record: dict[str, Any] = {"settings": settings, "problems": {}}
@@ -202,14 +218,11 @@ def main(argv: list[str]) -> None:
         longest = max(map(len, api.encode(target, [problem.prompt for problem in human_eval.problems()])))
         runs = {
             PLAIN: specjax_run(target, specjax.drafters.none(), longest),
-            SPECULATIVE: specjax_run(
-                target, specjax.drafters.model(draft, num_draft_tokens=_DRAFT_TOKENS.value), longest
-            ),
+            SPECULATIVE: specjax_run(target, drafter_of(draft), longest),
         }
         if _INT8.value:
             int8 = specjax.load(_DRAFT.value, dtype=_DTYPE.value, int8=True)
-            drafter = specjax.drafters.model(int8, num_draft_tokens=_DRAFT_TOKENS.value)
-            runs[INT8] = specjax_run(target, drafter, longest)
+            runs[INT8] = specjax_run(target, drafter_of(int8), longest)
         if _TRANSFORMERS.value:
             runs |= transformers_runs(target)
         encoded = api.encode(target, [problem.prompt for problem in chosen])
@@ -220,7 +233,8 @@ def main(argv: list[str]) -> None:
                     path.write_text(json.dumps(record))
             shown = "  ".join(f"{mode} {ms_per_token(rows[problem.name], mode):.1f}" for mode in runs)
             print(f"{problem.name}: ms/token: {shown}", file=sys.stderr)
-    place = f"{platform.machine()}, {jax.default_backend()}, {_DTYPE.value}, K = {_DRAFT_TOKENS.value}"
+    place = f"{platform.machine()}, {jax.default_backend()}, {_DTYPE.value}, K = {_DRAFT_TOKENS.value}, "
+    place += f"confidence {_CONFIDENCE.value}"
     print(f"HumanEval, {len(chosen)} problems, greedy; {place}, jax {jax.__version__}, {datetime.date.today()}\n")
     measured = {problem.name: rows[problem.name] for problem in chosen}
     print(summarise(measured, list(measured[chosen[0].name]["seconds"])))

@@ -5,27 +5,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax import processors, sampling
 from specjax.types import Context, Drafter, Feedback, History, Inputs, Model, ModelOutput, Proposal, Tree
 
 
-def model(draft: Any, *, num_draft_tokens: int = 4) -> Drafter:
+def model(draft: Any, *, num_draft_tokens: int = 4, min_confidence: float = 0.0) -> Drafter:
     """Drafts with another model of the same vocabulary.
+
+    With `min_confidence`, drafting ends behind a token at whose place the draft gave its most probable token less than
+    that: what would follow is rarely accepted. (Transformers' assisted generation has such a threshold.) The text stays
+    exact, since where a draft ends depends on the tokens before that place only, never on the one drawn there.
 
     Args:
       draft: a `Model`, whose parameters the caller passes to the loop, or a `Pretrained`, which brings them.
       num_draft_tokens: K.
+      min_confidence: from 0, which always drafts K tokens, to 1; a probability of the draft itself, without options.
 
     Raises:
-      ValueError: for K < 0.
+      ValueError: for K < 0, or a confidence that is no probability.
     """
     if num_draft_tokens < 0:
         raise ValueError(f"num_draft_tokens={num_draft_tokens} is negative; 0 is plain decoding.")
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"min_confidence={min_confidence}: a probability, from 0 (off) to 1.")
     if isinstance(draft, Model):
-        return _drafter(draft, num_draft_tokens)
-    return _drafter(draft.model, num_draft_tokens)._replace(source=draft)
+        return _drafter(draft, num_draft_tokens, min_confidence)
+    return _drafter(draft.model, num_draft_tokens, min_confidence)._replace(source=draft)
+
+
+def _confidence(logits: Float[Array, "B 1 V"]) -> Float[Array, " B"]:
+    """The probability of the most probable token."""
+    return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))[:, 0]
 
 
 def _window(tokens: Int[Array, "B L"], start: Int[Array, " B"], size: int) -> Int[Array, "B T"]:
@@ -45,7 +57,7 @@ def match_vocab(logits: Float[Array, "B T V"], vocab_size: int) -> Float[Array, 
 
 
 @functools.cache
-def _drafter(draft: Model, num_draft_tokens: int) -> Drafter:
+def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Drafter:
     """The state is the draft's cache, whose `length` counts its valid entries (see `models.cache`)."""
     k = num_draft_tokens
 
@@ -68,53 +80,94 @@ def _drafter(draft: Model, num_draft_tokens: int) -> Drafter:
 
         return jax.lax.while_loop(behind, read, cache)
 
-    def rollout(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Any]:
+    def choose(logits: Array, key: Array, history: History, context: Context) -> tuple[Array, Array]:
+        logits = match_vocab(logits, context.vocab_size)
+        probs = sampling.probabilities(logits, context.sampling, history)[:, 0]
+        return sampling.sample(key, probs, context.sampling), probs
+
+    def is_sure(logits: Array) -> Array:
+        return _confidence(logits) >= min_confidence
+
+    def rollout(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Array, Any]:
+        """The tokens, their distributions, how many there are, and the cache."""
         cache = catch_up(params, cache, context)
         keys, length = jnp.swapaxes(context.keys, 0, 1), context.history.length
-
-        def choose(logits: Array, key: Array, history: History) -> tuple[Array, Array]:
-            logits = match_vocab(logits, context.vocab_size)
-            probs = sampling.probabilities(logits, context.sampling, history)[:, 0]
-            return sampling.sample(key, probs, context.sampling), probs
 
         # The first call feeds the last two tokens: after full acceptance the cache lacks both (the last draft token was
         # chosen but never fed), and otherwise the first of them is merely written again.
         begin = jnp.maximum(length - 2, 0)
         output, cache = draft.apply(params, _window(context.history.tokens, begin, 2), cache._replace(length=begin))
         last = (length - 1 - begin)[:, None, None]
-        first = choose(jnp.take_along_axis(output.logits, last, axis=1), keys[0], context.history)
+        first_logits = jnp.take_along_axis(output.logits, last, axis=1)
+        first = choose(first_logits, keys[0], context.history, context)
         cache = cache._replace(length=length)
+        if min_confidence:
+            return while_sure(params, cache, context, first, is_sure(first_logits))
 
         def draft_one(carry: tuple[Any, Array, History], key: Array) -> tuple[Any, tuple[Array, Array]]:
             cache, token, history = carry
             history = processors.extend(history, token, context.sampling.penalties)
             output, cache = draft.apply(params, token[:, None], cache)
-            chosen = choose(output.logits, key, history)
+            chosen = choose(output.logits, key, history, context)
             return (cache, chosen[0], history), chosen
 
         (cache, _, _), rest = jax.lax.scan(draft_one, (cache, first[0], context.history), keys[1:])
         tokens, probs = (
             jnp.concatenate([a[:, None], jnp.swapaxes(b, 0, 1)], axis=1) for a, b in zip(first, rest, strict=True)
         )
-        return tokens, probs, cache
+        return tokens, probs, jnp.full_like(length, k), cache
 
-    def skip(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Any]:
+    def while_sure(
+        params: Tree, cache: Any, context: Context, first: tuple[Array, Array], sure: Bool[Array, " B"]
+    ) -> tuple[Array, Array, Array, Any]:
+        """The rest of a rollout, until every row has come to a place at which the draft was unsure."""
+        empty = skip(params, cache, context)
+        tokens, probs = empty[0].at[:, 0].set(first[0]), empty[1].at[:, 0].set(first[1])
+
+        def is_going_on(carry: Any) -> Array:
+            place, sure = carry[0], carry[1]
+            return (place < k) & jnp.any(sure & (place < context.max_draft))
+
+        def draft_one(carry: Any) -> Any:
+            place, sure, count, cache, history, tokens, probs = carry
+            token = jax.lax.dynamic_index_in_dim(tokens, place - 1, axis=1, keepdims=False)
+            history = processors.extend(history, token, context.sampling.penalties)
+            output, cache = draft.apply(params, token[:, None], cache)
+            chosen = choose(output.logits, context.keys[:, place], history, context)
+            count = count + sure
+            sure &= is_sure(output.logits)
+            return (
+                place + 1,
+                sure,
+                count,
+                cache,
+                history,
+                tokens.at[:, place].set(chosen[0]),
+                probs.at[:, place].set(chosen[1]),
+            )
+
+        carry = jnp.int32(1), sure, jnp.ones_like(empty[2]), cache, context.history, tokens, probs
+        _, _, count, cache, _, tokens, probs = jax.lax.while_loop(is_going_on, draft_one, carry)
+        return tokens, probs, count, cache
+
+    def skip(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Array, Any]:
         del params
         rows = context.max_draft.shape[0]
-        return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), cache
+        none = jnp.zeros(rows, jnp.int32)
+        return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), none, cache
 
     def propose(params: Tree, cache: Any, context: Context) -> tuple[Proposal, Any]:
         if k == 0:
-            tokens, probs, cache = skip(params, cache, context)
+            tokens, probs, count, cache = skip(params, cache, context)
         else:
-            tokens, probs, cache = jax.lax.cond(
+            tokens, probs, count, cache = jax.lax.cond(
                 jnp.any(context.max_draft > 0),
                 lambda p, c: rollout(p, c, context),
                 lambda p, c: skip(p, c, context),
                 params,
                 cache,
             )
-        return Proposal(tokens, context.max_draft, probs), cache
+        return Proposal(tokens, jnp.minimum(context.max_draft, count), probs), cache
 
     def update(params: Tree, cache: Any, feedback: Feedback) -> Any:
         del params

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.drafter = "ngram"  # model, ngram, table, retrieval or none.
     config.draft = ""  # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py.
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
+    config.min_confidence = 0.0  # drafter=model: stop before K where the draft is less sure; 0: never.
     config.num_draft_tokens = 4  # K, the most tokens that are drafted in a step.
     config.min_match = 2  # drafter=ngram, retrieval: the shortest match that counts, in tokens.
     # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.drafter = "ngram"  # Or model.
     config.draft = ""  # drafter=model: a SOURCE; the target's own is a draft that is always right, and slow.
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
+    config.min_confidence = 0.0  # drafter=model: stop before K where the draft is less sure; 0: never.
     config.min_match = 2  # drafter=ngram: the shortest match that counts, in tokens.
 
     config.data = ""  # task=summaries: a FILE, whose first pairs are the examples.

@@ -64,6 +64,7 @@ def check(config: Config) -> None:
     for key, choices in choices_of.items():
         if config[key] not in choices:
             raise ValueError(f"config.{key}={config[key]!r}: choose one of {', '.join(choices)}.")
+    compare.check_draft(config)
     if not config.target:
         raise ValueError("config.target is empty: give --config.target=SOURCE.")
     if bool(config.draft) != (config.drafter == "model"):

@@ -158,6 +158,7 @@ def check(config: Config) -> None:
         for key in keys:
             if config[key] < least:
                 raise ValueError(f"config.{key}={config[key]}: at least {least}.")
+    check_draft(config)
     for key in ("target", "data"):
         if not config[key]:
             raise ValueError(f"config.{key} is empty: give --config.{key}=...")
@@ -185,6 +186,21 @@ def device_name() -> str:
     return kind if count == 1 else f"{count} x {kind}"
 
 
+def check_draft(config: Config) -> None:
+    """Refuses what a draft model cannot be told.
+
+    Raises:
+      ValueError: naming the key, its value and the remedy.
+    """
+    if not 0 <= config.min_confidence <= 1:
+        raise ValueError(f"config.min_confidence={config.min_confidence}: a probability, from 0 (off) to 1.")
+    if config.drafter != "model" and (config.draft_int8 or config.min_confidence):
+        raise ValueError(
+            f"config.draft_int8={config.draft_int8}, config.min_confidence={config.min_confidence}: only a draft model "
+            f"has either, but config.drafter={config.drafter!r}. Give --config.drafter=model, or leave them out."
+        )
+
+
 def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafter]]:
     """The target and its drafter, by K, as the keys of `configs/compare.py` name them.
 
@@ -209,7 +225,7 @@ def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafte
     if config.drafter == "model":
         same = config.draft == config.target and not config.draft_int8
         draft = target if same else read(config.draft, draft_rules, config.draft_int8)
-        return target, lambda k: drafters.model(draft, num_draft_tokens=k)
+        return target, lambda k: drafters.model(draft, num_draft_tokens=k, min_confidence=config.min_confidence)
     shortest, longest = config.min_match, max(config.min_match, 8)
     if config.drafter == "ngram":
         return target, lambda k: drafters.ngram(num_draft_tokens=k, min_match=shortest, max_match=longest)

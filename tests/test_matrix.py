@@ -26,7 +26,7 @@ DRAFTERS = {
     "none": Pair(TARGET, TABLE, drafters.none()),
     "ngram": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1)),
     "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
-    "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.5), DRAFT_TABLE),
+    "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.35), DRAFT_TABLE),
     "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3), COUNTS.params),
     "retrieval": Pair(TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8), CORPUS.params),

@@ -313,6 +313,14 @@ def without_backoff(proposal: Proposal) -> Proposal:
     return proposal._replace(probs=(proposal.probs - least) / jnp.sum(proposal.probs - least, axis=-1, keepdims=True))
 
 
+def without_improbable(proposal: Proposal) -> Proposal:
+    """Ends before the first token that is itself improbable, not behind a place at which none was probable."""
+    assert proposal.probs is not None
+    chosen = jnp.take_along_axis(proposal.probs, proposal.tokens[..., None], axis=-1)[..., 0]
+    sure = jnp.cumprod(chosen >= 0.3, axis=-1).sum(axis=-1)
+    return proposal._replace(length=jnp.minimum(proposal.length, sure))
+
+
 def narrowed(proposal: Proposal) -> Proposal:
     assert proposal.probs is not None
     return proposal._replace(probs=jnp.exp2(jnp.round(jnp.log2(proposal.probs))))
@@ -349,6 +357,7 @@ DRAFTERS = {
         by_lookup(), lambda p: p._replace(probs=jax.nn.one_hot((p.tokens + 1) % 4, 4))
     ),
     "draft probabilities rounded after the draft was sampled": lambda: _states(by_model(1), narrowed),
+    "improbable draft tokens dropped": lambda: _states(by_model(2), without_improbable),
     "back-off mass left out of what a table states": lambda: _states(by_table(), without_backoff),
     "histogram of the continuations not updated along the path": lambda: _states(by_retrieval(), of_the_first_place),
 }

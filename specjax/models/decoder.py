@@ -52,8 +52,9 @@ class Decoder(nnx.Module):
         text stands there, but padding may, and drafts beyond a text's limit.
         """
         c = self.config
-        table = self.head[...] if c.tie_embeddings else self.embedding[...]
-        scale = self.head_scale[...] if c.tie_embeddings and c.int8 else None
+        name = "head" if c.tie_embeddings else "embedding"
+        table, scale = getattr(self, name)[...], getattr(self, f"{name}_scale", None)
+        scale = None if scale is None else scale[...]
         x = layers.look_up(table, tokens, transposed=c.tie_embeddings, scale=scale)
         if c.scale_embeddings:
             x = x * np.asarray(math.sqrt(c.hidden_size), jnp.dtype(c.dtype)).astype(np.float32)

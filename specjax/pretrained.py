@@ -125,6 +125,8 @@ def load(
         )
     if int8:
         config, params = families.quantise(config, params)
+        if mesh is not None:
+            params = sharding.shard(params, families.param_axes(config), mesh, rules)
     if scan_layers:
         config, params = families.stack_layers(config, params)
     return Pretrained(families.model(config, rules), params, tokenizer, config)

@@ -42,6 +42,7 @@ T5 = T5Config(
 CONFIGS: dict[str, ModelConfig] = {
     "decoder": DECODER,
     "scanned": dataclasses.replace(DECODER, num_layers=2, scan_layers=True),
+    "int8": DECODER,
     "t5": T5,
 }
 PROMPTS = [[1, 2, 3, 4, 1, 2], [9], [5, 6, 7, 8, 5, 6, 7], [11, 12, 13] * 4, [1, 2, 3, 4, 1, 2], [3] * 9, [7, 8], [200]]
@@ -71,6 +72,7 @@ MAIN: list[Case] = [
     ("decoder", "ngram", "block"),
     ("decoder", "model", "lenient"),
     ("scanned", "model", "rejection"),
+    ("int8", "model", "rejection"),
 ]
 REST: list[Case] = (
     [("decoder", "model", rule) for rule in ("block", "typical", "top_k", "top_k_gap", "distance")]
@@ -95,7 +97,7 @@ SLOW: Meshes = {
 
 def params(family: str, seed: int) -> Any:
     """Random parameters; those of another seed are a little different."""
-    config, scale = CONFIGS[family], {"decoder": 6, "scanned": 6, "t5": 2}[family]
+    config, scale = CONFIGS[family], {"t5": 2}.get(family, 6)
     scaled = jax.tree.map(lambda x: scale * x if x.ndim > 1 else x, families.init_params(config, jax.random.key(0)))
     noise = jax.random.key(seed)
     return jax.tree.map(lambda x: x + 0.02 * seed * jax.random.normal(noise, x.shape) if x.ndim > 1 else x, scaled)
@@ -103,6 +105,8 @@ def params(family: str, seed: int) -> Any:
 
 def load(family: str, seed: int, mesh: jax.sharding.Mesh | None, rules: sharding.Rules) -> Pretrained:
     config, tree = CONFIGS[family], params(family, seed)
+    if family == "int8":
+        config, tree = families.quantise(config, tree)
     if mesh is not None:
         tree = sharding.shard(tree, families.param_axes(config), mesh, rules)
     return Pretrained(families.model(config, rules), tree, None, config)

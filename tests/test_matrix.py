@@ -234,3 +234,13 @@ def check_cell(drafter: str, rule: str, stop: str, rows: int) -> None:
     assert ((overlap >= 0) & (overlap <= proposed.sum(axis=1) + 1e-3)).all()
     if k and promise.rule is not verify.observe:
         assert accepted.sum(axis=0).min() > 100, f"drafts accepted by position: {accepted.sum(axis=0)}"
+
+
+def test_what_an_unsure_draft_did_not_draw_is_not_proposed():
+    """In the matrix some row is always sure, so that every place is drawn; here none ever is."""
+    pair = Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=1.0), DRAFT_TABLE)
+    result = sample(pair, [Group((0, 1, 2), 20_000), Group((2, 1), 20_000, top_p=0.8)])
+    assert_exact(result)
+    proposed = np.asarray(result.state.stats.proposed).sum(axis=0)
+    assert proposed[0] > 0
+    assert not proposed[1:].any()

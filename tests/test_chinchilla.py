@@ -160,7 +160,7 @@ def test_the_report_says_what_the_clock_says():
     (line,) = chinchilla_report.lines(rows)
     assert line.sampling == Sampling(1.0, 0.8)
     assert [row["num_draft_tokens"] for row in line.rows] == [0, 2, 4, 6]
-    assert chinchilla_report.milliseconds(rows[1]) == pytest.approx([900, 1000, 1100, 2000])
+    assert chinchilla_report.spread(rows[1:2]) == pytest.approx([1000, 2000, 2000])
     assert chinchilla_report.ms_per_token(rows[1]) == pytest.approx(5000 / 512)
     assert chinchilla_report.loop_ms(rows[1]) == pytest.approx(5000 / 200)
     assert chinchilla_report.efficiency(rows[1]) == pytest.approx(128 / 50 / 5)
@@ -168,12 +168,19 @@ def test_the_report_says_what_the_clock_says():
     assert [row[2] for row in table[1:]] == ["4", "2 (best)"]
     assert table[1][-3:] == ["ROUGE-2 11.2 -> 11.4", "14.1 -> 7.52", "1.92x"]
     assert table[1][3:5] == ["ROUGE-2 12.0 ± 2.0", "ROUGE-2 13.0 ± 2.0"]
-    spread = dict(zip(*chinchilla_report.table_sweep(measured)[0:4:3], strict=True))
-    assert spread["128 tokens: P50"] == f"{np.percentile([900, 1000, 1100, 2000], 50):.0f}"
+    swept = dict(zip(*chinchilla_report.table_sweep(measured)[0:4:3], strict=True))
+    assert (swept["128 tokens: P50"], swept["P90"]) == ("1000", "2000")
     found = chinchilla_report.findings(measured)
     assert any("fastest with K = 2, 2.00 times" in text for text in found)
     assert any("SLOWER than plain decoding with K = 6 (0.80x)" in text for text in found)
     assert any("the difference is +1.00 ± 0.00" in text for text in found)
+
+
+def test_a_text_that_ended_at_once_does_not_count_as_a_long_one():
+    row = cell(2, [1.0, 1.1, 1.2, 1.3], 50)
+    short = cell(2, [0.05], 1, tokens=1)["clock"]
+    assert chinchilla_report.spread([row | {"clock": row["clock"] + short}]) == pytest.approx([1200, 1300, 1300])
+    assert chinchilla_report.spread([row | {"clock": short}]) == pytest.approx([6400] * 3)
 
 
 def test_the_loop_time_is_fitted_by_a_line():

@@ -184,7 +184,11 @@ def _timed(config: Config, setting: cells.Setting, drafter: Drafter, sampling: S
 
 
 def _about(config: Config, num_problems: int) -> str:
-    draft = config.draft if config.drafter == "model" else "n-gram lookup"
+    draft = "n-gram lookup"
+    if config.drafter == "model":
+        draft = f"{config.draft}{' in int8' if config.draft_int8 else ''}"
+        if config.min_confidence:
+            draft += f" that stops where less than {config.min_confidence:g} sure"
     place = f"{config.dtype} on {compare.device_name()} with jax {jax.__version__}"
     return (
         f"Target {config.target}, draft {draft}, {place}; task {config.task}: {config.num_timed} texts timed, each "

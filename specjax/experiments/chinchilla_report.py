@@ -111,12 +111,16 @@ def lines(rows: Sequence[Row]) -> list[Line]:
     return found
 
 
-def milliseconds(row: Row, side: str = "") -> list[float]:
-    """What `TOKENS` tokens of a row of each batch took; `side` "baseline_": without speculation.
+def spread(rows: Sequence[Row], side: str = "") -> list[float]:
+    """P50, P90 and P99 of what `TOKENS` tokens of a text took; `side` "baseline_": without speculation.
 
-    A text that ends early, or a batch with such texts, is taken for one that goes on as fast.
+    A text that ends early is taken for one that goes on as fast, and so is a batch with such texts; each weighs as many
+    tokens as it wrote, or one that ended at once would count as if its start went on for `TOKENS` tokens.
     """
-    return [1e3 * TOKENS * b[f"{side}seconds"] * b["rows"] / b[f"{side}tokens"] for b in row["clock"]]
+    clock = [batch for row in rows for batch in row["clock"]]
+    tokens = [batch[f"{side}tokens"] for batch in clock]
+    taken = [1e3 * TOKENS * b[f"{side}seconds"] * b["rows"] / n for b, n in zip(clock, tokens, strict=True)]
+    return np.percentile(taken, (50, 90, 99), weights=tokens, method="inverted_cdf").tolist()
 
 
 def ms_per_token(row: Row, side: str = "") -> float:
@@ -200,7 +204,7 @@ def table_sweep(measured: Measured) -> list[list[str]]:
     table = [[*head.split(", "), f"{TOKENS} tokens: P50", "P90", "P99", "plain: P50", "P90", "P99", "speedup", "same"]]
     for line in lines(measured.rows):
         for row in line.rows:
-            spread = [np.percentile(milliseconds(row, side), (50, 90, 99)) for side in ("", "baseline_")]
+            spreads = [spread([row], side) for side in ("", "baseline_")]
             identical = row["identical"]
             table.append(
                 [
@@ -211,7 +215,7 @@ def table_sweep(measured: Measured) -> list[list[str]]:
                     f"{row['block_efficiency']:.2f}",
                     f"{efficiency(row):.2f}",
                     f"{loop_ms(row):.1f}",
-                    *(f"{value:.0f}" for side in spread for value in side),
+                    *(f"{value:.0f}" for side in spreads for value in side),
                     f"{row['measured_speedup']:.2f}x",
                     "-" if identical is None else f"{identical:.0%}",
                 ]
@@ -225,7 +229,7 @@ def figure_1(measured: Measured) -> Figure:
     counts = sorted({row["num_draft_tokens"] for row in measured.rows})
     panels = figure.subplots(1, 3)
     shown = (
-        (f"time for {TOKENS} tokens", "ms", lambda row: float(np.mean(milliseconds(row)))),
+        (f"time for {TOKENS} tokens", "ms", lambda row: TOKENS * ms_per_token(row)),
         ("acceptance: tokens of a loop / (K + 1)", "", efficiency),
         ("time of a loop", "ms", loop_ms),
     )
@@ -249,11 +253,11 @@ def spread_plot(measured: Measured) -> Figure:
     figure = Figure(figsize=(4.6 * len(swept), 3.8), layout="constrained")
     for axes, line in zip(np.atleast_1d(figure.subplots(1, len(swept))), swept, strict=True):
         k = [row["num_draft_tokens"] for row in line.rows]
-        plain = [ms for row in line.rows for ms in milliseconds(row, "baseline_")]
-        for percent, color in zip((50, 90, 99), _COLORS, strict=False):
-            values = [np.percentile(milliseconds(row), percent) for row in line.rows]
+        plain = spread(line.rows, "baseline_")
+        measured_ms = zip(*(spread([row]) for row in line.rows), strict=True)
+        for percent, values, dotted, color in zip((50, 90, 99), measured_ms, plain, _COLORS, strict=False):
             axes.plot(k, values, "o-", color=color, label=f"P{percent}")
-            axes.axhline(np.percentile(plain, percent), color=color, linewidth=0.8, linestyle=":")
+            axes.axhline(dotted, color=color, linewidth=0.8, linestyle=":")
         axes.set_title(line.label, loc="left", fontsize=10)
         axes.set_xticks(k)
         axes.set_xlabel("draft tokens a step, K")
@@ -295,7 +299,7 @@ def findings(measured: Measured) -> list[str]:
 LEGEND = f"""\
 - **quality**: mean and standard error over problems, 0 to 100; the texts of both sides are of the same prompts.
 - **ms/token**, **{TOKENS} tokens**: of decoding a row; a text that ends early is taken for one that goes on as fast.
-  P50, P90, P99: over texts (over batches, where several texts are decoded together).
+  P50, P90, P99: over texts (over batches, where several texts are decoded together), each of the weight of its tokens.
 - **tokens/(K+1)**: the paper's acceptance, the token that the target adds among the tokens. **alpha**: mean of
   sum min(target, draft) over the judged draft tokens.
 - **K = 0**: plain against plain decoding: how much the clock is to be trusted.

@@ -91,12 +91,14 @@ def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkey
     few = ["--config.num_draft_tokens=(1,)", "--config.batch_sizes=(2,)", "--config.num_timed=2"]
     few.append("--config.quality_draft_tokens=1")
     same = [f"--config.draft={target}", "--config.num_samples=2", f"--config.execute={execute}"]
+    same += ["--config.draft_int8=True", "--config.min_confidence=0.1"]
     assert launch.main(command("humaneval", target, tmp_path, *few, *same)) == 0, capfd.readouterr().err
     said = capfd.readouterr().out
     assert len(ran) == (16 if execute else 0)
     assert ("16 programs that the model writes will be run" in said) == execute
     assert ("--config.execute=True would run 16" in said) != execute
     summary = (tmp_path / "summary.md").read_text()
+    assert f"draft {target} in int8 that stops where less than 0.1 sure" in summary
     assert ("pass@1 25.0" in summary) == execute
     assert ("pass@2 25.0" in summary) == execute
     assert {row["drafter"] for row in json.loads((tmp_path / "results.json").read_text())} == {"model"}

@@ -263,6 +263,24 @@ def test_bfloat16_products_follow_float32():
     assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["t5", "decoder", "gpt2"])
+def test_bfloat16_gradients_follow_float32(kind, tied):
+    base = MODELS["decoder" if kind == "gpt2" else kind]
+    model: Any = dataclasses.replace(base, tie_embeddings=tied)
+    if kind == "gpt2":
+        model = dataclasses.replace(model, positions="learned", norm="layer", gated=False, activation="gelu_new")
+    batch = make_dataset(copies(60), "t5" if kind == "t5" else "decoder").batch(0, 4)
+    params = families.init_params(model, jax.random.key(0))
+
+    def loss(params, dtype):
+        return train.sums(*families.cast(model, params, dtype), batch).loss
+
+    exact, rounded = (jax.jit(jax.grad(lambda p, d=dtype: loss(p, d)))(params) for dtype in ("float32", "bfloat16"))
+    for (path, a), b in zip(jax.tree.leaves_with_path(exact), jax.tree.leaves(rounded), strict=True):
+        assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(a), jax.tree_util.keystr(path)
+
+
 def test_optimizers_do_what_they_say():
     params = {"matrix": jnp.full((4, 4), 2.0), "norm": jnp.ones(4)}
     grads = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), params)

@@ -247,20 +247,29 @@ def rotate(
     return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
+def _take(table: Array, tokens: Array) -> Array:
+    return jnp.take(table, tokens, axis=0)
+
+
+@jax.custom_jvp
+def _take_bits(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+    return jax.lax.bitcast_convert_type(_take(bits, tokens), table.dtype)
+
+
+@_take_bits.defjvp
+def _take_bits_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    # Bits have no derivative: without this rule, training would not move the table.
+    table, tokens = primals
+    return _take_bits(table, tokens), _take(tangents[0], tokens)
+
+
 def _rows(table: Float[Array, "V D"] | Int[Array, "V D"], tokens: Int[Array, "B T"]) -> Array:
     """Rows of a table."""
-
-    def take(table: Array, tokens: Array) -> Array:
-        return jnp.take(table, tokens, axis=0)
-
     if table.dtype != jnp.bfloat16:
-        return take(table, tokens)
-
+        return _take(table, tokens)
     # XLA:CPU has no bfloat16 lookup: in a loop over drafts it would convert the whole table first, in every step.
-    def take_bits(table: Array, tokens: Array) -> Array:
-        return jax.lax.bitcast_convert_type(take(jax.lax.bitcast_convert_type(table, jnp.uint16), tokens), table.dtype)
-
-    return jax.lax.platform_dependent(table, tokens, cpu=take_bits, default=take)
+    return jax.lax.platform_dependent(table, tokens, cpu=_take_bits, default=_take)
 
 
 def look_up(

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax import api, decode
 from specjax.drafters.model import match_vocab
+from specjax.models import bits
 from specjax.pretrained import Pretrained
 from specjax.types import Inputs, Model, Params, Tree
 
@@ -194,7 +195,7 @@ def _gather(cache: Tree, rows: Int[Array, "B M"]) -> Tree:
     """A cache with the given M of each text's rows. All that a cache holds leads with the batch axis."""
     batch = rows.shape[0]
     index = (rows + jnp.arange(batch)[:, None] * (cache.length.shape[0] // batch)).reshape(-1)
-    return jax.tree.map(lambda x: x[index], cache)
+    return jax.tree.map(lambda x: bits.moved(lambda x, index: x[index], (x,), index), cache)
 
 
 def _set_length(cache: Any, length: Int[Array, " B"]) -> Any:

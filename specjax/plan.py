@@ -11,7 +11,7 @@ So it is a prediction, and a lower bound.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -306,8 +306,12 @@ def _inner(eqn: Any) -> Any:
     return getattr(found, "jaxpr", found)
 
 
-def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -> Iterator[_Product]:
-    """The matrix products of a program, noting which of its arguments are read, and which are only looked up in."""
+def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -> Generator[_Product, None, list[int]]:
+    """The matrix products of a program, noting which of its arguments are read, and which are only looked up in.
+
+    Returns:
+      which argument each result is another form of, or -1.
+    """
     origin: dict[Any, int] = dict(zip(jaxpr.invars, origins, strict=True))
 
     def of(x: Any) -> int:
@@ -319,7 +323,8 @@ def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -
         if name in _SAME_DATA or name in _UPDATES:
             origin[eqn.outvars[0]] = sources[0]
         elif inner is not None:
-            yield from _walk(inner, sources[len(sources) - len(inner.invars) :], read, looked_up)
+            results = yield from _walk(inner, sources[len(sources) - len(inner.invars) :], read, looked_up)
+            origin.update(zip(eqn.outvars, results, strict=True))
         elif name in _LOOKUPS:
             looked_up.update({sources[0]} - {-1})
         else:
@@ -328,6 +333,7 @@ def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -
             (contracted, _), _ = eqn.params["dimension_numbers"]
             size = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
             yield _Product(2 * size * math.prod(eqn.outvars[0].aval.shape), (sources[0], sources[1]))
+    return [of(x) for x in jaxpr.outvars]
 
 
 def _reduced(config: ModelConfig, params: Tree, read: set[int], looked_up: set[int]) -> Iterator[int]:

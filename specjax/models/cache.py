@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from specjax import sharding
+from specjax.models import bits
 
 # Above this many rows, a write is one batched scatter instead of one slice update a row: the compiled program
 # would grow with rows x layers.
@@ -77,28 +78,38 @@ def write(
       layer: into which layer, of all.
     """
     new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
-    where = () if layer is None else (layer,)
     if layer is not None:
         new = new[:, None]
-    if start is None:
-        return jax.lax.dynamic_update_slice(buffer, new, (0, *where, 0, 0, 0))
     rows = buffer.shape[0]
-    if rows == 1 and new.shape[-2] == 1:
+    if rows == 1 and new.shape[-2] == 1 and start is not None:
         # One entry more, beyond the length: XLA:CPU computes a lone entry twice, for the result and for attention, and
         # copies the cache to do so.
         new = jnp.concatenate([new, new], axis=-2)
     # With one key/value head (multi-query attention), XLA:CPU copies the cache around each of several row updates.
     one_head = rows > 1 and buffer.shape[-3] == 1
-    if rows > MAX_UNROLLED_ROWS or one_head or not jax.sharding.get_abstract_mesh().empty:
-        return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice(b, n, (*where, 0, s, 0)))(buffer, new, start)
-    for row in range(rows):
-        buffer = jax.lax.dynamic_update_slice(buffer, new[row : row + 1], (row, *where, 0, start[row], 0))
-    return buffer
+    together = rows > MAX_UNROLLED_ROWS or one_head or not jax.sharding.get_abstract_mesh().empty
+
+    def update(buffer: Array, new: Array, start: Array | None, layer: Array | None) -> Array:
+        where = () if layer is None else (layer,)
+        if start is None:
+            return jax.lax.dynamic_update_slice(buffer, new, (0, *where, 0, 0, 0))
+        if together:
+            return jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice(b, n, (*where, 0, s, 0)))(buffer, new, start)
+        for row in range(rows):
+            buffer = jax.lax.dynamic_update_slice(buffer, new[row : row + 1], (row, *where, 0, start[row], 0))
+        return buffer
+
+    if rows == 1:
+        # Updated as bits, a lone row is computed twice, too, and copied. Its conversions are small.
+        return update(buffer, new, start, layer)
+    return bits.moved(update, (buffer, new), start, layer)
 
 
 def of_layer(buffer: Float[Array, "B *L H S D"], layer: Int[Array, ""] | None) -> Float[Array, "B H S D"]:
     """The keys or values of one layer: all of the buffer, or that layer of all."""
-    return buffer if layer is None else jax.lax.dynamic_index_in_dim(buffer, layer, axis=1, keepdims=False)
+    if layer is None:
+        return buffer
+    return bits.moved(lambda b, i: jax.lax.dynamic_index_in_dim(b, i, axis=1, keepdims=False), (buffer,), layer)
 
 
 def constrain(buffer: Float[Array, "B *L H S D"], rules: sharding.Rules) -> Float[Array, "B *L H S D"]:

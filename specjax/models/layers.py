@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import sharding
+from specjax.models import bits
 from specjax.models import cache as cache_lib
 from specjax.models.config import DecoderConfig, LinearRopeScaling
 
@@ -247,31 +248,6 @@ def rotate(
     return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
-def _take(table: Array, tokens: Array) -> Array:
-    return jnp.take(table, tokens, axis=0)
-
-
-@jax.custom_jvp
-def _take_bits(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
-    return jax.lax.bitcast_convert_type(_take(bits, tokens), table.dtype)
-
-
-@_take_bits.defjvp
-def _take_bits_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # Bits have no derivative: without this rule, training would not move the table.
-    table, tokens = primals
-    return _take_bits(table, tokens), _take(tangents[0], tokens)
-
-
-def _rows(table: Float[Array, "V D"] | Int[Array, "V D"], tokens: Int[Array, "B T"]) -> Array:
-    """Rows of a table."""
-    if table.dtype != jnp.bfloat16:
-        return _take(table, tokens)
-    # XLA:CPU has no bfloat16 lookup: in a loop over drafts it would convert the whole table first, in every step.
-    return jax.lax.platform_dependent(table, tokens, cpu=_take_bits, default=_take)
-
-
 def look_up(
     table: Float[Array, "..."] | Int[Array, "V D"],
     tokens: Int[Array, "B T"],
@@ -291,7 +267,7 @@ def look_up(
     tokens = jnp.minimum(tokens, table.shape[1 if outputs_last else 0] - 1)
     if outputs_last:
         return jnp.moveaxis(jnp.take(table, tokens, axis=1), 0, -1).astype(jnp.float32)
-    found = _rows(table, tokens).astype(jnp.float32)
+    found = bits.moved(lambda table, tokens: jnp.take(table, tokens, axis=0), (table,), tokens).astype(jnp.float32)
     return found if scale is None else found * jnp.take(scale, tokens, axis=0)[..., None]
 
 

@@ -69,26 +69,25 @@ BOTH: list[Case] = [*DECODERS, ("t5", "model", "rejection")]
 MAIN: list[Case] = [
     *BOTH,
     ("decoder", "model", "coupled"),
-    ("decoder", "ngram", "block"),
-    ("decoder", "model", "lenient"),
     ("scanned", "model", "rejection"),
     ("int8", "model", "rejection"),
 ]
 REST: list[Case] = (
-    [("decoder", "model", rule) for rule in ("block", "typical", "top_k", "top_k_gap", "distance")]
+    [("decoder", "model", rule) for rule in ("block", "lenient", "typical", "top_k", "top_k_gap", "distance")]
     + [("decoder", drafter, "rejection") for drafter in ("none", "ngram", "table", "retrieval")]
-    + [("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
+    + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
 SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D
 MESHES: Meshes = {
     "2x4": ({"data": 2, "model": 4}, SPLIT, SPLIT, MAIN),
-    "1x8": ({"model": 8}, SPLIT, SPLIT, BOTH),
+    "1x8": ({"model": 8}, SPLIT, SPLIT, DECODERS),
     "8x1": ({"data": 8}, SPLIT, SPLIT, DECODERS),
     "2x2x2": ({"data": 2, "model": 2, "width": 2}, TWICE, TWICE, DECODERS),
     "2x4, replicated draft": ({"data": 2, "model": 4}, SPLIT, REPLICATED, DECODERS),
 }
 SLOW: Meshes = {
     "2x4": ({"data": 2, "model": 4}, SPLIT, SPLIT, REST),
+    "1x8": ({"model": 8}, SPLIT, SPLIT, BOTH[1:]),
     "8x1": ({"data": 8}, SPLIT, SPLIT, BOTH[1:]),
     "2x2x2": ({"data": 2, "model": 2, "width": 2}, TWICE, TWICE, BOTH[1:]),
     "2x4, replicated draft": ({"data": 2, "model": 4}, SPLIT, REPLICATED, BOTH[1:]),

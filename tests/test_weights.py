@@ -711,12 +711,14 @@ rules = sharding.override(sharding.RULES, vocab=None)
 placed = pretrained.load(sys.argv[1], mesh=mesh, rules=rules)
 pretrained.save(placed, sys.argv[2])
 again = pretrained.load(sys.argv[2], mesh=mesh, rules=rules)
-axes = families.param_axes(host.config)
+def check(x, y, names):
+    assert y.sharding == sharding.named_sharding(mesh, x.shape, names, rules), (names, y.sharding)
+    np.testing.assert_array_equal(x, y)
 for tree in (placed.params, again.params):
-    def check(x, y, names):
-        assert y.sharding == sharding.named_sharding(mesh, x.shape, names, rules), (names, y.sharding)
-        np.testing.assert_array_equal(x, y)
-    jax.tree.map(check, host.params, tree, axes)
+    jax.tree.map(check, host.params, tree, families.param_axes(host.config))
+for options in ({"int8": True, "dtype": "bfloat16"}, {"scan_layers": True}):
+    whole, split = (pretrained.load(sys.argv[1], **options, **at) for at in ({}, {"mesh": mesh, "rules": rules}))
+    jax.tree.map(check, whole.params, split.params, families.param_axes(whole.config))
 assert again.params["layers"][0]["mlp"]["down"].addressable_shards[0].data.shape == (10, 16)
 
 # A checkpoint on meshes other than the one that wrote it.

@@ -195,9 +195,7 @@ def prepare(
         strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         stopping = _stopping(tuple(strings), target.tokenizer, vocab_size)
     num_texts = rows * num_return_sequences
-    seeds = [seed + i for i in range(num_texts)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != num_texts:
-        raise ValueError(f"{len(seeds)} seeds for {num_texts} texts: give one, or one a text.")
+    seeds = decode.spread_seeds(seed, num_texts)
     params = Params(target.params, drafter.source.params if drafter.source is not None else ())
     mesh = mesh_of(target.params)
     if mesh is not None:

@@ -7,6 +7,7 @@ loop with the drafter `none` (K = 0).
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,9 @@ from specjax.verify import Rule
 
 DEFAULT_STEP_COST = 1.2
 """Time of a drafting step over that of a plain step, where nobody has measured it."""
+
+MAX_NEW_TOKENS = 1 << 24
+"""The most that a request may ask for; positions and counters are int32."""
 
 BUFFER_MULTIPLE = 64
 """Buffers are rounded up to this many tokens at least, so that few programs serve all lengths."""
@@ -134,14 +138,17 @@ def text_limits(
 
     Raises:
       ValueError: where something does not fit.
+      TypeError: for max_new_tokens that are no whole numbers.
     """
     rows, width = inputs.tokens.shape
-    lengths, budget = distributed.to_host(inputs.length), np.asarray(max_new_tokens, np.int32)
+    lengths, budget = distributed.to_host(inputs.length), np.asarray(max_new_tokens)
+    if budget.dtype.kind not in "iu":
+        raise TypeError(f"max_new_tokens={max_new_tokens}: a whole number, or one a row.")
     if budget.shape not in ((), (rows,)):
         raise ValueError(f"{budget.size} values of max_new_tokens for {rows} rows: give one, or one a row.")
-    if (budget < 0).any():
-        raise ValueError(f"max_new_tokens={max_new_tokens} is negative.")
-    limit = lengths + np.broadcast_to(budget, (rows,))
+    if (budget < 0).any() or (budget > MAX_NEW_TOKENS).any():
+        raise ValueError(f"max_new_tokens={max_new_tokens} is outside [0, {MAX_NEW_TOKENS}].")
+    limit = lengths + np.broadcast_to(budget.astype(np.int32), (rows,))
     longest, k = int(limit.max()), num_draft_tokens
     texts = f"A prompt of {int(lengths.max())} tokens (padded to {width}) with {int(budget.max())} new tokens"
     if max_len is None:
@@ -164,6 +171,28 @@ def _pad_stop_tokens(stop_tokens: Sequence[int]) -> Int[Array, " E"]:
     """Padded with -1 to a multiple of eight, so that another few of them compile nothing."""
     tokens = sorted(set(stop_tokens))
     return jnp.asarray(tokens + [-1] * (-len(tokens) % 8 or 8 * (not tokens)), jnp.int32)
+
+
+def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed a sequence: those that are given, or `seed + i` for sequence i.
+
+    Raises:
+      ValueError: for a seed outside [0, 2^32), or too few or many of them.
+      TypeError: for one that is not a whole number.
+    """
+    seeds = list(seed) if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str) else [seed]
+    for one in seeds:
+        if not isinstance(one, Integral):
+            raise TypeError(f"seed={one!r}: give a whole number, or one for each of {count} sequences.")
+    if isinstance(seed, Integral):
+        seeds = [int(seed) + i for i in range(count)]
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} sequences: give one, or one for each.")
+    for one in (seeds[0], seeds[-1], *seeds):
+        if not 0 <= one < 2**32:
+            last = " (sequence i uses seed + i)" if isinstance(seed, Integral) and count > 1 else ""
+            raise ValueError(f"seed={one} is outside [0, 2^32){last}: choose another.")
+    return [int(one) for one in seeds]
 
 
 def row_keys(seeds: UInt32[Array, " B"]) -> Array:
@@ -288,9 +317,7 @@ def prefill(
                 f"The automaton of {name} knows {table.token_class.shape[0]} tokens, but the target's vocabulary has "
                 f"{target.vocab_size}: build it with vocab_size={target.vocab_size}."
             )
-    seeds = list(range(rows)) if seeds is None else list(seeds)
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} rows: give one a row.")
+    seeds = spread_seeds(0 if seeds is None else seeds, rows)
     return _prefill(
         target,
         drafter._replace(source=None),
@@ -345,6 +372,42 @@ def _at_temperature_one(options: SamplingOptions) -> SamplingOptions:
     return options._replace(temperature=jnp.where(options.temperature > 0, options.temperature, 1.0))
 
 
+def _first(found: Bool[Array, "B T"]) -> Int[Array, " B"]:
+    """The first place of each row that holds; T where none does."""
+    size = found.shape[-1]
+    return jnp.min(jnp.where(found, jnp.arange(size, dtype=jnp.int32), size), axis=-1, initial=size)
+
+
+def _stops(state: DecodeState, tokens: Int[Array, "B T"]) -> tuple[Bool[Array, "B T"], Int[Array, "B T+1"]]:
+    """Whether each of the tokens behind a text ends it, and the states of its stop strings before each and after."""
+    stops = jnp.isin(tokens, state.stop_tokens)
+    states = _trace(state.stop_strings, state.stop_state, tokens)
+    if state.stop_strings is not None:
+        stops = stops | (states[:, 1:] == state.stop_strings.next_state.shape[0] - 1)
+    return stops, states
+
+
+def _within_text(state: DecodeState, proposal: Proposal, room: Int[Array, " B"]) -> Proposal:
+    """The proposal without what lies beyond the row's budget, or behind its first stop, where there is no text.
+
+    Whether a token is left out depends on those before it alone, so exact rules stay exact.
+    """
+    end = jnp.minimum(_first(_stops(state, proposal.tokens)[0]) + 1, room)
+    return proposal._replace(length=jnp.clip(proposal.length, 0, end))
+
+
+def _up_to_nan(proposal: Proposal, target_probs: Float[Array, "B T V"]) -> Proposal:
+    """The proposal up to the first position at which one side has no distribution: no rule can judge a token there.
+
+    If all drafts before that position are accepted, the row fails there, as plain decoding would.
+    """
+    k = proposal.tokens.shape[1]
+    broken = jnp.isnan(jnp.sum(target_probs, axis=-1))[:, :k]
+    if proposal.probs is not None:
+        broken |= jnp.isnan(jnp.sum(proposal.probs, axis=-1))
+    return proposal._replace(length=jnp.minimum(proposal.length, _first(broken)))
+
+
 def apply_rule(
     rule: Rule,
     options: SamplingOptions,
@@ -364,6 +427,7 @@ def apply_rule(
       history: the text before each of the T tokens.
     """
     target_probs = sampling.probabilities(logits, options, history)
+    proposal = _up_to_nan(proposal, target_probs)
     is_sampled = options.temperature > 0
     if rule.exact:
         # Every exact rule is `greedy` on one-hot distributions, which needs no noise.
@@ -399,11 +463,8 @@ def _judge(
     output, cache = target.apply(params.target, block, state.cache)
     history = processors.follow(history_of(state), proposal.tokens, state.sampling.penalties)
     verdict, target_probs = apply_rule(rule, state.sampling, proposal, keys, output.logits, history)
-    # Nothing is accepted beyond a distribution that is not a number, whatever the rule made of it.
-    broken = jnp.any(jnp.isnan(target_probs), axis=-1)
-    first_broken = jnp.where(jnp.any(broken, axis=-1), jnp.argmax(broken, axis=-1), block.shape[1])
+    first_broken = _first(jnp.isnan(jnp.sum(target_probs, axis=-1)))
     failed = first_broken <= verdict.num_accepted
-    verdict = verdict._replace(num_accepted=jnp.minimum(verdict.num_accepted, first_broken).astype(jnp.int32))
     logprobs = None
     if state.logprobs is not None:
         logprobs = _logprobs(output.logits, verdict.tokens, state.logprobs.top.shape[2])
@@ -488,6 +549,7 @@ def decode_step(
     draft_keys = keys.token[:, :k] if rule.coupled else draft_keys
     context = Context(history_of(state), draft_keys, room, state.sampling, target.vocab_size)
     proposal, drafter_state = drafter.propose(params.draft, state.drafter, context)
+    proposal = _within_text(state, proposal, room)
 
     # Score and verify. Where no row drafts, this is a plain decoding step and costs no more.
     judge = functools.partial(_judge, target, rule, params)
@@ -503,7 +565,7 @@ def decode_step(
         judged = _run_if(~speculate, plain, state, proposal, keys, judged)
     verdict, target_failed = judged.verdict, judged.failed
 
-    # Commit: up to the first stop, within the row's budget, and nothing whose distribution is not a number.
+    # Commit: up to the first stop, within the row's budget, and nothing that was drawn from NaN.
     position = jnp.arange(k + 1)
     n = verdict.num_accepted
     is_judged = running[:, None] & (position[:k] < proposal.length[:, None]) & (position[:k] <= n[:, None])
@@ -512,12 +574,10 @@ def decode_step(
         draft_failed = jnp.any(is_judged & jnp.isnan(jnp.sum(proposal.probs, axis=-1)), axis=-1)
     failed = running & (target_failed | draft_failed)
     emitted = jnp.where(failed, n, n + 1)
-    stops = jnp.isin(verdict.tokens, state.stop_tokens)
-    stop_states = _trace(state.stop_strings, state.stop_state, verdict.tokens)
-    if state.stop_strings is not None:
-        stops = stops | (stop_states[:, 1:] == state.stop_strings.next_state.shape[0] - 1)
-    stops = stops & (position < emitted[:, None])
-    first_stop = jnp.where(jnp.any(stops, axis=-1), jnp.argmax(stops, axis=-1), k + 1)
+    stops, stop_states = _stops(state, verdict.tokens)
+    first_stop = _first(stops & (position < emitted[:, None]))
+    # What stands behind the last token of a text is nobody's failure.
+    failed &= first_stop >= n
     emitted = jnp.minimum(jnp.minimum(emitted, first_stop + 1), state.limit - state.length)
     emitted = jnp.where(running, emitted, 0)
     length = state.length + emitted
@@ -543,7 +603,7 @@ def decode_step(
         length=length,
         done=state.done | stopped,
         failed_at=jnp.where(failed, state.length + n, state.failed_at),
-        draft_failed=state.draft_failed | (running & draft_failed),
+        draft_failed=state.draft_failed | (failed & draft_failed),
         stop_state=after(stop_states),
         grammar_state=after(_trace(state.grammar, state.grammar_state, verdict.tokens)),
         logprobs=jax.tree.map(write, state.logprobs, judged.logprobs),
@@ -665,8 +725,9 @@ def stream(
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1.")
-    drafter = drafter._replace(source=None)
-    while not bool(jnp.all(state.done)):
+    drafter, done = drafter._replace(source=None), False
+    while not done:  # Texts that may have no new token are yielded, too.
         state = advance(target, drafter, rule, params, state, np.int32(steps), fixed_shape)
         check(state)
+        done = bool(jnp.all(state.done))
         yield state

@@ -27,16 +27,25 @@ def spread(
 ) -> Array:
     """One value a row, from one value or a list of them.
 
+    Numbers that float32 would round to 0 are rounded away from it instead: 0 is often the value that means "off".
+
     Raises:
       ValueError: for a value outside [low, high] (with `above`: (low, high]), or too few or many of them.
+      TypeError: for what is not a number.
     """
-    values = np.asarray(value, np.float64)
+    try:
+        values = np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}={value!r}: give one number, or one for each of {batch_size} rows.") from error
     if values.shape not in ((), (batch_size,)):
         raise ValueError(f"{name} has shape {values.shape}: give one value, or one for each of {batch_size} rows.")
     if not np.all((values > low if above else values >= low) & (values <= high)):
         raise ValueError(f"{name}={value} is outside {'(' if above else '['}{low}, {high}].")
     if np.issubdtype(dtype, np.integer) and not np.all(values == np.round(values)):
         raise ValueError(f"{name}={value} is not a whole number.")
+    if dtype == jnp.float32:
+        least = np.finfo(np.float32).smallest_normal
+        values = np.where((values != 0) & (np.abs(values) < least), np.copysign(least, values), values)
     return jnp.asarray(np.broadcast_to(values, (batch_size,)), dtype)
 
 
@@ -55,7 +64,7 @@ def penalties(
 
     Args:
       batch_size: B.
-      repetition_penalty: above 0; 1 is none (Keskar et al. 2019, arXiv 1909.05858).
+      repetition_penalty: from 1e-6 to 1e6; 1 is none (Keskar et al. 2019, arXiv 1909.05858).
       presence_penalty: any number; 0 is none.
       frequency_penalty: any number; 0 is none.
       no_repeat_ngram_size: at least 0; 0 is none.
@@ -79,18 +88,17 @@ def penalties(
         for token, bias in row.items():
             if not 0 <= token < _NO_TOKEN:
                 raise ValueError(f"logit_bias or suppress_tokens names token {token}: ids are not negative.")
-            if not bias < np.inf:
+            if np.isnan(bias) or bias > np.finfo(np.float32).max:
                 raise ValueError(f"logit_bias of token {token} is {bias}: give a finite number, or -inf to forbid it.")
-    numbers: dict[str, tuple[Any, Any, float, float, bool]] = {
-        "repetition_penalty": (repetition_penalty, jnp.float32, 0.0, 1e6, True),
-        "presence_penalty": (presence_penalty, jnp.float32, -1e6, 1e6, False),
-        "frequency_penalty": (frequency_penalty, jnp.float32, -1e6, 1e6, False),
-        "no_repeat_ngram_size": (no_repeat_ngram_size, jnp.int32, 0, 2**20, False),
-        "min_new_tokens": (min_new_tokens, jnp.int32, 0, 2**30, False),
+    numbers: dict[str, tuple[Any, Any, float, float]] = {
+        "repetition_penalty": (repetition_penalty, jnp.float32, 1e-6, 1e6),
+        "presence_penalty": (presence_penalty, jnp.float32, -1e6, 1e6),
+        "frequency_penalty": (frequency_penalty, jnp.float32, -1e6, 1e6),
+        "no_repeat_ngram_size": (no_repeat_ngram_size, jnp.int32, 0, 2**20),
+        "min_new_tokens": (min_new_tokens, jnp.int32, 0, 2**30),
     }
     arrays = {
-        name: spread(name, value, batch_size, dtype, low, high, above=above)
-        for name, (value, dtype, low, high, above) in numbers.items()
+        name: spread(name, value, batch_size, dtype, low, high) for name, (value, dtype, low, high) in numbers.items()
     }
     idle = all(bool(jnp.all(x == (name == "repetition_penalty"))) for name, x in arrays.items())
     if idle and not any(rows):

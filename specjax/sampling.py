@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer, UInt32
 
 from specjax import processors
 from specjax.types import History, PRNGKey, SamplingOptions
@@ -66,16 +66,17 @@ def options(
 
 
 def _threshold(
-    order: Int[Array, "B T V"], measure: Float[Array, "B T V"], target: Float[Array, "B #T"], bits: int
-) -> Int[Array, "B T"]:
+    order: Integer[Array, "B T V"], measure: Float[Array, "B T V"], target: Float[Array, "B #T"], bits: int
+) -> Integer[Array, "B T"]:
     """The largest t for which the tokens of order >= t measure at least `target`, found from its highest bit down."""
+    one = jnp.ones((), order.dtype)
 
-    def halve(i: Array, found: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        candidate = found | (1 << (bits - 1 - i))
+    def halve(i: Array, found: Integer[Array, "B T"]) -> Integer[Array, "B T"]:
+        candidate = found | (one << (bits - 1 - i).astype(order.dtype))
         reached = jnp.sum(jnp.where(order >= candidate[..., None], measure, 0.0), axis=-1) >= target
         return jnp.where(reached, candidate, found)
 
-    return jax.lax.fori_loop(0, bits, halve, jnp.zeros(order.shape[:2], jnp.int32))
+    return jax.lax.fori_loop(0, bits, halve, jnp.zeros(order.shape[:2], order.dtype))
 
 
 def threshold(
@@ -95,11 +96,20 @@ def threshold(
     return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
-def _top_k(weights: Float[Array, "B T V"], k: Int[Array, " B"]) -> Float[Array, "B T V"]:
+def _order(logits: Float[Array, "B T V"]) -> UInt32[Array, "B T V"]:
+    """Whole numbers that are ordered as the logits are."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)  # -0 equals 0.
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _top_k(weights: Float[Array, "B T V"], k: Int[Array, " B"], logits: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+    """Ranks by the logits: at a high temperature, weights of different logits are rounded to one number."""
     size = weights.shape[-1]
     wanted = jnp.where((k <= 0) | (k > size), size, k).astype(jnp.float32)
-    cut = threshold(weights, jnp.ones_like(weights), wanted[:, None])
-    return jnp.where(weights >= cut[..., None], weights, 0.0)
+    order = _order(logits)
+    cut = _threshold(order, jnp.ones_like(weights), wanted[:, None], 32)
+    return jnp.where(order >= cut[..., None], weights, 0.0)
 
 
 def _top_p(weights: Float[Array, "B T V"], p: Float[Array, " B"]) -> Float[Array, "B T V"]:
@@ -166,7 +176,7 @@ def warp(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Arra
         temperature = s.temperature[:, None, None]
         relative = logits - jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(relative / jnp.where(temperature > 0, temperature, 1.0))
-        weights = when(s.top_k > 0, _top_k, s.top_k, weights)
+        weights = when(s.top_k > 0, lambda w, k: _top_k(w, k, logits), s.top_k, weights)
         weights = when(s.top_p < 1, _top_p, s.top_p, weights)
         # The most probable token has weight 1, so min-p needs no normalisation.
         weights = jnp.where(weights >= s.min_p[:, None, None], weights, 0.0)
@@ -192,6 +202,16 @@ def probabilities(logits: Float[Array, "B T V"], sampling: SamplingOptions, hist
       `[B, T, V]` float32, each row summing to 1; not a number where the logits are not, or all tokens are forbidden.
     """
     return warp(processors.process(logits.astype(jnp.float32), sampling.penalties, history), sampling)
+
+
+def uniform(key: PRNGKey, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+    """Uniform numbers in [0, 1) whose smallest step near 0 is 2^-46.
+
+    `jax.random.uniform` has steps of 2^-23: one number in 8 million is 0, and would accept every draft token whose
+    target probability is not 0.
+    """
+    coarse, fine = jax.random.uniform(key, (2, *shape))
+    return jnp.minimum(coarse + fine * 2.0**-23, 1.0 - 2.0**-24)
 
 
 def categorical(key: PRNGKey, probs: Float[Array, " V"]) -> Int[Array, ""]:

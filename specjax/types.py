@@ -99,8 +99,10 @@ class Proposal(NamedTuple):
     """A chain of draft tokens. Batched as written; the rules of `verify` see one row, without `B`.
 
     Attributes:
-      tokens: `[B, K]`.
-      length: `[B]` how many of the K are really proposed; the others are padding.
+      tokens: `[B, K]`. An id outside the vocabulary is never accepted.
+      length: `[B]` how many of the K are really proposed; the others are padding. Whether token i is proposed may
+        depend on the text and on the draft tokens before i, **never on token i itself**: a draft that drops a token
+        because of what was drawn biases the text, and no acceptance rule can repair that.
       probs: `[B, K, V]` float32, the distribution that each token was *sampled* from, or None where the tokens
         were chosen deterministically (their distribution is one-hot).
     """
@@ -250,7 +252,8 @@ class Drafter(NamedTuple):
     Attributes:
       init: `(params, inputs, target_output, max_len) -> state`, called once after the target has read the prompts;
         `max_len` is the length of the text buffer.
-      propose: `(params, state, context) -> (Proposal, state)`.
+      propose: `(params, state, context) -> (Proposal, state)`. Whether it proposes a token must not depend on that
+        token (see `Proposal.length`); `testing.check_drafter` tries a drafter's conformance.
       update: `(params, state, feedback) -> state`, called after every step, also after one that drafted nothing.
       num_draft_tokens: K, the most tokens it proposes in a step.
       source: the `Pretrained` that it drafts with, where it has one: the front door takes the parameters and the
@@ -329,8 +332,9 @@ class DecodeState(NamedTuple):
       prompt_length: `[B]`.
       limit: `[B]` the length at which a row stops.
       done: `[B]`.
-      failed_at: `[B]` the position whose logits were not numbers, or -1.
-      draft_failed: `[B]` whether those were the draft's.
+      failed_at: `[B]` the position at which the next token had no distribution (NaN logits, or every token forbidden),
+        or -1.
+      draft_failed: `[B]` whether that was the draft's distribution.
       seed: `[B]` one random key a row.
       sampling: the sampling options.
       stop_tokens: `[E]` token ids that end a row (-1: padding).

@@ -22,11 +22,21 @@ from specjax.types import Proposal, StepKeys, Verdict
 Judge = Callable[[StepKeys, Float[Array, "T V"], Proposal], Verdict]
 
 
-def _verdict(proposal: Proposal, accepted: Bool[Array, " K"], last: Callable[[Array], Array]) -> Verdict:
-    """Accepts the leading run of `accepted`; `last(n)` chooses the token that follows it."""
-    k = proposal.tokens.shape[0]
-    position = jnp.arange(k + 1)
-    run = jnp.cumprod(accepted & (position[:k] < proposal.length))
+def _verdict(
+    target_probs: Float[Array, "T V"],
+    proposal: Proposal,
+    accepted: Bool[Array, " K"],
+    last: Callable[[Array], Array],
+) -> Verdict:
+    """Accepts the leading run of `accepted`; `last(n)` chooses the token that follows it.
+
+    Whatever a criterion says, nothing is accepted beyond the proposal, outside the vocabulary, or where the target's
+    distribution is NaN.
+    """
+    position = jnp.arange(proposal.tokens.shape[0])
+    can_be = (position < proposal.length) & _is_known(target_probs, proposal)
+    can_be &= _of_drafts(target_probs, proposal) >= 0
+    run = jnp.cumprod(accepted & can_be)
     n = jnp.sum(run, dtype=jnp.int32)
     return _accept(proposal, n, last(n))
 
@@ -42,10 +52,7 @@ def _accept(proposal: Proposal, n: Int[Array, ""], last: Int[Array, ""]) -> Verd
 def _greedy(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
     del keys
     best = sampling.argmax(target_probs)
-    # The argmax of what is not a number is a token too; nothing is accepted there.
-    return _verdict(
-        proposal, (proposal.tokens == best[:-1]) & (_of_drafts(target_probs, proposal) >= 0), lambda n: best[n]
-    )
+    return _verdict(target_probs, proposal, proposal.tokens == best[:-1], lambda n: best[n])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +86,16 @@ def draft_probs(proposal: Proposal, vocab_size: int) -> Float[Array, "K V"]:
     return proposal.probs
 
 
+def _is_known(probs: Float[Array, "T V"], proposal: Proposal) -> Bool[Array, " K"]:
+    """Whether each draft token is one of the V of the vocabulary."""
+    return (proposal.tokens >= 0) & (proposal.tokens < probs.shape[-1])
+
+
 def _of_drafts(probs: Float[Array, "T V"], proposal: Proposal) -> Float[Array, " K"]:
-    """The probability of each draft token."""
-    return probs[jnp.arange(proposal.tokens.shape[0]), proposal.tokens]
+    """The probability of each draft token; 0 of a token outside the vocabulary."""
+    size = probs.shape[-1]
+    found = probs[jnp.arange(proposal.tokens.shape[0]), jnp.clip(proposal.tokens, 0, size - 1)]
+    return jnp.where(_is_known(probs, proposal), found, 0.0)
 
 
 def _residual_or(
@@ -109,14 +123,14 @@ def _rejection(
 
     # Algorithm 1, "determine the number of accepted guesses": r_i > p_i(x_i) / q_i(x_i) rejects. Appendix A.5
     # multiplies q by the lenience first.
-    r = jax.random.uniform(keys.accept, proposal.tokens.shape)
+    r = sampling.uniform(keys.accept, proposal.tokens.shape)
     accepted = r * lenience * _of_drafts(draft, proposal) < _of_drafts(target_probs, proposal)
 
     # "Adjust the distribution if needed": p'(x) = norm(max(0, p - q)) after a rejection, p after full acceptance.
     def last(n: Int[Array, ""]) -> Int[Array, ""]:
         return sampling.categorical(keys.token[n], _residual_or(target_probs[n], 1.0, _draft_row(draft, n, proposal)))
 
-    return _verdict(proposal, accepted, last)
+    return _verdict(target_probs, proposal, accepted, last)
 
 
 def block_acceptance(
@@ -135,13 +149,16 @@ def block_acceptance(
         p = jnp.minimum(p * ratio, 1.0)
         return p, p
 
-    ratios = _of_drafts(target_probs, proposal) / _of_drafts(draft, proposal)
+    # A token of target probability 0 is never accepted, also where the draft states 0 for it.
+    of_target = _of_drafts(target_probs, proposal)
+    ratios = jnp.where(of_target > 0, of_target / _of_drafts(draft, proposal), 0.0)
     p = jnp.concatenate([jnp.ones(1), jax.lax.scan(times, jnp.ones(()), ratios)[1]])
     # R_i = sum_x max(p_i target(x | x_1 .. x_i) - draft(x | x_1 .. x_i), 0)
     remaining = jnp.sum(jnp.maximum(p[:k, None] * target_probs[:k] - draft, 0.0), axis=-1)
     # In this order: what remains may be far smaller than 1.
     rest = remaining + (1.0 - p[:k])
-    h = jnp.append(jnp.where(rest > 0, remaining / rest, 1.0), 0.0)
+    # Where nothing rests, p_i = 1 and the draft equals the target. NaN is no such place: `eta < NaN` is False.
+    h = jnp.append(jnp.where(rest <= 0, 1.0, remaining / rest), 0.0)
     position = jnp.arange(k + 1)
     h = jnp.where(position == proposal.length, p, jnp.where(position > proposal.length, 0.0, h))
     return p, h.at[0].set(1.0)
@@ -151,7 +168,7 @@ def _block(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal
     draft = draft_probs(proposal, target_probs.shape[-1])
     p, h = block_acceptance(target_probs, proposal)
     # tau = max{i : eta_i <= h_i}: every prefix is tried, the longest that passes wins.
-    eta = jax.random.uniform(keys.accept, h.shape)
+    eta = sampling.uniform(keys.accept, h.shape)
     tau = jnp.max(jnp.where(eta < h, jnp.arange(h.shape[0]), 0)).astype(jnp.int32)
     # tau < K: the next token from norm(max(0, p_tau target - draft)); tau = K: from the target.
     residual = _residual_or(target_probs[tau], p[tau], _draft_row(draft, tau, proposal))
@@ -166,7 +183,7 @@ def _own(keys: StepKeys, target_probs: Float[Array, "T V"]) -> Int[Array, " T"]:
 
 def _coupled(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
     own = _own(keys, target_probs)
-    return _verdict(proposal, proposal.tokens == own[:-1], lambda n: own[n])
+    return _verdict(target_probs, proposal, proposal.tokens == own[:-1], lambda n: own[n])
 
 
 def _observe(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
@@ -222,12 +239,14 @@ def _draws(accepts: Callable[[Float[Array, "K V"], Proposal], Bool[Array, " K"]]
 
     def drawn(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
         accepted = accepts(target_probs[:-1], proposal)
-        return _verdict(proposal, accepted, lambda n: sampling.categorical(keys.token[n], target_probs[n]))
+        return _verdict(
+            target_probs, proposal, accepted, lambda n: sampling.categorical(keys.token[n], target_probs[n])
+        )
 
     def best(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
         del keys
         accepted = accepts(target_probs[:-1], proposal)
-        return _verdict(proposal, accepted, lambda n: sampling.argmax(target_probs[n]))
+        return _verdict(target_probs, proposal, accepted, lambda n: sampling.argmax(target_probs[n]))
 
     return drawn, best
 
@@ -337,12 +356,12 @@ def distance(epsilon: int) -> Rule:
 
     def judge(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
         own = _own(keys, target_probs)
-        return _verdict(proposal, jnp.abs(proposal.tokens - own[:-1]) <= epsilon, lambda n: own[n])
+        return _verdict(target_probs, proposal, jnp.abs(proposal.tokens - own[:-1]) <= epsilon, lambda n: own[n])
 
     def best(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
         del keys
         own = sampling.argmax(target_probs)
-        return _verdict(proposal, jnp.abs(proposal.tokens - own[:-1]) <= epsilon, lambda n: own[n])
+        return _verdict(target_probs, proposal, jnp.abs(proposal.tokens - own[:-1]) <= epsilon, lambda n: own[n])
 
     return Rule(judge, f"distance:{epsilon}", exact=False, at_zero=best)
 

@@ -238,7 +238,7 @@ def test_prompts_of_nothing_are_refused(prompts, message: str):
         ({"max_len": 12, "max_new_tokens": 0}, r"padded to 16.* buffer of 12 tokens: raise max_len"),
         ({"max_new_tokens": 600, "max_len": None}, r"makes 612, .* 512 positions: shorten the prompt or lower"),
         ({"max_new_tokens": -1}, r"max_new_tokens=-1"),
-        ({"seeds": [1, 2]}, r"2 seeds for 5 rows: give one a row"),
+        ({"seeds": [1, 2]}, r"2 seeds for 5 sequences: give one, or one for each"),
     ],
 )
 def test_texts_that_do_not_fit_are_refused_with_the_numbers_and_a_remedy(options: dict, message: str):

@@ -154,7 +154,7 @@ def test_no_penalties_are_none_so_that_the_program_has_none():
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"repetition_penalty": 0.0}, r"repetition_penalty=0\.0 is outside \(0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty=0\.0 is outside \[1e-06"),
         ({"no_repeat_ngram_size": -1}, r"no_repeat_ngram_size=-1 is outside"),
         ({"presence_penalty": [0.1, 0.2, 0.3]}, r"presence_penalty has shape \(3,\)"),
         ({"logit_bias": {-1: 1.0}}, "names token -1"),

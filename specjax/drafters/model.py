@@ -14,6 +14,7 @@ from specjax.types import Context, Drafter, Feedback, History, Inputs, Model, Mo
 def model(draft: Any, *, num_draft_tokens: int = 4, min_confidence: float = 0.0) -> Drafter:
     """Drafts with another model of the same vocabulary.
 
+    A row's draft ends before the first position at which the options leave none of the tokens that the draft knows.
     With `min_confidence`, drafting ends behind a token at whose place the draft gave its most probable token less than
     that: what would follow is rarely accepted. (Transformers' assisted generation has such a threshold.) The text stays
     exact, since where a draft ends depends on the tokens before that place only, never on the one drawn there.
@@ -38,6 +39,11 @@ def model(draft: Any, *, num_draft_tokens: int = 4, min_confidence: float = 0.0)
 def _confidence(logits: Float[Array, "B 1 V"]) -> Float[Array, " B"]:
     """The probability of the most probable token."""
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))[:, 0]
+
+
+def _has_no_token(logits: Float[Array, "B 1 V"], probs: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """Whether the options forbid every token that the draft knows; NaN logits are another matter, an error."""
+    return jnp.isnan(jnp.sum(probs, axis=-1)) & (jnp.max(logits, axis=-1) < jnp.inf)[:, 0]
 
 
 def _window(tokens: Int[Array, "B L"], start: Int[Array, " B"], size: int) -> Int[Array, "B T"]:
@@ -80,10 +86,15 @@ def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Draf
 
         return jax.lax.while_loop(behind, read, cache)
 
-    def choose(logits: Array, key: Array, history: History, context: Context) -> tuple[Array, Array]:
+    def choose(
+        logits: Array, key: Array, history: History, context: Context, going: Array
+    ) -> tuple[Array, Array, Array]:
+        """A token of each row, what it was drawn from, and whether the draft goes on to it, which `going` says so far."""
         logits = match_vocab(logits, context.vocab_size)
         probs = sampling.probabilities(logits, context.sampling, history)[:, 0]
-        return sampling.sample(key, probs, context.sampling), probs
+        going = going & ~_has_no_token(logits, probs)
+        probs = jnp.where(going[:, None], probs, 0.0)
+        return sampling.sample(key, probs, context.sampling), probs, going
 
     def is_sure(logits: Array) -> Array:
         return _confidence(logits) >= min_confidence
@@ -99,26 +110,26 @@ def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Draf
         output, cache = draft.apply(params, _window(context.history.tokens, begin, 2), cache._replace(length=begin))
         last = (length - 1 - begin)[:, None, None]
         first_logits = jnp.take_along_axis(output.logits, last, axis=1)
-        first = choose(first_logits, keys[0], context.history, context)
+        first = choose(first_logits, keys[0], context.history, context, jnp.ones(length.shape, bool))
         cache = cache._replace(length=length)
         if min_confidence:
             return while_sure(params, cache, context, first, is_sure(first_logits))
 
-        def draft_one(carry: tuple[Any, Array, History], key: Array) -> tuple[Any, tuple[Array, Array]]:
-            cache, token, history = carry
+        def draft_one(carry: tuple[Any, Array, Array, History], key: Array) -> tuple[Any, tuple[Array, Array, Array]]:
+            cache, token, going, history = carry
             history = processors.extend(history, token, context.sampling.penalties)
             output, cache = draft.apply(params, token[:, None], cache)
-            chosen = choose(output.logits, key, history, context)
-            return (cache, chosen[0], history), chosen
+            token, probs, going = choose(output.logits, key, history, context, going)
+            return (cache, token, going, history), (token, probs, going)
 
-        (cache, _, _), rest = jax.lax.scan(draft_one, (cache, first[0], context.history), keys[1:])
-        tokens, probs = (
+        (cache, *_), rest = jax.lax.scan(draft_one, (cache, first[0], first[2], context.history), keys[1:])
+        tokens, probs, going = (
             jnp.concatenate([a[:, None], jnp.swapaxes(b, 0, 1)], axis=1) for a, b in zip(first, rest, strict=True)
         )
-        return tokens, probs, jnp.full_like(length, k), cache
+        return tokens, probs, jnp.sum(going, axis=1, dtype=jnp.int32), cache
 
     def while_sure(
-        params: Tree, cache: Any, context: Context, first: tuple[Array, Array], sure: Bool[Array, " B"]
+        params: Tree, cache: Any, context: Context, first: tuple[Array, Array, Array], sure: Bool[Array, " B"]
     ) -> tuple[Array, Array, Array, Any]:
         """The rest of a rollout, until every row has come to a place at which the draft was unsure."""
         empty = skip(params, cache, context)
@@ -133,20 +144,19 @@ def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Draf
             token = jax.lax.dynamic_index_in_dim(tokens, place - 1, axis=1, keepdims=False)
             history = processors.extend(history, token, context.sampling.penalties)
             output, cache = draft.apply(params, token[:, None], cache)
-            chosen = choose(output.logits, context.keys[:, place], history, context)
-            count = count + sure
-            sure &= is_sure(output.logits)
+            token, drawn_from, going = choose(output.logits, context.keys[:, place], history, context, sure)
             return (
                 place + 1,
-                sure,
-                count,
+                going & is_sure(output.logits),
+                count + going,
                 cache,
                 history,
-                tokens.at[:, place].set(chosen[0]),
-                probs.at[:, place].set(chosen[1]),
+                tokens.at[:, place].set(token),
+                probs.at[:, place].set(drawn_from),
             )
 
-        carry = jnp.int32(1), sure, jnp.ones_like(empty[2]), cache, context.history, tokens, probs
+        going = first[2]
+        carry = jnp.int32(1), sure & going, going.astype(jnp.int32), cache, context.history, tokens, probs
         _, _, count, cache, _, tokens, probs = jax.lax.while_loop(is_going_on, draft_one, carry)
         return tokens, probs, count, cache
 

@@ -3,7 +3,7 @@
 **Invariant.** For every row, entries `0 .. length - 1` of every layer are exactly those that a fresh prefill of the
 row's first `length` tokens would write. Entries at or beyond `length` are stale: attention never sees them before
 they are overwritten, since a call writes its own tokens at `length ..` before it attends, and a query at position p
-attends to entries `0 .. p` only. So a rejected draft is undone by setting `length[row]`; nothing is copied or cleared.
+attends to entries `0 .. p` only; and values are finite (`contain`), since 0 * NaN is NaN. So a rejected draft is undone by setting `length[row]`; nothing is copied or cleared.
 
 **Layout.** One array per layer, `[B, kv_heads, S, head_dim]`: the form that XLA updates in place inside a donated
 `while_loop`. With S before the heads, it is copied whole on every step. Where one layer's program is run for all of
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax import sharding
 from specjax.models import bits
@@ -103,6 +103,16 @@ def write(
         # Updated as bits, a lone row is computed twice, too, and copied. Its conversions are small.
         return update(buffer, new, start, layer)
     return bits.moved(update, (buffer, new), start, layer)
+
+
+def contain(values: Float[Array, "B T H D"]) -> tuple[Float[Array, "B T H D"], Bool[Array, "B T H D"]]:
+    """New values as they are cached, 0 where they are not finite, and where that is.
+
+    Entries that a query does not see have a weight of 0, but 0 * NaN is NaN: one draft token whose embedding is NaN
+    would spoil the tokens before it. What attends to its own such entry must become NaN, by the second result.
+    """
+    broken = ~jnp.isfinite(values)
+    return jnp.where(broken, 0.0, values), broken
 
 
 def of_layer(buffer: Float[Array, "B *L H S D"], layer: Int[Array, ""] | None) -> Float[Array, "B H S D"]:

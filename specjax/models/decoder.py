@@ -129,7 +129,10 @@ class Decoder(nnx.Module):
             return (jax.lax.dynamic_update_slice_in_dim(found, hidden, start, axis=1), cache), None
 
         empty = jnp.zeros((rows, width, self.config.hidden_size), jnp.float32)
-        return jax.lax.scan(read_chunk, (empty, cache), starts)[0]
+        found, cache = jax.lax.scan(read_chunk, (empty, cache), starts)[0]
+        # NaN does not pass from a chunk to the next through the cache, but it must not be overlooked.
+        broken = jnp.cumsum(jnp.isnan(jnp.sum(found, axis=-1)), axis=1) > 0
+        return jnp.where(broken[..., None], jnp.nan, found), cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head, in float32."""

@@ -361,11 +361,16 @@ class Attention(nnx.Module):
         if rope is not None:
             query_key = rotate(query_key, *rope)
         keys = cache_lib.constrain(cache_lib.write(keys, query_key[:, :, :, group], start, layer), self.rules)
-        values = cache_lib.constrain(cache_lib.write(values, qkv[:, :, :, group + 1], start, layer), self.rules)
+        new_values, broken = qkv[:, :, :, group + 1], None
+        if start is not None:
+            new_values, broken = cache_lib.contain(new_values)
+        values = cache_lib.constrain(cache_lib.write(values, new_values, start, layer), self.rules)
         own_keys, own_values = cache_lib.of_layer(keys, layer), cache_lib.of_layer(values, layer)
 
         query = query_key[:, :, :, :group] * (c.head_dim**-0.5 if c.query_scale is None else c.query_scale)
         mixed = attend(query.astype(keys.dtype), own_keys, own_values, mask, cap=c.attention_softcap)
+        if broken is not None:
+            mixed = jnp.where(broken[:, :, :, None], jnp.nan, mixed)
         out = multiply(self, "out", mixed, num_contracted=3)
         if c.output_bias:
             out = out + self.out_bias[...].astype(jnp.float32)

@@ -136,8 +136,13 @@ class SelfAttention(nnx.Module):
         """Writes the tokens' keys and values into the cache and attends to all that `mask` lets through."""
         qkv = layers.linear(x, self.qkv[...])
         keys = cache_lib.constrain(cache_lib.write(keys, qkv[:, :, :, 1], start), self.rules)
-        values = cache_lib.constrain(cache_lib.write(values, qkv[:, :, :, 2], start), self.rules)
+        new_values, broken = qkv[:, :, :, 2], None
+        if start is not None:
+            new_values, broken = cache_lib.contain(new_values)
+        values = cache_lib.constrain(cache_lib.write(values, new_values, start), self.rules)
         mixed = layers.attend(qkv[:, :, :, :1].astype(keys.dtype), keys, values, mask, bias)
+        if broken is not None:
+            mixed = jnp.where(broken[:, :, :, None], jnp.nan, mixed)
         return layers.linear(mixed[:, :, :, 0], self.out[...], num_contracted=2), keys, values
 
 

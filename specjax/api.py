@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from specjax import automaton, decode, distributed, drafters, metrics, sampling, sharding, verify
 from specjax.pretrained import Pretrained
 from specjax.text import Tokenizer
-from specjax.types import Automaton, DecodeState, Drafter, Params
+from specjax.types import Automaton, DecodeState, Drafter, Inputs, Params
 from specjax.verify import Rule
 
 
@@ -144,6 +144,18 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def place(mesh: Mesh | None, params: Params, inputs: Inputs) -> tuple[Params, Inputs]:
+    """Parameters and prompts where a program of the target's mesh reads them.
+
+    The prompts are split over the mesh by rows, and what the draft has on other devices is copied to all of the mesh.
+    """
+    if mesh is None:
+        return params, inputs
+    axes = ("batch", "tokens")
+    inputs = jax.tree.map(lambda x: jax.device_put(x, sharding.named_sharding(mesh, x.shape, axes[: x.ndim])), inputs)
+    return params._replace(draft=sharding.replicate_rest(params.draft, mesh)), inputs
+
+
 def prepare(
     target: Pretrained,
     prompts: Sequence[str | Sequence[int]],
@@ -198,12 +210,7 @@ def prepare(
     seeds = decode.spread_seeds(seed, num_texts)
     params = Params(target.params, drafter.source.params if drafter.source is not None else ())
     mesh = mesh_of(target.params)
-    if mesh is not None:
-        axes = ("batch", "tokens")
-        inputs = jax.tree.map(
-            lambda x: jax.device_put(x, sharding.named_sharding(mesh, x.shape, axes[: x.ndim])), inputs
-        )
-        params = params._replace(draft=sharding.replicate_rest(params.draft, mesh))
+    params, inputs = place(mesh, params, inputs)
     drafter = drafter._replace(source=None)
     with on_mesh(mesh):
         state = decode.prefill(

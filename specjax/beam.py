@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import api, decode
+from specjax import api, decode, distributed
 from specjax.drafters.model import match_vocab
 from specjax.models import bits
 from specjax.pretrained import Pretrained
@@ -618,9 +618,9 @@ def search(
         draft_beams=draft_beams if draft is not None else num_beams,
         max_len=max_len,
     )
-    failed_at = np.asarray(state.search.failed_at)
+    failed_at, draft_failed = distributed.to_host(state.search.failed_at), distributed.to_host(state.draft_failed)
     for row in np.flatnonzero(failed_at >= 0):
-        side = "draft" if bool(state.draft_failed[row]) else "target"
+        side = "draft" if draft_failed[row] else "target"
         raise FloatingPointError(
             f"The {side}'s logits are not numbers (NaN) at position {failed_at[row]} of a beam of row {row}. Check the "
             "weights, or decode in float32."
@@ -701,12 +701,14 @@ def beam_search(
         api.check_vocabularies(target, draft)
     if stop_tokens is None:
         stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
-    inputs = decode.read_inputs(target.model, encoded)
-    with api.on_mesh(api.mesh_of(target.params)):
+    mesh = api.mesh_of(target.params)
+    params = Params(target.params, draft.params if draft is not None else ())
+    params, inputs = api.place(mesh, params, decode.read_inputs(target.model, encoded))
+    with api.on_mesh(mesh):
         beams = search(
             target.model,
             draft.model if draft is not None else None,
-            Params(target.params, draft.params if draft is not None else ()),
+            params,
             inputs,
             num_beams=num_beams,
             num_draft_tokens=num_draft_tokens if draft is not None else 0,
@@ -716,10 +718,10 @@ def beam_search(
             length_penalty=length_penalty,
             early_stopping=early_stopping,
         )
-    host = Beams(*(np.asarray(x) for x in beams))  # pyright: ignore[reportArgumentType]
+    host = Beams(*(distributed.to_host(x) for x in beams))  # pyright: ignore[reportArgumentType]
     tokens: list[list[list[int]]] = []
     scores: list[list[float]] = []
-    for i, begin in enumerate(np.asarray(inputs.length)):
+    for i, begin in enumerate(distributed.to_host(inputs.length)):
         found = [b for b in range(num_return_sequences) if host.score[i, b] > -np.inf]
         tokens.append([host.tokens[i, b, begin : host.length[i, b]].tolist() for b in found])
         scores.append([float(host.score[i, b]) for b in found])

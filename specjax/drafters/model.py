@@ -89,7 +89,7 @@ def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Draf
     def choose(
         logits: Array, key: Array, history: History, context: Context, going: Array
     ) -> tuple[Array, Array, Array]:
-        """A token of each row, what it was drawn from, and whether the draft goes on to it, which `going` says so far."""
+        """A token of each row, what it was drawn from, and whether the draft still goes on, as `going` said so far."""
         logits = match_vocab(logits, context.vocab_size)
         probs = sampling.probabilities(logits, context.sampling, history)[:, 0]
         going = going & ~_has_no_token(logits, probs)

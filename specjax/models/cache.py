@@ -3,7 +3,8 @@
 **Invariant.** For every row, entries `0 .. length - 1` of every layer are exactly those that a fresh prefill of the
 row's first `length` tokens would write. Entries at or beyond `length` are stale: attention never sees them before
 they are overwritten, since a call writes its own tokens at `length ..` before it attends, and a query at position p
-attends to entries `0 .. p` only; and values are finite (`contain`), since 0 * NaN is NaN. So a rejected draft is undone by setting `length[row]`; nothing is copied or cleared.
+attends to entries `0 .. p` only; and values are finite (`contain`), since 0 * NaN is NaN. So a rejected draft is undone
+by setting `length[row]`; nothing is copied or cleared.
 
 **Layout.** One array per layer, `[B, kv_heads, S, head_dim]`: the form that XLA updates in place inside a donated
 `while_loop`. With S before the heads, it is copied whole on every step. Where one layer's program is run for all of

@@ -1,0 +1,258 @@
+"""Positions without a distribution (NaN, or every token forbidden), behind stops and rejected drafts.
+
+Plain decoding never gets there, so speculation must not fail there, nor let what it met there change the text.
+
+The loops are compiled at XLA's lowest level (`sample(step=...)`): compilation is most of what these tests take.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Group, Pair, Sample, assert_exact, run, sample, tokenizer_of
+
+from specjax import automaton, decode, drafters, sampling, testing, verify
+from specjax.models import decoder
+from specjax.types import Context, Drafter, Params, Proposal, StepKeys
+from specjax.verify import Rule
+
+FORBIDDEN, STOP = 2, 3
+TARGET, TABLE = testing.tabular(0)
+DRAFT, DRAFT_TABLE = testing.tabular(1)
+
+RULES = [
+    verify.rejection,
+    verify.block,
+    verify.coupled,
+    verify.observe,
+    verify.lenient(0.5),
+    verify.typical(),
+    verify.top_k(2),
+]
+
+GROUPS = [
+    Group((0, 1, 0, 1), 6_000),
+    Group((1, 0, 0), 6_000, temperature=0.7, top_p=0.9),
+    Group((0, 1, 1), 300, temperature=0.0),
+]
+
+
+def with_holes(table: Any, hole: float, *, forbid: bool) -> Any:
+    """A table of order 2 without a distribution behind the stop and the token that the target forbids."""
+    table = np.array(table).reshape(4, 4, 4)
+    if forbid:
+        table[:, :, FORBIDDEN] = -np.inf
+    table[:, [FORBIDDEN, STOP]] = hole
+    return jnp.asarray(table.reshape(16, 4))
+
+
+def speculate(drafter: str, rule: Rule, hole: float, groups: list[Group] = GROUPS, **options: Any) -> Sample:
+    """Texts of a target with such holes; the draft proposes what the target forbids, and goes on behind its stops."""
+    table = with_holes(TABLE, hole, forbid=True)
+    pair = {
+        "none": Pair(TARGET, table, drafters.none()),
+        "ngram": Pair(TARGET, table, drafters.ngram(num_draft_tokens=3, min_match=1)),
+        "model": Pair(
+            TARGET, table, drafters.model(DRAFT, num_draft_tokens=3), with_holes(DRAFT_TABLE, hole, forbid=False)
+        ),
+        "sound model": Pair(TARGET, table, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
+    }[drafter]
+    return sample(pair, groups, rule=rule, **{"stop_tokens": [STOP], "step": decode.decode_step, **options})
+
+
+CELLS = [("model", rule, np.nan) for rule in RULES]
+CELLS += [
+    ("sound model", verify.block, np.nan),
+    ("model", verify.block, -np.inf),
+    ("sound model", verify.rejection, -np.inf),
+]
+
+
+@pytest.mark.parametrize(("drafter", "rule", "hole"), CELLS, ids=lambda cell: getattr(cell, "name", str(cell)))
+def test_a_hole_behind_a_stop_or_a_forbidden_draft_is_no_failure(drafter: str, rule: Rule, hole: float):
+    result = speculate(drafter, rule, hole)
+    assert not (np.asarray(result.state.failed_at) >= 0).any()
+    if rule.exact:
+        assert_exact(result)
+    stopped = np.asarray(result.state.length) < np.array([len(g.prompt) + g.budget for g in GROUPS])[result.owner]
+    assert 0.1 < stopped.mean() < 1, "no draft went on behind a stop"
+    if rule is not verify.observe:
+        assert np.asarray(result.state.stats.accepted).sum() > 100
+    assert FORBIDDEN not in np.concatenate([result.new_tokens(i).ravel() for i in range(len(GROUPS))])
+    # Overlaps of positions that nobody judged are not counted.
+    assert np.isfinite(np.asarray(result.state.stats.overlap)).all()
+
+
+@functools.cache
+def failures(drafter: str, rule: Rule) -> np.ndarray:
+    """Rows by the position at which they failed, where no stop ends them before."""
+    table = with_holes(TABLE, np.nan, forbid=True)
+    pair = Pair(TARGET, table, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE)
+    pair = pair if drafter == "model" else Pair(TARGET, table, drafters.none())
+    state = sample(pair, [Group((0, 1, 0), 20_000)], rule=rule, step=decode.decode_step).state
+    assert not np.asarray(state.draft_failed).any()
+    return np.bincount(np.asarray(state.failed_at) + 1, minlength=8)
+
+
+@pytest.mark.parametrize("rule", [verify.rejection, verify.block], ids=lambda rule: rule.name)
+def test_a_hole_that_text_reaches_fails_where_plain_decoding_does(rule: Rule):
+    plain, ours = failures("none", verify.rejection), failures("model", rule)
+    assert plain[5:8].min() > 100
+    np.testing.assert_allclose(ours, plain, atol=5 * np.sqrt(20_000 / 4))
+
+
+def test_stop_strings_end_a_proposal_as_stop_tokens_do():
+    # The string "dd" is two tokens 3; behind it, the target has no distribution.
+    tokenizer = tokenizer_of("a b c d")
+    table = np.array(TABLE).reshape(4, 4, 4)
+    table[STOP, STOP] = np.nan
+    table = jnp.asarray(table.reshape(16, 4))
+    stopping = automaton.stop_strings(["dd"], tokenizer, vocab_size=4)
+    drafter, params, rows = drafters.model(DRAFT, num_draft_tokens=3), Params(table, DRAFT_TABLE), 2_000
+    state = decode.prefill(
+        TARGET,
+        drafter,
+        params,
+        decode.pad_prompts([[0, 1]] * rows),
+        max_new_tokens=16,
+        options=sampling.options(rows, temperature=1.0),
+        stop_strings=stopping,
+        step_cost=0.0,
+    )
+    state = run(Pair(TARGET, table, drafter, DRAFT_TABLE), verify.block, state, decode.decode_step)
+    assert not (np.asarray(state.failed_at) >= 0).any()
+    assert (np.asarray(state.length) < 18).mean() > 0.1
+
+
+# Grammars and n-grams that may not repeat, together.
+
+ALTERNATE = ((1, -1, -1, 2), (-1, 0, -1, -1), (2, 2, 2, 2))
+"""`(0 1)* 3`, then anything."""
+
+TOGETHER = [
+    Group((0, 1, 0, 1), 4_000, no_repeat_ngram_size=2, grammar=ALTERNATE),
+    Group((0, 1, 0, 1), 300, temperature=0.0, no_repeat_ngram_size=2, grammar=ALTERNATE),
+    Group((2, 1, 0), 8_000, no_repeat_ngram_size=3, grammar=((1, 1, 0, -1), (0, 0, 1, 0))),
+]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "rule"),
+    [("ngram", verify.block), ("model", verify.rejection), ("model, sure", verify.block), ("model", verify.coupled)],
+    ids=lambda cell: getattr(cell, "name", str(cell)),
+)
+def test_exact_where_a_grammar_and_no_repeat_leave_few_tokens(drafter: str, rule: Rule):
+    pair = {
+        "ngram": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1)),
+        "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
+        "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.3), DRAFT_TABLE),
+    }[drafter]
+    result = sample(pair, TOGETHER, rule=rule, stop_tokens=[STOP], step=decode.decode_step)
+    assert_exact(result)
+    # The greedy row has its own text, whoever is beside it.
+    assert (result.new_tokens(1)[:, 0] == STOP).all()
+
+
+# A draft that knows none of the tokens that the options leave.
+
+
+@pytest.mark.parametrize(
+    ("min_confidence", "rule"),
+    [(0.0, verify.rejection), (0.3, verify.block), (0.0, verify.coupled)],
+    ids=lambda cell: getattr(cell, "name", str(cell)),
+)
+def test_a_draft_that_knows_no_allowed_token_ends_its_proposal(min_confidence: float, rule: Rule):
+    # The target has one token more than the draft, and the grammar asks for it after every odd number of tokens.
+    narrow, narrow_table = testing.tabular(3, vocab_size=3)
+    only_the_new_one = ((1, 1, 1, 0), (-1, -1, -1, 0))
+    groups = [
+        Group((0, 1, 2), 8_000, grammar=only_the_new_one),
+        Group((1, 2), 300, temperature=0.0, grammar=only_the_new_one),
+        Group((2, 1), 8_000, budget=3, logit_bias=((0, -np.inf), (1, -np.inf), (2, -np.inf))),
+    ]
+    drafter = drafters.model(narrow, num_draft_tokens=3, min_confidence=min_confidence)
+    result = sample(Pair(TARGET, TABLE, drafter, narrow_table), groups, rule=rule, step=decode.decode_step)
+    assert_exact(result)
+    proposed = np.asarray(result.state.stats.proposed)
+    assert proposed[result.owner == 0].sum() > 0
+    assert not proposed[result.owner == 2].any()
+
+
+def test_a_draft_of_nan_is_still_named():
+    drafter = drafters.model(DRAFT, num_draft_tokens=2)
+    pair = Pair(TARGET, TABLE, drafter, jnp.full_like(DRAFT_TABLE, jnp.nan))
+    with pytest.raises(FloatingPointError, match="The draft's logits"):
+        sample(pair, [Group((0, 1), 4)])
+
+
+# Drafters that do what they should not.
+
+
+@functools.cache
+def proposing(token: int, length: int | None = None) -> Drafter:
+    """Proposes one token everywhere."""
+
+    def propose(params: Any, state: Any, context: Context) -> tuple[Proposal, Any]:
+        del params
+        rows, k = context.keys.shape
+        tokens = jnp.full((rows, k), token, jnp.int32)
+        wanted = context.max_draft if length is None else jnp.full(rows, length, jnp.int32)
+        return Proposal(tokens, wanted, None), state
+
+    nothing: Any = lambda *_: ()  # noqa: E731
+    return Drafter(nothing, propose, lambda params, state, feedback: state, 3)
+
+
+OWN = [verify.distance(1), *RULES]
+
+
+@pytest.mark.parametrize("rule", OWN, ids=lambda rule: rule.name)
+def test_an_id_outside_the_vocabulary_is_never_accepted(rule: Rule):
+    probs = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(4), 3), jnp.float32)
+    outside = jnp.asarray([-1, 4, 7, 2**31 - 1, -(2**31)], jnp.int32)
+
+    def judge(function: Any, stated: Any, token: Any, key: Any) -> Any:
+        proposal = Proposal(jnp.full(2, token, jnp.int32), jnp.int32(2), stated)
+        return function(StepKeys(key, jax.random.split(key, 3)), probs, proposal)
+
+    for function in (rule.function, rule.at_zero):
+        for stated in (None, jnp.zeros((2, 4))):
+            one = functools.partial(judge, function, stated)
+            over_keys = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))
+            verdict = over_keys(outside, jax.random.split(jax.random.key(1), 50))
+            assert (np.asarray(verdict.num_accepted) == 0).all()
+            first = np.asarray(verdict.tokens)[..., 0]
+            assert ((first >= 0) & (first < 4)).all()
+
+
+@pytest.mark.parametrize(
+    ("token", "length", "rule"),
+    [(9, None, verify.rejection), (-1, 3, verify.block), (1, 99, verify.rejection), (1, -5, verify.block)],
+    ids=lambda cell: getattr(cell, "name", str(cell)),
+)
+def test_the_loop_is_exact_whatever_ids_and_lengths_a_drafter_gives(token: int, length: int | None, rule: Rule):
+    groups = [Group((0, 1, 2), 6_000), Group((3,), 500, 1)]
+    assert_exact(sample(Pair(TARGET, TABLE, proposing(token, length)), groups, rule=rule, step=decode.decode_step))
+
+
+def test_a_token_whose_embedding_is_nan_spoils_only_what_follows_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decoder, "PREFILL_CHUNK", 16)
+    target, params = testing.tiny_decoder(0)
+    bad = 60
+    spoiled = {**params, "embedding": params["embedding"].at[bad].set(jnp.nan)}
+    prompts = [[3, 5, 7], [11, 2, 9, 4]]
+
+    def text(drafter: Drafter, prompts: Any = prompts) -> Any:
+        inputs = decode.pad_prompts(prompts)
+        state = decode.prefill(target, drafter, Params(spoiled, None), inputs, max_new_tokens=12, step_cost=0.0)
+        state = decode.generate(target, drafter, verify.rejection, Params(spoiled, None), state)
+        return np.asarray(state.tokens)[:, :15]
+
+    np.testing.assert_array_equal(text(proposing(bad)), text(drafters.none()))
+    # In a prompt it is an error, in one that is read in chunks as well.
+    for prompt in ([bad, 1, 1], [bad, *[1] * 30]):
+        with pytest.raises(FloatingPointError, match="target"):
+            text(drafters.none(), [prompt])

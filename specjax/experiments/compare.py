@@ -177,7 +177,7 @@ def check(config: Config) -> None:
         )
     if config.drafter not in _WITH_DRAFT and config.draft:
         raise ValueError(f"config.draft={config.draft!r} is of no use to drafter={config.drafter}: leave it out.")
-    verify.from_name(config.verify)
+    verify.parse(config.verify)
     if config.verify == "greedy" and config.temperature > 0:
         raise ValueError(f"config.verify='greedy' is for temperature 0, not {config.temperature}: choose rejection.")
     if config.regex and config.json_schema:
@@ -300,7 +300,7 @@ def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench,
     chat = target.tokenizer.has_chat_template if config.chat == "auto" else config.chat == "true"
     encoded = api.encode(target, [prompt.text for prompt in chosen], chat=chat)
     options = {
-        "verify": verify.from_name(config.verify),
+        "verify": verify.parse(config.verify),
         **{name: config[name] for name in results.SAMPLING},
         "stop_strings": tuple(config.stop_strings),
         "grammar": _grammar(config, target),

@@ -438,3 +438,13 @@ def _numbers(make: Callable[..., Rule], texts: list[str]) -> list[int | float]:
             raise ValueError(f"{parameter.name}={text} is 0 in float32.")
         values.append(value)
     return values
+
+
+def replaced_at_zero(rule: Rule) -> str:
+    """What to warn of before a rule judges rows of temperature 0; nothing for the rules of this module."""
+    if rule.at_zero is not _greedy or any(rule is known for known in (greedy, rejection, block, coupled)):
+        return ""
+    return (
+        f"verify={rule.name} has no `at_zero` of its own: at temperature 0 greedy takes its place, which accepts the "
+        "target's most probable token alone. Give verify.Rule(..., at_zero=...) to judge such rows otherwise."
+    )

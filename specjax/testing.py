@@ -6,7 +6,7 @@ Nothing here uses `specjax.sampling` or `specjax.verify`: what is tested must no
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from specjax.models import families
 from specjax.models.config import DecoderConfig
-from specjax.types import Inputs, Model, ModelOutput, Tree
+from specjax.types import Inputs, Model, ModelOutput, Params, Tree
+
+if TYPE_CHECKING:
+    from specjax.conformance import Report
 
 
 class TabularCache(NamedTuple):
@@ -338,3 +341,63 @@ def tiny_decoder(
         return leaf if leaf.ndim < 2 else (leaf.astype(jnp.float32) * (50 / 32**0.5)).astype(leaf.dtype)
 
     return families.model(config), jax.tree.map(scaled, families.init_params(config, jax.random.key(seed)))
+
+
+def check_drafter(
+    drafter: Any,
+    target: Any = None,
+    *,
+    draft_params: Tree = None,
+    num_texts: int | None = None,
+    is_model: bool | None = None,
+) -> "Report":
+    """Checks everything that a drafter owes to the loop, in one line of a test: `testing.check_drafter(my_drafter())`.
+
+    Shapes, lengths, ids and probabilities of its proposals over several steps of a ragged batch; that tokens are drawn
+    from the distributions that it states, and lengths do not depend on them; that text stays that of plain decoding,
+    token for token (greedy, `coupled`) and in joint distribution (`rejection`, `block`); and that a model that drafts
+    for itself is always accepted, also after rejections and pauses.
+
+    Args:
+      drafter: the drafter; what it drafts with (`source`) is taken from it.
+      target: what it drafts for: a `Pretrained`, or a `Model` and its parameters. None is a random table of five
+        tokens, for drafters of any vocabulary. A real model takes minutes on a CPU: lower `num_texts`.
+      draft_params: the drafter's parameters, where it has no `source`.
+      num_texts: how many texts of one prompt are drawn; by default 8,192 from a small vocabulary and 256 from one of
+        more than 64 tokens. The report says which errors would have been seen.
+      is_model: whether its source is a model that drafts alone, which is then tried on itself; by default whether the
+        source has a model.
+
+    Returns:
+      a report, for `print`: what holds, and what could not be tested.
+
+    Raises:
+      AssertionError: with all that is wrong, naming the drafter's function, its file and line.
+      TypeError: for what is no drafter or no target.
+      ValueError: for a drafter of one vocabulary without its target.
+    """
+    from specjax import conformance  # It imports this module.
+    from specjax.drafters import contract
+
+    source = contract.check(drafter).source
+    if target is None and (source is not None or draft_params is not None):
+        raise ValueError("The drafter knows one vocabulary: give the target that it drafts for, a Pretrained.")
+    if target is None:
+        target = tabular(0, vocab_size=5)
+    if hasattr(target, "model"):
+        model, params = target.model, target.params
+    elif isinstance(target, tuple) and len(target) == 2 and isinstance(target[0], Model):
+        model, params = target
+    else:
+        raise TypeError(f"target is a {type(target).__name__}: give a Pretrained, or a Model and its parameters.")
+    if num_texts is None:
+        num_texts = 8192 if model.vocab_size <= conformance.SMALL else 256
+    if draft_params is None:
+        draft_params = () if source is None else source.params
+    alone = getattr(source, "model", None) is not None if is_model is None else is_model
+    report = conformance.run(
+        drafter, model, Params(params, draft_params), source if alone else None, num_texts=num_texts
+    )
+    if report.problems:
+        raise AssertionError(f"The drafter does not keep its contract.\n{report}")
+    return report

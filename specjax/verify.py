@@ -10,7 +10,9 @@ for length; they say so (`exact`), and they are called with a number: `lenient(0
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -380,26 +382,6 @@ RULES: dict[str, Rule | Callable[..., Rule]] = {
 """By name, for flags; what is not a rule makes one from its numbers."""
 
 
-def from_name(name: str) -> Rule:
-    """The rule of a name such as `rejection`, `lenient:0.3`, `typical:0.09,0.3` or `top_k:3,1.0`.
-
-    Raises:
-      ValueError: for a name that is not known, or numbers that make no sense.
-    """
-    head, _, numbers = name.partition(":")
-    found = RULES.get(head)
-    if found is None:
-        raise ValueError(f"verify={name!r} is not known: choose one of {', '.join(RULES)}.")
-    if isinstance(found, Rule):
-        if numbers:
-            raise ValueError(f"verify={name!r}: {head} takes no number.")
-        return found
-    try:
-        return found(*(float(x) if "." in x or "e" in x or "inf" in x else int(x) for x in numbers.split(",") if x))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"verify={name!r}: {error} Write it as lenient:0.3, typical:0.09,0.3 or top_k:3.") from error
-
-
 def overlap(target_probs: Float[Array, "T V"], proposal: Proposal, lenience: float = 1.0) -> Float[Array, " K"]:
     """`sum_x min(target(x) / l, draft(x))` at each draft position: the chance of acceptance, beta.
 
@@ -408,3 +390,80 @@ def overlap(target_probs: Float[Array, "T V"], proposal: Proposal, lenience: flo
     if proposal.probs is None:
         return jnp.minimum(_of_drafts(target_probs, proposal) / lenience, 1.0)
     return jnp.sum(jnp.minimum(target_probs[:-1] / lenience, proposal.probs), axis=-1)
+
+
+_EXAMPLES = {"lenient": "0.3", "typical": "0.09,0.3", "top_k": "3", "distance": "2"}
+"""Numbers to show in an error, by the name of what makes a rule of them."""
+
+
+def parse(rule: Any) -> Rule:
+    """The rule that a user means: a `Rule`, or a name such as "rejection", "lenient:0.3" or "top_k:3,1.0".
+
+    Raises:
+      ValueError: for a name that is not known, or numbers that make no sense.
+      TypeError: for what is neither, such as `verify.lenient` without its number.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, str):
+        return _named(rule)
+    for name, numbers in _EXAMPLES.items():
+        if rule is RULES[name]:
+            raise TypeError(
+                f"verify=verify.{name} is not called: write verify.{name}({', '.join(numbers.split(','))}), "
+                f"or {f'{name}:{numbers}'!r}."
+            )
+    if callable(rule) and not isinstance(rule, type):
+        called = getattr(rule, "__name__", None) or type(rule).__name__
+        raise TypeError(
+            f"verify={called} is a function and no rule: write verify.Rule({called}, name={called!r}, exact=False)."
+        )
+    raise TypeError(f"verify={rule!r} is no rule: give a verify.Rule, or one of the names {', '.join(RULES)}.")
+
+
+def _named(text: str) -> Rule:
+    head, colon, numbers = text.strip().partition(":")
+    found = RULES.get(head)
+    if found is None:
+        raise ValueError(f"verify={text!r} is not known: choose one of {', '.join(RULES)}.")
+    if isinstance(found, Rule):
+        if colon:
+            raise ValueError(f"verify={text!r}: {head} takes no number.")
+        return found
+    try:
+        return found(*_numbers(found, numbers.split(",") if colon else []))
+    except ValueError as error:
+        raise ValueError(f"verify={text!r}: {error} Write it as {head}:{_EXAMPLES[head]}.") from error
+
+
+def _numbers(make: Callable[..., Rule], texts: list[str]) -> list[int | float]:
+    """The numbers of a name, of the types that `make` asks for."""
+    parameters = list(inspect.signature(make).parameters.values())
+    needed = sum(parameter.default is parameter.empty for parameter in parameters)
+    if not needed <= len(texts) <= len(parameters):
+        names = ", ".join(parameter.name for parameter in parameters)
+        raise ValueError(f"{len(texts)} numbers are given; it takes {names}.")
+    values = []
+    for parameter, text in zip(parameters, texts, strict=False):
+        kind = "a whole number" if parameter.annotation is int else "a number"
+        try:
+            value = parameter.annotation(text)
+        except ValueError as error:
+            raise ValueError(f"{parameter.name}={text!r} is not {kind}.") from error
+        # The rules compute in float32 and int32.
+        if abs(value) >= 2**31 and value != float("inf"):
+            raise ValueError(f"{parameter.name}={text} is too large.")
+        if value and not jnp.float32(value):
+            raise ValueError(f"{parameter.name}={text} is 0 in float32.")
+        values.append(value)
+    return values
+
+
+def replaced_at_zero(rule: Rule) -> str:
+    """What to warn of before a rule judges rows of temperature 0; nothing for the rules of this module."""
+    if rule.at_zero is not _greedy or any(rule is known for known in (greedy, rejection, block, coupled)):
+        return ""
+    return (
+        f"verify={rule.name} has no `at_zero` of its own: at temperature 0 greedy takes its place, which accepts the "
+        "target's most probable token alone. Give verify.Rule(..., at_zero=...) to judge such rows otherwise."
+    )

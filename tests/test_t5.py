@@ -205,7 +205,7 @@ def drafters(tmp_path, target):
 @pytest.mark.parametrize("rule", ["block", "coupled"])
 def test_every_drafter_keeps_the_text(rule, tmp_path):
     _, target = load(tmp_path)
-    options = {"max_new_tokens": 20, "step_cost": 0.0, "verify": verify.from_name(rule), "max_len": 64}
+    options = {"max_new_tokens": 20, "step_cost": 0.0, "verify": verify.parse(rule), "max_len": 64}
     temperature = [0.0, 1.0 if rule == "coupled" else 0.0, 0.0]
     plain = specjax.generate(target, SOURCES, temperature=temperature, **options)
     for name, drafter in drafters(tmp_path, target).items():

@@ -433,25 +433,64 @@ def test_properties_of_every_rule(rule: verify.Rule, table: tuple, seed: int):
 
 def test_rules_are_found_by_name():
     for rule in ALL_RULES:
-        assert verify.from_name(rule.name) is rule
+        assert verify.parse(rule.name) is rule
     assert {rule.name for rule in ALL_RULES if rule.exact} == {"greedy", "rejection", "block", "coupled"}
-    assert verify.from_name("typical") is verify.typical()
+    assert verify.parse("typical") is verify.typical()
 
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
         ("rejektion", "is not known: choose one of greedy, rejection, block, coupled, observe, lenient"),
+        ("", "is not known"),
+        ("Lenient:0.3", "is not known"),
         ("rejection:1", "takes no number"),
-        ("lenient", "Write it as lenient:0.3"),
-        ("lenient:2", r"lenience=2 is outside \(0, 1\]"),
-        ("lenient:x", "Write it as"),
-        ("typical:2,1", r"epsilon=2 is outside \[0, 1\]"),
+        ("rejection:", "takes no number"),
+        ("lenient", "0 numbers are given; it takes lenience. Write it as lenient:0.3"),
+        ("lenient:", "lenience='' is not a number. Write it as lenient:0.3"),
+        ("lenient:2", r"lenience=2.0 is outside \(0, 1\]"),
+        ("lenient:nan", r"lenience=nan is outside \(0, 1\]"),
+        ("lenient:1e-46", "lenience=1e-46 is 0 in float32"),
+        ("lenient:x", "lenience='x' is not a number. Write it as"),
+        ("lenient:0.3,0.4", "2 numbers are given; it takes lenience"),
+        ("typical:2,1", r"epsilon=2.0 is outside \[0, 1\]"),
+        ("typical:,0.3", "epsilon='' is not a number. Write it as typical:0.09,0.3"),
+        ("typical:0.1,0.2,0.3", "3 numbers are given; it takes epsilon, delta"),
         ("top_k:0", "k=0: at least 1"),
-        ("top_k:3,-1", "gap=-1: at least 0"),
+        ("top_k:2.5", "k='2.5' is not a whole number. Write it as top_k:3"),
+        ("top_k:1e3", "k='1e3' is not a whole number"),
+        ("top_k:99999999999", "k=99999999999 is too large"),
+        ("top_k:3,-1", "gap=-1.0: at least 0"),
         ("distance:-1", "epsilon=-1 is negative"),
+        ("distance:4294967296", "epsilon=4294967296 is too large"),
     ],
 )
 def test_names_that_make_no_sense(name: str, remedy: str):
     with pytest.raises(ValueError, match=remedy):
-        verify.from_name(name)
+        verify.parse(name)
+
+
+def test_a_rule_is_its_own_name():
+    for rule in ALL_RULES:
+        assert verify.parse(rule) is rule
+    assert verify.parse("top_k:3,inf") is verify.top_k(3)
+    assert verify.parse(" lenient:1e-3 ") is verify.lenient(0.001)
+
+
+@pytest.mark.parametrize(
+    ("rule", "remedy"),
+    [
+        (verify.lenient, r"verify=verify.lenient is not called: write verify.lenient\(0.3\), or 'lenient:0.3'"),
+        (verify.typical, r"write verify.typical\(0.09, 0.3\), or 'typical:0.09,0.3'"),
+        (verify.top_k, r"write verify.top_k\(3\)"),
+        (verify.distance, r"write verify.distance\(2\)"),
+        (verify.overlap, r"verify=overlap is a function and no rule: write verify.Rule\(overlap, name='overlap'"),
+        (verify.Rule, "is no rule: give a verify.Rule"),
+        (None, "verify=None is no rule: give a verify.Rule, or one of the names greedy, rejection"),
+        (0.3, "verify=0.3 is no rule"),
+        (b"rejection", "is no rule"),
+    ],
+)
+def test_what_is_no_rule_is_told_what_to_write(rule, remedy: str):
+    with pytest.raises(TypeError, match=remedy):
+        verify.parse(rule)

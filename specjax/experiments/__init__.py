@@ -8,6 +8,7 @@ EXPERIMENTS = {
     "chinchilla": "specjax.experiments.chinchilla:run",
     "compare": "specjax.experiments.compare:run",
     "count": "specjax.experiments.count:run",
+    "data": "specjax.experiments.data:run",
     "leviathan": "specjax.experiments.leviathan:run",
     "plan": "specjax.experiments.plan:run",
     "train": "specjax.experiments.train:run",

@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from specjax import drafters, verify
-from specjax.experiments import cells, compare, results, texts
+from specjax.experiments import cells, choices, compare, results, texts
 from specjax.experiments.chinchilla_report import Measured, Sampling, findings, write_report
 from specjax.experiments.display import View
 from specjax.experiments.prompts import Prompt
@@ -59,29 +59,26 @@ def check(config: Config) -> None:
     Raises:
       ValueError: naming the key, its value and the remedy.
     """
-    choices_of = {"task": TASKS, "drafter": ("model", "ngram")}
+    choices_of = {"task": TASKS}
     choices_of |= {key: compare.CHOICES[key] for key in ("dtype", "draft_sharding")}
-    for key, choices in choices_of.items():
-        if config[key] not in choices:
-            raise ValueError(f"config.{key}={config[key]!r}: choose one of {', '.join(choices)}.")
-    compare.check_draft(config)
+    for key, known in choices_of.items():
+        if config[key] not in known:
+            raise ValueError(f"config.{key}={config[key]!r}: choose one of {', '.join(known)}.")
+    choices.check_drafter(config, ("model", "ngram"))
     if not config.target:
         raise ValueError("config.target is empty: give --config.target=SOURCE.")
-    if bool(config.draft) != (config.drafter == "model"):
-        raise ValueError(
-            f"config.drafter={config.drafter!r} with config.draft={config.draft!r}: a draft model needs a SOURCE "
-            "(--config.draft), n-gram lookup none."
-        )
     if config.task == "summaries" and not config.data:
         raise ValueError("config.data is empty: give --config.data=FILE, JSONL with `input` and `target`.")
     least = {"num_timed": 1, "num_problems": 0, "num_samples": 1, "quality_batch": 1, "max_new_tokens": 1}
-    least |= {"repeats": 1, "quality_draft_tokens": 1, "max_prompt_tokens": 1, "num_shots": 0, "min_match": 1}
+    least |= {"repeats": 1, "quality_draft_tokens": 1, "max_prompt_tokens": 1, "num_shots": 0}
     for key, low in least.items():
         if config[key] < low:
             raise ValueError(f"config.{key}={config[key]}: at least {low}.")
     for key, low in (("num_draft_tokens", 0), ("batch_sizes", 1)):
         if not config[key] or min(config[key]) < low:
             raise ValueError(f"config.{key}={tuple(config[key])}: one at least, and each at least {low}.")
+    choices.check_num_draft_tokens(*config.num_draft_tokens, config.quality_draft_tokens)
+    choices.check_seed(config.seed)
     if not config.samplings:
         raise ValueError("config.samplings is empty: give pairs of temperature and top_p, such as ((1.0, 0.8),).")
     for pair in config.samplings:
@@ -180,11 +177,14 @@ def _timed(config: Config, setting: cells.Setting, drafter: Drafter, sampling: S
         top_p=sampling.top_p,
         batch_size=batch_size,
     )
-    return row | {"task": config.task, "drafter": config.drafter if drafter.num_draft_tokens else "none"}
+    return row | {
+        "task": config.task,
+        "drafter": choices.name_of(config.drafter) if drafter.num_draft_tokens else "none",
+    }
 
 
 def _about(config: Config, num_problems: int) -> str:
-    draft = "n-gram lookup"
+    draft = "n-gram lookup" if config.drafter == "ngram" else choices.name_of(config.drafter)
     if config.drafter == "model":
         draft = f"{config.draft}{' in int8' if config.draft_int8 else ''}"
         if config.min_confidence:

@@ -6,17 +6,19 @@ to the last token; reading the prompts (prefill) and compiling are reported apar
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from specjax import api, automaton, decode, distributed, drafters, metrics, pretrained, sharding, verify
-from specjax.experiments import plots, prompts, report, results
+from specjax import api, automaton, decode, distributed, drafters, metrics, pretrained, sharding
+from specjax.experiments import choices, plots, prompts, report, results
 from specjax.experiments.display import View
 from specjax.experiments.marks import segments
 from specjax.experiments.prompts import Prompt
@@ -28,17 +30,12 @@ Config = Any
 """An `ml_collections.ConfigDict` with the keys of `configs/compare.py`."""
 
 CHOICES = {
-    "drafter": ("model", "ngram", "none", "table", "retrieval"),
     "dtype": ("float32", "bfloat16"),
     "chat": ("auto", "true", "false"),
     "draft_sharding": ("split", "replicated"),
 }
 
-_WITH_DRAFT = {"model": "SOURCE", "table": "PATH (of configs/count.py)", "retrieval": "PATH (of configs/count.py)"}
-"""Drafters that need `config.draft`, and what that is."""
-
-_AT_LEAST_ONE = ("max_new_tokens", "batch_size", "repeats", "min_match", "mesh_data", "mesh_model")
-_AT_LEAST_ZERO = ("num_prompts", "num_draft_tokens", "seed")
+_AT_LEAST_ONE = ("max_new_tokens", "batch_size", "repeats", "mesh_data", "mesh_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,29 +156,31 @@ def check(config: Config) -> None:
     Raises:
       ValueError: naming the key, its value and the remedy.
     """
-    for key, choices in CHOICES.items():
-        if config[key] not in choices:
-            raise ValueError(f"config.{key}={config[key]!r}: choose one of {', '.join(choices)}.")
-    for keys, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
-        for key in keys:
-            if config[key] < least:
-                raise ValueError(f"config.{key}={config[key]}: at least {least}.")
-    check_draft(config)
+    for key, known in CHOICES.items():
+        if config[key] not in known:
+            raise ValueError(f"config.{key}={config[key]!r}: choose one of {', '.join(known)}.")
+    for key in _AT_LEAST_ONE:
+        if config[key] < 1:
+            raise ValueError(f"config.{key}={config[key]}: at least 1.")
+    if config.num_prompts < 0:
+        raise ValueError(f"config.num_prompts={config.num_prompts}: at least 0, which reads all.")
+    if config.batch_size > choices.MAX_BATCH:
+        raise ValueError(f"config.batch_size={config.batch_size}: at most {choices.MAX_BATCH}.")
     for key in ("target", "data"):
         if not config[key]:
             raise ValueError(f"config.{key} is empty: give --config.{key}=...")
-    if config.drafter in _WITH_DRAFT and not config.draft:
-        raise ValueError(
-            f"config.drafter={config.drafter!r} needs a draft: give --config.draft={_WITH_DRAFT[config.drafter]}, or "
-            "choose drafter=ngram."
-        )
-    if config.drafter not in _WITH_DRAFT and config.draft:
-        raise ValueError(f"config.draft={config.draft!r} is of no use to drafter={config.drafter}: leave it out.")
-    verify.from_name(config.verify)
-    if config.verify == "greedy" and config.temperature > 0:
-        raise ValueError(f"config.verify='greedy' is for temperature 0, not {config.temperature}: choose rejection.")
+    choices.check_drafter(config)
+    choices.check_num_draft_tokens(config.num_draft_tokens)
+    choices.check_seed(config.seed, config.num_prompts)
+    choices.check_sampling({name: config[name] for name in results.SAMPLING})
+    if not math.isfinite(config.step_cost):
+        raise ValueError(f"config.step_cost={config.step_cost} is no finite number: below 0, it is measured.")
+    if warning := choices.check_rule(config.verify, config.temperature):
+        warnings.warn(warning, stacklevel=2)
     if config.regex and config.json_schema:
         raise ValueError("config.regex and config.json_schema are both given: choose one.")
+    if config.json_schema and not pathlib.Path(config.json_schema).is_file():
+        raise FileNotFoundError(f"config.json_schema={config.json_schema!r} is no file: give one with a JSON schema.")
     if config.batch_size % config.mesh_data:
         raise ValueError(f"config.batch_size={config.batch_size} is not a multiple of mesh_data={config.mesh_data}.")
 
@@ -192,21 +191,6 @@ def device_name() -> str:
     if jax.default_backend() == "cpu":
         return f"cpu ({os.cpu_count()} cores)" if count == 1 else f"cpu ({os.cpu_count()} cores, {count} devices)"
     return kind if count == 1 else f"{count} x {kind}"
-
-
-def check_draft(config: Config) -> None:
-    """Refuses what a draft model cannot be told.
-
-    Raises:
-      ValueError: naming the key, its value and the remedy.
-    """
-    if not 0 <= config.min_confidence <= 1:
-        raise ValueError(f"config.min_confidence={config.min_confidence}: a probability, from 0 (off) to 1.")
-    if config.drafter != "model" and (config.draft_int8 or config.min_confidence):
-        raise ValueError(
-            f"config.draft_int8={config.draft_int8}, config.min_confidence={config.min_confidence}: only a draft model "
-            f"has either, but config.drafter={config.drafter!r}. Give --config.drafter=model, or leave them out."
-        )
 
 
 def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafter]]:
@@ -221,7 +205,7 @@ def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafte
         mesh = sharding.make_mesh(data=config.mesh_data, model=config.mesh_model)
 
     def read(source: str, rules: sharding.Rules = sharding.RULES, int8: bool = False) -> Pretrained:
-        with view.status(f"Loading {source} (the first time, this downloads it)"):
+        with view.status(f"Loading {source}{pretrained.download_note(source)}"):
             loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh, rules=rules, int8=int8)
             jax.block_until_ready(loaded.params)
         return loaded
@@ -230,23 +214,12 @@ def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafte
     draft_rules = sharding.REPLICATED if config.draft_sharding == "replicated" else sharding.RULES
     if target.tokenizer is None:
         raise ValueError(f"The target {config.target} has no tokenizer: save one beside it (tokenizer.json).")
-    if config.drafter == "model":
+
+    def read_draft() -> Pretrained:
         same = config.draft == config.target and not config.draft_int8
-        draft = target if same else read(config.draft, draft_rules, config.draft_int8)
-        return target, lambda k: drafters.model(draft, num_draft_tokens=k, min_confidence=config.min_confidence)
-    shortest, longest = config.min_match, max(config.min_match, 8)
-    if config.drafter == "ngram":
-        return target, lambda k: drafters.ngram(num_draft_tokens=k, min_match=shortest, max_match=longest)
-    if config.drafter == "table":
-        table = drafters.load_table(config.draft)
-        return target, lambda k: drafters.table(table, num_draft_tokens=k)
-    if config.drafter == "retrieval":
-        datastore = drafters.load_datastore(config.draft)
-        longest = max(min(longest, datastore.depth), shortest)
-        return target, lambda k: drafters.retrieval(
-            datastore, num_draft_tokens=k, min_match=shortest, max_match=longest
-        )
-    return target, lambda k: drafters.none()
+        return target if same else read(config.draft, draft_rules, config.draft_int8)
+
+    return target, choices.drafter_of(config, target, read_draft)
 
 
 def batches(
@@ -300,7 +273,7 @@ def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench,
     chat = target.tokenizer.has_chat_template if config.chat == "auto" else config.chat == "true"
     encoded = api.encode(target, [prompt.text for prompt in chosen], chat=chat)
     options = {
-        "verify": verify.from_name(config.verify),
+        "verify": choices.rule(config.verify),
         **{name: config[name] for name in results.SAMPLING},
         "stop_strings": tuple(config.stop_strings),
         "grammar": _grammar(config, target),
@@ -316,6 +289,7 @@ def _common(config: Config, bench: Bench, costs: metrics.Costs, device: str) -> 
     """The fields of `results.COMMON`."""
     from_config = ("target", "draft", "drafter", "batch_size", "max_new_tokens", "seed", "dtype", "repeats")
     return {name: config[name] for name in (*from_config, *results.SAMPLING, "fixed_shape")} | {
+        "drafter": choices.name_of(config.drafter),
         "verify": bench.options["verify"].name,
         "exact": bench.options["verify"].exact,
         "num_draft_tokens": bench.drafter.num_draft_tokens,

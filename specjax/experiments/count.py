@@ -232,7 +232,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     if _claim(config, workdir, overwrite):
         view.line(f"The draft is finished in {workdir}{os.sep}; --overwrite makes it anew.")
         return
-    with view.status(f"Loading the tokenizer of {config.tokenizer} (the first time, this downloads it)"):
+    with view.status(f"Loading the tokenizer of {config.tokenizer}{pretrained.download_note(config.tokenizer)}"):
         tokenizer = pretrained.load_tokenizer(config.tokenizer)
     encoded = encode(config.data, config, tokenizer, view, "texts")
     with view.status("Counting" if config.kind == "ngram" else "Sorting"):

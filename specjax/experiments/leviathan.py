@@ -65,7 +65,8 @@ def check(config: Config) -> None:
         if not value:
             raise ValueError(f"config.{key} is empty: give --config.{key}=FILE, JSONL with `input` and `target`.")
         if not pathlib.Path(value).expanduser().is_file():
-            raise FileNotFoundError(f"config.{key}: the file {value} does not exist.")
+            what = "is a directory" if pathlib.Path(value).expanduser().is_dir() else "does not exist"
+            raise FileNotFoundError(f"config.{key}: the file {value} {what}: give JSONL with `input` and `target`.")
 
 
 def _train(config: Config, name: str, workdir: pathlib.Path, view: View, overwrite: bool) -> str:

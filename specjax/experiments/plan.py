@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from specjax import aot, chips, plan, verify
-from specjax.experiments import plan_report, plots, results
+from specjax import aot, chips, plan
+from specjax.experiments import choices, plan_report, plots, results
 from specjax.experiments.display import View
 from specjax.experiments.results import Row
 from specjax.models import families
@@ -39,7 +39,7 @@ def check(config: Config) -> None:
         raise ValueError(f"config.draft_sharding={config.draft_sharding!r}: choose split or replicated.")
     if not 0 <= config.alpha <= 1:
         raise ValueError(f"config.alpha={config.alpha} is not a probability.")
-    verify.from_name(config.verify)
+    choices.rule(config.verify)
     if config.temperature < 0:
         raise ValueError(f"config.temperature={config.temperature} is negative.")
     if config.max_draft_tokens < config.num_draft_tokens:
@@ -97,7 +97,7 @@ def _collectives(counts: aot.Counts) -> list[Row]:
 
 def _compiled(setup: Setup, config: Config) -> aot.Compiled | None:
     """What XLA makes of it; None where even the few layers that are compiled do not fit."""
-    rule = verify.from_name(config.verify)
+    rule = choices.rule(config.verify)
     mesh = aot.make_mesh(setup.topology, setup.data)
     every = config.layers == "all"
     try:

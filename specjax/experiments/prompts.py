@@ -69,6 +69,8 @@ def read(path: str | pathlib.Path, num_prompts: int = 0) -> list[Prompt]:
       ValueError: for a line that is not JSON or has no prompt, or too few lines.
     """
     path = pathlib.Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"The data file {path} is a directory: give a file (--config.data=FILE).")
     if not path.is_file():
         raise FileNotFoundError(f"The data file {path} does not exist: give a JSONL file (--config.data=FILE).")
     prompts: list[Prompt] = []

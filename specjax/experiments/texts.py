@@ -57,6 +57,8 @@ def read(path: str | pathlib.Path, field: str = "auto", num_texts: int = 0) -> l
       ValueError: for a line that is not JSON or has no text, or a file without texts.
     """
     path = pathlib.Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"The data file {path} is a directory: give a file (--config.data=FILE).")
     if not path.is_file():
         raise FileNotFoundError(f"The file {path} does not exist: give JSONL or plain text (--config.data=FILE).")
     packed = path.suffix == ".xz"

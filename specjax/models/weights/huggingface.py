@@ -174,6 +174,17 @@ def load(
     return placed, mapping.from_huggingface(placed, tensors, mesh=mesh, rules=rules)
 
 
+def is_cached(repo_id: str) -> bool:
+    """Whether the hub's own cache has a repository; what is not a hub id is in no cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return isinstance(huggingface_hub.try_to_load_from_cache(repo_id, "config.json"), str)
+    except errors.HFValidationError:
+        return False
+
+
 def download(repo_id: str) -> pathlib.Path:
     """Downloads what specjax reads of a hub repository, or finds it in the hub's own cache.
 

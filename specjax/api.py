@@ -12,10 +12,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from specjax import automaton, decode, distributed, drafters, metrics, sampling, sharding, verify
+from specjax.drafters import contract
 from specjax.pretrained import Pretrained
 from specjax.text import Tokenizer
 from specjax.types import Automaton, DecodeState, Drafter, Inputs, Params
-from specjax.verify import Rule
+from specjax.verify import Rule, is_replaced_at_zero
+from specjax.verify import parse as parse_rule
 
 
 class Generation(NamedTuple):
@@ -160,10 +162,10 @@ def prepare(
     target: Pretrained,
     prompts: Sequence[str | Sequence[int]],
     *,
-    drafter: Drafter | None = None,
-    verify: Rule = verify.rejection,
-    max_new_tokens: int | Sequence[int] = 128,
-    seed: int | Sequence[int] = 0,
+    drafter: Any = None,
+    verify: Any = verify.rejection,
+    max_new_tokens: Any = 128,
+    seed: Any = 0,
     num_return_sequences: int = 1,
     stop_tokens: Sequence[int] | None = None,
     stop_strings: str | Sequence[str] = (),
@@ -176,14 +178,24 @@ def prepare(
     chat: bool = False,
     **sampling_options: Any,
 ) -> Request:
-    """Checks a request and reads the prompts into the caches. The arguments are those of `generate`."""
-    drafter = drafter if drafter is not None else drafters.none()
+    """Checks a request and reads the prompts into the caches. The arguments are those of `generate`.
+
+    Those annotated as Any may be anything that a user writes, and are checked here.
+    """
+    drafter = contract.check(drafter if drafter is not None else drafters.none())
+    verify = parse_rule(verify)
     encoded = encode(target, prompts, chat=chat)
     rows = len(encoded)
     options = sampling.options(rows, **sampling_options)
     if verify.name == "greedy" and bool(jnp.any(options.temperature > 0)):
         temperature = sampling_options["temperature"]
         raise ValueError(f"verify=greedy decodes at temperature 0, not {temperature}: choose verify.rejection.")
+    if is_replaced_at_zero(verify) and bool(jnp.any(options.temperature == 0)):
+        warnings.warn(
+            f"verify={verify.name} has no at_zero: at temperature 0, greedy judges in its place. Give the rule an "
+            "at_zero, or raise the temperature.",
+            stacklevel=3,
+        )
     if not verify.exact:
         warnings.warn(f"verify={verify.name} is not exact: the text is not distributed as the target's.", stacklevel=3)
     if num_return_sequences < 1:
@@ -280,14 +292,15 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
       prompts: texts, or lists of token ids.
       **options: all have defaults:
         drafter: what proposes (`specjax.drafters`); None decodes plainly.
-        verify: the acceptance rule (`specjax.verify`), `rejection` by default, which is exact at any temperature.
+        verify: the acceptance rule (`specjax.verify`) or its name, such as "lenient:0.3"; `rejection` by default, which
+          is exact at any temperature.
         max_new_tokens: 128; one number, or one a prompt.
         temperature: 0 (greedy); top_k, top_p, min_p, typical_p, epsilon_cutoff: off. Each one number, or one a prompt;
           `sampling.options` says what they mean.
         repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias,
           suppress_tokens: off; see `processors.penalties`.
-        seed: 0; text i uses `seed + i`. Or one a text: a text depends on its own seed, not on its neighbours. With
-          `verify.coupled` it does not depend on the drafter either.
+        seed: 0, a whole number in [0, 2^32); text i uses `seed + i`. Or one a text: a text depends on its own seed, not
+          on its neighbours. With `verify.coupled` it does not depend on the drafter either.
         num_return_sequences: 1; how many texts of each prompt, from one prefill.
         stop_tokens: ids that end a text; by default what the tokenizer ends a text with.
         stop_strings: one string or several that end a text, wherever in it they end; they are part of it, as in
@@ -308,7 +321,7 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
 
     Raises:
       ValueError: for options that make no sense, texts that do not fit, vocabularies that do not match.
-      TypeError: for options that do not exist.
+      TypeError: for options that do not exist or are of another type.
       FloatingPointError: for logits that are not numbers, or options that forbid every token.
     """
     request = prepare(target, prompts, **options)

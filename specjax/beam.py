@@ -26,10 +26,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import api, decode, distributed
+from specjax.drafters.bounds import check_num_draft_tokens
 from specjax.drafters.model import match_vocab
 from specjax.models import bits
 from specjax.pretrained import Pretrained
 from specjax.types import Inputs, Model, Params, Tree
+
+MAX_BEAMS = 1024
+"""Each beam has a cache of its own."""
 
 
 class Beams(NamedTuple):
@@ -526,10 +530,9 @@ def _search(
 def _check_widths(
     draft: Model | None, vocab_size: int, num_beams: int, num_draft_tokens: int, draft_beams: int
 ) -> None:
-    if num_beams < 1:
-        raise ValueError(f"num_beams={num_beams}: at least 1, which is greedy decoding.")
-    if num_draft_tokens < 0:
-        raise ValueError(f"num_draft_tokens={num_draft_tokens} is negative; 0 is plain beam search.")
+    if not 1 <= num_beams <= MAX_BEAMS:
+        raise ValueError(f"num_beams={num_beams}: at least 1, which is greedy decoding, and at most {MAX_BEAMS}.")
+    check_num_draft_tokens(num_draft_tokens)
     if num_draft_tokens > 0 and draft is None:
         raise ValueError(
             f"num_draft_tokens={num_draft_tokens}, but there is no draft: give one, or set num_draft_tokens=0."
@@ -539,7 +542,7 @@ def _check_widths(
             f"draft_beams={draft_beams} is less than num_beams={num_beams}: the target's beams cannot all be among the "
             "draft's. Raise draft_beams."
         )
-    if draft_beams > num_beams * vocab_size:
+    if draft_beams > min(num_beams * vocab_size, MAX_BEAMS):
         raise ValueError(
             f"draft_beams={draft_beams}, but {num_beams} beams have {num_beams * vocab_size} continuations by one of "
             f"{vocab_size} tokens: lower draft_beams."

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from specjax import adaptive, automaton, distributed, processors, sampling, verify
+from specjax.drafters import contract
 from specjax.types import (
     Adaptation,
     Automaton,
@@ -117,9 +118,23 @@ def read_inputs(target: Model, prompts: Sequence[Sequence[int]], width: int | No
     return Inputs(start, one, source=padded.tokens, source_length=padded.length)
 
 
+def _budgets(max_new_tokens: Any, rows: int) -> np.ndarray:
+    """`[B]` int32, how many tokens each row may add, from one number or one a row."""
+    is_one = isinstance(max_new_tokens, str) or not isinstance(max_new_tokens, (Sequence, np.ndarray))
+    budgets = [max_new_tokens] * rows if is_one else list(max_new_tokens)
+    if len(budgets) != rows:
+        raise ValueError(f"{len(budgets)} values of max_new_tokens for {rows} rows: give one, or one a row.")
+    for budget in budgets:
+        if not isinstance(budget, Integral):
+            raise TypeError(f"max_new_tokens={budget!r}: give a whole number, or one a row.")
+        if not 0 <= budget <= MAX_NEW_TOKENS:
+            raise ValueError(f"max_new_tokens={budget} is outside [0, {MAX_NEW_TOKENS}].")
+    return np.array(budgets, np.int32)
+
+
 def text_limits(
     inputs: Inputs,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: Any,
     num_draft_tokens: int,
     max_len: int | None,
     models: Mapping[str, Model],
@@ -141,14 +156,8 @@ def text_limits(
       TypeError: for max_new_tokens that are no whole numbers.
     """
     rows, width = inputs.tokens.shape
-    lengths, budget = distributed.to_host(inputs.length), np.asarray(max_new_tokens)
-    if budget.dtype.kind not in "iu":
-        raise TypeError(f"max_new_tokens={max_new_tokens}: a whole number, or one a row.")
-    if budget.shape not in ((), (rows,)):
-        raise ValueError(f"{budget.size} values of max_new_tokens for {rows} rows: give one, or one a row.")
-    if (budget < 0).any() or (budget > MAX_NEW_TOKENS).any():
-        raise ValueError(f"max_new_tokens={max_new_tokens} is outside [0, {MAX_NEW_TOKENS}].")
-    limit = lengths + np.broadcast_to(budget.astype(np.int32), (rows,))
+    lengths, budget = distributed.to_host(inputs.length), _budgets(max_new_tokens, rows)
+    limit = lengths + budget
     longest, k = int(limit.max()), num_draft_tokens
     texts = f"A prompt of {int(lengths.max())} tokens (padded to {width}) with {int(budget.max())} new tokens"
     if max_len is None:
@@ -173,8 +182,12 @@ def _pad_stop_tokens(stop_tokens: Sequence[int]) -> Int[Array, " E"]:
     return jnp.asarray(tokens + [-1] * (-len(tokens) % 8 or 8 * (not tokens)), jnp.int32)
 
 
-def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+def spread_seeds(seed: Any, count: int) -> list[int]:
     """One seed a sequence: those that are given, or `seed + i` for sequence i.
+
+    Args:
+      seed: what a user gave: one whole number, or one for each sequence.
+      count: how many sequences there are.
 
     Raises:
       ValueError: for a seed outside [0, 2^32), or too few or many of them.
@@ -264,9 +277,9 @@ def prefill(
     params: Params,
     inputs: Inputs,
     *,
-    max_new_tokens: int | Sequence[int],
+    max_new_tokens: Any,
     options: SamplingOptions | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: Any = None,
     stop_tokens: Sequence[int] = (),
     stop_strings: Automaton | None = None,
     grammar: Automaton | Sequence[Automaton | None] | None = None,
@@ -548,7 +561,7 @@ def decode_step(
     # A coupled rule has the draft draw with the noise that the target draws with.
     draft_keys = keys.token[:, :k] if rule.coupled else draft_keys
     context = Context(history_of(state), draft_keys, room, state.sampling, target.vocab_size)
-    proposal, drafter_state = drafter.propose(params.draft, state.drafter, context)
+    proposal, drafter_state = contract.propose(drafter, params.draft, state.drafter, context)
     proposal = _within_text(state, proposal, room)
 
     # Score and verify. Where no row drafts, this is a plain decoding step and costs no more.
@@ -612,7 +625,7 @@ def decode_step(
         ),
         # Roll back: what was rejected lies beyond the length.
         cache=judged.cache._replace(length=length - 1),
-        drafter=drafter.update(params.draft, drafter_state, feedback),
+        drafter=contract.update(drafter, params.draft, drafter_state, feedback),
         stats=Stats(
             stats.target_calls + running,
             stats.draft_steps + (running & (proposal.length > 0)),

@@ -67,7 +67,8 @@ class Rule:
       exact: whether the text is distributed exactly as the target's.
       coupled: whether the drafter is to draw each token with the key that the target would draw it with.
       at_zero: what judges rows of temperature 0. For an exact rule that is `greedy`, on one-hot distributions. A rule
-        that is not exact judges them on the target's distribution at temperature 1.
+        that is not exact judges them on the target's distribution at temperature 1. Where a rule does not say, `greedy`
+        takes its place, and the front door warns of it.
     """
 
     function: Judge
@@ -380,6 +381,11 @@ RULES: dict[str, Rule | Callable[..., Rule]] = {
     "distance": distance,
 }
 """By name, for flags; what is not a rule makes one from its numbers."""
+
+
+def is_replaced_at_zero(rule: Rule) -> bool:
+    """Whether a rule of one's own says nothing of temperature 0, where `greedy` then takes its place."""
+    return rule.at_zero is _greedy and rule not in (greedy, rejection, block, coupled)
 
 
 def overlap(target_probs: Float[Array, "T V"], proposal: Proposal, lenience: float = 1.0) -> Float[Array, " K"]:

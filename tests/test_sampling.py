@@ -120,8 +120,42 @@ def test_probabilities_equal_those_of_transformers(options: dict, size: int):
 def test_near_equal_logits_are_told_apart_by_top_k():
     logits = np.float32(1.0) + np.arange(8, dtype=np.float32) * np.float32(2**-22)
     kept = probabilities(logits, temperature=1.0, top_k=3) > 0
-    assert kept[-3:].all()
-    assert kept.sum() <= 4  # exp may round two neighbours to one weight, which is then a tie.
+    np.testing.assert_array_equal(kept, np.arange(8) >= 5)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e5, 1e6])
+def test_top_k_ranks_logits_whatever_the_temperature_rounds(temperature: float):
+    for logits in (
+        np.array([2.0, 1.0, 3.0, 2.5]),
+        np.array([-1e30, 1e-30, -1e-30, 0.0]),
+        np.array([0.0, -0.0, -1, -2]),
+    ):
+        order = np.argsort(-logits, kind="stable")
+        for k in (1, 2, 3):
+            wanted = np.isin(np.arange(4), np.flatnonzero(logits >= logits[order[k - 1]]))
+            got = probabilities(logits, temperature=temperature, top_k=k)
+            assert (got[~wanted] == 0).all()
+            if temperature > 1:
+                np.testing.assert_allclose(got[wanted].sum(), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("tiny", [1e-45, 1e-300, 5e-324, 1e-39])
+@pytest.mark.parametrize("option", ["top_p", "typical_p", "temperature", "min_p", "epsilon_cutoff", "presence_penalty"])
+def test_numbers_that_float32_rounds_to_nothing_keep_their_meaning(option: str, tiny: float):
+    logits = np.array([0.5, 2.0, 1.0])
+    got = probabilities(logits, **{"temperature": 1.0, option: tiny})
+    np.testing.assert_allclose(got.sum(), 1, atol=1e-6)
+    if option in ("top_p", "temperature"):
+        np.testing.assert_array_equal(got > 0, [False, True, False])
+
+
+def test_uniform_numbers_are_finer_than_23_bits_and_below_1():
+    draws = np.asarray(sampling.uniform(jax.random.key(0), (1 << 22,)), np.float64)
+    assert draws.min() > 0
+    assert draws.max() < 1
+    # `jax.random.uniform` has no numbers between 0 and 2^-23.
+    assert (draws * 2**23 % 1 != 0).mean() > 0.4
+    np.testing.assert_allclose(np.histogram(draws, 16, (0, 1))[0] / draws.size, 1 / 16, atol=1e-3)
 
 
 def test_ties_at_a_cut_are_all_kept():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import processors, sampling
+from specjax.drafters.bounds import check_num_draft_tokens
 from specjax.types import Context, Drafter, Feedback, History, Inputs, Model, ModelOutput, Proposal, Tree
 
 
@@ -25,10 +26,9 @@ def model(draft: Any, *, num_draft_tokens: int = 4, min_confidence: float = 0.0)
       min_confidence: from 0, which always drafts K tokens, to 1; a probability of the draft itself, without options.
 
     Raises:
-      ValueError: for K < 0, or a confidence that is no probability.
+      ValueError: for K < 0 or above `bounds.MAX_DRAFT_TOKENS`, or a confidence that is no probability.
     """
-    if num_draft_tokens < 0:
-        raise ValueError(f"num_draft_tokens={num_draft_tokens} is negative; 0 is plain decoding.")
+    check_num_draft_tokens(num_draft_tokens)
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence={min_confidence}: a probability, from 0 (off) to 1.")
     if isinstance(draft, Model):

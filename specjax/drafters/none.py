@@ -4,6 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
+from specjax.drafters.bounds import check_num_draft_tokens
 from specjax.types import Context, Drafter, Feedback, Inputs, ModelOutput, Proposal, Tree
 
 
@@ -18,8 +19,7 @@ def none(*, num_draft_tokens: int = 0) -> Drafter:
     Raises:
       ValueError: for a negative number.
     """
-    if num_draft_tokens < 0:
-        raise ValueError(f"num_draft_tokens={num_draft_tokens} is negative.")
+    check_num_draft_tokens(num_draft_tokens)
 
     def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> tuple[()]:
         del params, inputs, target_output, max_len

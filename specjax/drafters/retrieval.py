@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.drafters import chain, store
+from specjax.drafters.bounds import check_num_draft_tokens
 from specjax.text import Tokenizer
 from specjax.types import Context, Drafter, Proposal, Tree
 
@@ -247,8 +248,7 @@ def retrieval(
     Raises:
       ValueError: for numbers that make no sense, or matches that are longer than the datastore is deep.
     """
-    if num_draft_tokens < 0:
-        raise ValueError(f"num_draft_tokens={num_draft_tokens} is negative; 0 is plain decoding.")
+    check_num_draft_tokens(num_draft_tokens)
     if not 1 <= min_match <= max_match:
         raise ValueError(f"min_match={min_match} and max_match={max_match}: need 1 <= min_match <= max_match.")
     if max_match > source.depth:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.drafters import chain, store
+from specjax.drafters.bounds import check_num_draft_tokens
 from specjax.drafters.model import match_vocab
 from specjax.text import Tokenizer
 from specjax.types import Context, Drafter, Proposal, Tree
@@ -319,10 +320,9 @@ def table(source: Table, *, num_draft_tokens: int = 4) -> Drafter:
       num_draft_tokens: K.
 
     Raises:
-      ValueError: for K < 0.
+      ValueError: for K < 0 or above `bounds.MAX_DRAFT_TOKENS`.
     """
-    if num_draft_tokens < 0:
-        raise ValueError(f"num_draft_tokens={num_draft_tokens} is negative; 0 is plain decoding.")
+    check_num_draft_tokens(num_draft_tokens)
     return _drafter(source.order, source.max_successors, num_draft_tokens)._replace(source=source)
 
 

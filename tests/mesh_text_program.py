@@ -64,6 +64,8 @@ DRAFTERS = ("none", "ngram", "model", "table", "retrieval")
 Case = tuple[str, str, str]
 Meshes = dict[str, tuple[dict[str, int], sharding.Rules, sharding.Rules, list[Case]]]
 
+BEAMS = "beam search"
+
 DECODERS: list[Case] = [("decoder", "model", "rejection")]
 BOTH: list[Case] = [*DECODERS, ("t5", "model", "rejection")]
 MAIN: list[Case] = [
@@ -71,6 +73,7 @@ MAIN: list[Case] = [
     ("decoder", "model", "coupled"),
     ("scanned", "model", "rejection"),
     ("int8", "model", "rejection"),
+    ("decoder", "model", BEAMS),
 ]
 REST: list[Case] = (
     [("decoder", "model", rule) for rule in ("block", "lenient", "typical", "top_k", "top_k_gap", "distance")]
@@ -116,6 +119,18 @@ def text(
 ) -> tuple[list[list[int]], int]:
     """The texts of a case, and how many draft tokens were accepted."""
     family, drafter, rule = case
+    if rule == BEAMS:
+        # In one process, the draft lies where a checkpoint is loaded without a mesh: on the first device.
+        draft_mesh = mesh if jax.process_count() > 1 else None
+        found = specjax.beam_search(
+            load(family, 0, mesh, rules),
+            PROMPTS,
+            draft=load(family, 1, draft_mesh, draft_rules),
+            num_beams=2,
+            num_draft_tokens=2,
+            max_new_tokens=8,
+        )
+        return [texts[0] for texts in found.tokens], sum(i * n for row in found.histogram for i, n in enumerate(row))
     made = {
         "none": lambda: drafters.none(),
         "ngram": lambda: drafters.ngram(num_draft_tokens=3, min_match=1),
@@ -155,5 +170,9 @@ if __name__ == "__main__":
     else:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
-        few: list[Case] = [("decoder", "model", "rejection"), ("t5", "retrieval", "coupled")]
+        few: list[Case] = [
+            ("decoder", "model", "rejection"),
+            ("t5", "retrieval", "coupled"),
+            ("decoder", "model", BEAMS),
+        ]
         main({"2x2": ({"data": 2, "model": 2}, sharding.RULES, sharding.RULES, few)})

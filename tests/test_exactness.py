@@ -21,7 +21,7 @@ from helpers import (
     texts,
 )
 
-from specjax import decode, drafters, sampling, testing, theory, verify
+from specjax import adaptive, decode, drafters, sampling, testing, theory, verify
 from specjax.types import DecodeState, Params
 
 TARGET, TABLE = testing.tabular(0)
@@ -96,6 +96,28 @@ def test_exact_while_rows_pause_their_drafts(drafter: str):
     assert ((drafted > 0) & (drafted < steps - 1)).any(), "no row paused"
     assert (np.asarray(result.state.adaptation.pause) > 0).any()
     assert_drafts_accepted(result)
+
+
+@pytest.mark.parametrize("drafter", ["ngram 1", "model"])
+def test_exact_where_a_row_drafts_again_after_its_pause(drafter: str, monkeypatch: pytest.MonkeyPatch):
+    # The first pause is then as short as it gets.
+    monkeypatch.setattr(adaptive, "TRIAL_SHARE", 0.5)
+    # Texts longer than the first pause, of two tokens, so that all 4,096 of them can be enumerated.
+    (target, table), (draft, draft_table) = (testing.tabular(seed, vocab_size=2) for seed in (8, 9))
+    chosen = (
+        drafters.ngram(num_draft_tokens=1, min_match=1)
+        if drafter != "model"
+        else drafters.model(draft, num_draft_tokens=1)
+    )
+    budget = adaptive.FIRST_PAUSE + 4
+    groups = [Group((0, 1, 1, 0, 1), 100_000, budget=budget), Group((1, 0), 30_000, budget=budget, temperature=0.7)]
+    result = sample(Pair(target, table, chosen, draft_table), groups, step_cost=1.8, step=decode.decode_step)
+    assert_exact(result)
+    stats = result.state.stats
+    rejected = np.asarray(stats.draft_steps) - np.asarray(stats.accepted).sum(axis=1)
+    assert ((rejected > 0) & (np.asarray(stats.target_calls) > adaptive.FIRST_PAUSE)).sum() > 10_000, "no row paused"
+    # Two failed attempts have a whole pause between them.
+    assert (rejected >= 2).sum() > 1_000, "no row drafted again"
 
 
 def test_exact_where_tokens_are_forbidden_and_tied():

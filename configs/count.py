@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.experiment = "count"
-    config.name = "count"
+    config.name = "count"  # What the run is called.
 
     config.data = ""  # A FILE to count.
     config.valid = ""  # A FILE to try the draft on, or nothing.

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.experiment = "data"
-    config.name = "data"
+    config.name = "data"  # What the run is called.
     config.sets = ("prompts", "corpus", "pairs")  # Also spec_bench, wmt14, cnn_dailymail, xsum, lm1b.
     config.num_prompts = 80  # Of prompts.jsonl.
     config.max_pairs = 100_000  # Of each file from the hub, the first so many.

@@ -36,10 +36,10 @@ def get_config() -> ConfigDict:
     config.kind = "t5"  # Or decoder.
     config.size = "6m"  # 0.4m, 1.5m, 6m; for t5 also small, base, large, the shapes of T5 v1.1.
     config.model = ConfigDict()  # Numbers that replace those of the size; 0 replaces nothing.
-    config.model.hidden_size = 0
-    config.model.intermediate_size = 0
-    config.model.head_dim = 0
-    config.model.num_heads = 0
+    config.model.hidden_size = 0  # Width of the residual stream.
+    config.model.intermediate_size = 0  # Width within an MLP.
+    config.model.head_dim = 0  # Width of a head.
+    config.model.num_heads = 0  # Query heads.
     config.model.num_layers = 0  # Of the decoder.
     config.model.num_encoder_layers = 0  # kind=t5.
     config.model.num_kv_heads = 0  # kind=decoder; num_heads has to be a multiple.
@@ -51,19 +51,19 @@ def get_config() -> ConfigDict:
     # ... in so many parts, to save memory. CPUs are fastest with one or two rows a part; accelerators want all in one.
     config.num_microbatches = 8
 
-    config.num_steps = 4000
+    config.num_steps = 4000  # Of the optimizer.
     config.optimizer = "adamw"  # Or adafactor.
     config.learning_rate = 2e-3  # The peak.
-    config.warmup_steps = 200
+    config.warmup_steps = 200  # In which the learning rate grows to its peak.
     config.schedule = "cosine"  # Or inverse_sqrt, constant.
     config.final_fraction = 0.1  # Of the peak, where a cosine ends.
-    config.weight_decay = 0.0
+    config.weight_decay = 0.0  # Of adamw; 0: off.
     config.beta1 = 0.9  # Of adamw.
-    config.beta2 = 0.98
+    config.beta2 = 0.98  # Of adamw.
     config.clip_norm = 1.0  # 0: off.
     config.z_loss = 0.0  # 0: off.
     config.dtype = "float32"  # Or bfloat16: of the matrix products; parameters and loss stay float32.
-    config.seed = 0
+    config.seed = 0  # Of the initialisation and the order of the texts.
 
     config.eval_every = 250  # Steps between two looks at the validation loss, ...
     config.save_every = 250  # ... two checkpoints, ...

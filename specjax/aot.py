@@ -60,7 +60,7 @@ def make_mesh(topology: Topology, data: int) -> Mesh:
 
     if not is_available():
         raise ValueError(
-            f"Compiling for {topology.name} needs libtpu: pip install 'specjax[tpu]', or --config.compile=False, which "
+            f"Compiling for {topology.name} needs libtpu: pip install -e '.[tpu]', or --config.compile=False, which "
             "computes everything from shapes."
         )
     chip = topology.chip

@@ -38,25 +38,6 @@ _RAGGED = 24
 """Rows of the ragged part of the batch."""
 
 
-class Report(NamedTuple):
-    """What was checked of a drafter.
-
-    Attributes:
-      passed: what holds, in words.
-      problems: what does not, each naming the drafter.
-      notes: what the checks could not see.
-    """
-
-    passed: list[str]
-    problems: list[str]
-    notes: list[str]
-
-    def __str__(self) -> str:
-        """A line for each finding."""
-        marked = {"FAILED": self.problems, "passed": self.passed, "note": self.notes}
-        return "\n".join(f"{mark}: {line}" for mark, lines in marked.items() for line in lines)
-
-
 class Trial(NamedTuple):
     """A drafter, what it drafts for, and the batch that it is tried with: `num_texts` rows of one prompt, then others.
 
@@ -400,7 +381,7 @@ def _joint_p_value(trial: Trial, state: DecodeState, joint: dict[tuple[int, ...]
     return testing.g_test(counts, np.append(list(joint.values()), 0.0))
 
 
-def _text_problems(trial: Trial, report: Report) -> None:
+def _text_problems(trial: Trial, report: testing.Report) -> None:
     k, where = trial.drafter.num_draft_tokens, contract.describe(trial.drafter.propose)
     plain = trial.decode(verify.coupled, drafters.none(num_draft_tokens=k))
     coupled = trial.decode(verify.coupled)
@@ -470,7 +451,7 @@ def _perfect_problem(source: Any, drafter: Drafter, num_texts: int) -> str:
     return ""
 
 
-def _steps(trial: Trial, report: Report) -> None:
+def _steps(trial: Trial, report: testing.Report) -> None:
     """Proposals at every step, and their draws at the first."""
     state = trial.start()
     steps = 0
@@ -488,7 +469,9 @@ def _steps(trial: Trial, report: Report) -> None:
         report.passed.append(f"{trial.num_texts} first proposals are distributed as stated")
 
 
-def run(drafter: Drafter, target: Model, params: Params, source: Any = None, *, num_texts: int = 8192) -> Report:
+def run(
+    drafter: Drafter, target: Model, params: Params, source: Any = None, *, num_texts: int = 8192
+) -> testing.Report:
     """Checks a drafter; see `specjax.testing.check_drafter`.
 
     Args:
@@ -498,7 +481,7 @@ def run(drafter: Drafter, target: Model, params: Params, source: Any = None, *, 
       source: a `Pretrained` whose model alone drafts, and is to be perfect when it drafts for itself; None skips that.
       num_texts: how many texts of one prompt the distributions are tested with.
     """
-    report = Report([], [], [])
+    report = testing.Report([], [], [])
     trial = make_trial(target, params, contract.check(drafter), num_texts)
     report.problems.extend(filter(None, [_trace_problem(trial)]))
     if report.problems:

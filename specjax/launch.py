@@ -81,6 +81,8 @@ def _split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 def _load_config(path: str) -> ConfigDict:
     """The config as its file has it. What follows a colon in the path is the argument of its `get_config`."""
     file, *arguments = path.split(":", 1)
+    if not file:
+        raise UsageError("--config is empty: give --config=FILE, such as configs/quickstart.py.")
     if not pathlib.Path(file).is_file():
         what = "is a directory" if pathlib.Path(file).is_dir() else "does not exist"
         raise UsageError(f"The config file {file!r} {what}: give --config=FILE, such as configs/quickstart.py.")
@@ -136,9 +138,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     """
     values = _define()
     path, others = _split(argv)
-    config = None
+    config, defaults = None, {}
     if path is not None:
         config = _load_config(path)
+        defaults = keys.flatten(config)
         _check_keys(others, config)
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=others)
     elif any(re.match(r"--?(no)?config\.", arg) for arg in others):
@@ -154,6 +157,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     if rest:
         raise UsageError(f"Unexpected argument {rest[0]!r}: write --NAME=VALUE. The flags: {_list_flags(values)}.")
     _check_flags(values)
+    if config is not None and (wrong := keys.wrong_tuple(config, defaults)):
+        raise UsageError(wrong)
     if path is None and not values.help:
         raise UsageError("No config: give --config=FILE, such as --config=configs/quickstart.py.")
     return values, config

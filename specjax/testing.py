@@ -6,7 +6,7 @@ Nothing here uses `specjax.sampling` or `specjax.verify`: what is tested must no
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,6 @@ from jaxtyping import Array, Float, Int
 from specjax.models import families
 from specjax.models.config import DecoderConfig
 from specjax.types import Inputs, Model, ModelOutput, Params, Tree
-
-if TYPE_CHECKING:
-    from specjax.conformance import Report
 
 
 class TabularCache(NamedTuple):
@@ -343,6 +340,25 @@ def tiny_decoder(
     return families.model(config), jax.tree.map(scaled, families.init_params(config, jax.random.key(seed)))
 
 
+class Report(NamedTuple):
+    """What was checked of a drafter.
+
+    Attributes:
+      passed: what holds, in words.
+      problems: what does not, each naming the drafter.
+      notes: what the checks could not see.
+    """
+
+    passed: list[str]
+    problems: list[str]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        """A line for each finding."""
+        marked = {"FAILED": self.problems, "passed": self.passed, "note": self.notes}
+        return "\n".join(f"{mark}: {line}" for mark, lines in marked.items() for line in lines)
+
+
 def check_drafter(
     drafter: Any,
     target: Any = None,
@@ -350,7 +366,7 @@ def check_drafter(
     draft_params: Tree = None,
     num_texts: int | None = None,
     is_model: bool | None = None,
-) -> "Report":
+) -> Report:
     """Checks everything that a drafter owes to the loop, in one line of a test: `testing.check_drafter(my_drafter())`.
 
     Shapes, lengths, ids and probabilities of its proposals over several steps of a ragged batch; that tokens are drawn

@@ -109,7 +109,7 @@ def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkey
     [
         ("--config.data=missing.jsonl", "missing.jsonl does not exist"),
         ("--config.data=", "config.data is empty"),
-        ("--config.drafter=model", "a draft model needs a SOURCE"),
+        ("--config.drafter=model", "needs a draft: give --config.draft=SOURCE"),
         ("--config.samplings=((1.0, 0.0),)", "(1.0, 0.0)"),
         ("--config.batch_sizes=(0,)", "config.batch_sizes=(0,)"),
         ("--config.num_timed=0", "config.num_timed=0"),

@@ -53,6 +53,7 @@ def _copies(tokens, context: Context) -> Proposal:
 
 
 def _drop_unlikely(proposal: Proposal, context: Context) -> Proposal:
+    assert proposal.probs is not None
     likely = jnp.take_along_axis(proposal.probs, proposal.tokens[..., None], axis=-1)[..., 0] > 0.2
     return proposal._replace(length=jnp.minimum(proposal.length, jnp.sum(jnp.cumprod(likely, axis=1), axis=1)))
 
@@ -196,6 +197,7 @@ def test_drafters_of_specjax_pass(drafter: Drafter):
     assert not report.notes
 
 
+@pytest.mark.slow
 def test_a_drafter_that_proposes_nothing_is_noted():
     silent = _changed(lambda p, c: p._replace(length=jnp.zeros_like(p.length)))
     assert "what it proposes was not tested" in testing.check_drafter(silent, num_texts=1024).notes[0]

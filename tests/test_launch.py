@@ -280,3 +280,71 @@ def test_quickstart_is_compare_with_values(tmp_path):
 def test_starting_imports_no_torch():
     code = "import sys; from specjax import launch; launch.main(['launch', '--help']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+OWN = """
+import jax.numpy as jnp
+import specjax
+from specjax import verify
+from specjax.types import Proposal
+
+def copier(num_draft_tokens, target, draft):
+    assert target.model.vocab_size == 17 and draft == "note"
+    return specjax.drafters.ngram(num_draft_tokens=num_draft_tokens, min_match=1)
+
+def wrong(num_draft_tokens):
+    drafter = copier.__globals__["specjax"].drafters.ngram(num_draft_tokens=num_draft_tokens)
+    def propose(params, state, context):
+        proposal, state = drafter.propose(params, state, context)
+        return proposal._replace(tokens=proposal.tokens[:, :-1]), state
+    return drafter._replace(propose=propose)
+
+def fails(num_draft_tokens):
+    return specjax.drafters.ngram(num_draft_tokens=num_draft_tokens)._replace(propose=lambda *args: {}["key"])
+
+def fixed():
+    return specjax.drafters.ngram(num_draft_tokens=1)
+
+def plain(num_draft_tokens):
+    return 3
+
+mine = verify.Rule(verify.rejection.function, "mine", exact=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("own") / "my_own.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def test_a_drafter_and_a_rule_of_ones_own(target, data, own, tmp_path, capsys):
+    options = {"drafter": f"{own}:copier", "draft": "note", "verify": f"{own}:mine", "num_prompts": 2}
+    with pytest.warns(UserWarning, match="verify=mine has no `at_zero` of its own"):
+        assert launch.main(_compare(target, data, tmp_path, **options)) == 0
+    rows = _rows(tmp_path)
+    assert {row["drafter"] for row in rows} == {"my_own.py:copier"}
+    assert {row["verify"] for row in rows} == {"mine"}
+    assert rows[-1]["identical"] == 1.0
+    assert sum(rows[-1]["accepted_histogram"][1:]) > 0
+    summary = (tmp_path / "summary.md").read_text()
+    assert "my_own.py:copier" in summary
+    assert "rule `mine` (NOT exact)" in summary
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wrong", ["my_own.py:wrong fails in its propose", "propose of wrong (my_own.py, line", "[B, K] = [1, 4]"]),
+        ("fails", ["my_own.py:fails fails in its propose (KeyError: 'key')"]),
+        ("fixed", ["returns a drafter of 1 tokens where 4 were asked for"]),
+        ("plain", ["returns no drafter: drafter is a int"]),
+    ],
+)
+def test_a_drafter_of_ones_own_that_is_wrong_is_named(name, words, target, data, own, tmp_path, capsys):
+    assert launch.main(_compare(target, data, tmp_path, drafter=f"{own}:{name}", num_prompts=1)) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error

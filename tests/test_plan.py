@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PLAN = str(ROOT / "configs" / "plan.py")
 
 needs_libtpu = pytest.mark.skipif(
-    not aot.is_available(), reason="libtpu is not installed, which compiles for TPUs: pip install 'specjax[tpu]'"
+    not aot.is_available(), reason="libtpu is not installed, which compiles for TPUs: pip install -e '.[tpu]'"
 )
 
 WIDE = DecoderConfig(

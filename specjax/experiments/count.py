@@ -51,6 +51,8 @@ def check(config: Config) -> None:
     for key in ("data", "tokenizer"):
         if not config[key]:
             raise ValueError(f"config.{key} is empty: give --config.{key}=...")
+    for path in filter(None, (config.data, config.valid)):
+        texts.check(path)
 
 
 def _claim(config: Config, workdir: pathlib.Path, overwrite: bool) -> bool:

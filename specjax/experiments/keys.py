@@ -43,14 +43,16 @@ def comments(path: str | pathlib.Path) -> dict[str, str]:
     by_key: dict[str, str] = {}
     for node in ast.walk(ast.parse(source)):
         key = _target(node) if isinstance(node, ast.stmt) else None
-        if key is None:
+        if key is None or not isinstance(node, ast.stmt):
             continue
         text = found.get(node.end_lineno or node.lineno, "")
         above, parts = node.lineno - 1, []
         while not text and above >= 1 and lines[above - 1].lstrip().startswith("#"):
             parts.append(found[above])
             above -= 1
-        by_key[key] = text or " ".join(reversed(parts))
+        text = text or " ".join(reversed(parts))
+        # A variant of the same file may set a key again.
+        by_key[key] = text or by_key.get(key, "")
     return by_key
 
 
@@ -83,9 +85,26 @@ def describe(config: ConfigDict, path: str | pathlib.Path) -> list[str]:
     lines = []
     for key, value in flatten(config).items():
         # The models of an experiment, and what they are trained with, share their keys with other files.
-        text = texts.get(key) or texts.get(key.rpartition(".")[2], "")
+        above, _, name = key.rpartition(".")
+        text = texts.get(key) or texts.get(f"model.{name}") or texts.get(name) or texts.get(above, "")
         lines += [f"  --config.{key}={value!r}", f"      {_kind(value)}. {text}".rstrip()]
     return lines
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    """Whether an entry of a tuple may stand where another does."""
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, type(default))
+
+
+def wrong_tuple(config: ConfigDict, defaults: dict[str, Any]) -> str:
+    """The first key whose tuple holds something else than its default does, in words; nothing where all are right."""
+    for key, value in flatten(config).items():
+        default = defaults.get(key)
+        if isinstance(default, tuple) and default and not all(_same_kind(entry, default[0]) for entry in value):
+            return f"config.{key}={value}: write it as {default}."
+    return ""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -79,9 +79,13 @@ def _docstrings(path: pathlib.Path) -> Iterator[str]:
             yield ast.get_docstring(node) or ""
 
 
-def pairs() -> dict[str, list[Line]]:
-    """By split, the docstrings of the standard library: `input` is the description, `target` its first line."""
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+def pairs(folder: str = "") -> dict[str, list[Line]]:
+    """By split, the docstrings of the standard library: `input` is the description, `target` its first line.
+
+    Args:
+      folder: the package of it that is read; empty: all.
+    """
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"], folder)
     found: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         if not {"site-packages", "dist-packages", "test", "tests", "idlelib"} & set(path.relative_to(root).parts):

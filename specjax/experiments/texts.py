@@ -43,6 +43,21 @@ def _plain(file: Iterable[str]) -> Iterator[str]:
         yield "".join(lines).rstrip("\n")
 
 
+def check(path: str | pathlib.Path) -> pathlib.Path:
+    """The path of a file that is there.
+
+    Raises:
+      FileNotFoundError: where there is no such file.
+      IsADirectoryError: where it is a directory.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"The data file {path} is a directory: give a file (--config.data=FILE).")
+    if not path.is_file():
+        raise FileNotFoundError(f"The file {path} does not exist: give JSONL or plain text (--config.data=FILE).")
+    return path
+
+
 def read(path: str | pathlib.Path, field: str = "auto", num_texts: int = 0) -> list[str]:
     """Reads the first texts of a file; one that ends in `.xz` is unpacked.
 
@@ -56,11 +71,7 @@ def read(path: str | pathlib.Path, field: str = "auto", num_texts: int = 0) -> l
       FileNotFoundError: where there is no such file.
       ValueError: for a line that is not JSON or has no text, or a file without texts.
     """
-    path = pathlib.Path(path).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"The data file {path} is a directory: give a file (--config.data=FILE).")
-    if not path.is_file():
-        raise FileNotFoundError(f"The file {path} does not exist: give JSONL or plain text (--config.data=FILE).")
+    path = check(path)
     packed = path.suffix == ".xz"
     is_json = (pathlib.Path(path.stem) if packed else path).suffix in _JSON
     texts: list[str] = []

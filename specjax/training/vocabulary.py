@@ -57,7 +57,7 @@ def train(
         import sentencepiece
     except ImportError as error:
         raise ImportError(
-            "Training a vocabulary needs the sentencepiece package: pip install 'specjax[train]', or give the "
+            "Training a vocabulary needs the sentencepiece package: pip install -e '.[train]', or give the "
             "spiece.model of another one."
         ) from error
     written = io.BytesIO()

@@ -18,7 +18,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from specjax.experiments import report
+from specjax.experiments import noise, report
 from specjax.experiments.marks import Segment, merge, pieces
 from specjax.experiments.results import Row
 from specjax.text import Tokenizer
@@ -118,8 +118,8 @@ class View:
         same = {None: "", 1.0: ", identical text"}.get(row["identical"], ", text DIFFERS from plain decoding's")
         self.line(
             f"{report.label(row)}: {row['baseline_tokens_per_second']:.1f} tokens/s plain, "
-            f"{row['tokens_per_second']:.1f} speculative, {row['measured_speedup']:.2f}x{same}",
-            "bold" if row["measured_speedup"] >= 1 else "bold yellow",
+            f"{row['tokens_per_second']:.1f} speculative, {report.speedup(row)}{same}",
+            "bold yellow" if row["verdict"] == noise.LOSS else "bold",
         )
 
     def end(self, rows: Sequence[Row]) -> None:

@@ -5,14 +5,14 @@ every batch, each file at once, so that an interrupted run leaves whole files an
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from specjax import metrics
+from specjax import files, metrics
+from specjax.experiments import noise
 from specjax.types import Stats
 
 Row = dict[str, Any]
@@ -53,6 +53,9 @@ OF_BATCH = (
     "baseline_compile_seconds",
 )
 """Fields that all rows of a batch share; the first row of each batch counts when rows are added up."""
+
+REPEATS = ("seconds_of_repeats", "baseline_seconds_of_repeats")
+"""Fields of a batch that list the seconds of each repeat; rows that are added up have none."""
 
 OF_PROMPT = ("num_prompts", "num_tokens", "num_identical", "target_calls", "draft_steps", "overlap")
 """Fields that are added up over rows. So are, position by position, those of `_BY_POSITION`."""
@@ -122,6 +125,43 @@ def costs_of(row: Row) -> metrics.Costs:
     return metrics.Costs(1.0, row["score_cost"], row["cost_ratio"] * k, k)
 
 
+def _batches(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each batch."""
+    return list({row["batch"]: row for row in reversed(rows)}.values())
+
+
+def _timings(rows: Sequence[Row]) -> list[noise.Timings]:
+    return [
+        noise.Timings(row["baseline_seconds_of_repeats"], row["seconds_of_repeats"], row["baseline_batch_tokens"])
+        for row in _batches(rows)
+    ]
+
+
+def _judgement(row: Row, rows: Sequence[Row], scatter: noise.Scatter | None) -> Row:
+    """The fields that say whether a row's speedup is believed, from the rows of the batches it is of."""
+    costs = costs_of(row)
+    drafting = row["draft_steps"] * max(costs.step_cost, 1.0)
+    spent = row["target_calls"] - row["draft_steps"] + drafting
+    explained = row["num_tokens"] / spent if spent else 1.0
+    return noise.judge(row["measured_speedup"], explained, _timings(rows), scatter, check_size=row["batch_size"] == 1)
+
+
+def judged(rows: Sequence[Row]) -> list[Row]:
+    """The rows of a run with `speedup_low`, `speedup_high` and `verdict`, by the scatter of all its timings.
+
+    What the calls explain is that of all rows of a batch, which share its time.
+    """
+    scatter = noise.scatter(_timings(rows))
+    together: dict[Any, list[Row]] = {}
+    for row in rows:
+        together.setdefault(row["batch"], []).append(row)
+    found: dict[Any, Row] = {}
+    for batch, some in together.items():
+        whole = combine(some, "") if len(some) > 1 else some[0]
+        found[batch] = _judgement(whole, some, scatter)
+    return [row | found[row["batch"]] for row in rows]
+
+
 def derive(row: Row) -> Row:
     """The row with everything that follows from its counters, times and costs filled in."""
     summary, costs = _summary(row), costs_of(row)
@@ -144,31 +184,26 @@ def derive(row: Row) -> Row:
     return {name: full[name] for name in FIRST} | full
 
 
-def combine(rows: Sequence[Row], task: str) -> Row:
-    """One row for many prompts.
+def combine(rows: Sequence[Row], task: str, run: Sequence[Row] | None = None) -> Row:
+    """One row for many prompts, its speedup judged (see `noise`).
 
     Args:
       rows: of one run, one a prompt.
       task: what the new row is called.
+      run: all rows of the run, by whose timings the speedup is judged; by default `rows`.
     """
-    batches = list({row["batch"]: row for row in reversed(rows)}.values())
+    batches = _batches(rows)
     total: Row = {"task": task, "prompt": None, "id": "", "batch": None} | {name: rows[0][name] for name in COMMON}
     total |= {name: sum(row[name] for row in rows) for name in OF_PROMPT}
     total |= {name: sum(row[name] for row in batches) for name in OF_BATCH}
     total |= {name: np.sum([row[name] for row in rows], axis=0).astype(int).tolist() for name in _BY_POSITION}
-    return derive(total)
+    total = derive(total)
+    return total | _judgement(total, rows, noise.scatter(_timings(rows if run is None else run)))
 
 
 def by_task(rows: Sequence[Row]) -> list[Row]:
     """One row a task, in order of appearance."""
-    return [combine([r for r in rows if r["task"] == t], t) for t in dict.fromkeys(row["task"] for row in rows)]
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    return [combine([r for r in rows if r["task"] == t], t, rows) for t in dict.fromkeys(row["task"] for row in rows)]
 
 
 def to_json(value: Any) -> str:
@@ -218,7 +253,7 @@ class Workdir:
         text = to_json(dict(config))
         if (self.path / "results.json").exists():
             self._check_config(json.loads(text))
-        write(self.path / "config.json", text)
+        files.write(self.path / "config.json", text)
         self.rows: list[Row] = [row for row in self._read("results.json", "[]", json.loads) if row["task"] != "all"]
         self.samples: list[Row] = self._read("samples.jsonl", "", _parse_lines)
         # The rows are written last: a sample without its row is of a batch that was not finished.
@@ -243,11 +278,11 @@ class Workdir:
 
     def add(self, rows: Sequence[Row], samples: Sequence[Row]) -> None:
         """Writes the rows of a batch, and the row of all prompts so far."""
-        self.rows += rows
+        self.rows = judged([*self.rows, *rows])
         self.samples += samples
         lines = [json.dumps(sample, ensure_ascii=False) for sample in self.samples]
-        write(self.path / "samples.jsonl", "\n".join(lines) + "\n")
-        write(self.path / "results.json", to_json([*self.rows, combine(self.rows, "all")]))
+        files.write(self.path / "samples.jsonl", "\n".join(lines) + "\n")
+        files.write(self.path / "results.json", to_json([*self.rows, combine(self.rows, "all")]))
 
     def check_resumable(self, prompts: Sequence[str], device: str) -> None:
         """Makes sure that what is here was made from the same prompts on the same device.

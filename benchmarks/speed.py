@@ -29,7 +29,7 @@ import speed_report
 from absl import app, flags
 
 import specjax
-from specjax import api, decode, files, metrics
+from specjax import api, atomic, decode, metrics
 from specjax.models.weights import wheel
 from specjax.types import Drafter
 
@@ -230,7 +230,7 @@ class Record:
 
     def write(self) -> None:
         """Writes the file."""
-        files.write(self.path, json.dumps(self.content, indent=1) + "\n")
+        atomic.write(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def _remaining(spent: list[float], left: int) -> str:
@@ -302,7 +302,7 @@ def main(argv: list[str]) -> None:
     command = shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
     command = command.replace(_DATA.value, pathlib.Path(_DATA.value).name)
     text = speed_report.markdown(rows, list(runs), record.content["settings"], costs, overhead, command)
-    files.write(record.path.with_suffix(".md"), text)
+    atomic.write(record.path.with_suffix(".md"), text)
     print(text)
 
 

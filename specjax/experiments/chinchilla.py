@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from specjax import drafters, files, verify
+from specjax import atomic, drafters, verify
 from specjax.experiments import cells, compare, report, results, texts
 from specjax.experiments.chinchilla_report import Measured, Sampling, findings, write_report
 from specjax.experiments.display import View
@@ -229,9 +229,9 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         measured, samples = _measure(config, store, view)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{len(store.cells)} finished cells are in {store.path}") from error
-    files.write(directory / "config.json", results.to_json(config.to_dict()))
+    atomic.write(directory / "config.json", results.to_json(config.to_dict()))
     lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
-    files.write(directory / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+    atomic.write(directory / "samples.jsonl", "".join(f"{line}\n" for line in lines))
     written = write_report(directory, measured)
     for text in findings(measured):
         view.line(text.replace("**", ""), "bold")

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from specjax import api, automaton, decode, distributed, drafters, files, metrics, pretrained, sharding, verify
+from specjax import api, atomic, automaton, decode, distributed, drafters, metrics, pretrained, sharding, verify
 from specjax.experiments import plots, prompts, report, results
 from specjax.experiments.display import View
 from specjax.experiments.marks import segments
@@ -477,5 +477,5 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     view.end(store.rows)
     with view.status("Plotting"):
         images = plots.write(store.path, report.lines(store.rows))
-    files.write(store.path / "summary.md", report.summary(config.to_dict(), store.rows, images))
+    atomic.write(store.path / "summary.md", report.summary(config.to_dict(), store.rows, images))
     view.line(f"Results: {store.path}{os.sep} ({', '.join(('summary.md', 'results.json', 'samples.jsonl', *images))})")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from specjax import drafters, files, pretrained, tasks, verify
+from specjax import atomic, drafters, pretrained, tasks, verify
 from specjax.experiments import cells, compare, prompts, report, results, texts, train
 from specjax.experiments.display import View
 from specjax.experiments.leviathan_report import Measured, findings, write_report
@@ -248,7 +248,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     directory = pathlib.Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     store = Store(directory, config.to_dict(), overwrite=overwrite)
-    files.write(directory / "config.json", results.to_json(config.to_dict()))
+    atomic.write(directory / "config.json", results.to_json(config.to_dict()))
     models = _models(config, directory, view, overwrite)
     target = models.pop("target")
     chosen = [p._replace(text=config.prefix + p.text) for p in prompts.read(config.test)]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from specjax import distributed, files
+from specjax import atomic, distributed
 from specjax.experiments import results
 
 
@@ -47,7 +47,7 @@ class Store:
             # The cells that follow may depend on what the clock of this one says.
             self.cells[key] = distributed.from_first(json.loads(results.to_json(compute())))
             self.seconds += time.perf_counter() - begin
-            files.write(
+            atomic.write(
                 self.path, results.to_json({"settings": self.settings, "seconds": self.seconds, "cells": self.cells})
             )
         return self.cells[key]

@@ -59,7 +59,7 @@ def _claim(config: Config, workdir: pathlib.Path, overwrite: bool) -> bool:
     if overwrite or not (workdir / store.FILE).exists():
         (workdir / store.FILE).unlink(missing_ok=True)
         return False
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         raise ValueError(
             f"{workdir} holds a draft that was made with another config: choose another --workdir, or give --overwrite "
             "to replace it."

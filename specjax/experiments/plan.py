@@ -56,7 +56,7 @@ def _claim(config: Config, workdir: pathlib.Path, overwrite: bool) -> bool:
         for name in FILES:
             (workdir / name).unlink(missing_ok=True)
         return False
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         raise ValueError(
             f"{workdir} holds a plan of another config: choose another --workdir, or give --overwrite to replace it."
         )

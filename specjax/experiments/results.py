@@ -6,7 +6,7 @@ every batch, each file at once, so that an interrupted run leaves whole files an
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -219,8 +219,61 @@ def to_json(value: Any) -> str:
     return json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n"
 
 
-def _parse_lines(text: str) -> list[Row]:
-    return [json.loads(line) for line in text.split("\n") if line]
+_REMEDY = "choose another --workdir, or give --overwrite to delete that run"
+
+_NUMBERS = (*OF_BATCH, *OF_PROMPT, "prompt", "batch", "num_draft_tokens", "batch_size", "temperature")
+_COSTS = ("cost_ratio", "score_cost", "step_cost")
+_LISTS = (*_BY_POSITION, *REPEATS)
+_TEXTS = ("task", "id", "target", "draft", "drafter", "verify", "dtype", "device", "jax_version")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float("inf")
+
+
+def _check_row(row: Row, number: int) -> None:
+    """Checks what derived fields, tables and plots are computed from.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    wrong = [name for name in (*_NUMBERS, *_COSTS) if not _is_number(row[name])]
+    wrong += [name for name in _LISTS if type(row[name]) is not list or not all(map(_is_number, row[name]))]
+    wrong += [name for name in _TEXTS if type(row[name]) is not str]
+    wrong += [name for name in COMMON if name not in row]
+    wrong += [name for name in REPEATS if not row[name] or min(row[name]) <= 0]
+    if row["prompt"] != number:
+        wrong.append("prompt")
+    if wrong:
+        raise ValueError(f"row {number}: {wrong[0]}={row.get(wrong[0])!r}")
+
+
+def _parse_rows(text: str) -> list[Row]:
+    """The rows of prompts, in order; the last row, of all prompts, has to follow from them."""
+    *rows, total = json.loads(text)
+    for number, row in enumerate(rows):
+        _check_row(row, number)
+    if total["task"] != "all" or total["num_prompts"] != len(rows):
+        raise ValueError("the row of all prompts is missing")
+    # What follows from counters and times is not believed but derived anew.
+    rows = judged([derive(row) for row in rows])
+    combine(rows, "all")
+    return rows
+
+
+def _parse_samples(text: str) -> list[Row]:
+    samples = [json.loads(line) for line in text.split("\n") if line]
+    for number, sample in enumerate(samples):
+        if type(sample["prompt"]) is not str:
+            raise ValueError(f"sample {number}: prompt={sample['prompt']!r}")
+    return samples
+
+
+def _parse_config(text: str) -> Row:
+    config = json.loads(text)
+    if not isinstance(config, dict) or not config:
+        raise ValueError(f"it says {config!r}")
+    return config
 
 
 class Workdir:
@@ -254,20 +307,32 @@ class Workdir:
         if (self.path / "results.json").exists():
             self._check_config(json.loads(text))
         atomic.write(self.path / "config.json", text)
-        self.rows: list[Row] = [row for row in self._read("results.json", "[]", json.loads) if row["task"] != "all"]
-        self.samples: list[Row] = self._read("samples.jsonl", "", _parse_lines)
-        # The rows are written last: a sample without its row is of a batch that was not finished.
+        self.rows: list[Row] = self._read("results.json", _parse_rows) if self._has("results.json") else []
+        self.samples: list[Row] = self._read("samples.jsonl", _parse_samples) if self._has("samples.jsonl") else []
+        # The rows are written last: samples without their rows are of a batch that was not finished.
+        missing = len(self.samples) - len(self.rows)
+        if not 0 <= missing <= max(int(config.get("batch_size", 1)), 1):
+            name = "samples.jsonl" if missing < 0 else "results.json"
+            found = f"{len(self.rows)} prompts in results.json, {len(self.samples)} in samples.jsonl"
+            raise ValueError(f"{self.path / name} is broken, since prompts are missing in it ({found}): {_REMEDY}.")
         self.samples = self.samples[: len(self.rows)]
 
-    def _read(self, name: str, default: str, parse: Any) -> Any:
+    def _has(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
         path = self.path / name
         try:
-            return parse(path.read_text(encoding="utf-8") if path.exists() else default)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is broken ({error}): choose another --workdir, or give --overwrite.") from error
+            return parse(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{path} is broken ({error!r}): {_REMEDY}.") from error
 
     def _check_config(self, config: Mapping[str, Any]) -> None:
-        before = self._read("config.json", "{}", json.loads)
+        if not self._has("config.json"):
+            raise ValueError(
+                f"{self.path / 'config.json'} is missing, so that nothing says what results.json is of: {_REMEDY}."
+            )
+        before = self._read("config.json", _parse_config)
         differ = [key for key in sorted({*before, *config}) if before.get(key) != config.get(key)]
         if differ:
             changes = ", ".join(f"{key}: {before.get(key)!r} before, {config.get(key)!r} now" for key in differ[:4])
@@ -290,7 +355,9 @@ class Workdir:
         Raises:
           ValueError: where it was not.
         """
-        remedy = "choose another --workdir, or give --overwrite to delete that run."
+        remedy = f"{_REMEDY}."
+        if len(self.rows) > len(prompts):
+            raise ValueError(f"{self.path} holds a run over more prompts; the data file has changed: {remedy}")
         for row, sample in zip(self.rows, self.samples, strict=True):
             if row["device"] != device:
                 raise ValueError(f"{self.path} holds rows measured on {row['device']}, and this is {device}: {remedy}")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from specjax import atomic, theory
-from specjax.experiments import noise, results
+from specjax.experiments import noise, printable, results
 from specjax.experiments.report import markdown, speedup
 from specjax.experiments.results import Row
 
@@ -212,7 +212,7 @@ def speedup_plot(measured: Measured) -> Figure:
             free = [theory.walltime_factor(alpha, row["num_draft_tokens"], row["cost_ratio"]) for row in swept]
             axes.plot(k, free, "-", color=color, linewidth=1, alpha=0.6)
             axes.plot(k, [scored_prediction(row, alpha) for row in swept], "--", color=color, linewidth=1)
-            axes.plot(k, [row["measured_speedup"] for row in swept], "o", color=color, label=draft)
+            axes.plot(k, [row["measured_speedup"] for row in swept], "o", color=color, label=printable.plot(draft))
         axes.axhline(1, color="#666666", linewidth=0.8, linestyle=":")
         axes.set_title(f"temperature {temperature:g}", loc="left", fontsize=10)
         axes.set_xlabel("draft tokens a step, K")
@@ -231,7 +231,9 @@ def position_plot(measured: Measured) -> Figure:
         for draft, color in zip(_drafts(measured), _COLORS * 9, strict=False):
             rates = _at(measured, draft, temperature)[-1]["acceptance_by_position"]
             places = [i for i, rate in enumerate(rates) if rate is not None]
-            axes.plot([i + 1 for i in places], [rates[i] for i in places], "o-", color=color, label=draft)
+            axes.plot(
+                [i + 1 for i in places], [rates[i] for i in places], "o-", color=color, label=printable.plot(draft)
+            )
         axes.set_ylim(0, 1.05)
         axes.set_title(f"temperature {temperature:g}", loc="left", fontsize=10)
         axes.set_xlabel("position in the draft")

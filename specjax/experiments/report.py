@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specjax import theory
-from specjax.experiments import noise, prompts, results
+from specjax.experiments import noise, printable, prompts, results
 from specjax.experiments.results import Row
 
 HEADER = (
@@ -21,6 +21,27 @@ HEADER = (
     "identical",
 )
 
+TERMINAL_HEADER = (
+    "prompt",
+    "tokens",
+    "plain\ntok/s",
+    "spec.\ntok/s",
+    "alpha",
+    "tok/\ncall",
+    "c",
+    "pre-\ndicted",
+    "ac-\ncounted",
+    "mea-\nsured",
+    "iden-\ntical",
+)
+"""`HEADER` in two lines, so that the table fits 80 columns."""
+
+TERMINAL_LEGEND = (
+    "alpha: expected share of draft tokens accepted. c: time of a draft token over that of a target call.",
+    "predicted: by Theorem 3.8 from alpha, K and c. accounted: by the calls really made, at their measured costs.",
+    "measured: by the clock, ~ within noise, ? not explained by the calls or without a spread to compare with.",
+)
+
 MANY = 12
 """Above so many prompts, tables and plots have a line a task in the place of one a prompt."""
 RARE = 0.05
@@ -30,8 +51,8 @@ RARE = 0.05
 def label(row: Row) -> str:
     """What a table calls a row."""
     if row["prompt"] is None:
-        return row["task"]
-    return prompts.name(row["task"], row["id"], row["prompt"])
+        return printable.line(row["task"])
+    return printable.line(prompts.name(row["task"], row["id"], row["prompt"]))
 
 
 def lines(rows: Sequence[Row]) -> list[Row]:
@@ -185,7 +206,7 @@ def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is its header."""
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    rows = ["| " + " | ".join(map(printable.markdown, row)) + " |" for row in table]
     return "\n".join([rows[0], "|---" + "|---:" * (len(table[0]) - 1) + "|", *rows[1:]])
 
 
@@ -213,7 +234,7 @@ def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) 
     place = f"{total['dtype']} on {total['device']} with jax {total['jax_version']}"
     k, costs = total["num_draft_tokens"], results.costs_of(total)
     parts = [
-        f"# {config['name']}",
+        f"# {printable.line(config['name'])}",
         f"{sides}, K = {k}, {rule}, temperature {total['temperature']:g}, batch {total['batch_size']}, {place}.",
         markdown([HEADER, *map(cells, shown)]),
         "\n".join(f"- **{text}**" if bad else f"- {text}" for text, bad in findings(rows)),

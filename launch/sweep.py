@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from matplotlib.figure import Figure
 
-from specjax import launch
+from specjax import atomic, launch
 from specjax.experiments import results
 from specjax.experiments.report import markdown
 from specjax.experiments.results import Row
@@ -151,7 +151,7 @@ class Record:
     def add(self, cell: Cell, seconds: float) -> None:
         """Writes that a cell is finished."""
         self.finished[cell.name] = seconds
-        results.write(self.path, results.to_json({"flags": self.common, "finished": self.finished}))
+        atomic.write(self.path, results.to_json({"flags": self.common, "finished": self.finished}))
 
 
 def command(common: Sequence[str], cell: Cell, directory: pathlib.Path) -> list[str]:
@@ -258,7 +258,7 @@ def gather(
 ) -> None:
     """Writes the table of all cells so far, their rows, and the plot."""
     rows = [row for cell in cells if cell.name in record.finished for row in rows_of(cell, directory)]
-    results.write(directory / "results.json", results.to_json(rows))
+    atomic.write(directory / "results.json", results.to_json(rows))
     parts = [f"# {directory.name}", f"`specjax.launch {shlex.join(record.common)}`"]
     parts.append(table(cells, rows, record.finished, failed))
     parts += [f"- **{name} FAILED**: {why}" for name, why in failed.items()]
@@ -267,7 +267,7 @@ def gather(
         parts.append("![speedup](speedup.png)")
     seconds = sum(record.finished[cell.name] for cell in cells if cell.name in record.finished)
     parts.append(f"The finished cells took {seconds / 60:.1f} min.")
-    results.write(directory / "summary.md", "\n\n".join(parts) + "\n")
+    atomic.write(directory / "summary.md", "\n\n".join(parts) + "\n")
 
 
 def read_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:

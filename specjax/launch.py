@@ -32,7 +32,9 @@ class UsageError(Exception):
 def _define() -> flags.FlagValues:
     """The flags, apart from the global ones, so that `main` can be called more than once in a process."""
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Where the results go; by default runs/NAME_OF_CONFIG.", flag_values=values)
+    flags.DEFINE_string(
+        "workdir", None, "Where the results go; by default runs/CONFIG-HASH, by file and values.", flag_values=values
+    )
     flags.DEFINE_bool("overwrite", False, "Delete an earlier run in the workdir first.", flag_values=values)
     flags.DEFINE_bool(
         "compilation_cache",
@@ -179,6 +181,7 @@ def enable_compilation_cache() -> None:
 
 def _run(values: flags.FlagValues, config: ConfigDict, workdir: pathlib.Path) -> None:
     from specjax import experiments
+    from specjax.experiments import workdir as places
 
     run = experiments.get(str(config.experiment))
     if values.compilation_cache:
@@ -186,20 +189,32 @@ def _run(values: flags.FlagValues, config: ConfigDict, workdir: pathlib.Path) ->
     if values.distributed:
         _run_distributed(run, config, workdir, values.overwrite)
     else:
-        run(config, workdir, overwrite=values.overwrite)
+        with places.locked(workdir):
+            run(config, workdir, overwrite=values.overwrite)
 
 
 def _run_distributed(run: Callable[..., Any], config: ConfigDict, workdir: pathlib.Path, overwrite: bool) -> None:
     """Runs as one of several processes."""
     from specjax import distributed
+    from specjax.experiments import workdir as places
 
     distributed.initialize()
-    own = distributed.mirror(workdir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(places.locked_by_first(workdir))
+        own = distributed.mirror(workdir)
         if not distributed.is_first():
             stack.callback(shutil.rmtree, own, ignore_errors=True)
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         run(config, own, overwrite=overwrite)
+
+
+def _default_workdir(file: str, config: ConfigDict) -> pathlib.Path:
+    """The work directory of this config, and a line that says how to come back to it."""
+    from specjax.experiments import workdir as places
+
+    found = places.default(file, config.to_dict())
+    print(f"Work directory: {found}{os.sep} (the same command goes on there; --workdir=DIR chooses another).")
+    return found
 
 
 def _complain(message: Any, debug: bool = False, code: int = failures.USER) -> int:
@@ -255,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if values.help or config is None:
             print(_help(values, config, file))
             return 0
-        workdir = pathlib.Path(values.workdir or workdir)
+        workdir = pathlib.Path(values.workdir or _default_workdir(file, config))
         with _plain_warnings():
             _run(values, config, workdir)
     except KeyboardInterrupt as interrupt:

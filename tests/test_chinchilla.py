@@ -149,6 +149,7 @@ def cell(k, seconds, steps, tokens=128, plain_seconds=2.0):
         "acceptance_rate": 0.6 if k else None,
         "block_efficiency": tokens / steps,
         "measured_speedup": plain_seconds * len(seconds) / sum(seconds),
+        "verdict": "gain",
         "identical": None,
         "clock": clock,
     }
@@ -173,7 +174,7 @@ def test_the_report_says_what_the_clock_says():
     swept = dict(zip(*chinchilla_report.table_sweep(measured)[0:4:3], strict=True))
     assert (swept["128 tokens: P50"], swept["P90"]) == ("1000", "2000")
     found = chinchilla_report.findings(measured)
-    assert any("fastest with K = 2, 2.00 times" in text for text in found)
+    assert any("fastest with K = 2, 2.00x plain" in text for text in found)
     assert any("SLOWER than plain decoding with K = 6 (0.80x)" in text for text in found)
     assert any("the difference is +1.00 ± 0.00" in text for text in found)
 

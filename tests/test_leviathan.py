@@ -112,6 +112,7 @@ def row(draft, temperature, k, alpha, c, scoring, error):
         "score_cost": scoring,
         "predicted_speedup": theory.walltime_factor(alpha, k, c),
         "measured_speedup": theory.walltime_factor(alpha, k, c, scoring) * error,
+        "verdict": "gain" if error > 0.9 else "loss",
         "identical": 1.0,
         "acceptance_by_position": [alpha] * k,
     }

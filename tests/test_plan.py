@@ -319,8 +319,7 @@ def test_shapes_are_read_from_presets_directories_and_checkpoints(tmp_path):
     assert shapes.read(_directory(tmp_path / "llama")).hidden_size == 512
     tiny = dataclasses.replace(WIDE, hidden_size=16, intermediate_size=16, head_dim=8, vocab_size=8)
     (tmp_path / "saved").mkdir()
-    content = {"format": checkpoint.FORMAT, "config": checkpoint.config_to_json(tiny), "files": {}}
-    (tmp_path / "saved" / checkpoint.CONFIG_FILE).write_text(json.dumps(content))
+    (tmp_path / "saved" / checkpoint.CONFIG_FILE).write_text(json.dumps(checkpoint.describe(tiny, {})))
     assert shapes.read(tmp_path / "saved") == tiny
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):

@@ -8,7 +8,6 @@ directory/
 
 import hashlib
 import json
-import os
 import pathlib
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from specjax import atomic
 from specjax.text import Tokenizer
 
 FILE = "draft.safetensors"
@@ -94,9 +94,8 @@ def write(
     }
     if tokenizer is not None:
         tokenizer.save(directory)
-    partial = directory / f".{FILE}.{os.getpid()}"
-    save_file(host, partial, metadata={_KEY: json.dumps(content)})
-    os.replace(partial, directory / FILE)
+    with atomic.replacing(directory / FILE) as partial:
+        save_file(host, partial, metadata={_KEY: json.dumps(content)})
 
 
 def _tokenizer(path: pathlib.Path, expected: str | None, tokenizer: Tokenizer | None) -> Tokenizer | None:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from specjax import drafters, verify
-from specjax.experiments import cells, choices, compare, results, texts
+from specjax import atomic, drafters, verify
+from specjax.experiments import cells, choices, compare, report, results, texts
 from specjax.experiments.chinchilla_report import Measured, Sampling, findings, write_report
 from specjax.experiments.display import View
 from specjax.experiments.prompts import Prompt
@@ -229,13 +229,13 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         measured, samples = _measure(config, store, view)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{len(store.cells)} finished cells are in {store.path}") from error
-    results.write(directory / "config.json", results.to_json(config.to_dict()))
+    atomic.write(directory / "config.json", results.to_json(config.to_dict()))
     lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
-    results.write(directory / "samples.jsonl", "".join(f"{line}\n" for line in lines))
-    files = write_report(directory, measured)
+    atomic.write(directory / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+    written = write_report(directory, measured)
     for text in findings(measured):
         view.line(text.replace("**", ""), "bold")
-    view.line(f"{', '.join(files)} are in {directory}.")
+    view.line(f"{', '.join(written)} are in {directory}.")
 
 
 def _measure(config: Config, store: Store, view: View) -> tuple[Measured, list[Row]]:
@@ -277,7 +277,7 @@ def _measure(config: Config, store: Store, view: View) -> tuple[Measured, list[R
                     drafter = drafter_of(draft_tokens) if draft_tokens else drafters.none()
                     row = store.get(key, lambda d=drafter, s=sampling, b=batch_size: _timed(config, setting, d, s, b))
                     rows.append(row)
-                    view.line(f"{key}: {row['measured_speedup']:.2f}x, {row['block_efficiency']:.2f} tokens a call")
+                    view.line(f"{key}: {report.speedup(row)}, {row['block_efficiency']:.2f} tokens a call")
                     bar.advance(bar.task_ids[0])
             for side, drafter in sides.items():
                 key = f"{side}, {sampling.name}"

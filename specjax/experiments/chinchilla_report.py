@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from specjax.experiments import results
-from specjax.experiments.report import markdown
+from specjax import atomic
+from specjax.experiments import noise, results
+from specjax.experiments.report import markdown, speedup
 from specjax.experiments.results import Row
 
 TOKENS = 128
@@ -189,7 +190,7 @@ def table_1(measured: Measured) -> list[list[str]]:
                     _scored(measured, "speculative", line.sampling),
                     f"{ms_per_token(row, 'baseline_'):.2f}",
                     f"{ms_per_token(row):.2f}",
-                    f"{row['measured_speedup']:.2f}x",
+                    speedup(row),
                     f"{paper.plain} -> {paper.speculative}" if paper else "-",
                     f"{paper.plain_ms:g} -> {paper.speculative_ms:.2f}" if paper else "-",
                     f"{paper.speedup:.2f}x" if paper else "-",
@@ -216,7 +217,7 @@ def table_sweep(measured: Measured) -> list[list[str]]:
                     f"{efficiency(row):.2f}",
                     f"{loop_ms(row):.1f}",
                     *(f"{value:.0f}" for side in spreads for value in side),
-                    f"{row['measured_speedup']:.2f}x",
+                    speedup(row),
                     "-" if identical is None else f"{identical:.0%}",
                 ]
             )
@@ -274,10 +275,11 @@ def findings(measured: Measured) -> list[str]:
     for line in lines(measured.rows):
         best = _best(line)
         found.append(
-            f"{line.label}: fastest with K = {best['num_draft_tokens']}, {best['measured_speedup']:.2f} times plain "
-            f"decoding ({ms_per_token(best, 'baseline_'):.2f} to {ms_per_token(best):.2f} ms a token)."
+            f"{line.label}: fastest with K = {best['num_draft_tokens']}, {speedup(best)} plain decoding "
+            f"({ms_per_token(best, 'baseline_'):.2f} to {ms_per_token(best):.2f} ms a token)."
         )
-        slower = [row for row in line.rows if row["num_draft_tokens"] and row["measured_speedup"] < 1]
+        drafting = [row for row in line.rows if row["num_draft_tokens"]]
+        slower = [row for row in drafting if row["measured_speedup"] < 1 and row["verdict"] != noise.NOISE]
         if slower:
             names = ", ".join(f"{row['num_draft_tokens']} ({row['measured_speedup']:.2f}x)" for row in slower)
             found.append(f"**{line.label}: SLOWER than plain decoding with K = {names}.**")
@@ -303,6 +305,8 @@ LEGEND = f"""\
 - **tokens/(K+1)**: the paper's acceptance, the token that the target adds among the tokens. **alpha**: mean of
   sum min(target, draft) over the judged draft tokens.
 - **K = 0**: plain against plain decoding: how much the clock is to be trusted.
+- **speedup ~**: within noise. **?**: not explained by the calls, or one timing without a spread
+  (`experiments/noise.py`).
 - **same**: texts that equal plain decoding's, token by token (greedy only)."""
 
 
@@ -331,8 +335,8 @@ def write_report(directory: pathlib.Path, measured: Measured) -> Sequence[str]:
     Returns:
       the files' names.
     """
-    results.write(directory / "results.json", results.to_json(measured.rows))
+    atomic.write(directory / "results.json", results.to_json(measured.rows))
     figure_1(measured).savefig(directory / "figure1.png", dpi=130)
     spread_plot(measured).savefig(directory / "spread.png", dpi=130)
-    results.write(directory / "summary.md", summary(measured))
+    atomic.write(directory / "summary.md", summary(measured))
     return "results.json", "summary.md", "figure1.png", "spread.png"

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from specjax import api, automaton, decode, distributed, drafters, metrics, pretrained, sharding
+from specjax import api, atomic, automaton, decode, distributed, drafters, metrics, pretrained, sharding
 from specjax.experiments import choices, plots, prompts, report, results
 from specjax.experiments.display import View
 from specjax.experiments.marks import segments
@@ -309,6 +309,7 @@ def rows_of(common: Row, batch: Batch, sides: dict[str, list[Decoded]], compiled
         shared |= {
             f"{side}batch_tokens": runs[0].generation.stats.num_tokens,
             f"{side}seconds": float(np.median([run.seconds for run in runs])),
+            f"{side}seconds_of_repeats": [run.seconds for run in runs],
             f"{side}prefill_seconds": float(np.median([run.prefill_seconds for run in runs])),
             f"{side}compile_seconds": compiled[side],
         }
@@ -414,7 +415,7 @@ def _run_batches(
             sides = measure(bench, batch)
             rows = rows_of(common, batch, sides, seconds)
             workdir.add(rows, _samples(bench, batch, sides[""][0].generation, sides["baseline_"][0].generation))
-            for row in rows if config.show_text else ():
+            for row in workdir.rows[-len(rows) :] if config.show_text else ():
                 view.row(row)
             if bar is not None:
                 bar.advance(bar.task_ids[0], len(rows))
@@ -450,5 +451,5 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     view.end(store.rows)
     with view.status("Plotting"):
         images = plots.write(store.path, report.lines(store.rows))
-    results.write(store.path / "summary.md", report.summary(config.to_dict(), store.rows, images))
+    atomic.write(store.path / "summary.md", report.summary(config.to_dict(), store.rows, images))
     view.line(f"Results: {store.path}{os.sep} ({', '.join(('summary.md', 'results.json', 'samples.jsonl', *images))})")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax import drafters, pretrained
+from specjax import atomic, drafters, pretrained
 from specjax.drafters import store
 from specjax.drafters.retrieval import Datastore, histogram, lookup, occurrences
 from specjax.drafters.table import Table, distribution
@@ -61,7 +61,7 @@ def _claim(config: Config, workdir: pathlib.Path, overwrite: bool) -> bool:
     if overwrite or not (workdir / store.FILE).exists():
         (workdir / store.FILE).unlink(missing_ok=True)
         return False
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         raise ValueError(
             f"{workdir} holds a draft that was made with another config: choose another --workdir, or give --overwrite "
             "to replace it."
@@ -248,8 +248,8 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         view.line(describe_held_out(rows["held_out"]))
     save: Any = drafters.save_table if isinstance(source, Table) else drafters.save_datastore
     workdir.mkdir(parents=True, exist_ok=True)
-    results.write(workdir / "config.json", results.to_json(config.to_dict()))
-    results.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
+    atomic.write(workdir / "config.json", results.to_json(config.to_dict()))
+    atomic.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
     save(source, workdir)
     size = (workdir / store.FILE).stat().st_size
     view.line(

@@ -1,7 +1,6 @@
 """What a run shows while it runs. On a terminal in colour, elsewhere as plain lines."""
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
@@ -18,7 +17,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from specjax.experiments import report
+from specjax.experiments import noise, printable, report
 from specjax.experiments.marks import Segment, merge, pieces
 from specjax.experiments.results import Row
 from specjax.text import Tokenizer
@@ -32,7 +31,7 @@ _PLAIN_WIDTH = 140
 
 def shorten(text: str, size: int) -> str:
     """One line of at most `size` characters."""
-    line = re.sub(r"\s+", " ", text).strip()
+    line = printable.line(text)
     return line if len(line) <= size else line[: size - 3] + "..."
 
 
@@ -52,29 +51,40 @@ class View:
             self.line(f"{message} ...")
             yield
             return
-        with self.console.status(Text(f"{message} ...")):
+        with self.console.status(Text(printable.line(f"{message} ..."))):
             yield
 
     @contextlib.contextmanager
     def progress(self, total: int, done: int = 0, what: str = "prompts") -> Iterator[Progress]:
         """A bar over the prompts, or over something else, on terminals only. The caller advances it."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            bar.add_task(what, total=total, completed=done)
+            bar.add_task(printable.line(what), total=total, completed=done)
             yield bar
 
     @contextlib.contextmanager
     def training(self, total: int) -> Iterator[Progress]:
         """A bar over steps, on terminals only. The caller updates `completed` and `status`."""
         left = (TextColumn("left"), TimeRemainingColumn())
-        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), *left)
+        columns = (
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
+            *left,
+        )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             bar.add_task("step", total=total, status="")
             yield bar
 
     def line(self, message: str, style: str = "") -> None:
         """Prints a line."""
-        self.console.print(Text(message, style), soft_wrap=not self.console.is_terminal)
+        self.console.print(Text(printable.text(message), style), soft_wrap=not self.console.is_terminal)
 
     def legend(self) -> None:
         """Says how accepted draft tokens are marked."""
@@ -85,15 +95,16 @@ class View:
         """Announces a prompt."""
         self.console.print()
         if self.console.is_terminal:
-            self.console.print(Rule(Text(title), align="left", style="dim"))
+            self.console.print(Rule(Text(printable.line(title)), align="left", style="dim"))
         else:
-            self.line(f"== {title}")
+            self.line(f"== {printable.line(title)}")
         self.line(shorten(text, 240), "dim")
         self.console.print()
 
     def text(self, parts: Iterable[Segment]) -> None:
         """Prints text without a line's end, accepted draft tokens marked."""
-        for part, accepted in parts:
+        for raw, accepted in parts:
+            part = printable.text(raw)
             if self.console.is_terminal:
                 self.console.print(Text(part, ACCEPTED if accepted else ""), end="", soft_wrap=True)
             else:
@@ -118,20 +129,33 @@ class View:
         same = {None: "", 1.0: ", identical text"}.get(row["identical"], ", text DIFFERS from plain decoding's")
         self.line(
             f"{report.label(row)}: {row['baseline_tokens_per_second']:.1f} tokens/s plain, "
-            f"{row['tokens_per_second']:.1f} speculative, {row['measured_speedup']:.2f}x{same}",
-            "bold" if row["measured_speedup"] >= 1 else "bold yellow",
+            f"{row['tokens_per_second']:.1f} speculative, {report.speedup(row)}{same}",
+            "bold yellow" if row["verdict"] == noise.LOSS else "bold",
         )
 
     def end(self, rows: Sequence[Row]) -> None:
-        """The table and the findings that end a run."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for i, name in enumerate(report.HEADER):
-            table.add_column(name, justify="right" if i else "left")
+        """The table, its legend and the findings that end a run."""
         shown = report.lines(rows)
-        for i, row in enumerate(shown):
+        cells = [report.cells(row) for row in shown]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+        for i, name in enumerate(report.TERMINAL_HEADER):
+            # Names of prompts are folded where there is no room for them; numbers and headings never are.
+            widest = max(len(part) for part in (*name.split("\n"), *(line[i] for line in cells)))
+            table.add_column(
+                Text(name),
+                justify="right" if i else "left",
+                no_wrap=bool(i),
+                overflow="fold",
+                min_width=widest if i else len("prompt"),
+            )
+        for i, line in enumerate(cells):
             is_last = i == len(shown) - 1
-            table.add_row(*report.cells(row), style="bold" if is_last else "", end_section=i == len(shown) - 2)
+            texts = (Text(printable.line(cell)) for cell in line)
+            table.add_row(*texts, style="bold" if is_last else "", end_section=i == len(shown) - 2)
         self.console.print()
         self.console.print(table)
+        for line in report.TERMINAL_LEGEND:
+            self.line(line, "dim")
+        self.console.print()
         for text, is_bad in report.findings(rows):
             self.line(text, "bold yellow" if is_bad else "bold")

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from specjax import drafters, pretrained, tasks, verify
-from specjax.experiments import cells, compare, prompts, results, texts, train
+from specjax import atomic, drafters, pretrained, tasks, verify
+from specjax.experiments import cells, compare, prompts, report, results, texts, train
 from specjax.experiments.display import View
 from specjax.experiments.leviathan_report import Measured, findings, write_report
 from specjax.experiments.results import Row
@@ -199,7 +199,7 @@ def _measure(
                         ),
                     )
                     rows.append(row)
-                    view.line(f"{key}: {row['measured_speedup']:.2f}x (c {row['cost_ratio']:.2f})")
+                    view.line(f"{key}: {report.speedup(row)} (c {row['cost_ratio']:.2f})")
         for t in temperatures:
             quality[t]["plain"] = get(
                 f"{config.metric}, plain, T={t:g}",
@@ -249,7 +249,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     directory = pathlib.Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     store = Store(directory, config.to_dict(), overwrite=overwrite)
-    results.write(directory / "config.json", results.to_json(config.to_dict()))
+    atomic.write(directory / "config.json", results.to_json(config.to_dict()))
     models = _models(config, directory, view, overwrite)
     target = models.pop("target")
     chosen = [p._replace(text=config.prefix + p.text) for p in prompts.read(config.test)]
@@ -295,7 +295,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         lenience,
         spent,
     )
-    files = write_report(directory, measured)
+    written = write_report(directory, measured)
     for text in findings(measured):
         view.line(text.replace("**", ""), "bold")
-    view.line(f"{', '.join(files)} are in {directory}.")
+    view.line(f"{', '.join(written)} are in {directory}.")

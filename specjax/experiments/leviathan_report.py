@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from specjax import theory
-from specjax.experiments import results
-from specjax.experiments.report import markdown
+from specjax import atomic, theory
+from specjax.experiments import noise, printable, results
+from specjax.experiments.report import markdown, speedup
 from specjax.experiments.results import Row
 
 PAPER_SPEEDUP: dict[str, dict[float, dict[str, tuple[int, float, float]]]] = {
@@ -125,7 +125,7 @@ def table_2(measured: Measured) -> list[list[str]]:
                     str(best["num_draft_tokens"]),
                     f"{best['predicted_speedup']:.2f}x",
                     f"{scored_prediction(best, alpha):.2f}x",
-                    f"{best['measured_speedup']:.2f}x",
+                    speedup(best),
                     str(predicted["num_draft_tokens"]),
                     f"{paper[0]} / {paper[1]:.2f} / {paper[2]:.1f}x" if paper else "-",
                     f"{quality[draft]:.1f}" if draft in quality else "-",
@@ -170,7 +170,7 @@ def table_sweep(measured: Measured) -> list[list[str]]:
                         f"{step_cost(row):.2f}",
                         f"{theory.walltime_factor(min(alpha, 1.0), row['num_draft_tokens'], row['cost_ratio']):.2f}x",
                         f"{scored_prediction(row, alpha):.2f}x",
-                        f"{row['measured_speedup']:.2f}x",
+                        speedup(row),
                         "-" if identical is None else f"{identical:.0%}",
                     ]
                 )
@@ -212,7 +212,7 @@ def speedup_plot(measured: Measured) -> Figure:
             free = [theory.walltime_factor(alpha, row["num_draft_tokens"], row["cost_ratio"]) for row in swept]
             axes.plot(k, free, "-", color=color, linewidth=1, alpha=0.6)
             axes.plot(k, [scored_prediction(row, alpha) for row in swept], "--", color=color, linewidth=1)
-            axes.plot(k, [row["measured_speedup"] for row in swept], "o", color=color, label=draft)
+            axes.plot(k, [row["measured_speedup"] for row in swept], "o", color=color, label=printable.plot(draft))
         axes.axhline(1, color="#666666", linewidth=0.8, linestyle=":")
         axes.set_title(f"temperature {temperature:g}", loc="left", fontsize=10)
         axes.set_xlabel("draft tokens a step, K")
@@ -231,7 +231,9 @@ def position_plot(measured: Measured) -> Figure:
         for draft, color in zip(_drafts(measured), _COLORS * 9, strict=False):
             rates = _at(measured, draft, temperature)[-1]["acceptance_by_position"]
             places = [i for i, rate in enumerate(rates) if rate is not None]
-            axes.plot([i + 1 for i in places], [rates[i] for i in places], "o-", color=color, label=draft)
+            axes.plot(
+                [i + 1 for i in places], [rates[i] for i in places], "o-", color=color, label=printable.plot(draft)
+            )
         axes.set_ylim(0, 1.05)
         axes.set_title(f"temperature {temperature:g}", loc="left", fontsize=10)
         axes.set_xlabel("position in the draft")
@@ -262,12 +264,16 @@ def findings(measured: Measured) -> list[str]:
     best = max(measured.rows, key=lambda row: row["measured_speedup"])
     found.append(
         f"The best cell is the draft {best['draft']} at temperature {best['temperature']:g} with K = "
-        f"{best['num_draft_tokens']}: {best['measured_speedup']:.2f} times plain decoding."
+        f"{best['num_draft_tokens']}: {speedup(best)} plain decoding."
     )
-    slower = [r for r in measured.rows if r["measured_speedup"] < 1]
+    slower = [r for r in measured.rows if r["measured_speedup"] < 1 and r["verdict"] != noise.NOISE]
     if slower:
         found.append(
             f"**{len(slower)} of {len(measured.rows)} cells are SLOWER than plain decoding**, as the table says."
+        )
+    if within := sum(row["verdict"] == noise.NOISE for row in measured.rows):
+        found.append(
+            f"{within} of {len(measured.rows)} cells cannot be told from plain decoding: they are within noise."
         )
     for temperature, quality in sorted(measured.quality.items()):
         others = {name: value for name, value in quality.items() if name != "plain"}
@@ -287,7 +293,8 @@ LEGEND = """\
   **step**: a drafting step over a plain one, by the clock, everything in it.
 - **Thm 3.8**: (1 - alpha^(K+1)) / ((1 - alpha)(K c + 1)). **with scoring**: the same with the cost of scoring in the
   place of 1.
-- **measured**: wall clock of decoding, speculative over plain in turn in one process, batch 1, every step drafting."""
+- **measured**: wall clock of decoding, speculative over plain in turn in one process, batch 1, every step drafting.
+  **~**: within noise. **?**: not explained by the calls, or one timing without a spread (`experiments/noise.py`)."""
 
 
 def summary(measured: Measured) -> str:
@@ -319,8 +326,8 @@ def write_report(directory: pathlib.Path, measured: Measured) -> Sequence[str]:
     Returns:
       the files' names.
     """
-    results.write(directory / "results.json", results.to_json(measured.rows))
+    atomic.write(directory / "results.json", results.to_json(measured.rows))
     speedup_plot(measured).savefig(directory / "speedup.png", dpi=130)
     position_plot(measured).savefig(directory / "acceptance.png", dpi=130)
-    results.write(directory / "summary.md", summary(measured))
+    atomic.write(directory / "summary.md", summary(measured))
     return "results.json", "summary.md", "speedup.png", "acceptance.png"

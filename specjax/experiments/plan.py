@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from specjax import aot, chips, plan
+from specjax import aot, atomic, chips, plan
 from specjax.experiments import choices, plan_report, plots, results
 from specjax.experiments.display import View
 from specjax.experiments.results import Row
@@ -56,7 +56,7 @@ def _claim(config: Config, workdir: pathlib.Path, overwrite: bool) -> bool:
         for name in FILES:
             (workdir / name).unlink(missing_ok=True)
         return False
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         raise ValueError(
             f"{workdir} holds a plan of another config: choose another --workdir, or give --overwrite to replace it."
         )
@@ -257,10 +257,10 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
                 compiled = _compiled(setup, config)
         rows.append(make_row(name, setup, config, compiled, exhausted=compiles and compiled is None))
     workdir.mkdir(parents=True, exist_ok=True)
-    results.write(workdir / "config.json", results.to_json(config.to_dict()))
-    results.write(workdir / "summary.md", plan_report.markdown(config.name, rows))
+    atomic.write(workdir / "config.json", results.to_json(config.to_dict()))
+    atomic.write(workdir / "summary.md", plan_report.markdown(config.name, rows))
     plots.plan(rows).savefig(workdir / "plan.png", dpi=130)
-    results.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
+    atomic.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
     for line in plan_report.headlines(rows):
         view.line(line)
     view.line(f"Results: {workdir}{os.sep} ({', '.join(FILES)})", "bold")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from specjax.experiments import printable
 from specjax.experiments.results import Row
 
 
@@ -16,7 +17,12 @@ def _ms(value: float | None) -> str:
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> list[str]:
     rule = "|".join(["---"] * len(header))
-    return [f"| {' | '.join(header)} |", f"|{rule}|", *(f"| {' | '.join(map(str, line))} |" for line in lines), ""]
+    return [
+        f"| {' | '.join(header)} |",
+        f"|{rule}|",
+        *(f"| {' | '.join(printable.markdown(str(cell)) for cell in line)} |" for line in lines),
+        "",
+    ]
 
 
 def _unit(row: Row) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from specjax.experiments import report
+from specjax.experiments import noise, printable, report
 from specjax.experiments.results import Row
 
 _BLUE, _ORANGE, _GREY = "#3b6ea5", "#c8553d", "#666666"
@@ -48,17 +48,17 @@ def speedup(rows: Sequence[Row]) -> Figure:
     axes = figure.subplots()
     y = range(len(rows))[::-1]
     values = [row["measured_speedup"] for row in rows]
-    colors = [_BLUE if value >= 1 else _ORANGE for value in values]
+    colors = [{noise.GAIN: _BLUE, noise.LOSS: _ORANGE}.get(row["verdict"], _GREY) for row in rows]
     axes.barh(y, values, color=colors, height=0.62)
-    for place, value in zip(y, values, strict=True):
-        axes.text(0.01, place, f"{value:.2f}x", va="center", fontsize=8, color="white")
+    for place, row in zip(y, rows, strict=True):
+        axes.text(0.01, place, report.speedup(row), va="center", fontsize=8, color="white")
     accounted = [row["accounted_speedup"] for row in rows]
     axes.plot(accounted, y, "D", color="black", markersize=4, label="accounted for by the costs of a step")
     axes.axvline(1, color=_GREY, linewidth=1, linestyle="--")
-    axes.set_yticks(y, [report.label(row) for row in rows])
+    axes.set_yticks(y, [printable.plot(report.label(row)) for row in rows])
     axes.set_xlim(0, 1.1 * max(1.0, *values, *accounted))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    _clean(axes, "Speculative over plain decoding (orange: slower)", "measured speedup", "")
+    _clean(axes, "Speculative over plain decoding (orange: slower; grey: not to be told)", "measured speedup", "")
     return figure
 
 
@@ -103,11 +103,31 @@ def plan(rows: Sequence[Row]) -> Figure:
     left, right = figure.subplots(1, 2)
     first = rows[0]
     times = first["target_ms_by_tokens"]
-    left.plot(range(1, len(times) + 1), times, "o-", color=_BLUE, markersize=3, label=f"target: {first['target']}")
+    left.plot(
+        range(1, len(times) + 1),
+        times,
+        "o-",
+        color=_BLUE,
+        markersize=3,
+        label=printable.plot(f"target: {first['target']}"),
+    )
     for row, color in zip(rows, itertools.cycle((_ORANGE, _GREY, _BLUE)), strict=False):
-        left.axhline(row["draft_ms"], color=color, linestyle="--", linewidth=1.2, label=f"draft, T = 1: {row['draft']}")
+        left.axhline(
+            row["draft_ms"],
+            color=color,
+            linestyle="--",
+            linewidth=1.2,
+            label=printable.plot(f"draft, T = 1: {row['draft']}"),
+        )
         by_k, best = row["ms_per_token_by_draft_tokens"], row["best_num_draft_tokens"]
-        right.plot(range(len(by_k)), by_k, "o-", color=color, markersize=3, label=f"{row['draft']}, best K = {best}")
+        right.plot(
+            range(len(by_k)),
+            by_k,
+            "o-",
+            color=color,
+            markersize=3,
+            label=printable.plot(f"{row['draft']}, best K = {best}"),
+        )
         right.plot(best, by_k[best], "D", color=color, markersize=7, fillstyle="none")
     for axes in (left, right):
         axes.set_ylim(bottom=0)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specjax import theory
-from specjax.experiments import prompts, results
+from specjax.experiments import noise, printable, prompts, results
 from specjax.experiments.results import Row
 
 HEADER = (
@@ -21,6 +21,27 @@ HEADER = (
     "identical",
 )
 
+TERMINAL_HEADER = (
+    "prompt",
+    "tokens",
+    "plain\ntok/s",
+    "spec.\ntok/s",
+    "alpha",
+    "tok/\ncall",
+    "c",
+    "pre-\ndicted",
+    "ac-\ncounted",
+    "mea-\nsured",
+    "iden-\ntical",
+)
+"""`HEADER` in two lines, so that the table fits 80 columns."""
+
+TERMINAL_LEGEND = (
+    "alpha: expected share of draft tokens accepted. c: time of a draft token over that of a target call.",
+    "predicted: by Theorem 3.8 from alpha, K and c. accounted: by the calls really made, at their measured costs.",
+    "measured: by the clock, ~ within noise, ? not explained by the calls or without a spread to compare with.",
+)
+
 MANY = 12
 """Above so many prompts, tables and plots have a line a task in the place of one a prompt."""
 RARE = 0.05
@@ -30,13 +51,13 @@ RARE = 0.05
 def label(row: Row) -> str:
     """What a table calls a row."""
     if row["prompt"] is None:
-        return row["task"]
-    return prompts.name(row["task"], row["id"], row["prompt"])
+        return printable.line(row["task"])
+    return printable.line(prompts.name(row["task"], row["id"], row["prompt"]))
 
 
 def lines(rows: Sequence[Row]) -> list[Row]:
     """The rows that a table or a plot shows: one a prompt, or one a task where there are many, and the sum of all."""
-    shown = list(rows) if len(rows) <= MANY else results.by_task(rows)
+    shown = results.judged(rows) if len(rows) <= MANY else results.by_task(rows)
     return [*shown, results.combine(rows, "all")]
 
 
@@ -46,6 +67,16 @@ def _share(row: Row) -> str:
     if row["num_prompts"] == 1:
         return "yes" if row["num_identical"] else "NO"
     return f"{row['num_identical']} of {row['num_prompts']}"
+
+
+def speedup(row: Row) -> str:
+    """The measured speedup, marked where it is not to be believed."""
+    return f"{row['measured_speedup']:.2f}x{noise.MARKS[row['verdict']]}"
+
+
+def between(row: Row) -> str:
+    """The interval of the measured speedup."""
+    return f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
 
 
 def cells(row: Row) -> list[str]:
@@ -61,7 +92,7 @@ def cells(row: Row) -> list[str]:
         f"{row['cost_ratio']:.2g}" if row["cost_ratio"] >= 0.001 else "<.001",
         f"{row['predicted_speedup']:.2f}x",
         f"{row['accounted_speedup']:.2f}x",
-        f"{row['measured_speedup']:.2f}x",
+        speedup(row),
         _share(row),
     ]
 
@@ -111,32 +142,71 @@ def _identity(total: Row) -> str:
     return f"{same} Rounding decides between near-equal logits: --config.dtype=float32 rounds least."
 
 
+def _overall(total: Row) -> tuple[str, bool]:
+    """What is to be believed of the speedup over all prompts, and whether that is bad news."""
+    speed, verdict = total["measured_speedup"], total["verdict"]
+    if verdict == noise.NOISE:
+        return (
+            f"Over all prompts, speculation cannot be told from plain decoding: {speed:.2f}x is within noise "
+            f"({between(total)}).",
+            False,
+        )
+    if verdict == noise.UNKNOWN:
+        return (
+            f"Over all prompts, {speed:.2f}x was measured in one timing, which has no spread to compare with: give "
+            "--config.repeats=3.",
+            True,
+        )
+    why = ""
+    if verdict == noise.UNEXPLAINED:
+        why = f", though its calls explain {total['accounted_speedup']:.2f}x"
+    if speed < 1:
+        slower = f"Speculation is SLOWER than plain decoding over all prompts: {speed:.2f}x ({between(total)}){why}"
+        return f"{slower}. Remedy: {remedy(total)}.", True
+    if why:
+        return (
+            f"Over all prompts, {speed:.2f}x was measured ({between(total)}){why}: that is no gain of speculation; "
+            "measure longer texts and more --config.repeats, on a quiet machine.",
+            True,
+        )
+    return f"Speculation is {speed:.2f} times as fast as plain decoding over all prompts ({between(total)}).", False
+
+
+def _names(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{label(row)} ({row['measured_speedup']:.2f}x)" for row in rows)
+
+
+def _of_prompts(shown: Sequence[Row], total: Row) -> list[tuple[str, bool]]:
+    """Which prompts lose, and which speedups are not to be believed."""
+    found = []
+    ordered = sorted(shown, key=lambda row: row["measured_speedup"])
+    losses = [row for row in ordered if row["verdict"] == noise.LOSS]
+    if losses and total["measured_speedup"] >= 1:
+        found.append((f"It is SLOWER on {_names(losses)}. Remedy for {label(losses[0])}: {remedy(losses[0])}.", True))
+    if within := [row for row in ordered if row["verdict"] == noise.NOISE]:
+        found.append((f"Within noise, so neither gain nor loss: {_names(within)}.", False))
+    if unexplained := [row for row in ordered if row["verdict"] == noise.UNEXPLAINED]:
+        calls = ", ".join(f"{row['accounted_speedup']:.2f}x" for row in unexplained)
+        found.append((f"Not explained by the calls (which give {calls}): {_names(unexplained)}.", True))
+    return found
+
+
 def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     """What a run shows, in sentences, and whether each is bad news."""
     shown = lines(rows)
     total = shown[-1]
     differs = total["identical"] is not None and total["identical"] < 1
-    found = [(_identity(total), differs or not total["exact"])]
-    speed = total["measured_speedup"]
-    if speed < 1:
-        slower = f"Speculation is SLOWER than plain decoding over all prompts: {speed:.2f}x"
-        found.append((f"{slower}. Remedy: {remedy(total)}.", True))
-    else:
-        found.append((f"Speculation is {speed:.2f} times as fast as plain decoding over all prompts.", False))
+    found = [(_identity(total), differs or not total["exact"]), _overall(total)]
     if total["fixed_shape"] and total["num_draft_tokens"]:
         cost = results.costs_of(total).score_cost
         text = f"fixed_shape: plain decoding scored K + 1 tokens too, {cost:.2f} times what it costs alone"
         found.append((f"{text}. The speedups are over that.", False))
-    losses = sorted((r for r in shown[:-1] if r["measured_speedup"] < 0.995), key=lambda r: r["measured_speedup"])
-    if losses and speed >= 1:
-        names = ", ".join(f"{label(row)} ({row['measured_speedup']:.2f}x)" for row in losses)
-        found.append((f"It is SLOWER on {names}. Remedy for {label(losses[0])}: {remedy(losses[0])}.", True))
-    return found
+    return found + _of_prompts(shown[:-1], total)
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is its header."""
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    rows = ["| " + " | ".join(map(printable.markdown, row)) + " |" for row in table]
     return "\n".join([rows[0], "|---" + "|---:" * (len(table[0]) - 1) + "|", *rows[1:]])
 
 
@@ -147,7 +217,9 @@ LEGEND = """\
 - **predicted**: Theorem 3.8 of Leviathan et al. (2022) from alpha, K and c; it takes scoring K + 1 tokens as free and
   assumes that every step drafts.
 - **accounted**: plain steps over the steps really taken, drafting ones at their measured cost.
-- **measured**: wall clock, speculative over plain decoding in the same run.
+- **measured**: wall clock, speculative over plain decoding in the same run. **~**: within noise, the interval at 95 %
+  from the spread of the timings has 1 in it. **?**: not to be believed, since the calls do not explain it, or one
+  timing has no spread. `specjax/experiments/noise.py` has the definition.
 - **identical**: prompts whose text equals plain decoding's, token by token (greedy text, and the rule `coupled`)."""
 
 
@@ -162,7 +234,7 @@ def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) 
     place = f"{total['dtype']} on {total['device']} with jax {total['jax_version']}"
     k, costs = total["num_draft_tokens"], results.costs_of(total)
     parts = [
-        f"# {config['name']}",
+        f"# {printable.line(config['name'])}",
         f"{sides}, K = {k}, {rule}, temperature {total['temperature']:g}, batch {total['batch_size']}, {place}.",
         markdown([HEADER, *map(cells, shown)]),
         "\n".join(f"- **{text}**" if bad else f"- {text}" for text, bad in findings(rows)),

@@ -5,14 +5,14 @@ every batch, each file at once, so that an interrupted run leaves whole files an
 """
 
 import json
-import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from specjax import metrics
+from specjax import atomic, metrics
+from specjax.experiments import noise
 from specjax.types import Stats
 
 Row = dict[str, Any]
@@ -53,6 +53,9 @@ OF_BATCH = (
     "baseline_compile_seconds",
 )
 """Fields that all rows of a batch share; the first row of each batch counts when rows are added up."""
+
+REPEATS = ("seconds_of_repeats", "baseline_seconds_of_repeats")
+"""Fields of a batch that list the seconds of each repeat; rows that are added up have none."""
 
 OF_PROMPT = ("num_prompts", "num_tokens", "num_identical", "target_calls", "draft_steps", "overlap")
 """Fields that are added up over rows. So are, position by position, those of `_BY_POSITION`."""
@@ -122,6 +125,43 @@ def costs_of(row: Row) -> metrics.Costs:
     return metrics.Costs(1.0, row["score_cost"], row["cost_ratio"] * k, k)
 
 
+def _batches(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each batch."""
+    return list({row["batch"]: row for row in reversed(rows)}.values())
+
+
+def _timings(rows: Sequence[Row]) -> list[noise.Timings]:
+    return [
+        noise.Timings(row["baseline_seconds_of_repeats"], row["seconds_of_repeats"], row["baseline_batch_tokens"])
+        for row in _batches(rows)
+    ]
+
+
+def _judgement(row: Row, rows: Sequence[Row], scatter: noise.Scatter | None) -> Row:
+    """The fields that say whether a row's speedup is believed, from the rows of the batches it is of."""
+    costs = costs_of(row)
+    drafting = row["draft_steps"] * max(costs.step_cost, 1.0)
+    spent = row["target_calls"] - row["draft_steps"] + drafting
+    explained = row["num_tokens"] / spent if spent else 1.0
+    return noise.judge(row["measured_speedup"], explained, _timings(rows), scatter, check_size=row["batch_size"] == 1)
+
+
+def judged(rows: Sequence[Row]) -> list[Row]:
+    """The rows of a run with `speedup_low`, `speedup_high` and `verdict`, by the scatter of all its timings.
+
+    What the calls explain is that of all rows of a batch, which share its time.
+    """
+    scatter = noise.scatter(_timings(rows))
+    together: dict[Any, list[Row]] = {}
+    for row in rows:
+        together.setdefault(row["batch"], []).append(row)
+    found: dict[Any, Row] = {}
+    for batch, some in together.items():
+        whole = combine(some, "") if len(some) > 1 else some[0]
+        found[batch] = _judgement(whole, some, scatter)
+    return [row | found[row["batch"]] for row in rows]
+
+
 def derive(row: Row) -> Row:
     """The row with everything that follows from its counters, times and costs filled in."""
     summary, costs = _summary(row), costs_of(row)
@@ -144,31 +184,26 @@ def derive(row: Row) -> Row:
     return {name: full[name] for name in FIRST} | full
 
 
-def combine(rows: Sequence[Row], task: str) -> Row:
-    """One row for many prompts.
+def combine(rows: Sequence[Row], task: str, run: Sequence[Row] | None = None) -> Row:
+    """One row for many prompts, its speedup judged (see `noise`).
 
     Args:
       rows: of one run, one a prompt.
       task: what the new row is called.
+      run: all rows of the run, by whose timings the speedup is judged; by default `rows`.
     """
-    batches = list({row["batch"]: row for row in reversed(rows)}.values())
+    batches = _batches(rows)
     total: Row = {"task": task, "prompt": None, "id": "", "batch": None} | {name: rows[0][name] for name in COMMON}
     total |= {name: sum(row[name] for row in rows) for name in OF_PROMPT}
     total |= {name: sum(row[name] for row in batches) for name in OF_BATCH}
     total |= {name: np.sum([row[name] for row in rows], axis=0).astype(int).tolist() for name in _BY_POSITION}
-    return derive(total)
+    total = derive(total)
+    return total | _judgement(total, rows, noise.scatter(_timings(rows if run is None else run)))
 
 
 def by_task(rows: Sequence[Row]) -> list[Row]:
     """One row a task, in order of appearance."""
-    return [combine([r for r in rows if r["task"] == t], t) for t in dict.fromkeys(row["task"] for row in rows)]
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    return [combine([r for r in rows if r["task"] == t], t, rows) for t in dict.fromkeys(row["task"] for row in rows)]
 
 
 def to_json(value: Any) -> str:
@@ -184,8 +219,61 @@ def to_json(value: Any) -> str:
     return json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n"
 
 
-def _parse_lines(text: str) -> list[Row]:
-    return [json.loads(line) for line in text.split("\n") if line]
+_REMEDY = "choose another --workdir, or give --overwrite to delete that run"
+
+_NUMBERS = (*OF_BATCH, *OF_PROMPT, "prompt", "batch", "num_draft_tokens", "batch_size", "temperature")
+_COSTS = ("cost_ratio", "score_cost", "step_cost")
+_LISTS = (*_BY_POSITION, *REPEATS)
+_TEXTS = ("task", "id", "target", "draft", "drafter", "verify", "dtype", "device", "jax_version")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < float("inf")
+
+
+def _check_row(row: Row, number: int) -> None:
+    """Checks what derived fields, tables and plots are computed from.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    wrong = [name for name in (*_NUMBERS, *_COSTS) if not _is_number(row[name])]
+    wrong += [name for name in _LISTS if type(row[name]) is not list or not all(map(_is_number, row[name]))]
+    wrong += [name for name in _TEXTS if type(row[name]) is not str]
+    wrong += [name for name in COMMON if name not in row]
+    wrong += [name for name in REPEATS if not row[name] or min(row[name]) <= 0]
+    if row["prompt"] != number:
+        wrong.append("prompt")
+    if wrong:
+        raise ValueError(f"row {number}: {wrong[0]}={row.get(wrong[0])!r}")
+
+
+def _parse_rows(text: str) -> list[Row]:
+    """The rows of prompts, in order; the last row, of all prompts, has to follow from them."""
+    *rows, total = json.loads(text)
+    for number, row in enumerate(rows):
+        _check_row(row, number)
+    if total["task"] != "all" or total["num_prompts"] != len(rows):
+        raise ValueError("the row of all prompts is missing")
+    # What follows from counters and times is not believed but derived anew.
+    rows = judged([derive(row) for row in rows])
+    combine(rows, "all")
+    return rows
+
+
+def _parse_samples(text: str) -> list[Row]:
+    samples = [json.loads(line) for line in text.split("\n") if line]
+    for number, sample in enumerate(samples):
+        if type(sample["prompt"]) is not str:
+            raise ValueError(f"sample {number}: prompt={sample['prompt']!r}")
+    return samples
+
+
+def _parse_config(text: str) -> Row:
+    config = json.loads(text)
+    if not isinstance(config, dict) or not config:
+        raise ValueError(f"it says {config!r}")
+    return config
 
 
 class Workdir:
@@ -218,21 +306,33 @@ class Workdir:
         text = to_json(dict(config))
         if (self.path / "results.json").exists():
             self._check_config(json.loads(text))
-        write(self.path / "config.json", text)
-        self.rows: list[Row] = [row for row in self._read("results.json", "[]", json.loads) if row["task"] != "all"]
-        self.samples: list[Row] = self._read("samples.jsonl", "", _parse_lines)
-        # The rows are written last: a sample without its row is of a batch that was not finished.
+        atomic.write(self.path / "config.json", text)
+        self.rows: list[Row] = self._read("results.json", _parse_rows) if self._has("results.json") else []
+        self.samples: list[Row] = self._read("samples.jsonl", _parse_samples) if self._has("samples.jsonl") else []
+        # The rows are written last: samples without their rows are of a batch that was not finished.
+        missing = len(self.samples) - len(self.rows)
+        if not 0 <= missing <= max(int(config.get("batch_size", 1)), 1):
+            name = "samples.jsonl" if missing < 0 else "results.json"
+            found = f"{len(self.rows)} prompts in results.json, {len(self.samples)} in samples.jsonl"
+            raise ValueError(f"{self.path / name} is broken, since prompts are missing in it ({found}): {_REMEDY}.")
         self.samples = self.samples[: len(self.rows)]
 
-    def _read(self, name: str, default: str, parse: Any) -> Any:
+    def _has(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def _read(self, name: str, parse: Callable[[str], Any]) -> Any:
         path = self.path / name
         try:
-            return parse(path.read_text(encoding="utf-8") if path.exists() else default)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is broken ({error}): choose another --workdir, or give --overwrite.") from error
+            return parse(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{path} is broken ({error!r}): {_REMEDY}.") from error
 
     def _check_config(self, config: Mapping[str, Any]) -> None:
-        before = self._read("config.json", "{}", json.loads)
+        if not self._has("config.json"):
+            raise ValueError(
+                f"{self.path / 'config.json'} is missing, so that nothing says what results.json is of: {_REMEDY}."
+            )
+        before = self._read("config.json", _parse_config)
         differ = [key for key in sorted({*before, *config}) if before.get(key) != config.get(key)]
         if differ:
             changes = ", ".join(f"{key}: {before.get(key)!r} before, {config.get(key)!r} now" for key in differ[:4])
@@ -243,11 +343,11 @@ class Workdir:
 
     def add(self, rows: Sequence[Row], samples: Sequence[Row]) -> None:
         """Writes the rows of a batch, and the row of all prompts so far."""
-        self.rows += rows
+        self.rows = judged([*self.rows, *rows])
         self.samples += samples
         lines = [json.dumps(sample, ensure_ascii=False) for sample in self.samples]
-        write(self.path / "samples.jsonl", "\n".join(lines) + "\n")
-        write(self.path / "results.json", to_json([*self.rows, combine(self.rows, "all")]))
+        atomic.write(self.path / "samples.jsonl", "\n".join(lines) + "\n")
+        atomic.write(self.path / "results.json", to_json([*self.rows, combine(self.rows, "all")]))
 
     def check_resumable(self, prompts: Sequence[str], device: str) -> None:
         """Makes sure that what is here was made from the same prompts on the same device.
@@ -255,7 +355,9 @@ class Workdir:
         Raises:
           ValueError: where it was not.
         """
-        remedy = "choose another --workdir, or give --overwrite to delete that run."
+        remedy = f"{_REMEDY}."
+        if len(self.rows) > len(prompts):
+            raise ValueError(f"{self.path} holds a run over more prompts; the data file has changed: {remedy}")
         for row, sample in zip(self.rows, self.samples, strict=True):
             if row["device"] != device:
                 raise ValueError(f"{self.path} holds rows measured on {row['device']}, and this is {device}: {remedy}")

@@ -3,11 +3,20 @@
 import json
 import pathlib
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
-from specjax import distributed
+from specjax import atomic, distributed
 from specjax.experiments import results
+
+_REMEDY = "delete it, or give --overwrite, to measure again"
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    """CRC-32 of everything but the checksum: what is read back decides what is measured and reported."""
+    values = {key: value for key, value in content.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(json.loads(results.to_json(values)), sort_keys=True).encode())
 
 
 class Store:
@@ -30,8 +39,11 @@ class Store:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             before, self.cells, self.seconds = content["settings"], content["cells"], content["seconds"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is broken ({error!r}): delete it, or give --overwrite.") from error
+            is_whole = content["checksum"] == _checksum(content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{self.path} is broken ({error!r}): {_REMEDY}.") from error
+        if not is_whole:
+            raise ValueError(f"{self.path} is broken (it is not as it was written, by its checksum): {_REMEDY}.")
         differ = [key for key in sorted({*before, *self.settings}) if before.get(key) != self.settings.get(key)]
         if differ:
             key = differ[0]
@@ -47,7 +59,6 @@ class Store:
             # The cells that follow may depend on what the clock of this one says.
             self.cells[key] = distributed.from_first(json.loads(results.to_json(compute())))
             self.seconds += time.perf_counter() - begin
-            results.write(
-                self.path, results.to_json({"settings": self.settings, "seconds": self.seconds, "cells": self.cells})
-            )
+            content = {"settings": self.settings, "seconds": self.seconds, "cells": self.cells}
+            atomic.write(self.path, results.to_json(content | {"checksum": _checksum(content)}))
         return self.cells[key]

@@ -14,7 +14,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from specjax import sharding
+from specjax import atomic, sharding
 from specjax.experiments import plots, results
 from specjax.experiments.display import View
 from specjax.models import families
@@ -203,7 +203,7 @@ def _finish(config: Config, run: Run, curve: Curve, workdir: pathlib.Path, view:
         plots.losses(curve.steps, curve.valid).savefig(workdir / "loss.png", dpi=130)
     table = "".join(f"| {name} | {value} |\n" for name, value in found)
     summary = f"# {config.name}\n\n| what | value |\n|---|---|\n{table}\n![Loss by step](loss.png)\n"
-    results.write(workdir / "summary.md", summary)
+    atomic.write(workdir / "summary.md", summary)
     view.line(f"Results: {workdir}{os.sep} ({', '.join(('summary.md', 'loss.png', *fit.FILES[1:]))})")
     view.line(f"The model: specjax.load({str(workdir / fit.MODEL)!r})")
 
@@ -242,5 +242,5 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         raise KeyboardInterrupt("no step was made") from None
     with _progress(view, prepared) as progress:
         curve = fit.fit(prepared, workdir, progress)
-    results.write(workdir / "config.json", results.to_json(config.to_dict()))
+    atomic.write(workdir / "config.json", results.to_json(config.to_dict()))
     _finish(config, prepared, curve, workdir, view)

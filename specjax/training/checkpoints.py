@@ -11,6 +11,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from specjax import atomic
 from specjax.training.train import TrainState
 
 CHECKSUMS = "checksums.json"
@@ -66,10 +67,13 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
             identity=ocp.args.JsonSave(self.identity),  # pyright: ignore[reportCallIssue]
         )
-        self._manager.save(step, args=items)
-        self._manager.wait_until_finished()
         directory = self.directory / str(step)
-        (directory / CHECKSUMS).write_text(json.dumps(_checksums(directory)), encoding="utf-8")
+        try:
+            self._manager.save(step, args=items)
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise atomic.cannot_write(directory, error) from error
+        atomic.write(directory / CHECKSUMS, json.dumps(_checksums(directory)))
         return step
 
     def restore(self, abstract: TrainState) -> TrainState | None:
@@ -107,11 +111,11 @@ class Checkpoints:
             return  # The run ended between the checkpoint and this file; orbax's own is whole.
         try:
             expected, found = json.loads(path.read_text(encoding="utf-8")), _checksums(directory)
-            damaged = [name for name, value in expected.items() if found.get(name) != value]
-        except (ValueError, AttributeError):
+            damaged = [name for name in sorted({*expected, *found}) if found.get(name) != expected.get(name)]
+        except (ValueError, AttributeError, TypeError, RecursionError):
             damaged = [CHECKSUMS]
         if damaged:
-            what = "is damaged" if (directory / damaged[0]).is_file() else "is missing"
+            what = "is damaged" if (directory / str(damaged[0])).is_file() else "is missing"
             raise ValueError(f"Checkpoint {directory} is corrupt ({damaged[0]} {what}): {remedy}")
 
     def _check_identity(self, before: Any) -> None:

@@ -1,12 +1,30 @@
 """The loss curve: `train.jsonl`, a line for every step and every look at the validation loss."""
 
 import json
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from specjax import atomic
+
 Line = dict[str, Any]
+
+
+_STEP = ("loss", "grad_norm", "learning_rate", "num_targets", "num_tokens", "seconds", "tokens_per_second")
+"""What the line of a step has beside its number."""
+
+
+def _parse(text: bytes) -> Line | None:
+    """A line of the file; None where it is not one."""
+    try:
+        line = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    names = ("valid_loss",) if "valid_loss" in line else _STEP
+    is_whole = type(line.get("step")) is int and all(type(line.get(name)) in (int, float) for name in names)
+    return line if is_whole else None
 
 
 class Curve:
@@ -26,38 +44,41 @@ class Curve:
           step: how many steps the run has made.
 
         Raises:
-          ValueError: where the file lacks steps before that one.
+          ValueError: where the file lacks steps before that one, or a line other than the last is broken.
         """
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lines: list[Line] = [line for line in self._read() if line["step"] <= step]
-        if len([line for line in self.lines if "loss" in line]) != step:
+        if [line["step"] for line in self.steps] != list(range(1, step + 1)):
             raise ValueError(
                 f"{self.path} lacks some of the {step} steps that the checkpoint has made: choose another --workdir, "
                 "or give --overwrite."
             )
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        os.replace(partial, self.path)
+        atomic.write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def _read(self) -> list[Line]:
+        """The lines of the file; one that was being written when the run was killed, the last, is left out."""
         if not self.path.is_file():
             return []
-        lines = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-                lines += [line] if isinstance(line["step"], int) else []
-            except (ValueError, TypeError, KeyError):
-                break  # The line that was being written when the run was killed.
-        return lines
+        *whole, rest = self.path.read_bytes().split(b"\n")
+        lines = [_parse(text) for text in whole]
+        if None in lines:
+            raise ValueError(
+                f"{self.path} is broken (line {lines.index(None) + 1} is no step and no validation): choose another "
+                "--workdir, or give --overwrite."
+            )
+        last = _parse(rest)
+        return [line for line in [*lines, last] if line is not None]
 
     def add(self, lines: Iterable[Line]) -> None:
         """Appends lines to the file."""
         lines = list(lines)
         self.lines += lines
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            raise atomic.cannot_write(self.path, error) from error
 
     @property
     def steps(self) -> list[Line]:

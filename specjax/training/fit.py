@@ -159,9 +159,21 @@ class _Loop:
         """The newest checkpoint, or a fresh state; reports what the curve has."""
         run = self.run
         state = self.checkpoints.restore(train.abstract_state(run.model_config, run.config, run.mesh))
+        if state is None and (self.directory / CURVE).is_file():
+            self._check_beginning()
         self.curve = Curve(self.directory / CURVE, 0 if state is None else int(state.step))
         self.report(self.curve.lines)
         return train.init(run.model_config, run.config, run.mesh) if state is None else state
+
+    def _check_beginning(self) -> None:
+        """Refuses to begin anew beside the curve of a run that had made a checkpoint."""
+        with (self.directory / CURVE).open("rb") as file:
+            made = sum(1 for line in file if b'"loss"' in line)
+        if made > self.run.config.save_every:
+            raise ValueError(
+                f"{self.checkpoints.directory} holds no checkpoint, but {CURVE} beside it has {made} steps, of which "
+                "one was saved: bring the checkpoint back, choose another --workdir, or give --overwrite to begin anew."
+            )
 
     def add(self, lines: list[Line]) -> None:
         self.curve.add(lines)

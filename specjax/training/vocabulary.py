@@ -1,11 +1,10 @@
 """SentencePiece vocabularies in T5's layout (Raffel et al. 2019, arXiv 1910.10683, section 2.2.1)."""
 
 import io
-import os
 import pathlib
 from collections.abc import Iterable
 
-from specjax import spiece
+from specjax import atomic, spiece
 from specjax.text import Tokenizer, extra_tokens
 
 PAD, EOS, UNKNOWN = 0, 1, 2
@@ -85,9 +84,8 @@ def train(
         ) from error
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(spiece.append(written.getvalue(), extra_tokens(extra_ids)))
-    os.replace(partial, path)
+    with atomic.replacing(path) as partial:
+        partial.write_bytes(spiece.append(written.getvalue(), extra_tokens(extra_ids)))
     return Tokenizer.from_sentencepiece(path)
 
 

@@ -1,31 +1,33 @@
 """Saves and restores a model: orbax for the parameters, `specjax.json` for the shape.
 
     directory/
-      specjax.json    format version, shape, size and CRC-32 of every file of the parameters; written last, so that a
-                      directory with it was written to the end
+      specjax.json    format version, shape, size and CRC-32 of every file of the parameters, and a CRC-32 of all this;
+                      written last, so that a directory with it was written to the end
       params/         orbax
 
-The checksums are looked at before orbax reads: it takes a flipped byte for data, and reports a missing file from a
-dozen threads.
+The checksums are looked at before the shape is believed, and before orbax reads: a `rope_theta` that was edited would
+give another text, a size that was edited would be allocated, and orbax takes a flipped byte for data and reports a
+missing file from a dozen threads.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from specjax import sharding
+from specjax import atomic, sharding
 from specjax.models import families
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling, ModelConfig, T5Config
 from specjax.types import Tree
 
 CONFIG_FILE = "specjax.json"
-FORMAT = 2
+FORMAT = 3
 """The version that this code writes, and the only one that it reads."""
 
 _PARAMS = "params"
@@ -94,6 +96,7 @@ def save(directory: str | pathlib.Path, config: ModelConfig, params: Tree) -> No
 
     Raises:
       ValueError: where `params` is not the tree of `config`.
+      OSError: where the files cannot be written, naming them.
     """
     import orbax.checkpoint as ocp
 
@@ -103,15 +106,40 @@ def save(directory: str | pathlib.Path, config: ModelConfig, params: Tree) -> No
     directory = pathlib.Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).unlink(missing_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / _PARAMS, params, force=True)
-    content = {"format": FORMAT, "config": config_to_json(config), "files": _manifest(directory)}
-    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory / _PARAMS, params, force=True)
+    except OSError as error:
+        raise atomic.cannot_write(directory / _PARAMS, error) from error
+    text = json.dumps(describe(config, _manifest(directory)), indent=2) + "\n"
+    atomic.write(directory / CONFIG_FILE, text)
 
 
-def _read_config(directory: pathlib.Path) -> ModelConfig:
-    """The shape, once all files have been found whole."""
-    path = directory / CONFIG_FILE
+def _checksum(content: Mapping[str, Any]) -> int:
+    """CRC-32 of what a description says, apart from the checksum itself."""
+    values = {key: value for key, value in content.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def describe(config: ModelConfig, manifest: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What `specjax.json` says, as JSON values.
+
+    Args:
+      config: the shape.
+      manifest: size and CRC-32 of every file of the parameters, by its path.
+    """
+    content = {"format": FORMAT, "config": config_to_json(config), "files": dict(manifest)}
+    return content | {"crc32": _checksum(content)}
+
+
+def read_description(directory: str | pathlib.Path) -> tuple[ModelConfig, dict[str, list[int]]]:
+    """The shape, and size and CRC-32 of every file of the parameters, none of which is looked at.
+
+    Raises:
+      FileNotFoundError: where the directory holds no complete checkpoint.
+      ValueError: where the description is damaged or was edited.
+    """
+    path = pathlib.Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{directory} is not a complete specjax checkpoint: {CONFIG_FILE} is missing, which is written last. "
@@ -119,16 +147,32 @@ def _read_config(directory: pathlib.Path) -> ModelConfig:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        version, values, manifest = content["format"], content["config"], dict(content["files"])
-    except (ValueError, KeyError, TypeError) as error:
+        version = content["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is corrupt ({error!r}): save the model again.") from error
     if version != FORMAT:
-        raise ValueError(f"{path} is of format {version}, this specjax reads {FORMAT}: use a matching release.")
-    _check_files(directory, manifest)
+        raise ValueError(
+            f"{path} is of format {version!r}, this specjax reads {FORMAT}: use a matching release, or save again."
+        )
+    if content.get("crc32") != _checksum(content):
+        raise ValueError(
+            f"{path} is corrupt: it is not as it was saved, by its checksum. Save the model again with the "
+            "configuration that it should have (`specjax.save`); an edited file may not fit the weights."
+        )
     try:
-        return config_from_json(values)
+        return config_from_json(content["config"]), content["files"]
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} describes no model ({error}): save the model again.") from error
+
+
+def _differ(expected: Tree, stored: Tree) -> str:
+    """How the shapes of the arrays differ from those in the files; nothing where they are the same."""
+    wanted, found = (collections.Counter(tuple(x.shape) for x in jax.tree.leaves(tree)) for tree in (expected, stored))
+    missing, more = (sorted(a - b) for a, b in ((wanted, found), (found, wanted)))
+    if not missing and not more:
+        return ""
+    shown = [", ".join(map(str, shapes[:3])) or "nothing" for shapes in (missing, more)]
+    return f"it has arrays of shape {shown[0]}, they have {shown[1]}"
 
 
 def restore(
@@ -156,7 +200,8 @@ def restore(
     import orbax.checkpoint as ocp
 
     directory = pathlib.Path(directory).absolute()
-    config = _read_config(directory)
+    config, manifest = read_description(directory)
+    _check_files(directory, manifest)
     device = jax.devices()[0]
 
     def place(shape: tuple[int, ...], axes: sharding.Axes) -> jax.sharding.Sharding:
@@ -168,12 +213,19 @@ def restore(
     abstract = jax.tree.map(target, families.abstract_params(config), families.param_axes(config))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(directory / _PARAMS, abstract)
+            stored: Any = checkpointer.metadata(directory / _PARAMS)
+            unlike = _differ(abstract, stored.item_metadata.tree)
+            # orbax would report it from as many threads as there are arrays.
+            params = None if unlike else checkpointer.restore(directory / _PARAMS, abstract)
     except Exception as error:  # orbax and tensorstore raise a dozen types for a damaged directory
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{directory} is corrupt or incomplete ({reason[:200]}): copy or save the checkpoint again."
         ) from error
+    if unlike:
+        raise ValueError(
+            f"{directory} is corrupt: {CONFIG_FILE} does not fit the weights ({unlike}). Save the checkpoint again."
+        )
     if dtype is not None and dtype != config.dtype:
         config, params = families.cast(config, params, dtype)
         params = jax.tree.map(

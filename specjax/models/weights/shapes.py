@@ -42,7 +42,7 @@ def read(source: str | pathlib.Path, dtype: str = "bfloat16") -> ModelConfig:
     if not path.is_dir():
         path = _download(str(source))
     if (path / checkpoint.CONFIG_FILE).is_file():
-        config = checkpoint.config_from_json(huggingface.read_json(path / checkpoint.CONFIG_FILE)["config"])
+        config = checkpoint.read_description(path)[0]
         return dataclasses.replace(config, dtype=dtype)
     raw = huggingface.read_json(path / "config.json")
     if raw.get("model_type") in t5_mapping.MODEL_TYPES:

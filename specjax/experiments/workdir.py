@@ -1,0 +1,193 @@
+"""Work directories: which one a run takes, and that no two runs take the same one.
+
+The default is `runs/NAME-HASH`, NAME of the config file and HASH of the resolved config. So the same command goes on
+where it stopped, and another config never meets the files of this one. A time in the name would keep runs apart too,
+but then every interrupted run would have to be looked up and named to be continued.
+
+The lock is a file, `.lock`, that the system locks for the process (`flock`) and that says who has it. The system lets
+go of it with the process, however that ends, so a lock whose process is dead, or whose number another process has got,
+holds nobody up. Where a file system has no locks, what the file says is compared with the processes of this host.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from specjax import atomic, distributed
+from specjax.experiments import results
+
+LOCK = ".lock"
+_REMEDY = "wait for it, stop it, or choose another --workdir"
+_UNSUPPORTED = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+
+
+def default(file: str, config: Mapping[str, Any]) -> pathlib.Path:
+    """The work directory of a run that was given none.
+
+    Args:
+      file: the config file.
+      config: as it is resolved, with what the command line says.
+    """
+    text = json.dumps(json.loads(results.to_json(dict(config))), sort_keys=True)
+    return pathlib.Path("runs") / f"{pathlib.Path(file).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host was started, in the system's words; None where there is none, or nothing says so."""
+    try:
+        # What follows the name, which may hold anything, begins with the third field; the start is the 22nd.
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def _self() -> dict[str, Any]:
+    """Who has the lock, as the file says it."""
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "process_start": _started(os.getpid()),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    """What a lock's file says; nothing where it says nothing that can be read."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        found = json.loads(os.read(descriptor, 1 << 16).decode())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _runs(owner: Mapping[str, Any]) -> bool:
+    """Whether the process that a lock names may still run."""
+    pid = owner.get("pid")
+    if not isinstance(pid, int) or pid < 1:
+        return False
+    if owner.get("host") != socket.gethostname():
+        return True
+    return pid != os.getpid() and _is_alive(pid) and owner.get("process_start") in (None, _started(pid))
+
+
+def _refusal(path: pathlib.Path, owner: Mapping[str, Any], *, certain: bool) -> ValueError:
+    who = "another run"
+    if owner:
+        who = (
+            f"another run (process {owner.get('pid')} on {owner.get('host')}, since {owner.get('started')}: "
+            f"{owner.get('command')})"
+        )
+    remedy = _REMEDY if certain else f"{_REMEDY}; if it has ended, delete {path}"
+    return ValueError(f"{path.parent} is in use by {who}: {remedy}.")
+
+
+def _take(path: pathlib.Path) -> int | None:
+    """Takes the lock.
+
+    Returns:
+      The open file, or None where its name was removed meanwhile: then it has to be tried again.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None  # A run that ended has just removed its empty directory.
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _refusal(path, _read(descriptor), certain=True) from None
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            if _runs(owner := _read(descriptor)):
+                raise _refusal(path, owner, certain=False) from None
+        try:
+            current = os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except FileNotFoundError:
+            current = False
+        if not current:
+            os.close(descriptor)
+            return None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(_self()) + "\n").encode(), 0)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _make(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Makes a directory; returns what was made, the innermost first."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+@contextlib.contextmanager
+def locked(directory: str | pathlib.Path) -> Iterator[None]:
+    """Holds a work directory for one run. It is made, and removed again where the run leaves nothing in it.
+
+    Raises:
+      ValueError: where another run has it, naming that run.
+      OSError: where it cannot be made or written.
+    """
+    directory = pathlib.Path(directory)
+    path = directory / LOCK
+    try:
+        made, descriptor = [], None
+        while descriptor is None:
+            made += _make(directory)
+            descriptor = _take(path)
+    except OSError as error:
+        raise atomic.cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever opened it meanwhile sees that its name is gone, and tries again.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        for empty in made:
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+
+
+@contextlib.contextmanager
+def locked_by_first(directory: str | pathlib.Path) -> Iterator[None]:
+    """Holds the work directory of a run of several processes: the first takes the lock for all.
+
+    Raises:
+      ValueError: in every process, where another run has it.
+    """
+    with contextlib.ExitStack() as stack:
+        refused = None
+        if distributed.is_first():
+            try:
+                stack.enter_context(locked(directory))
+            except (ValueError, OSError) as error:
+                refused = str(error)
+        if refused := distributed.from_first(refused):
+            raise ValueError(refused)
+        yield

@@ -94,6 +94,12 @@ def check_file(path: pathlib.Path, what: str, remedy: str) -> None:
         raise OSError(f"{what} {path} is a device or a pipe: {remedy}.")
 
 
+def shorten(error: BaseException) -> str:
+    """What an error says, or else its name, in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def listed(names: Iterable[object]) -> str:
     """The first few of some names that a file gives, as an error shows them."""
     first = list(itertools.islice(names, 9))

@@ -8,16 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders
 
-from specjax import chat, files, limits, spiece
+from specjax import chat, files, limits, rebuild, spiece
 
 # Tokens that end a text or a turn. Files name one of them, often the other one than a chat ends with; a model stops at
 # every one that its vocabulary has as a control token (so does llama.cpp).
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-
-# The token types of GGUF files.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
 SPIECE = "spiece.model"
 """What T5 calls its SentencePiece model."""
@@ -25,47 +22,7 @@ SPIECE = "spiece.model"
 MAX_EXTRA_IDS = 2**16
 """The most tokens `<extra_id_0>`, ... that a file may add; T5 has 100."""
 
-MAX_TOKEN = 2**12
-"""The longest token of a SentencePiece BPE vocabulary, in characters, each of whose parts is looked up."""
-
 _EXTRA_ID = re.compile(r"<extra_id_\d+>")
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _split_regex(pattern: str) -> pre_tokenizers.PreTokenizer:
-    """Splits by a pattern, then maps bytes to the printable characters of GPT-2's alphabet."""
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
-def _qwen2() -> pre_tokenizers.PreTokenizer:
-    return _split_regex(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}")
-
-
-def _llama3() -> pre_tokenizers.PreTokenizer:
-    return _split_regex(rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}")
-
-
-# How each family cuts a text into words before the merges, by the GGUF entry `tokenizer.ggml.pre`.
-PRE_TOKENIZERS = {
-    "default": _gpt2,
-    "gpt-2": _gpt2,
-    "smollm": _smollm,
-    "qwen2": _qwen2,
-    "llama-bpe": _llama3,
-    "llama3": _llama3,
-}
 
 
 class Tokenizer:
@@ -88,12 +45,7 @@ class Tokenizer:
           chat_template: a Jinja template in the style of transformers.
           eos_token_ids: further ids that end a text, beside "eos_token" and those of `END_TOKENS` that are special.
           template_name: what errors call the chat template.
-
-        Raises:
-          ValueError: for a chat template that is no text.
         """
-        if chat_template is not None and not isinstance(chat_template, str):
-            raise ValueError(f"{template_name} is a {type(chat_template).__name__}, not a text: download it again.")
         self.backend = backend
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
@@ -151,13 +103,13 @@ class Tokenizer:
           ValueError: for a text with half of a surrogate pair.
         """
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            text.encode()
         except UnicodeEncodeError as error:
-            code = ord(error.object[error.start])
             raise ValueError(
-                f"The text has \\u{code:04x} at its character {error.start}, half of a surrogate pair, which is no "
-                "character: remove it."
+                f"The text has \\u{ord(text[error.start]):04x} at its character {error.start}, half of a surrogate "
+                "pair, which is no character: remove it."
             ) from error
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids that the vocabulary lacks are left out."""
@@ -238,7 +190,7 @@ class Tokenizer:
         return cls(
             backend,
             special_tokens=special,
-            chat_template=_template(directory, config),
+            chat_template=_text(_template(directory, config), f"The chat template of {directory}"),
             eos_token_ids=_eos_ids(directory),
             template_name=f"The chat template of {directory}",
         )
@@ -267,14 +219,14 @@ class Tokenizer:
 
     @classmethod
     def _of_pieces(cls, model: spiece.Model, extra_ids: int) -> "Tokenizer":
-        backend = _unigram(model)
+        backend = rebuild.unigram(model)
         special = [piece.text for piece in model.pieces if piece.kind in (spiece.CONTROL, spiece.UNKNOWN)]
         found = [piece.text for piece in model.pieces if piece.kind == spiece.USER_DEFINED and "▁" not in piece.text]
-        special += [text for text in found if _EXTRA_ID.fullmatch(text)] + extra_tokens(extra_ids)
+        special += [text for text in found if _EXTRA_ID.fullmatch(text)] + rebuild.extra_tokens(extra_ids)
         backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
         others = [AddedToken(text, special=False, normalized=False) for text in found if text not in special]
         backend.add_tokens(others)
-        _surround(backend, model.roles, bos=False, eos=True)
+        rebuild.surround(backend, model.roles, bos=False, eos=True)
         return cls(backend, special_tokens=model.roles)
 
     @classmethod
@@ -289,15 +241,15 @@ class Tokenizer:
           ValueError: for a kind of tokenizer that is not known, or entries that are missing or damaged.
         """
         fields = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in fields.items()}
-        _check_gguf_fields(fields, path)
+        rebuild.check_gguf_fields(fields, path)
         with _naming(f"{path} has a damaged vocabulary", "download it again"):
             return cls._of_gguf_fields(fields, f"The chat template of {path}")
 
     @classmethod
     def _of_gguf_fields(cls, fields: Mapping[str, Any], template_name: str) -> "Tokenizer":
         kind, tokens = fields["model"], fields["tokens"]
-        backend = _GGUF_MODELS[kind](fields)
-        _add_gguf_tokens(backend, fields)
+        backend = rebuild.GGUF_MODELS[kind](fields)
+        rebuild.add_gguf_tokens(backend, fields)
         roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
         special = {
             role: tokens[fields[f"{name}_token_id"]]
@@ -305,9 +257,12 @@ class Tokenizer:
             if 0 <= fields.get(f"{name}_token_id", len(tokens)) < len(tokens)
         }
         add_bos = fields.get("add_bos_token", kind == "llama" or fields.get("pre") in ("llama-bpe", "llama3"))
-        _surround(backend, special, bool(add_bos), bool(fields.get("add_eos_token", False)))
+        rebuild.surround(backend, special, bool(add_bos), bool(fields.get("add_eos_token", False)))
         return cls(
-            backend, special_tokens=special, chat_template=fields.get("chat_template"), template_name=template_name
+            backend,
+            special_tokens=special,
+            chat_template=_text(fields.get("chat_template"), template_name),
+            template_name=template_name,
         )
 
 
@@ -412,6 +367,12 @@ def _template(directory: pathlib.Path, config: Mapping[str, Any]) -> Any:
     return named[-1].get("template") if named else None
 
 
+def _text(value: Any, name: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a text: download it again.")
+    return value
+
+
 def _eos_ids(directory: pathlib.Path) -> list[int]:
     """What generation_config.json, or else config.json, says ends a text: one id or several."""
     for name in ("generation_config.json", "config.json"):
@@ -422,140 +383,3 @@ def _eos_ids(directory: pathlib.Path) -> list[int]:
                 limits.check_size(f"{directory / name}: eos_token_id", i, low=0)
             return ids
     return []
-
-
-def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
-    """Ids by token, without the padding that fills a table up at its end."""
-    tokens, types = fields["tokens"], fields.get("token_type")
-    end = len(tokens)
-    while types is not None and end and types[end - 1] == _UNUSED:
-        end -= 1
-    return {token: i for i, token in enumerate(tokens[:end])}
-
-
-def _byte_level_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer and its descendants."""
-    pre = fields.get("pre", "default")
-    # A token may begin with a space only as "Ġ", so the first space from the second character on parts the two.
-    merges = [(m[: (cut := m.index(" ", 1))], m[cut + 1 :]) for m in fields["merges"]]
-    # Llama 3 takes a word that is a token as it stands, even where the merges do not lead to it.
-    whole = pre in ("llama-bpe", "llama3")
-    backend = tokenizers.Tokenizer(models.BPE(vocab=_vocabulary(fields), merges=merges, ignore_merges=whole))
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _sentencepiece_merges(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece BPE model's scores stand for: every way to part a token, best tokens first."""
-    merges = []
-    for token in sorted(vocab, key=lambda token: -scores[vocab[token]]):
-        if len(token) > MAX_TOKEN:
-            raise ValueError(f"it has a token of {len(token)} characters, and at most {MAX_TOKEN} are read")
-        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
-        known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
-        merges += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    return merges
-
-
-def _sentencepiece_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer of Llama 2 and Mistral 7B: BPE over characters with "▁" for a space, bytes for what is unknown."""
-    vocab = _vocabulary(fields)
-    unknown = fields["tokens"][fields.get("unknown_token_id", 0)]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_sentencepiece_merges(vocab, fields["scores"]),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    prefix = fields.get("add_space_prefix", True)
-    spaces = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return backend
-
-
-_GGUF_MODELS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
-"""By `tokenizer.ggml.model`."""
-
-
-def _check_gguf_fields(fields: Mapping[str, Any], path: str | pathlib.Path) -> None:
-    """Checks that what a tokenizer is rebuilt from is there, and of its kind."""
-    kind, pre = fields.get("model"), fields.get("pre", "default")
-    needed = ["model", "tokens", *(["merges"] if kind == "gpt2" else ["scores"] if kind == "llama" else [])]
-    if missing := [name for name in needed if name not in fields]:
-        raise ValueError(f"{path} has no tokenizer.ggml.{missing[0]}: download it again.")
-    if kind not in _GGUF_MODELS:
-        raise ValueError(
-            f"{path}: tokenizer.ggml.model {kind!r:.80} is not supported: specjax rebuilds 'gpt2' (byte-level BPE) "
-            "and 'llama' (SentencePiece BPE). Load the model from a directory with tokenizer.json instead."
-        )
-    if kind == "gpt2" and pre not in PRE_TOKENIZERS:
-        raise ValueError(
-            f"{path}: tokenizer.ggml.pre {pre!r:.80} is not supported: specjax knows {', '.join(PRE_TOKENIZERS)}. "
-            "Load the model from a directory with tokenizer.json instead."
-        )
-    kinds = {"tokens": str, "merges": str, "scores": float, "token_type": int}
-    for name, element in kinds.items():
-        value = fields.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(x, element) for x in value):
-            raise ValueError(f"tokenizer.ggml.{name} of {path} is no list of {element.__name__}: download it again.")
-        if name in ("scores", "token_type") and name in fields and len(value) != len(fields["tokens"]):
-            raise ValueError(
-                f"tokenizer.ggml.{name} of {path} has {len(value)} entries, but there are {len(fields['tokens'])} "
-                "tokens: download it again."
-            )
-
-
-def extra_tokens(number: int) -> list[str]:
-    """The tokens that T5 puts at its vocabulary's end, in order: `<extra_id_0>` is the last."""
-    return [f"<extra_id_{i}>" for i in reversed(range(number))]
-
-
-def _unigram(model: spiece.Model) -> tokenizers.Tokenizer:
-    """The segmentation of greatest probability, spaces written as "▁"."""
-    texts = [piece.text for piece in model.pieces]
-    unknown = texts.index(model.roles["unk_token"])
-    scores = [(piece.text, piece.score) for piece in model.pieces]
-    # The package's own stub knows the first of these arguments alone.
-    unigram: Any = models.Unigram
-    backend = tokenizers.Tokenizer(unigram(scores, unknown, model.byte_fallback))
-    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
-    if model.strip:
-        # Not `Strip`, which takes all white space for a space.
-        steps += [normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.add_prefix:
-        steps.append(normalizers.Prepend("▁"))
-    backend.normalizer = normalizers.Sequence(steps)
-    # No piece of most models goes on after a space; then each word can be parted on its own, which is faster.
-    words = not any("▁" in text[1:] for text in texts)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=words)
-    spaces = decoders.Metaspace(prepend_scheme="always" if model.add_prefix else "never")
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), spaces]) if model.byte_fallback else spaces
-    return backend
-
-
-def _add_gguf_tokens(backend: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> None:
-    """Tokens that are found in a text before anything else: control tokens and those that users defined."""
-    special_types = (_UNKNOWN, _CONTROL)
-    for token, kind in zip(fields["tokens"], fields.get("token_type", ()), strict=False):
-        if kind in special_types:
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
-
-
-def _surround(backend: tokenizers.Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
-    """Puts a begin and an end token around a text, where wanted and known."""
-    before, after = (special.get(f"{name}_token") if on else None for name, on in (("bos", bos), ("eos", eos)))
-    tokens = dict.fromkeys(token for token in (before, after) if token is not None)
-    backend.post_processor = processors.TemplateProcessing(
-        single=" ".join(part for part in (before, "$A", after) if part is not None),
-        special_tokens=[(token, backend.token_to_id(token)) for token in tokens],
-    )

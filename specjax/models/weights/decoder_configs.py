@@ -42,7 +42,7 @@ _SIZES = {
 """The entries that are whole numbers above zero, where a file has them, and the most that each may be."""
 
 _NUMBERS = ("rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-_NUMBERS += ("rope_local_base_freq",)
+_NUMBERS += ("rope_local_base_freq", "rms_norm_eps", "layer_norm_epsilon")
 
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window")
 _FLAGS += ("scale_attn_weights", "scale_decoder_outputs")
@@ -58,10 +58,12 @@ def naming_errors(raw: Raw) -> Iterator[None]:
     Raises:
       ValueError: for an entry that is missing, of another kind or out of range.
     """
-    for names, check in ((_NUMBERS, check_number), (_FLAGS, check_flag)):
-        for name in names:
-            if raw.get(name) is not None:
-                check(name, raw[name])
+    for name in _NUMBERS:
+        if raw.get(name) is not None:
+            check_number(name, raw[name], positive=not name.endswith(("eps", "epsilon")))
+    for name in _FLAGS:
+        if raw.get(name) is not None:
+            check_flag(name, raw[name])
     for name, most in _SIZES.items():
         if raw.get(name) is not None:
             check_size(name, raw[name], high=most)

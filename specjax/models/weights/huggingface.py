@@ -74,7 +74,12 @@ class _Shards:
                 raise ValueError(f"{index} has no 'weight_map': copy or download it again.")
             for name, file in weight_map.items():
                 # A path would lead out of the directory.
-                if not isinstance(file, str) or pathlib.PurePath(file).name != file or "\0" in file:
+                if (
+                    not isinstance(file, str)
+                    or pathlib.PurePath(file).name != file
+                    or file in ("", "..")
+                    or "\0" in file
+                ):
                     shown = files.listed([file])
                     raise ValueError(f"{index} says that {name!r:.80} is in {shown}, which names no file beside it.")
             return weight_map

@@ -4,6 +4,7 @@ They take no more memory than a file's size justifies, and say of every other fi
 to do.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -92,6 +93,15 @@ def check_file(path: pathlib.Path, what: str, remedy: str) -> None:
         raise IsADirectoryError(f"{what} {path} is a directory: {remedy}.")
     if not path.is_file():
         raise OSError(f"{what} {path} is a device or a pipe: {remedy}.")
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Puts the name of a file before what a ValueError says of its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def shorten(error: BaseException) -> str:

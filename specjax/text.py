@@ -339,7 +339,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """The tokens by role; transformers writes them as texts or as objects with a "content"."""
     roles = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
     values = {role: config.get(role) for role in roles}
-    texts = {role: value["content"] if isinstance(value, Mapping) else value for role, value in values.items()}
+    texts = {role: value.get("content") if isinstance(value, Mapping) else value for role, value in values.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str)}
 
 

@@ -268,6 +268,15 @@ def test_the_number_of_draft_tokens_is_bounded(value):
         limits.check_num_draft_tokens(-1)
 
 
+def test_the_file_is_named(tmp_path):
+    write_hf(tmp_path / "layers", num_hidden_layers=10**8)
+    assert f"{tmp_path}/layers/config.json: num_hidden_layers=100000000 is" in str(
+        refusal(pretrained.load, tmp_path / "layers")
+    )
+    write_gguf(tmp_path / "m.gguf", TINY, random_tensors(TINY), fields=[("add_block_count", 10**9)])
+    assert f"{tmp_path}/m.gguf: llama.block_count=1000000000 is" in str(refusal(pretrained.load, tmp_path / "m.gguf"))
+
+
 # ---- safetensors
 
 

@@ -299,7 +299,8 @@ def load(
     """
     file = source if isinstance(source, File) else open_file(source)
     by_name = dict(file.tensors)
-    config = parse_config(file.fields, {name: tensor.shape for name, tensor in by_name.items()}, dtype)
+    with files.naming(file.path):
+        config = parse_config(file.fields, {name: tensor.shape for name, tensor in by_name.items()}, dtype)
     if _ROPE_FACTORS in by_name:
         scaling = _llama3_scaling(dequantize(by_name.pop(_ROPE_FACTORS)), config)
         config = dataclasses.replace(config, rope_scaling=scaling)

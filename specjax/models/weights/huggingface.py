@@ -155,10 +155,12 @@ def load(
         raise FileNotFoundError(f"{directory} is not a directory: give one that holds config.json.")
     raw, shards = files.read_json(directory / "config.json"), _Shards(directory)
     if raw.get("model_type") in t5_mapping.MODEL_TYPES:
-        t5_config = t5_mapping.parse_config(raw, shards.names(), dtype)
+        with files.naming(directory / "config.json"):
+            t5_config = t5_mapping.parse_config(raw, shards.names(), dtype)
         mapping.check_names(t5_mapping.tensor_shapes(t5_config), shards.names(), str(directory))
         return t5_config, t5_mapping.from_huggingface(t5_config, shards.get, mesh=mesh, rules=rules)
-    config = parse_config(raw, dtype)
+    with files.naming(directory / "config.json"):
+        config = parse_config(raw, dtype)
     sources = naming.sources(raw["model_type"], config, shards.names())
     mapping.check_names({source.name for source in sources.values()}, shards.names(), str(directory))
     placed = families.repeat_kv_heads(config, mesh, rules)

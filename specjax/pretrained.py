@@ -78,7 +78,7 @@ def load_tokenizer(source: str | pathlib.Path) -> Tokenizer:
     fields = gguf.open_file(path).fields
     if "tokenizer.ggml.tokens" not in fields:
         raise ValueError(f"{path} holds no tokenizer: give the directory of one (tokenizer.json).")
-    return Tokenizer.from_gguf(fields)
+    return Tokenizer.from_gguf(fields, path=path)
 
 
 def load(
@@ -119,7 +119,7 @@ def load(
     path = _resolve(source)
     if path.is_file():
         file = gguf.open_file(path)
-        tokenizer = Tokenizer.from_gguf(file.fields) if "tokenizer.ggml.tokens" in file.fields else None
+        tokenizer = Tokenizer.from_gguf(file.fields, path=path) if "tokenizer.ggml.tokens" in file.fields else None
         config, params = gguf.load(file, dtype=dtype, mesh=mesh, rules=rules)
     elif (path / checkpoint.CONFIG_FILE).is_file():
         config, params = checkpoint.restore(path, dtype=dtype, mesh=mesh, rules=rules)

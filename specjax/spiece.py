@@ -15,6 +15,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM = 1
 """The only kind of model that is read (Kudo 2018, arXiv 1804.10959); T5's is of it."""
 
+MAX_BYTES = 2**28
+"""The largest file that is read; umT5's has 4.5 MB."""
+
 # Field numbers of `ModelProto` and its parts.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _KIND = 1, 2, 3
@@ -64,6 +67,8 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[place]
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
         value, shift, place = value | (byte & 0x7F) << shift, shift + 7, place + 1
         if byte < 0x80:
             return value, place
@@ -109,6 +114,8 @@ def _piece(value: int | bytes) -> Piece:
     score = fields.get(_SCORE, bytes(4))
     if not isinstance(score, bytes):
         raise ValueError("a score that is no number")
+    if not isinstance(fields.get(_KIND, NORMAL), int):
+        raise ValueError("a kind that is no number")
     return Piece(_text(fields.get(_TEXT, b"")), struct.unpack("<f", score)[0], int(fields.get(_KIND, NORMAL)))
 
 
@@ -125,6 +132,8 @@ def read(path: str | pathlib.Path) -> Model:
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The SentencePiece model {path} does not exist: give the path of a spiece.model.")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path} has {size} bytes, and at most {MAX_BYTES} are read: copy or download it again.")
     try:
         fields = list(_fields(path.read_bytes()))
         pieces = [_piece(value) for number, value in fields if number == _PIECES]
@@ -134,6 +143,8 @@ def read(path: str | pathlib.Path) -> Model:
         names = {role: _text(trainer.get(number, default.encode())) for role, (number, default) in _ROLES.items()}
         if UNKNOWN not in kinds.values():
             raise ValueError("it has no piece for what is unknown")
+        if kinds.get(names["unk_token"]) not in (CONTROL, UNKNOWN):
+            raise ValueError(f"its piece for what is unknown is not {names['unk_token']!r:.80}, as it says")
     except (ValueError, IndexError, struct.error) as error:
         raise ValueError(f"{path} is not a SentencePiece model ({error}): copy or download it again.") from error
     if trainer.get(_MODEL_TYPE, UNIGRAM) != UNIGRAM or trainer.get(_SUFFIX, 0) or not normalizer.get(_ESCAPE, 1):

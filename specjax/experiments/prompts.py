@@ -1,12 +1,15 @@
 """Prompts from a JSONL file."""
 
-import json
-import lzma
 import pathlib
 from typing import Any, NamedTuple
 
+from specjax import files
+
 KEYS = ("prompt", "input", "turns")
 """Where a line keeps its prompt, the first of them that it has; of `turns`, the first is taken."""
+
+MAX_PROMPT = 2**22
+"""The longest prompt, in characters: about a million tokens, more than any supported model knows positions."""
 
 
 class Prompt(NamedTuple):
@@ -45,16 +48,25 @@ def _text(line: dict[str, Any]) -> str | None:
     return None
 
 
-def _parse(line: str, number: int, where: str) -> Prompt:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error.msg}): write one object a line.") from error
+def _label(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
+    """The value of the first of some keys that a line has, as text."""
+    key = next((key for key in keys if key in fields), None)
+    value = "" if key is None or fields[key] is None else fields[key]
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"{where} has a {type(value).__name__} under {key!r}: write a text or a number there.")
+    return str(value)
+
+
+def _parse(fields: Any, number: int, where: str) -> Prompt:
     text = _text(fields) if isinstance(fields, dict) else None
     if text is None:
         raise ValueError(f"{where} has no prompt: give it a text under one of {', '.join(map(repr, KEYS))}.")
-    name = fields.get("id", fields.get("question_id", ""))
-    return Prompt(number, text, str(fields.get("category", "")), str(name))
+    if len(text) > MAX_PROMPT:
+        raise ValueError(
+            f"{where} has a prompt of {len(text)} characters, and at most {MAX_PROMPT} are read: shorten it, or leave "
+            "the line out."
+        )
+    return Prompt(number, text, _label(fields, ("category",), where), _label(fields, ("id", "question_id"), where))
 
 
 def read(path: str | pathlib.Path, num_prompts: int = 0) -> list[Prompt]:
@@ -66,23 +78,16 @@ def read(path: str | pathlib.Path, num_prompts: int = 0) -> list[Prompt]:
 
     Raises:
       FileNotFoundError: where there is no such file.
-      ValueError: for a line that is not JSON or has no prompt, or too few lines.
+      OSError: where it is a directory, or cannot be read.
+      ValueError: for a line that is not JSON or has no prompt, too few lines, or a file that is damaged.
     """
     path = pathlib.Path(path).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"The data file {path} is a directory: give a file (--config.data=FILE).")
-    if not path.is_file():
-        raise FileNotFoundError(f"The data file {path} does not exist: give a JSONL file (--config.data=FILE).")
+    files.check_file(path, "The data file", "give a JSONL file (--config.data=FILE)")
     prompts: list[Prompt] = []
-    try:
-        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if num_prompts and len(prompts) == num_prompts:
-                    break
-                if line.strip():
-                    prompts.append(_parse(line, len(prompts), f"{path}, line {number},"))
-    except (lzma.LZMAError, UnicodeDecodeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}).") from error
+    for where, fields in files.read_json_lines(path):
+        prompts.append(_parse(fields, len(prompts), where))
+        if len(prompts) == num_prompts:
+            break
     if len(prompts) < max(num_prompts, 1):
         raise ValueError(f"{path} has {len(prompts)} prompts, but {max(num_prompts, 1)} were asked for.")
     return prompts

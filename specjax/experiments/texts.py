@@ -1,10 +1,10 @@
 """Texts from a file, to count or to index."""
 
-import json
-import lzma
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from specjax import files
 
 FIELDS = ("target", "text", "input", "prompt")
 """Where a line of JSON keeps its text, the first of them that it has."""
@@ -12,35 +12,27 @@ FIELDS = ("target", "text", "input", "prompt")
 _JSON = (".jsonl", ".json")
 
 
-def _of_json(file: Iterable[str], field: str, where: str) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}, line {number}, is not JSON ({error.msg}): write one object a line.") from error
+def _of_json(lines: Iterable[tuple[str, Any]], field: str) -> Iterator[str]:
+    for where, values in lines:
         values = values if isinstance(values, dict) else {}
         keys = FIELDS if field == "auto" else (field,)
         text: Any = next((values[key] for key in keys if key in values), None)
         if not isinstance(text, str):
-            found = ", ".join(map(repr, values)) or "nothing"
-            raise ValueError(
-                f"{where}, line {number}, has no text under {' or '.join(map(repr, keys))}: it has {found}."
-            )
+            wanted = " or ".join(map(repr, keys))
+            raise ValueError(f"{where} has no text under {wanted}: it has {files.listed(values)}.")
         yield text
 
 
-def _plain(file: Iterable[str]) -> Iterator[str]:
-    lines: list[str] = []
-    for line in file:
+def _plain(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
+    parts: list[str] = []
+    for _, line in lines:
         if line.strip():
-            lines.append(line)
-        elif lines:
-            yield "".join(lines).rstrip("\n")
-            lines = []
-    if lines:
-        yield "".join(lines).rstrip("\n")
+            parts.append(line)
+        elif parts:
+            yield "".join(parts).rstrip("\n")
+            parts = []
+    if parts:
+        yield "".join(parts).rstrip("\n")
 
 
 def check(path: str | pathlib.Path) -> pathlib.Path:
@@ -51,10 +43,7 @@ def check(path: str | pathlib.Path) -> pathlib.Path:
       IsADirectoryError: where it is a directory.
     """
     path = pathlib.Path(path).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"The data file {path} is a directory: give a file (--config.data=FILE).")
-    if not path.is_file():
-        raise FileNotFoundError(f"The file {path} does not exist: give JSONL or plain text (--config.data=FILE).")
+    files.check_file(path, "The data file", "give JSONL or plain text (--config.data=FILE)")
     return path
 
 
@@ -69,20 +58,16 @@ def read(path: str | pathlib.Path, field: str = "auto", num_texts: int = 0) -> l
 
     Raises:
       FileNotFoundError: where there is no such file.
-      ValueError: for a line that is not JSON or has no text, or a file without texts.
+      OSError: where it is a directory, or cannot be read.
+      ValueError: for a line that is not JSON or has no text, or a file without texts or that is damaged.
     """
     path = check(path)
-    packed = path.suffix == ".xz"
-    is_json = (pathlib.Path(path.stem) if packed else path).suffix in _JSON
+    is_json = (pathlib.Path(path.stem) if path.suffix == ".xz" else path).suffix in _JSON
     texts: list[str] = []
-    try:
-        with lzma.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
-            for text in _of_json(file, field, str(path)) if is_json else _plain(file):
-                texts.append(text)
-                if len(texts) == num_texts:
-                    break
-    except (lzma.LZMAError, UnicodeDecodeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}).") from error
+    for text in _of_json(files.read_json_lines(path), field) if is_json else _plain(files.read_lines(path)):
+        texts.append(text)
+        if len(texts) == num_texts:
+            break
     if not texts:
         raise ValueError(f"{path} has no texts.")
     return texts

@@ -1,7 +1,12 @@
 """The shapes of models, apart from their weights."""
 
 import dataclasses
+import types
+import typing
 from collections.abc import Sequence
+from typing import Any
+
+from specjax.limits import check_flag, check_number, check_size
 
 DTYPES = ("float32", "bfloat16")
 
@@ -15,12 +20,25 @@ class Llama3RopeScaling:
     high_freq_factor: float
     original_max_position: int
 
+    def __post_init__(self):
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            check_number(name, getattr(self, name))
+        check_size("original_max_position", self.original_max_position)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}: the "
+                "frequencies between them are stretched in part."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearRopeScaling:
     """All positions divided by a factor (position interpolation, arXiv 2306.15595)."""
 
     factor: float
+
+    def __post_init__(self):
+        check_number("factor", self.factor)
 
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
@@ -31,6 +49,41 @@ POSITIONS = ("rotary", "learned")
 
 NORMS = ("rms", "rms_plus_one", "layer")
 """What a decoder normalises by: the root mean square (times w, or times 1 + w), or LayerNorm with a bias."""
+
+
+LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_layers": 2**12,
+    "num_encoder_layers": 2**12,
+    "num_heads": 2**14,
+    "num_kv_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position": 2**31 - 1,
+    "rotary_dim": 2**14,
+    "sliding_window": 2**31 - 1,
+    "num_buckets": 2**16,
+    "max_distance": 2**31 - 1,
+}
+"""The largest value of each size; every published model is far below. All are at least 1."""
+
+
+def _check_fields(config: Any) -> None:
+    """Checks that every field is what it is declared as: a size within `LIMITS`, a finite number, True or False."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+        if value is None and types.NoneType in kinds:
+            continue
+        if name in LIMITS:
+            check_size(name, value, high=LIMITS[name])
+        elif bool in kinds:
+            check_flag(name, value)
+        elif float in kinds:
+            check_number(name, value, positive=name != "norm_eps")
+        elif int in kinds:
+            check_size(name, value, low=0)
 
 
 def _one_of(config: object, **choices: Sequence[str]) -> None:
@@ -124,6 +177,7 @@ class DecoderConfig:
     scan_layers: bool = False
 
     def __post_init__(self):
+        _check_fields(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
@@ -140,7 +194,8 @@ class DecoderConfig:
                 f"global_layers={self.global_layers} and local_rope_theta={self.local_rope_theta} tell layers with a "
                 "window from those without, but sliding_window is None: set it, or leave them out."
             )
-        if not set(self.global_layers) <= set(range(self.num_layers)):
+        layers = range(self.num_layers)
+        if not all(isinstance(layer, int) and layer in layers for layer in self.global_layers):
             raise ValueError(f"global_layers={self.global_layers}: the {self.num_layers} layers are counted from 0.")
 
     @property
@@ -181,6 +236,7 @@ class T5Config:
     dtype: str = "float32"
 
     def __post_init__(self):
+        _check_fields(self)
         _one_of(self, dtype=DTYPES, activation=ACTIVATIONS)
         if self.num_buckets < 4 or self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
             raise ValueError(

@@ -7,8 +7,6 @@ continued reads what it would have read.
 
 import dataclasses
 import functools
-import json
-import lzma
 import pathlib
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax import sharding
+from specjax import files, sharding
 from specjax.text import Tokenizer
 from specjax.types import Batch
 
@@ -81,8 +79,8 @@ def _parse(fields: Any, where: str) -> Text:
             return Text(given, target)
         if isinstance(text, str):
             return Text(None, text)
-    found = ", ".join(map(repr, fields)) if isinstance(fields, dict) else type(fields).__name__
-    raise ValueError(f"{where} has neither 'input' and 'target' nor 'text': it has {found or 'nothing'}.")
+    found = files.listed(fields) if isinstance(fields, dict) else type(fields).__name__
+    raise ValueError(f"{where} has neither 'input' and 'target' nor 'text': it has {found}.")
 
 
 def _read_hub(name: str) -> Iterator[Text]:
@@ -105,19 +103,6 @@ def _read_hub(name: str) -> Iterator[Text]:
         yield _parse(fields, f"{HUB}{name}, row {number},")
 
 
-def _read_file(path: pathlib.Path) -> Iterator[Text]:
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number},"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON ({error.msg}): write one object a line.") from error
-            yield _parse(fields, where)
-
-
 def read(source: str) -> list[Text]:
     """Reads the texts of a file or of a hub data set.
 
@@ -127,19 +112,16 @@ def read(source: str) -> list[Text]:
 
     Raises:
       FileNotFoundError: where there is no such file.
-      OSError: where a hub data set cannot be had.
-      ValueError: for what is not JSON or has other fields, a data set without texts, or without `datasets`.
+      OSError: where a hub data set cannot be had, or the file is a directory or cannot be read.
+      ValueError: for what is not JSON or has other fields, a file that is damaged, a data set without texts, or
+        without `datasets`.
     """
     if source.startswith(HUB):
         texts = list(_read_hub(source.removeprefix(HUB)))
     else:
         path = pathlib.Path(source).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"The data file {path} does not exist: give a JSONL file, or {HUB}NAME[:SPLIT].")
-        try:
-            texts = list(_read_file(path))
-        except (lzma.LZMAError, UnicodeDecodeError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read as UTF-8 text ({error}).") from error
+        files.check_file(path, "The data file", f"give a JSONL file, or {HUB}NAME[:SPLIT]")
+        texts = [_parse(fields, where) for where, fields in files.read_json_lines(path)]
     if not texts:
         raise ValueError(f"{source} has no texts.")
     return texts

@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Iterable
 
 from specjax import atomic, spiece
-from specjax.text import Tokenizer, extra_tokens
+from specjax.rebuild import extra_tokens
+from specjax.text import Tokenizer
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 """The ids that every vocabulary in this layout begins with."""

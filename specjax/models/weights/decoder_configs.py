@@ -1,12 +1,15 @@
 """The `config.json` of each decoder-only family, as transformers 4 or 5 wrote it, to the fields of `DecoderConfig`.
 
-A parser raises ValueError for an option that the decoder does not compute, KeyError for a missing entry.
+A parser raises ValueError for an option that the decoder does not compute, KeyError for a missing entry, and whatever
+Python does for one of another kind; `naming_errors` makes sentences of these.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from specjax.models.config import LinearRopeScaling, Llama3RopeScaling
+from specjax.limits import check_flag, check_number, check_size
+from specjax.models.config import LIMITS, LinearRopeScaling, Llama3RopeScaling
 
 Raw = Mapping[str, Any]
 """The parsed file."""
@@ -22,6 +25,56 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+
+
+_SIZES = {
+    **dict.fromkeys(("vocab_size",), LIMITS["vocab_size"]),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), LIMITS["hidden_size"]),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff"), LIMITS["intermediate_size"]),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), LIMITS["num_layers"]),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "num_key_value_heads"), LIMITS["num_heads"]),
+    **dict.fromkeys(("head_dim", "d_kv", "rotary_dim"), LIMITS["head_dim"]),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "sliding_window"), LIMITS["max_position"]),
+    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), LIMITS["num_layers"]),
+    **dict.fromkeys(("relative_attention_num_buckets",), LIMITS["num_buckets"]),
+    **dict.fromkeys(("relative_attention_max_distance",), LIMITS["max_distance"]),
+}
+"""The entries that are whole numbers above zero, where a file has them, and the most that each may be."""
+
+_NUMBERS = ("rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_NUMBERS += ("rope_local_base_freq", "rms_norm_eps", "layer_norm_epsilon")
+
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window")
+_FLAGS += ("scale_attn_weights", "scale_decoder_outputs")
+
+
+@contextlib.contextmanager
+def naming_errors(raw: Raw) -> Iterator[None]:
+    """Checks the entries of a `config.json` before something is made of them, and names what is wrong with it.
+
+    Args:
+      raw: the parsed file.
+
+    Raises:
+      ValueError: for an entry that is missing, of another kind or out of range.
+    """
+    for name in _NUMBERS:
+        if raw.get(name) is not None:
+            check_number(name, raw[name], positive=not name.endswith(("eps", "epsilon")))
+    for name in _FLAGS:
+        if raw.get(name) is not None:
+            check_flag(name, raw[name])
+    for name, most in _SIZES.items():
+        if raw.get(name) is not None:
+            check_size(name, raw[name], high=most)
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"The model's config.json lacks {error.args[0]!r:.80}.") from None
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise ValueError(
+            f"The model's config.json has an entry of another kind than its family's ({error}): download it again."
+        ) from error
 
 
 def _activation(raw: Raw, name: str, default: str) -> str:

@@ -1,6 +1,7 @@
 """Reads GGUF, llama.cpp's file format: the shape of a model, its weights (dequantised), its tokenizer's metadata."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax import sharding
+from specjax import files, sharding
+from specjax.limits import check_number, check_size
 from specjax.models import families
-from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
+from specjax.models.config import LIMITS, DecoderConfig, LinearRopeScaling, Llama3RopeScaling
 from specjax.models.weights import mapping
 from specjax.types import Tree
 
@@ -21,6 +23,9 @@ TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K")
 """The tensor types that are dequantised."""
 
 MAGIC = b"GGUF"
+
+MAX_ENTRIES = 2**22
+"""The most entries that a file's metadata may have, those of arrays counted; Llama 3's has half a million."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -80,6 +85,31 @@ class File(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+@functools.cache
+def _reader() -> Any:
+    """gguf's reader, which takes a file's word for how long everything in it is, with bounds."""
+    from gguf import GGUFReader
+
+    class Bounded(GGUFReader):
+        """Reads nothing from behind the file's end, where there is nothing, without end."""
+
+        num_entries = 0
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+            if int(count) * np.dtype(dtype).itemsize > len(self.data) - int(offset):
+                raise ValueError("it ends too early")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+            # Each entry of an array becomes an array.
+            self.num_entries += 1
+            if self.num_entries > MAX_ENTRIES:
+                raise ValueError(f"its metadata has more than {MAX_ENTRIES} entries")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return Bounded
+
+
 def open_file(path: str | pathlib.Path) -> File:
     """Opens a GGUF file and checks that it is whole.
 
@@ -89,8 +119,6 @@ def open_file(path: str | pathlib.Path) -> File:
       FileNotFoundError: where there is no such file.
       ValueError: for another kind of file, or one that is truncated, broken or big-endian.
     """
-    from gguf import GGUFReader
-
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: give the path of a .gguf file.")
@@ -99,11 +127,15 @@ def open_file(path: str | pathlib.Path) -> File:
     if magic != MAGIC:
         raise ValueError(f"{path} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}.")
     try:
-        reader = GGUFReader(path)
+        reader = _reader()(path)
         # The reader lists the file's version and its counts as fields too.
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    except (ValueError, LookupError, ArithmeticError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or broken ({error}): download it again.") from error
+        if sum(tensor.n_bytes for tensor in reader.tensors) > path.stat().st_size:
+            raise ValueError("its tensors overlap")
+    except OSError:
+        raise
+    except Exception as error:  # Whatever numpy and the package make of damaged numbers.
+        raise ValueError(f"{path} is truncated or broken ({files.shorten(error)}): download it again.") from error
     if reader.byte_order == "S":  # `quants.dequantize` would read the bytes in this machine's order
         raise ValueError(f"{path} is big-endian: turn it with gguf-convert-endian, or download a little-endian file.")
     tensors = {
@@ -138,18 +170,44 @@ def _llama3_scaling(factors: np.ndarray, config: DecoderConfig) -> Llama3RopeSca
     Files do not hold the four numbers. The three that are not the factor are those of every Llama 3.1, 3.2 and 3.3;
     whether they explain the factors is checked.
     """
-    scaling = Llama3RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
     half = config.head_dim // 2
+    if factors.shape != (half,) or not np.isfinite(factors).all() or factors.min() <= 0:
+        raise ValueError(f"{_ROPE_FACTORS} is not {half} numbers above 0: download the file again.")
+    scaling = Llama3RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
     frequencies = config.rope_theta ** (-np.arange(half) / half)
     turns = scaling.original_max_position * frequencies / (2 * np.pi)
     keep = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
     expected = 1.0 / (keep + (1.0 - keep) / scaling.factor)
-    if factors.shape != (half,) or not np.allclose(factors, expected, rtol=1e-3):
+    if not np.allclose(factors, expected, rtol=1e-3):
         raise ValueError(
             f"{_ROPE_FACTORS} is not Llama 3's scaling by {scaling.factor:g} from {scaling.original_max_position} "
             "positions: specjax knows no other. Load the model's safetensors instead."
         )
     return scaling
+
+
+_SIZES = {
+    "attention.head_count": "num_heads",
+    "attention.head_count_kv": "num_kv_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "block_count": "num_layers",
+    "context_length": "max_position",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "rope.dimension_count": "head_dim",
+}
+"""The entries that are sizes, and the fields of the configuration whose bounds they have."""
+
+
+def _check_fields(fields: Mapping[str, Any], arch: str) -> None:
+    """Checks the entries that something is computed from, where the file has them."""
+    for name, field in _SIZES.items():
+        if (value := fields.get(f"{arch}.{name}")) is not None:
+            check_size(f"{arch}.{name}", value, high=LIMITS[field])
+    for name in ("rope.freq_base", "rope.scaling.factor", "attention.layer_norm_rms_epsilon"):
+        if (value := fields.get(f"{arch}.{name}")) is not None:
+            check_number(f"{arch}.{name}", value, positive=not name.endswith("epsilon"))
 
 
 def parse_config(fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], dtype: str) -> DecoderConfig:
@@ -166,9 +224,10 @@ def parse_config(fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...
     arch = fields.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise ValueError(
-            f"GGUF architecture {arch!r} is not supported: specjax loads {', '.join(ARCHITECTURES)} (Mistral and "
+            f"GGUF architecture {arch!r:.80} is not supported: specjax loads {', '.join(ARCHITECTURES)} (Mistral and "
             "SmolLM2 are stored as llama)."
         )
+    _check_fields(fields, arch)
     try:
         heads, hidden = fields[f"{arch}.attention.head_count"], fields[f"{arch}.embedding_length"]
         head_dim = fields.get(f"{arch}.attention.key_length") or hidden // heads
@@ -178,7 +237,7 @@ def parse_config(fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...
         if experts := fields.get(f"{arch}.expert_count", 0):
             raise ValueError(f"{arch}.expert_count={experts}: specjax knows no mixtures of experts.")
         return DecoderConfig(
-            vocab_size=tensors["token_embd.weight"][0],
+            vocab_size=next(iter(tensors["token_embd.weight"]), 0),
             hidden_size=hidden,
             intermediate_size=fields[f"{arch}.feed_forward_length"],
             num_layers=fields[f"{arch}.block_count"],
@@ -240,7 +299,8 @@ def load(
     """
     file = source if isinstance(source, File) else open_file(source)
     by_name = dict(file.tensors)
-    config = parse_config(file.fields, {name: tensor.shape for name, tensor in by_name.items()}, dtype)
+    with files.naming(file.path):
+        config = parse_config(file.fields, {name: tensor.shape for name, tensor in by_name.items()}, dtype)
     if _ROPE_FACTORS in by_name:
         scaling = _llama3_scaling(dequantize(by_name.pop(_ROPE_FACTORS)), config)
         config = dataclasses.replace(config, rope_scaling=scaling)

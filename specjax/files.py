@@ -1,0 +1,216 @@
+"""Readers of users' files: JSON, and lines of text or JSON, packed by xz or not.
+
+They take no more memory than a file's size justifies, and say of every other file, in one sentence, what it is and what
+to do.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import lzma
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+MAX_LINE = 2**24
+"""The longest line that is read, in characters."""
+
+MAX_JSON = 2**28
+"""The largest file that is read as one JSON object, in bytes."""
+
+MAX_RATIO = 1000
+"""How many times its size a packed file may unpack to; text gives 3 to 10, and repetitive logs some hundred."""
+
+_FREE = 2**26  # bytes that any packed file may unpack to
+_MEMORY = 2**29  # bytes that unpacking may take; `xz -9` needs 65 MiB
+_BLOCK = 2**18
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of an .xz file, whose size is bounded while it is read."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file = path.open("rb")
+        self._most = _FREE + MAX_RATIO * path.stat().st_size
+        self._path, self._size, self._rest = path, 0, b""
+        self._decompressor: lzma.LZMADecompressor | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _next_stream(self) -> bool:
+        """Begins the next of the streams that a file may hold, zeros between them; False where there is none."""
+        rest = b"" if self._decompressor is None else self._decompressor.unused_data.lstrip(b"\0")
+        while not rest and (block := self._file.read(_BLOCK)):
+            rest = block.lstrip(b"\0")
+        if not rest and self._decompressor is not None:
+            return False
+        self._rest, self._decompressor = rest, lzma.LZMADecompressor(memlimit=_MEMORY)
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if (self._decompressor is None or self._decompressor.eof) and not self._next_stream():
+                return 0
+            assert self._decompressor is not None
+            block, self._rest = self._rest, b""
+            if not block and self._decompressor.needs_input and not (block := self._file.read(_BLOCK)):
+                raise EOFError("it ends too early")
+            found = self._decompressor.decompress(block, len(buffer))
+            buffer[: len(found)] = found
+            self._size += len(found)
+            if self._size > self._most:
+                raise ValueError(
+                    f"{self._path} unpacks to more than {MAX_RATIO} times its size: unpack it first if it is meant."
+                )
+            if found:
+                return len(found)
+
+
+def check_file(path: pathlib.Path, what: str, remedy: str) -> None:
+    """Checks that a path is a file.
+
+    Args:
+      path: the path.
+      what: what to call it, as in "The data file".
+      remedy: what to give in its place, as in "give a JSONL file".
+
+    Raises:
+      FileNotFoundError: where there is nothing.
+      IsADirectoryError: for a directory.
+      OSError: for a device, a pipe or a socket, which need not end.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{what} {path} does not exist: {remedy}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{what} {path} is a directory: {remedy}.")
+    if not path.is_file():
+        raise OSError(f"{what} {path} is a device or a pipe: {remedy}.")
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Puts the name of a file before what a ValueError says of its content."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def shorten(error: BaseException) -> str:
+    """What an error says, or else its name, in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def listed(names: Iterable[object]) -> str:
+    """The first few of some names that a file gives, as an error shows them."""
+    first = list(itertools.islice(names, 9))
+    shown = [text if len(text := repr(name)) <= 40 else f"{text[:40]}..." for name in first[:8]]
+    return ", ".join([*shown, "..."] if len(first) > 8 else shown) or "nothing"
+
+
+def read_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file with their numbers, from 1; one that ends in `.xz` is unpacked.
+
+    A byte order mark at the beginning is left out.
+
+    Args:
+      path: a file, as `check_file` makes sure.
+
+    Raises:
+      OSError: where it cannot be read.
+      ValueError: for a file that is damaged or not UTF-8, a line longer than `MAX_LINE`, or a packed file that unpacks
+        to more than `MAX_RATIO` times its size.
+    """
+    raw: io.RawIOBase = _Unpacked(path) if path.suffix == ".xz" else io.FileIO(path)
+    number = 0
+    try:
+        with io.TextIOWrapper(io.BufferedReader(raw, _BLOCK), encoding="utf-8-sig") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"{path}, line {number}, is longer than {MAX_LINE} characters: split it.")
+                yield number, line
+    except lzma.LZMAError as error:
+        raise ValueError(f"{path} cannot be read as an .xz file ({error}): copy or pack it again.") from error
+    except EOFError as error:
+        raise ValueError(f"{path} cannot be read to its end ({error}): copy or pack it again.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} cannot be read as UTF-8 text ({error.reason} after line {number}): save it as UTF-8."
+        ) from error
+
+
+def parse_json(text: str, what: str, remedy: str) -> Any:
+    """A JSON value, whose texts can be encoded.
+
+    Args:
+      text: JSON.
+      what: what to call it in an error, as in "FILE, line 3,".
+      remedy: what to do about an error, as in "write one object a line".
+
+    Raises:
+      ValueError: for what is not JSON, is nested too deeply, or has half of a surrogate pair in a text.
+    """
+    try:
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is not JSON ({error.msg}): {remedy}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{what} is not JSON (brackets are nested too deeply): {remedy}.") from error
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise ValueError(
+            f"{what} has \\u{code:04x}, half of a surrogate pair, which is no character: remove it."
+        ) from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{what} is not JSON ({error}): {remedy}.") from error
+    return value
+
+
+def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """The values of a JSONL file, and where each stands, as in "FILE, line 3,"; empty lines are skipped.
+
+    Args:
+      path: a file, as `check_file` makes sure; one that ends in `.xz` is unpacked.
+
+    Raises:
+      OSError: where it cannot be read.
+      ValueError: as `read_lines` and `parse_json`.
+    """
+    for number, line in read_lines(path):
+        if line.strip():
+            where = f"{path}, line {number},"
+            yield where, parse_json(line, where, "write one object a line")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object that is a file of its own.
+
+    Raises:
+      FileNotFoundError: where there is no such file.
+      OSError: where it cannot be read.
+      ValueError: where it holds no JSON object, or more than `MAX_JSON` bytes.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the directory is incomplete, copy or download it again.")
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{path} has {size} bytes, and at most {MAX_JSON} are read: copy or download it again.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error.reason}): copy or download it again.") from error
+    value = parse_json(text, str(path), "copy or download it again")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: copy or download it again.")
+    return value

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.data = ""  # task=summaries: a FILE, whose first pairs are the examples.
     config.num_shots = 1  # Examples that stand before each input.
     config.template = "Text: {input}\nSummary: {target}"  # Of an example.
-    config.execute = False  # task=humaneval: run the programs that the model writes, in processes with limits.
+    config.execute = "False"  # task=humaneval: run the programs that the model writes? True: in isolation. Or unsafe.
     config.seconds = 3.0  # What a program may take ...
     config.memory_gb = 4.0  # ... of both.
 

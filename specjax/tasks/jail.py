@@ -41,7 +41,10 @@ def _readable() -> list[str]:
 
 
 def bubblewrap(command: Sequence[str]) -> list[str]:
-    """By bubblewrap (https://github.com/containers/bubblewrap), where it is installed."""
+    """By bubblewrap (https://github.com/containers/bubblewrap), where it is installed.
+
+    It has no bound on the number of empty files in the folder: they end with the program's time.
+    """
     found = shutil.which("bwrap")
     if found is None:
         raise OSError("bwrap is not installed")

@@ -78,7 +78,7 @@ _ENVIRONMENT = {"PATH": os.defpath} | {
 }
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
+def _kill(process: subprocess.Popen) -> None:
     """Ends a process; a jail ends with its first one, and without a jail its group does."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -123,9 +123,7 @@ def _pair(way: jail.Way) -> Iterator[tuple[int, int]]:
         stack.enter_context(_started(way, "program", [], folder, stdin=asked, stdout=answered))
         ends = asks.fileno(), answers.fileno()
         arguments = [str(end) for end in ends]
-        stack.enter_context(
-            _started(way, "tester", arguments, folder, stdin=task, stdout=verdicts, pass_fds=ends)
-        )
+        stack.enter_context(_started(way, "tester", arguments, folder, stdin=task, stdout=verdicts, pass_fds=ends))
         # Each side sees when the other has ended.
         for end in (asked, asks, answers, answered, task, verdicts):
             end.close()

@@ -15,14 +15,14 @@ _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 
 # No second process or thread, no namespaces, no memory that RLIMIT_AS does not count, no way into other processes, and
 # none of the kernel's large and seldom used doors.
-_REFUSED = """
-fork vfork clone clone3
-unshare setns mount umount2 pivot_root chroot fsopen fsconfig fsmount fspick open_tree move_mount mount_setattr
-shmget msgget semget mq_open memfd_create memfd_secret
-ptrace process_vm_readv process_vm_writev process_madvise pidfd_open pidfd_getfd kcmp
-bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register io_setup fanotify_init inotify_init1
-keyctl add_key request_key init_module finit_module delete_module kexec_load kexec_file_load
-""".split()
+_REFUSED = (
+    "fork vfork clone clone3 "
+    "unshare setns mount umount2 pivot_root chroot fsopen fsconfig fsmount fspick open_tree move_mount mount_setattr "
+    "shmget msgget semget mq_open memfd_create memfd_secret "
+    "ptrace process_vm_readv process_vm_writev process_madvise pidfd_open pidfd_getfd kcmp "
+    "bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register io_setup fanotify_init inotify_init1 "
+    "keyctl add_key request_key init_module finit_module delete_module kexec_load kexec_file_load "
+)
 
 
 def confine(seconds: float, memory: int) -> None:
@@ -71,7 +71,7 @@ def _refuse_system_calls() -> None:
     library = ctypes.CDLL("libseccomp.so.2")
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_ALLOW)))
-    for name in _REFUSED:
+    for name in _REFUSED.split():
         number = library.seccomp_syscall_resolve_name(name.encode())
         if number != -1:  # An old library does not know new calls.
             action = ctypes.c_uint32(_ERRNO | errno.EPERM)

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -111,7 +111,7 @@ def _wait(number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) & 0xFF
 
 
-def main() -> int:
+def main() -> int | NoReturn:
     """Runs the command as the second process of its namespaces; the first, this program, ends with it."""
     spec, command = json.loads(sys.argv[1]), sys.argv[2:]
     _check(_LIBC.prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0), "prctl")
@@ -124,7 +124,7 @@ def main() -> int:
     if second:
         return _wait(second)
     # The capabilities of the namespaces end here, but for root's, which gives up root before it runs any program.
-    os.execv(command[0], command)
+    return os.execv(command[0], command)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ _REFUSED = (
     "unshare setns mount umount2 pivot_root chroot fsopen fsconfig fsmount fspick open_tree move_mount mount_setattr "
     "shmget msgget semget mq_open memfd_create memfd_secret "
     "ptrace process_vm_readv process_vm_writev process_madvise pidfd_open pidfd_getfd kcmp "
-    "bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register io_setup fanotify_init inotify_init1 "
-    "keyctl add_key request_key init_module finit_module delete_module kexec_load kexec_file_load "
+    "bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register io_setup "
+    "fanotify_init inotify_init1 keyctl add_key request_key init_module finit_module delete_module "
+    "kexec_load kexec_file_load "
 )
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -111,7 +111,7 @@ def _wait(number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) & 0xFF
 
 
-def main() -> int | NoReturn:
+def main() -> int:
     """Runs the command as the second process of its namespaces; the first, this program, ends with it."""
     spec, command = json.loads(sys.argv[1]), sys.argv[2:]
     _check(_LIBC.prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0), "prctl")

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 from helpers import WORDS, save_tiny_decoder
+from jax.sharding import AbstractMesh
 
-from specjax import distributed, launch
+from specjax import distributed, launch, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -111,6 +112,20 @@ def test_help_names_the_variables(capfd):
     said = capfd.readouterr().out
     for name in ("JAX_COORDINATOR_ADDRESS=HOST:PORT", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SPECJAX_JOIN_TIMEOUT"):
         assert name in said
+
+
+def test_what_does_not_divide_is_kept_whole_by_a_flag(tmp_path, capfd):
+    mesh = AbstractMesh((1, 2, 1), ("data", "model", "width"))
+    with pytest.raises(ValueError, match=r"--config\.mesh_whole=kv_heads"):
+        sharding.named_sharding(mesh, (3, 8), ("kv_heads", "head_dim"))
+    rules = sharding.with_whole(" kv_heads,vocab")
+    assert sharding.named_sharding(mesh, (3, 8), ("kv_heads", "head_dim"), rules).spec == (None, None)
+    assert sharding.named_sharding(mesh, (3, 8), ("embed", "mlp"), rules).spec == (None, "model")
+    assert sharding.with_whole("") == sharding.RULES
+    config = f"--config={ROOT / 'configs' / 'compare.py'}"
+    data = [f"--config.data={ROOT / 'LICENSE'}", f"--workdir={tmp_path}", "--nocompilation_cache"]
+    assert launch.main(["launch", config, *data, "--config.mesh_whole=heads"]) == 1
+    assert "config.mesh_whole='heads': 'heads' is not split" in capfd.readouterr().err
 
 
 def test_one_process_agrees_with_itself(tmp_path):

@@ -195,13 +195,14 @@ def device_name() -> str:
 
 
 def check_draft(config: Config) -> None:
-    """Refuses what a draft model cannot be told.
+    """Refuses what a draft model, or the mesh, cannot be told.
 
     Raises:
       ValueError: naming the key, its value and the remedy.
     """
     if not 0 <= config.min_confidence <= 1:
         raise ValueError(f"config.min_confidence={config.min_confidence}: a probability, from 0 (off) to 1.")
+    sharding.with_whole(config.mesh_whole)
     if config.drafter != "model" and (config.draft_int8 or config.min_confidence):
         raise ValueError(
             f"config.draft_int8={config.draft_int8}, config.min_confidence={config.min_confidence}: only a draft model "
@@ -220,14 +221,16 @@ def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafte
     if config.mesh_data * config.mesh_model > 1:
         mesh = sharding.make_mesh(data=config.mesh_data, model=config.mesh_model)
 
-    def read(source: str, rules: sharding.Rules = sharding.RULES, int8: bool = False) -> Pretrained:
+    target_rules = sharding.with_whole(config.mesh_whole)
+
+    def read(source: str, rules: sharding.Rules = target_rules, int8: bool = False) -> Pretrained:
         with view.status(f"Loading {source} (the first time, this downloads it)"):
             loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh, rules=rules, int8=int8)
             jax.block_until_ready(loaded.params)
         return loaded
 
     target = read(config.target)
-    draft_rules = sharding.REPLICATED if config.draft_sharding == "replicated" else sharding.RULES
+    draft_rules = sharding.REPLICATED if config.draft_sharding == "replicated" else target_rules
     if target.tokenizer is None:
         raise ValueError(f"The target {config.target} has no tokenizer: save one beside it (tokenizer.json).")
     if config.drafter == "model":

@@ -105,7 +105,9 @@ def test_a_grid_is_run_once_gathered_and_continued(sweep, tmp_path, capfd):
 def test_no_point_of_the_plot_is_clipped(speedups):
     found = runpy.run_path(str(SWEEP))
     axes = [("config.k", ["2", "4"])]
-    rows = [{"flags": {"config.k": k}, "measured_speedup": x} for k, x in zip(axes[0][1], speedups, strict=True)]
+    same = {"draft": "", "temperature": 0.0, "num_draft_tokens": 2, "batch_size": 1}
+    pairs = zip(axes[0][1], speedups, strict=True)
+    rows = [same | {"flags": {"config.k": k}, "measured_speedup": x} for k, x in pairs]
     figure = found["plot"](axes, rows)
     figure.canvas.draw()
     (panel,) = figure.axes

@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
     config.fixed_shape = False
     config.mesh_data = 1  # Devices to split the batch over ...
     config.mesh_model = 1  # ... and the matrices.
+    config.mesh_whole = ""  # What does not divide over them, such as kv_heads: every device holds all of it.
     config.draft_sharding = "split"  # Or replicated: every device has all of the draft.
 
     config.repeats = 3  # Each side decodes each batch so often; medians count.

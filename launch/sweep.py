@@ -242,7 +242,9 @@ def plot(axes: Sequence[tuple[str, list[str]]], rows: Sequence[Row]) -> Figure:
     panel.set_xticks(range(len(values)), values)
     panel.set_xlabel(first.removeprefix("config."))
     panel.set_ylabel("speedup over plain decoding")
-    panel.set_ylim(bottom=0)
+    # Whole markers, also the highest and those at the edges.
+    panel.set_ylim(0, 1.08 * max(1.0, *(row["measured_speedup"] for row in rows)))
+    panel.margins(x=0.05)
     panel.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         panel.legend(frameon=False, fontsize=7)
@@ -255,12 +257,17 @@ def gather(
     directory: pathlib.Path,
     record: Record,
     failed: dict[str, str],
-) -> None:
-    """Writes the table of all cells so far, their rows, and the plot."""
+) -> str:
+    """Writes the table of all cells so far, their rows, and the plot.
+
+    Returns:
+      the table.
+    """
     rows = [row for cell in cells if cell.name in record.finished for row in rows_of(cell, directory)]
     atomic.write(directory / "results.json", results.to_json(rows))
     parts = [f"# {directory.name}", f"`specjax.launch {shlex.join(record.common)}`"]
-    parts.append(table(cells, rows, record.finished, failed))
+    found = table(cells, rows, record.finished, failed)
+    parts.append(found)
     parts += [f"- **{name} FAILED**: {why}" for name, why in failed.items()]
     if rows:
         plot(axes, rows).savefig(directory / "speedup.png", dpi=130)
@@ -268,6 +275,86 @@ def gather(
     seconds = sum(record.finished[cell.name] for cell in cells if cell.name in record.finished)
     parts.append(f"The finished cells took {seconds / 60:.1f} min.")
     atomic.write(directory / "summary.md", "\n\n".join(parts) + "\n")
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Such as 42 s, 3.5 min, 2.1 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def progress(taken: Sequence[float], elapsed: float, left: int) -> str:
+    """How long a sweep has run, and about how long it still will.
+
+    Args:
+      taken: seconds of the finished cells.
+      elapsed: seconds since this command began.
+      left: cells that are not run yet, this one included.
+    """
+    text = f"{duration(elapsed)} elapsed"
+    if taken:
+        text += f", about {duration(left * sum(taken) / len(taken))} remaining"
+    return text
+
+
+def outcome_of(row: Row) -> str:
+    """What a finished cell came to."""
+    return ", ".join(
+        f"{name} {COLUMNS[key].format(row[key])}"
+        for key, name in (("measured_speedup", "speedup"), ("acceptance_rate", "acceptance"))
+        if row.get(key) is not None
+    )
+
+
+def run_all(
+    axes: Sequence[tuple[str, list[str]]],
+    cells: Sequence[Cell],
+    common: Sequence[str],
+    directory: pathlib.Path,
+    record: Record,
+) -> int:
+    """Runs the cells that are not finished, and says how far it is.
+
+    Returns:
+      the exit code, see `main`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    start = time.monotonic()
+    for number, cell in enumerate(cells, start=1):
+        title = f"[{number} of {len(cells)}] {cell.name}"
+        if cell.name in record.finished:
+            print(f"{title}: finished before", flush=True)
+            continue
+        left = sum(other.name not in record.finished for other in cells[number - 1 :])
+        taken = [record.finished[other.name] for other in cells if other.name in record.finished]
+        print(f"{title} ... ({progress(taken, time.monotonic() - start, left)})", flush=True)
+        begin, workdir = time.monotonic(), directory / "cells" / cell.name
+        try:
+            code = run_cell(command(common, cell, directory), workdir)
+        except KeyboardInterrupt:
+            code = 130
+        seconds = time.monotonic() - begin
+        if code == 130:
+            gather(axes, cells, directory, record, failed)
+            done = f"{len(record.finished)} of {len(cells)} cells are finished in {directory}"
+            print(f"\nInterrupted: {done}; the same command continues.", file=sys.stderr)
+            return 130
+        if code:
+            failed[cell.name] = f"exit code {code}: {last_line(workdir / 'log.txt')}"
+            print(f"{title} FAILED after {duration(seconds)}, {failed[cell.name]}", file=sys.stderr, flush=True)
+        else:
+            record.add(cell, seconds)
+            found = "; ".join(filter(None, map(outcome_of, rows_of(cell, directory))))
+            print(f"{title}: {duration(seconds)}{f'; {found}' if found else ''}", flush=True)
+        gather(axes, cells, directory, record, failed)
+    print(f"\n{gather(axes, cells, directory, record, failed)}\n")
+    print(f"summary.md, results.json and the cells are in {directory}.")
+    if failed:
+        print(f"error: {len(failed)} of {len(cells)} cells failed: {', '.join(failed)}.", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def read_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -313,35 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (launch.UsageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    directory.mkdir(parents=True, exist_ok=True)
-    failed: dict[str, str] = {}
-    for number, cell in enumerate(cells, start=1):
-        title = f"[{number} of {len(cells)}] {cell.name}"
-        if cell.name in record.finished:
-            print(f"{title}: finished before", flush=True)
-            continue
-        print(f"{title} ...", flush=True)
-        begin, workdir = time.monotonic(), directory / "cells" / cell.name
-        try:
-            code = run_cell(command(common, cell, directory), workdir)
-        except KeyboardInterrupt:
-            code = 130
-        if code == 130:
-            gather(axes, cells, directory, record, failed)
-            done = f"{len(record.finished)} of {len(cells)} cells are finished in {directory}"
-            print(f"\nInterrupted: {done}; the same command continues.", file=sys.stderr)
-            return 130
-        if code:
-            failed[cell.name] = f"exit code {code}: {last_line(workdir / 'log.txt')}"
-            print(f"{title} FAILED, {failed[cell.name]}", file=sys.stderr, flush=True)
-        else:
-            record.add(cell, time.monotonic() - begin)
-        gather(axes, cells, directory, record, failed)
-    gather(axes, cells, directory, record, failed)
-    print(f"summary.md, results.json and the cells are in {directory}.")
-    if failed:
-        print(f"error: {len(failed)} of {len(cells)} cells failed: {', '.join(failed)}.", file=sys.stderr)
-    return 1 if failed else 0
+    return run_all(axes, cells, common, directory, record)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,25 @@
 # Creates a TPU VM slice, installs specjax on all of its hosts, runs one experiment on it, fetches the results and
 # deletes the slice, also where a step fails or Ctrl-C ends it. What follows -- are the flags of specjax.launch.
 #
-#   launch/tpu_vm.sh --name=spec --zone=us-east5-b --type=v6e-8 --out=runs/xsum -- \
+#   launch/tpu_vm.sh --name=spec --zone=us-east5-b --type=v6e-8 --out=runs/xsum --data=xsum.test.jsonl -- \
 #     --config=configs/chinchilla/xsum.py --config.data=xsum.test.jsonl --config.mesh_model=8
 #
 #   --name=NAME          of the slice
 #   --zone=ZONE          where
-#   --type=TYPE          accelerator type, such as v6e-8; several hosts (v5e-16 ...) run together
+#   --type=TYPE          accelerator type as gcloud has it: v6e-8 and v5litepod-16 count chips, v5p-8 and v4-8 cores;
+#                        the hosts of a large slice run together
 #   --out=DIR            where the results go on this machine
 #   --project=PROJECT    the Google Cloud project; gcloud's own by default
-#   --version=VERSION    runtime version, v2-alpha-tpuv6e by default
-#   --data=FILE          is copied to every host, into the directory in which the run starts; may be repeated
+#   --version=VERSION    runtime version, by default that of the type: v2-alpha-tpuv6e, v2-alpha-tpuv5-lite,
+#                        v2-alpha-tpuv5 (v5p) or tpu-ubuntu2204-base (v4 and older)
+#   --data=FILE          is copied to every host, into the directory in which the run starts; may be repeated. The run
+#                        names it without its directories: --data=texts/a.jsonl, --config.data=a.jsonl
 #   --spot               spot capacity, which may be taken away at any time
 #   --keep               leave the slice as it is; the same command uses it again
 #   --dry-run            print every command, and run none
 #
-# What DIR holds of an earlier run is sent to the slice first, so that the same command goes on with it.
+# Flags and files are checked before anything is rented, those of the run too where python has specjax. What DIR holds
+# of an earlier run is sent to the slice first, so that the same command goes on with it.
 set -euo pipefail
 
 die() {
@@ -24,7 +28,7 @@ die() {
   exit 2
 }
 
-name='' zone='' type='' out='' project='' version=v2-alpha-tpuv6e
+name='' zone='' type='' out='' project='' version=''
 data=() spot=() keep=0 dry=0
 while (($#)); do
   case $1 in
@@ -58,9 +62,74 @@ for flag in "$@"; do
   [[ $flag != --workdir* ]] || die "$flag: --out says where the results go"
 done
 root=$(cd "$(dirname "$0")/.." && pwd)
+
+case $type in
+  v5e-*) die "--type=$type: gcloud calls it v5litepod-${type#*-}" ;;
+  v6e-* | v5litepod-* | v5p-* | v4-* | v3-* | v2-*)
+    [[ ${type#*-} =~ ^[1-9][0-9]*$ ]] || die "--type=$type: behind the - is a number, as in v6e-8"
+    ;;
+  *) die "--type=$type: give one of v6e-N, v5litepod-N, v5p-N, v4-N, v3-N and v2-N, such as v6e-8" ;;
+esac
+if [[ -z $version ]]; then
+  case $type in
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    *) version=tpu-ubuntu2204-base ;;
+  esac
+fi
+[[ $name =~ ^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$ ]] ||
+  die "--name=$name: lower-case letters, digits and -, at most 63; a letter first, no - at the end"
+[[ ! -e $out || -d $out ]] || die "--out=$out: a file, not a directory"
+copied=()
 for file in ${data[@]+"${data[@]}"}; do
   [[ -f $file ]] || die "--data=$file: there is no such file"
+  [[ -s $file && -r $file ]] || die "--data=$file: empty, or not readable"
+  for other in ${copied[@]+"${copied[@]}"}; do
+    [[ $other != "$(basename "$file")" ]] || die "--data=$file: two files would be called $other on the hosts"
+  done
+  copied+=("$(basename "$file")")
 done
+# What the run reads has to be on the hosts.
+for flag in "$@"; do
+  value=${flag#*=}
+  case $flag in
+    --config=*)
+      [[ $value != /* && -f $root/${value%%:*} ]] ||
+        die "$flag: not a file of $root, which alone is copied to the hosts"
+      ;;
+    --config.data=?* | --config.valid=?*)
+      # configs/plan.py has a number there.
+      [[ ! $value =~ ^[0-9]+$ ]] || continue
+      found=0
+      for other in ${copied[@]+"${copied[@]}"}; do
+        [[ $value != "$other" ]] || found=1
+      done
+      [[ $value != /* && -f $root/$value ]] && found=1
+      if ((!found)) && [[ -f $value ]]; then
+        key=${flag%%=*}
+        die "$flag: is not sent: give --data=$value before --, and $key=$(basename "$value") behind it"
+      fi
+      ((found)) || die "$flag: no file of that name is sent: give it by --data=FILE"
+      ;;
+  esac
+done
+# The names and types of the run's keys; without the packages of specjax here, the run itself says so.
+for python in python3 "$root/.venv/bin/python"; do
+  if "$python" -c 'import absl, ml_collections' 2>/dev/null; then
+    said=$(cd "$root" && "$python" - "$@" 2>&1 <<'END'
+import sys
+from specjax import launch
+try:
+    launch.parse(["launch", *sys.argv[1:]])
+except launch.UsageError as error:
+    sys.exit(str(error))
+END
+    ) || die "$said"
+    break
+  fi
+done
+((dry)) || command -v gcloud >/dev/null || die "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
 where=(--zone="$zone" ${project:+--project="$project"})
 
 # Shown as it could be typed.

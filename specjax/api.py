@@ -16,7 +16,7 @@ from specjax.drafters import contract
 from specjax.pretrained import Pretrained
 from specjax.text import Tokenizer
 from specjax.types import Automaton, DecodeState, Drafter, Inputs, Params
-from specjax.verify import Rule, is_replaced_at_zero
+from specjax.verify import Rule, replaced_at_zero
 from specjax.verify import parse as parse_rule
 
 
@@ -190,12 +190,8 @@ def prepare(
     if verify.name == "greedy" and bool(jnp.any(options.temperature > 0)):
         temperature = sampling_options["temperature"]
         raise ValueError(f"verify=greedy decodes at temperature 0, not {temperature}: choose verify.rejection.")
-    if is_replaced_at_zero(verify) and bool(jnp.any(options.temperature == 0)):
-        warnings.warn(
-            f"verify={verify.name} has no at_zero: at temperature 0, greedy judges in its place. Give the rule an "
-            "at_zero, or raise the temperature.",
-            stacklevel=3,
-        )
+    if (replaced := replaced_at_zero(verify)) and bool(jnp.any(options.temperature == 0)):
+        warnings.warn(replaced, stacklevel=3)
     if not verify.exact:
         warnings.warn(f"verify={verify.name} is not exact: the text is not distributed as the target's.", stacklevel=3)
     if num_return_sequences < 1:

@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import api, decode, distributed
-from specjax.drafters.bounds import check_num_draft_tokens
 from specjax.drafters.model import match_vocab
+from specjax.limits import check_num_draft_tokens
 from specjax.models import bits
 from specjax.pretrained import Pretrained
 from specjax.types import Inputs, Model, Params, Tree

@@ -7,7 +7,6 @@ loop with the drafter `none` (K = 0).
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -125,7 +124,7 @@ def _budgets(max_new_tokens: Any, rows: int) -> np.ndarray:
     if len(budgets) != rows:
         raise ValueError(f"{len(budgets)} values of max_new_tokens for {rows} rows: give one, or one a row.")
     for budget in budgets:
-        if not isinstance(budget, Integral):
+        if not isinstance(budget, int | np.integer):
             raise TypeError(f"max_new_tokens={budget!r}: give a whole number, or one a row.")
         if not 0 <= budget <= MAX_NEW_TOKENS:
             raise ValueError(f"max_new_tokens={budget} is outside [0, {MAX_NEW_TOKENS}].")
@@ -195,15 +194,15 @@ def spread_seeds(seed: Any, count: int) -> list[int]:
     """
     seeds = list(seed) if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str) else [seed]
     for one in seeds:
-        if not isinstance(one, Integral):
+        if not isinstance(one, int | np.integer):
             raise TypeError(f"seed={one!r}: give a whole number, or one for each of {count} sequences.")
-    if isinstance(seed, Integral):
+    if isinstance(seed, int | np.integer):
         seeds = [int(seed) + i for i in range(count)]
     if len(seeds) != count:
         raise ValueError(f"{len(seeds)} seeds for {count} sequences: give one, or one for each.")
-    for one in (seeds[0], seeds[-1], *seeds):
+    for one in map(int, seeds):
         if not 0 <= one < 2**32:
-            last = " (sequence i uses seed + i)" if isinstance(seed, Integral) and count > 1 else ""
+            last = " (sequence i uses seed + i)" if isinstance(seed, int | np.integer) and count > 1 else ""
             raise ValueError(f"seed={one} is outside [0, 2^32){last}: choose another.")
     return [int(one) for one in seeds]
 

@@ -1,11 +1,19 @@
 """Several processes that run one program, each with some of the devices: what they have to agree on."""
 
+import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
+import re
+import socket
+import sys
 import tempfile
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,26 +23,133 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 _SHARED = (".json", ".jsonl")
 """Files of a workdir by which a run goes on."""
 
+_ADDRESS, _NUMBER, _PLACE = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_TIMEOUT = "SPECJAX_JOIN_TIMEOUT"
+_REMEDY = f"set {_ADDRESS}=HOST:PORT, {_NUMBER} and {_PLACE}, or leave --distributed out."
 
-def initialize() -> None:
-    """Joins the processes of this program, before anything else uses JAX.
+_WAIT = 300.0
+"""Seconds that the other processes may take to come."""
 
-    Cloud TPU, SLURM and Open MPI tell JAX who they are; elsewhere JAX_COORDINATOR_ADDRESS (HOST:PORT of the first
-    process), JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+_PAUSE = 10.0
+"""Seconds between two lines that say whom a process waits for."""
+
+
+class _Process(NamedTuple):
+    """What a process is told of the others; None where the cluster knows.
+
+    Attributes:
+      address: HOST:PORT of the first process.
+      number: of processes.
+      place: of this one.
+    """
+
+    address: str | None
+    number: int | None
+    place: int | None
+
+
+def _read(name: str, kind: Callable[[str], Any]) -> Any:
+    """The value of a variable, None where it is not set.
 
     Raises:
-      ValueError: where nothing says so.
+      ValueError: naming it.
     """
-    told = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+    value = os.environ.get(name)
     try:
-        number, place = (None if value is None else int(value) for value in told.values())
-        # The address JAX reads by itself.
-        jax.distributed.initialize(num_processes=number, process_id=place)
+        return kind(value) if value else None
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} is not a number: {_REMEDY}") from error
+
+
+def _told() -> _Process:
+    """What the environment says.
+
+    Raises:
+      ValueError: where that cannot be.
+    """
+    address, number, place = _read(_ADDRESS, str), _read(_NUMBER, int), _read(_PLACE, int)
+    if address is not None and not re.fullmatch(r".+:\d+", address):
+        raise ValueError(f"{_ADDRESS}={address!r} is not HOST:PORT: {_REMEDY}")
+    if number is not None and number < 1:
+        raise ValueError(f"{_NUMBER}={number}: at least 1.")
+    if number is not None and place is not None and not 0 <= place < number:
+        raise ValueError(f"{_PLACE}={place} with {_NUMBER}={number}: the first is 0, the last {number - 1}.")
+    return _Process(address, number, place)
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 2).close()
+    except OSError:
+        return False
+    return True
+
+
+def _missing(process: _Process) -> str:
+    """Whom a process waits for."""
+    if process.address is None:
+        return "the other hosts that the cluster names"
+    if process.place and not _answers(process.address):
+        return f"process 0, which does not answer at {process.address}"
+    others = [i for i in range(process.number or 0) if i != process.place]
+    if not others:
+        return "the others"
+    named = f"process{'es' if len(others) > 1 else ''} {', '.join(map(str, others[:8]))}"
+    named += ", ..." if len(others) > 8 else ""
+    return f"{named} to come to {process.address}" + (", of which one at least is missing" if len(others) > 1 else "")
+
+
+@contextlib.contextmanager
+def _announced(process: _Process, seconds: float) -> Iterator[None]:
+    """Says whom the block waits for, and ends this process with an error where it takes longer than that."""
+    joined, begin = threading.Event(), time.monotonic()
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def watch() -> None:
+        own = "This process" if process.place is None else f"Process {process.place} of {process.number}"
+        while not joined.wait(min(_PAUSE, max(begin + seconds - time.monotonic(), 0))):
+            taken = time.monotonic() - begin
+            if taken >= seconds:
+                say(
+                    f"error: {own} waited {taken:.0f} s for {_missing(process)}: start every process with the same "
+                    f"command, {_ADDRESS} and {_NUMBER}, and its own {_PLACE}; {_TIMEOUT} says how long to wait."
+                )
+                # JAX cannot be interrupted there, and would end the process with a dump of its stack.
+                os._exit(1)
+            say(f"{own} waits for {_missing(process)} ({taken:.0f} of {seconds:.0f} s) ...")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        joined.set()
+        watcher.join()
+
+
+def initialize() -> None:
+    """Joins the processes of this program, before anything else uses JAX, and says whom it waits for.
+
+    Cloud TPU, SLURM and Open MPI tell JAX who they are; elsewhere JAX_COORDINATOR_ADDRESS (HOST:PORT of the first
+    process), JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...) do. SPECJAX_JOIN_TIMEOUT is how many seconds the others
+    may take, by default 300; then the process ends with an error.
+
+    Raises:
+      ValueError: where nothing says so, or a variable is wrong.
+    """
+    process = _told()
+    seconds = _read(_TIMEOUT, float) or _WAIT
+    try:
+        with _announced(process, seconds):
+            # The address JAX reads by itself.
+            jax.distributed.initialize(
+                num_processes=process.number, process_id=process.place, initialization_timeout=math.ceil(seconds) + 60
+            )
     except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"The processes cannot be joined ({error}): set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and "
-            "JAX_PROCESS_ID, or leave --distributed out."
-        ) from error
+        raise ValueError(f"The processes cannot be joined ({error}): {_REMEDY}") from error
 
 
 def is_first() -> bool:

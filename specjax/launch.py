@@ -45,7 +45,9 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_bool(
         "distributed",
         False,
-        "Join the processes of this run, one on each host, all with the same command; the first prints and writes.",
+        "Join the processes of this run, one on each host, all with the same command; the first prints and writes. "
+        "Cloud TPU, SLURM and Open MPI say who they are; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT of the first, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...). SPECJAX_JOIN_TIMEOUT: seconds to wait for the others (300).",
         flag_values=values,
     )
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.", flag_values=values)

@@ -47,6 +47,23 @@ def override(rules: Rules, **changes: str | None) -> Rules:
     return tuple((table | changes).items())
 
 
+def with_whole(names: str) -> Rules:
+    """`RULES`, but every device holds the named axes whole.
+
+    Args:
+      names: such as "kv_heads", with commas between them; none: the rules as they are.
+
+    Raises:
+      ValueError: for a name that the rules lack, or one that they do not split.
+    """
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    split = [name for name, mesh_axis in RULES if mesh_axis is not None]
+    for name in found:
+        if name not in split:
+            raise ValueError(f"config.mesh_whole={names!r}: {name!r} is not split; choose of {', '.join(split)}.")
+    return override(RULES, **dict.fromkeys(found))
+
+
 RULES_2D = override(RULES, embed="width")
 """Matrices split both ways, over `model` and `width`: for models that are too large for as many chips as they have
 key/value heads. The two-dimensional weight-stationary layout of Pope et al. 2022 (arXiv 2211.05102, §3.2.2)."""
@@ -111,7 +128,8 @@ def named_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Axes, 
         if size % mesh.shape[mesh_axis]:
             raise ValueError(
                 f"Axis {name!r} of size {size} does not divide over the {mesh.shape[mesh_axis]} devices of mesh axis "
-                f"{mesh_axis!r}: choose another mesh, or replicate it with override(RULES, {name}=None)."
+                f"{mesh_axis!r}: choose another --config.mesh_{mesh_axis}, or let every device hold all of it: "
+                f"--config.mesh_whole={name} where the config has this key, in Python override(RULES, {name}=None)."
             )
     return NamedSharding(mesh, spec)
 

@@ -383,11 +383,6 @@ RULES: dict[str, Rule | Callable[..., Rule]] = {
 """By name, for flags; what is not a rule makes one from its numbers."""
 
 
-def is_replaced_at_zero(rule: Rule) -> bool:
-    """Whether a rule of one's own says nothing of temperature 0, where `greedy` then takes its place."""
-    return rule.at_zero is _greedy and rule not in (greedy, rejection, block, coupled)
-
-
 def overlap(target_probs: Float[Array, "T V"], proposal: Proposal, lenience: float = 1.0) -> Float[Array, " K"]:
     """`sum_x min(target(x) / l, draft(x))` at each draft position: the chance of acceptance, beta.
 

@@ -76,17 +76,16 @@ def test_summaries_with_and_without_speculation(target, data, tmp_path, capfd):
     assert "seed: 0 before, 1 now" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("execute", [False, True])
+@pytest.mark.parametrize("execute", ["False", "True"])
 def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkeypatch, capfd):
     ran = []
 
-    def judge(program, limits):
-        ran.append((program, limits))
-        return sandbox.PASSED if "third" in program else "AssertionError: "
+    def judge(exam, limits):
+        ran.append((exam, limits))
+        return sandbox.PASSED if "third" in exam.test else "AssertionError: "
 
     problems = [human_eval.Problem(str(i), "the cat", "third" if i == 2 else "", "f") for i in range(4)]
-    monkeypatch.setattr(sandbox, "run", judge)
-    monkeypatch.setattr(sandbox, "check", lambda limits: None)
+    monkeypatch.setattr(sandbox, "judge", lambda limits, unsafe: judge)
     monkeypatch.setattr(human_eval, "problems", lambda: problems)
     few = ["--config.num_draft_tokens=(1,)", "--config.batch_sizes=(2,)", "--config.num_timed=2"]
     few.append("--config.quality_draft_tokens=1")
@@ -94,6 +93,7 @@ def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkey
     same += ["--config.draft_int8=True", "--config.min_confidence=0.1"]
     assert launch.main(command("humaneval", target, tmp_path, *few, *same)) == 0, capfd.readouterr().err
     said = capfd.readouterr().out
+    execute = execute == "True"
     assert len(ran) == (16 if execute else 0)
     assert ("16 programs that the model writes will be run" in said) == execute
     assert ("--config.execute=True would run 16" in said) != execute
@@ -102,6 +102,17 @@ def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkey
     assert ("pass@1 25.0" in summary) == execute
     assert ("pass@2 25.0" in summary) == execute
     assert {row["drafter"] for row in json.loads((tmp_path / "results.json").read_text())} == {"model"}
+
+
+def test_programs_that_cannot_be_isolated_are_refused_before_anything_is_loaded(monkeypatch, tmp_path, capfd):
+    gaps = sandbox.Isolation("no jail", ("reach the network of this machine",))
+    monkeypatch.setattr(sandbox, "isolation", lambda limits: (gaps, "bubblewrap: bwrap is not installed"))
+    arguments = command("humaneval", "nothing", tmp_path, "--config.draft=nothing")
+    assert launch.main([*arguments, "--config.execute=True"]) == 1
+    error = capfd.readouterr().err
+    assert "they could reach the network of this machine (bubblewrap: bwrap is not installed)" in error
+    assert "--config.execute=unsafe" in error
+    sandbox.judge(sandbox.Limits(1.0, 1 << 30), unsafe=True)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +129,7 @@ def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkey
         ("--config.template=nothing", "The template 'nothing'"),
         ("--config.max_prompt_tokens=2", "max_prompt_tokens=2"),
         ("--config.task=chess", "config.task='chess'"),
+        ("--config.execute=yes", "config.execute='yes': choose one of False, True, unsafe"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(flag, message, target, data, tmp_path, capfd):

@@ -89,7 +89,7 @@ WRONG = [
     (Q, ["--config.min_confidence=nan"], ["min_confidence=nan"]),
     (Q, ["--config.min_match=0"], ["min_match=0: from 1 to 64"]),
     (Q, ["--config.min_match=1000000"], ["min_match=1000000: from 1 to 64"]),
-    (Q, ["--config.num_draft_tokens=1000000"], ["num_draft_tokens=1000000: from 0 to 256"]),
+    (Q, ["--config.num_draft_tokens=1000000"], ["num_draft_tokens=1000000: from 0 to 1024"]),
     (Q, ["--config.num_draft_tokens=-1"], ["num_draft_tokens=-1"]),
     (Q, ["--config.seed=-1"], ["seed=-1: from 0 to 4294967295"]),
     (Q, ["--config.seed=4294967296"], ["seed=4294967296"]),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import transformers
 
-from specjax import pretrained
+from specjax import files, pretrained
 from specjax.models import families
 from specjax.models.config import LinearRopeScaling, Llama3RopeScaling
 from specjax.models.weights import huggingface, wheel
@@ -152,7 +152,7 @@ def test_tiny_models_match_transformers(name, tmp_path):
 def test_the_cases_cover_what_they_name(tmp_path):
     for name, (model_type, changes) in CASES.items():
         tiny(model_type, **changes).config.save_pretrained(tmp_path / name)
-    configs = {name: huggingface.parse_config(huggingface.read_json(tmp_path / name / "config.json")) for name in CASES}
+    configs = {name: huggingface.parse_config(files.read_json(tmp_path / name / "config.json")) for name in CASES}
     assert configs["llama-linear"].rope_scaling == LinearRopeScaling(4.0)
     assert configs["llama-llama3"].rope_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
     assert configs["llama-llama3"].rope_theta == 5e5

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax import decode, drafters, testing, verify
-from specjax.drafters import bounds
+from specjax import decode, drafters, limits, testing, verify
 from specjax.types import StepKeys
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
@@ -59,7 +58,7 @@ def test_budgets_out_of_range_are_refused_before_anything_is_allocated(target: s
         generate(target, max_new_tokens=budget)
 
 
-@pytest.mark.parametrize("k", [-1, bounds.MAX_DRAFT_TOKENS + 1, 10**6, 2**40])
+@pytest.mark.parametrize("k", [-1, limits.MAX_DRAFT_TOKENS + 1, 10**6, 2**40])
 @pytest.mark.parametrize("family", ["none", "ngram", "model", "table", "retrieval"])
 def test_draft_lengths_out_of_range_are_refused(family: str, k: int):
     sources = {
@@ -123,10 +122,10 @@ def test_a_rule_that_does_not_say_what_it_does_at_temperature_0_warns(target: sp
 
 
 def test_rules_that_say_what_they_do_at_temperature_0_do_not_warn():
-    assert verify.is_replaced_at_zero(verify.Rule(_accept_nothing, "own", exact=True))
+    assert verify.replaced_at_zero(verify.Rule(_accept_nothing, "own", exact=True))
     built_in = [rule for rule in verify.RULES.values() if isinstance(rule, verify.Rule)]
     for rule in [*built_in, verify.lenient(0.3), verify.Rule(_accept_nothing, "own", True, at_zero=_accept_nothing)]:
-        assert not verify.is_replaced_at_zero(rule)
+        assert not verify.replaced_at_zero(rule)
 
 
 def test_a_wrong_drafter_is_named_where_the_step_is_traced(target: specjax.Pretrained):

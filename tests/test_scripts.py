@@ -72,13 +72,13 @@ def commands(output):
 
 
 def test_a_tpu_slice_is_made_used_and_deleted(tmp_path):
-    more = ["--spot", "--project=p", f"--data={ROOT / 'LICENSE'}", "--dry-run", *RUN]
+    more = ["--spot", "--project=p", "--version=other", f"--data={ROOT / 'LICENSE'}", "--dry-run", *RUN]
     done = script("tpu_vm", tmp_path / "out", *more)
     assert done.returncode == 0, done.stderr
     shown = commands(done.stdout)
     verbs = [words[4] if words[0] == "gcloud" else words[0] for words in shown]
     assert verbs == ["create", "tar", "scp", "ssh", "scp", "ssh", "ssh", "mkdir", "scp", "delete"]
-    assert {"--spot", "--accelerator-type=v6e-8", "--zone=z", "--project=p"} <= set(shown[0])
+    assert {"--spot", "--accelerator-type=v6e-8", "--version=other", "--zone=z", "--project=p"} <= set(shown[0])
     remote = shown[6][-1].removeprefix("--command=")
     assert "--worker=all" in shown[6]
     # Two shells read the flags: this one and that of the host.
@@ -86,6 +86,87 @@ def test_a_tpu_slice_is_made_used_and_deleted(tmp_path):
     assert "--distributed" in remote
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("v6e-8", "v2-alpha-tpuv6e"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v3-8", "tpu-ubuntu2204-base"),
+    ],
+)
+def test_a_slice_runs_the_software_of_its_type(kind, version, tmp_path):
+    done = script("tpu_vm", tmp_path / "out", f"--type={kind}", "--dry-run", *RUN)
+    assert done.returncode == 0, done.stderr
+    assert {f"--accelerator-type={kind}", f"--version={version}"} <= set(commands(done.stdout)[0])
+
+
+@pytest.mark.parametrize(
+    ("own", "run", "message"),
+    [
+        (["--type=v5e-16"], [], "gcloud calls it v5litepod-16"),
+        (["--type=v6e"], [], "--type=v6e: give one of"),
+        (["--type=v6e-x"], [], "--type=v6e-x: behind the - is a number"),
+        (["--type=h100-8"], [], "--type=h100-8: give one of"),
+        (["--name=Spec_1"], [], "--name=Spec_1: lower-case letters"),
+        (["--out=HERE/a.jsonl"], [], "a file, not a directory"),
+        (["--data=HERE/missing"], [], "there is no such file"),
+        (["--data=HERE/empty"], [], "empty, or not readable"),
+        (["--data=HERE/a.jsonl", "--data=HERE/more/a.jsonl"], [], "two files would be called a.jsonl"),
+        ([], ["--config=missing.py"], "--config=missing.py: not a file of"),
+        ([], ["--config=HERE/own.py"], "which alone is copied to the hosts"),
+        ([], ["--config.data=a.jsonl"], "give it by --data=FILE"),
+        ([], ["--config.data=HERE/a.jsonl"], "give --data=HERE/a.jsonl before --, and --config.data=a.jsonl behind it"),
+        (["--data=HERE/a.jsonl"], ["--config.data=HERE/a.jsonl"], "--config.data=a.jsonl behind it"),
+        ([], ["--config.nope=1"], "no key 'nope'"),
+        ([], ["--nope"], "Unknown flag --nope"),
+    ],
+)
+def test_a_slice_is_rented_for_a_run_that_can_start_alone(own, run, message, tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("a.jsonl", "more/a.jsonl", "own.py"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "empty").touch()
+    own, run = ([flag.replace("HERE", str(tmp_path)) for flag in some] for some in (own, run))
+    # Its python has what specjax needs; its gcloud is never asked.
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "gcloud").write_text("#!/bin/bash\necho rented\n")
+    (bin / "gcloud").chmod(0o755)
+    (bin / "python3").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (bin / "python3").chmod(0o755)
+    done = script("tpu_vm", tmp_path / "out", *own, *RUN, *run, path=f"{bin}:/usr/bin:/bin")
+    assert done.returncode == 2
+    assert message.replace("HERE", str(tmp_path)) in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_without_gcloud_nothing_is_tried(tmp_path):
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name in ("bash", "dirname", "basename", "sed"):
+        found = shutil.which(name)
+        assert found
+        (bin / name).symlink_to(found)
+    done = script("tpu_vm", tmp_path / "out", *RUN, path=str(bin))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "gcloud is not installed" in done.stderr
+
+
+def test_the_example_of_the_script_is_one_that_it_accepts(tmp_path):
+    text = (ROOT / "launch" / "tpu_vm.sh").read_text()
+    example = text.split("#   launch/tpu_vm.sh ")[1].split("\n#\n")[0].replace("\\\n#", " ")
+    data = tmp_path / "xsum.test.jsonl"
+    data.write_text("x")
+    words = [word.replace("--data=xsum", f"--data={tmp_path}/xsum") for word in shlex.split(example)]
+    assert any(word.startswith(f"--data={tmp_path}") for word in words)
+    words.insert(words.index("--"), "--dry-run")
+    done = script("tpu_vm", tmp_path / "out", *words, needed=False)
+    assert done.returncode == 0, done.stderr
 
 
 GCLOUD = """#!/bin/bash

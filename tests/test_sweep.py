@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import runpy
 import signal
 import subprocess
@@ -69,6 +70,13 @@ def test_a_grid_is_run_once_gathered_and_continued(sweep, tmp_path, capfd):
     assert sweep("--sweep=config.k=2,4", "--sweep=config.name=a,bad") == 1
     said = capfd.readouterr()
     assert "2 of 4 cells failed: k=2,name=bad, k=4,name=bad" in said.err
+    lines = said.out.splitlines()
+    assert lines[0].startswith("[1 of 4] k=2,name=a ... (0 s elapsed)")
+    assert re.fullmatch(r"\[1 of 4\] k=2,name=a: \d+ s; speedup 1.25x", lines[1])
+    assert re.search(r"^\[2 of 4\] k=2,name=bad ... \(\d+ s elapsed, about \d+ (s|min|h) remaining\)$", said.out, re.M)
+    # The table stands on the terminal, too.
+    printed = [line for line in lines if line.startswith("|")]
+    assert printed == [line for line in (out / "summary.md").read_text().splitlines() if line.startswith("|")]
     assert "error: the name is bad" in said.err
     rows = json.loads((out / "results.json").read_text())
     assert [(row["cell"], row["task"], row["measured_speedup"]) for row in rows] == [
@@ -91,6 +99,31 @@ def test_a_grid_is_run_once_gathered_and_continued(sweep, tmp_path, capfd):
     # With other flags it is another sweep.
     assert sweep("--sweep=config.k=2", "--config.pause=0.1") == 1
     assert "other flags (--config.pause=0.1)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("speedups", [[0.4, 0.5], [1.0, 1.25], [2.0, 9.0]])
+def test_no_point_of_the_plot_is_clipped(speedups):
+    found = runpy.run_path(str(SWEEP))
+    axes = [("config.k", ["2", "4"])]
+    same = {"draft": "", "temperature": 0.0, "num_draft_tokens": 2, "batch_size": 1}
+    pairs = zip(axes[0][1], speedups, strict=True)
+    rows = [same | {"flags": {"config.k": k}, "measured_speedup": x} for k, x in pairs]
+    figure = found["plot"](axes, rows)
+    figure.canvas.draw()
+    (panel,) = figure.axes
+    box = panel.get_window_extent()
+    line = panel.lines[0]
+    radius = line.get_markersize() / 2 * figure.dpi / 72 + 1
+    for x, y in panel.transData.transform(line.get_xydata()):
+        assert box.x0 + radius <= x <= box.x1 - radius
+        assert box.y0 + radius <= y <= box.y1 - radius
+
+
+def test_time_left_is_that_of_the_cells_before():
+    found = runpy.run_path(str(SWEEP))
+    assert found["progress"]([], 5.0, 3) == "5 s elapsed"
+    assert found["progress"]([60.0, 180.0], 240.0, 3) == "4.0 min elapsed, about 6.0 min remaining"
+    assert found["duration"](9000) == "2.5 h"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.data = ""  # task=summaries: a FILE, whose first pairs are the examples.
     config.num_shots = 1  # Examples that stand before each input.
     config.template = "Text: {input}\nSummary: {target}"  # Of an example.
-    config.execute = False  # task=humaneval: run the programs that the model writes, in processes with limits.
+    config.execute = "False"  # task=humaneval: run the programs that the model writes? True: in isolation. Or unsafe.
     config.seconds = 3.0  # What a program may take ...
     config.memory_gb = 4.0  # ... of both.
 
@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # Or bfloat16.
     config.mesh_data = 1  # Devices to split the batch over ...
     config.mesh_model = 1  # ... and the matrices.
+    config.mesh_whole = ""  # What does not divide over them, such as kv_heads: every device holds all of it.
     config.draft_sharding = "split"  # Or replicated: every device has all of the draft.
     return config
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import processors, sampling
-from specjax.drafters.bounds import check_num_draft_tokens
+from specjax.limits import check_num_draft_tokens
 from specjax.types import Context, Drafter, Feedback, History, Inputs, Model, ModelOutput, Proposal, Tree
 
 
@@ -26,7 +26,7 @@ def model(draft: Any, *, num_draft_tokens: int = 4, min_confidence: float = 0.0)
       min_confidence: from 0, which always drafts K tokens, to 1; a probability of the draft itself, without options.
 
     Raises:
-      ValueError: for K < 0 or above `bounds.MAX_DRAFT_TOKENS`, or a confidence that is no probability.
+      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, or a confidence that is no probability.
     """
     check_num_draft_tokens(num_draft_tokens)
     if not 0 <= min_confidence <= 1:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from specjax.drafters.bounds import check_num_draft_tokens
+from specjax.limits import check_num_draft_tokens
 from specjax.types import Context, Drafter, Feedback, Inputs, ModelOutput, Proposal, Tree
 
 
@@ -88,7 +88,7 @@ def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) 
       max_match: the longest match that is told apart from longer ones.
 
     Raises:
-      ValueError: for K < 0 or above `bounds.MAX_DRAFT_TOKENS`, or matches that make no sense.
+      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, or matches that make no sense.
     """
     check_num_draft_tokens(num_draft_tokens)
     if not 1 <= min_match <= max_match:

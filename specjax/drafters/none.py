@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from specjax.drafters.bounds import check_num_draft_tokens
+from specjax.limits import check_num_draft_tokens
 from specjax.types import Context, Drafter, Feedback, Inputs, ModelOutput, Proposal, Tree
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.drafters import chain, store
-from specjax.drafters.bounds import check_num_draft_tokens
+from specjax.limits import check_num_draft_tokens
 from specjax.text import Tokenizer
 from specjax.types import Context, Drafter, Proposal, Tree
 

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.drafters import chain, store
-from specjax.drafters.bounds import check_num_draft_tokens
 from specjax.drafters.model import match_vocab
+from specjax.limits import check_num_draft_tokens
 from specjax.text import Tokenizer
 from specjax.types import Context, Drafter, Proposal, Tree
 
@@ -320,7 +320,7 @@ def table(source: Table, *, num_draft_tokens: int = 4) -> Drafter:
       num_draft_tokens: K.
 
     Raises:
-      ValueError: for K < 0 or above `bounds.MAX_DRAFT_TOKENS`.
+      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`.
     """
     check_num_draft_tokens(num_draft_tokens)
     return _drafter(source.order, source.max_successors, num_draft_tokens)._replace(source=source)

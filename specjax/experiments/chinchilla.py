@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from specjax import atomic, drafters, verify
+from specjax import atomic, drafters, sharding, verify
 from specjax.experiments import cells, choices, compare, report, results, texts
 from specjax.experiments.chinchilla_report import Measured, Sampling, findings, write_report
 from specjax.experiments.display import View
@@ -28,6 +28,9 @@ Config = Any
 """An `ml_collections.ConfigDict` with the keys of the files in `configs/chinchilla`."""
 
 TASKS = ("summaries", "humaneval")
+
+EXECUTE = ("False", "True", "unsafe")
+"""Whether programs are run: not, in isolation, or also where isolation is not whole."""
 
 SUMMARY_END = ("\n",)
 """What ends a summary: it is one line."""
@@ -58,13 +61,15 @@ def check(config: Config) -> None:
 
     Raises:
       ValueError: naming the key, its value and the remedy.
+      OSError: where programs should be run that cannot be isolated.
     """
-    choices_of = {"task": TASKS}
+    choices_of = {"task": TASKS, "execute": EXECUTE}
     choices_of |= {key: compare.CHOICES[key] for key in ("dtype", "draft_sharding")}
     for key, known in choices_of.items():
         if config[key] not in known:
             raise ValueError(f"config.{key}={config[key]!r}: choose one of {', '.join(known)}.")
     choices.check_drafter(config, ("model", "ngram"))
+    sharding.with_whole(config.mesh_whole)
     if not config.target:
         raise ValueError("config.target is empty: give --config.target=SOURCE.")
     if config.task == "summaries" and not config.data:
@@ -86,6 +91,9 @@ def check(config: Config) -> None:
             raise ValueError(f"config.samplings has {pair!r}: each is (temperature, top_p), such as (1.0, 0.8).")
     if config.memory_gb <= 0 or config.seconds <= 0:
         raise ValueError(f"config.seconds={config.seconds}, config.memory_gb={config.memory_gb}: both more than 0.")
+    if config.task == "humaneval" and config.execute != "False":
+        # Not after hours of decoding.
+        sandbox.judge(_limits(config), unsafe=config.execute == "unsafe")
 
 
 def _summaries(config: Config) -> Task:
@@ -105,17 +113,22 @@ def _summaries(config: Config) -> Task:
     return Task([prompting.few_shot(config.template, shots, text) for text in sources[first:]], SUMMARY_END, judge)
 
 
+def _limits(config: Config) -> sandbox.Limits:
+    return sandbox.Limits(config.seconds, int(config.memory_gb * 2**30))
+
+
 def _human_eval(config: Config) -> Task:
     chosen = human_eval.problems()
 
-    def judge(samples: Mapping[int, Sequence[str]]) -> Scores:
-        limits = sandbox.Limits(config.seconds, int(config.memory_gb * 2**30))
-        outcomes = human_eval.run([chosen[i] for i in samples], list(samples.values()), limits)
+    def scores(samples: Mapping[int, Sequence[str]]) -> Scores:
+        limits = _limits(config)
+        judge = sandbox.judge(limits, unsafe=config.execute == "unsafe")
+        outcomes = human_eval.run([chosen[i] for i in samples], list(samples.values()), limits, judge)
         correct = [sum(outcome == sandbox.PASSED for outcome in row) for row in outcomes]
         n = config.num_samples
         return {f"pass@{k}": human_eval.pass_at_k(correct, n, k) for k in sorted({1, 10, 100, n}) if k <= n}
 
-    return Task([p.prompt for p in chosen], human_eval.STOP_STRINGS, judge if config.execute else None)
+    return Task([p.prompt for p in chosen], human_eval.STOP_STRINGS, scores if config.execute != "False" else None)
 
 
 def _fitting(config: Config, task: Task, target: Pretrained) -> list[int]:
@@ -199,11 +212,12 @@ def _about(config: Config, num_problems: int) -> str:
 
 def _said_of_programs(config: Config, number: int) -> str:
     """What a run does, or would do, with programs that the model writes."""
-    limits = f"each in a process of its own, {config.seconds:g} s and {config.memory_gb:g} GB, "
-    limits += "no network" if sandbox.isolation() else "WITH network (unshare is not allowed here)"
-    if config.execute:
-        return f"{number} programs that the model writes will be run, {limits}."
-    return f"No program is run, so there is no pass@k: --config.execute=True would run {number}, {limits}."
+    limits = f"each in a jail, {config.seconds:g} s and {config.memory_gb:g} GB"
+    if config.execute == "False":
+        return f"No program is run, so there is no pass@k: --config.execute=True would run {number}, {limits}."
+    jail, _ = sandbox.isolation(_limits(config))
+    gaps = f", in which programs CAN {', '.join(jail.missing)}" if jail.missing else ""
+    return f"{number} programs that the model writes will be run, {limits} ({jail.name}{gaps})."
 
 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:

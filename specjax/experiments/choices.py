@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specjax import drafters, sampling, verify
+from specjax import drafters, limits, sampling, verify
 from specjax.drafters import contract
 from specjax.pretrained import Pretrained
 from specjax.types import Drafter
@@ -28,9 +28,6 @@ DRAFTERS = ("model", "ngram", "none", "table", "retrieval")
 
 WITH_DRAFT = {"model": "SOURCE", "table": "PATH (of configs/count.py)", "retrieval": "PATH (of configs/count.py)"}
 """Drafters that need `config.draft`, and what that is."""
-
-MAX_DRAFT_TOKENS = 256
-"""K; a target call scores K + 1 tokens a row, and drafts of this length are never accepted as a whole."""
 
 MAX_MATCH = 64
 """Tokens of a match: each is a comparison with the whole text."""
@@ -257,8 +254,8 @@ def check_num_draft_tokens(*numbers: int) -> None:
       ValueError: naming the key, its value and the bound.
     """
     for k in numbers:
-        if not 0 <= k <= MAX_DRAFT_TOKENS:
-            raise ValueError(f"config.num_draft_tokens={k}: from 0 to {MAX_DRAFT_TOKENS}; 4 to 10 are common.")
+        if not 0 <= k <= limits.MAX_DRAFT_TOKENS:
+            raise ValueError(f"config.num_draft_tokens={k}: from 0 to {limits.MAX_DRAFT_TOKENS}; 4 to 10 are common.")
 
 
 def check_seed(seed: int, texts: int = 0) -> None:
@@ -286,11 +283,8 @@ def check_sampling(options: dict[str, Any]) -> None:
         raise ValueError(f"config.{error}") from error
 
 
-def check_rule(text: str, temperature: float) -> str:
+def check_rule(text: str, temperature: float) -> None:
     """Refuses a rule that does not exist or does not fit the temperature.
-
-    Returns:
-      what to warn of, or nothing.
 
     Raises:
       ValueError: naming the key, its value and the remedy.
@@ -299,7 +293,6 @@ def check_rule(text: str, temperature: float) -> str:
     chosen = rule(text)
     if chosen is verify.greedy and temperature > 0:
         raise ValueError(f"config.verify='greedy' is for temperature 0, not {temperature}: choose rejection.")
-    return verify.replaced_at_zero(chosen) if temperature == 0 else ""
 
 
 def drafter_of(config: Config, target: Pretrained, read: Callable[[], Pretrained]) -> Callable[[int], Drafter]:

@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -167,6 +166,7 @@ def check(config: Config) -> None:
     if config.batch_size > choices.MAX_BATCH:
         raise ValueError(f"config.batch_size={config.batch_size}: at most {choices.MAX_BATCH}.")
     choices.check_drafter(config)
+    sharding.with_whole(config.mesh_whole)
     for key in ("target", "data"):
         if not config[key]:
             raise ValueError(f"config.{key} is empty: give --config.{key}=...")
@@ -175,8 +175,7 @@ def check(config: Config) -> None:
     choices.check_sampling({name: config[name] for name in results.SAMPLING})
     if not math.isfinite(config.step_cost):
         raise ValueError(f"config.step_cost={config.step_cost} is no finite number: below 0, it is measured.")
-    if warning := choices.check_rule(config.verify, config.temperature):
-        warnings.warn(warning, stacklevel=2)
+    choices.check_rule(config.verify, config.temperature)
     if config.regex and config.json_schema:
         raise ValueError("config.regex and config.json_schema are both given: choose one.")
     if config.json_schema and not pathlib.Path(config.json_schema).is_file():
@@ -204,14 +203,16 @@ def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafte
     if config.mesh_data * config.mesh_model > 1:
         mesh = sharding.make_mesh(data=config.mesh_data, model=config.mesh_model)
 
-    def read(source: str, rules: sharding.Rules = sharding.RULES, int8: bool = False) -> Pretrained:
+    target_rules = sharding.with_whole(config.mesh_whole)
+
+    def read(source: str, rules: sharding.Rules = target_rules, int8: bool = False) -> Pretrained:
         with view.status(f"Loading {source}{pretrained.download_note(source)}"):
             loaded = pretrained.load(source, dtype=config.dtype, mesh=mesh, rules=rules, int8=int8)
             jax.block_until_ready(loaded.params)
         return loaded
 
     target = read(config.target)
-    draft_rules = sharding.REPLICATED if config.draft_sharding == "replicated" else sharding.RULES
+    draft_rules = sharding.REPLICATED if config.draft_sharding == "replicated" else target_rules
     if target.tokenizer is None:
         raise ValueError(f"The target {config.target} has no tokenizer: save one beside it (tokenizer.json).")
 

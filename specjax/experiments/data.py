@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from specjax.experiments import download, prompts, results, stdlib_texts
+from specjax import atomic
+from specjax.experiments import download, prompts, stdlib_texts
 from specjax.experiments.display import View
 
 Config = Any
@@ -32,7 +33,7 @@ class Source(NamedTuple):
 
 def _write(path: pathlib.Path, lines: Iterable[stdlib_texts.Line]) -> None:
     text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-    results.write(path, text)
+    atomic.write(path, text)
 
 
 def _prompts(config: Config, directory: pathlib.Path, view: View) -> None:

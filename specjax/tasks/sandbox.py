@@ -1,33 +1,41 @@
-"""Runs a Python program that a model wrote, with limits: a process of its own, which cannot take much.
+"""Tests a Python function that a model wrote, which may be wrong or hostile, and says whether it passes.
 
-The process gets seconds, memory and small files; an empty environment; a directory that is deleted behind it; and on
-Linux, where users may make namespaces, no network and no sight of other processes. It can read what its user can read:
-this guards against programs that are wrong, not against one that was written to break out. For such, run the whole
-experiment in a container.
+The program and its test are two processes, each in a jail (`jail.py`). The program's process defines the function and
+answers calls, by values that are plain data; the test's process calls it, compares, and gives the verdict, which the
+program can therefore neither read nor forge. Each has limits of time, address space and file sizes, and may start no
+other process or thread. What is said here of a jail is measured by `isolation` before it is used: a program of ours
+tries to break out. `tests/test_sandbox.py` has the hostile programs that were tried.
 """
 
 import contextlib
 import functools
-import json
 import os
-import secrets
+import pathlib
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from io import FileIO
 from typing import NamedTuple
 
+from specjax.tasks import jail
+from specjax.tasks.jailed import protocol
+
 PASSED = "passed"
-"""The outcome of a program that ran to its end."""
+"""The outcome of a function that passes its test."""
+
+TIMED_OUT = "timed out"
 
 
 class Limits(NamedTuple):
-    """What a program may use.
+    """What each of the two processes may use.
 
     Attributes:
-      seconds: of time on the clock, and (rounded up) of CPU time.
+      seconds: of time on the clock, from when both are ready, and (rounded up) of CPU time.
       memory: bytes of address space.
     """
 
@@ -35,98 +43,261 @@ class Limits(NamedTuple):
     memory: int
 
 
-# The program's word is not enough: one that calls `os._exit(0)` has not run to its end. So the guard says so itself,
-# with a number that the program is not told, through a file descriptor that is not its standard output.
-_GUARD = """
-import json, math, os, resource, sys
-request = json.loads(sys.stdin.read())
-report = os.fdopen(os.dup(1), "w")
-for stream in (0, 1, 2):
-    os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(request["seconds"]),) * 2)
-resource.setrlimit(resource.RLIMIT_AS, (request["memory"],) * 2)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20,) * 2)
-resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-try:
-    exec(compile(request["program"], "program.py", "exec"), {"__name__": "__main__"})
-    outcome = request["passed"]
-except BaseException as error:
-    outcome = f"{type(error).__name__}: {error}"[:500]
-report.write(json.dumps([request["number"], outcome]))
-report.flush()
-os._exit(0)
-"""
+class Exam(NamedTuple):
+    """A program and its test.
 
-_STARTING = 1.0
-"""Seconds that the interpreter may take to start."""
-
-_ISOLATE = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
-
-
-@functools.cache
-def isolation() -> Sequence[str]:
-    """What a command is begun with so that it has no network; nothing where this user may not forbid it."""
-    try:
-        done = subprocess.run([*_ISOLATE, "true"], capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return _ISOLATE if done.returncode == 0 else ()
-
-
-def check(limits: Limits) -> None:
-    """Makes sure that a program which does nothing passes.
-
-    Raises:
-      OSError: where it does not: this system or these limits let no program run.
+    Attributes:
+      program: the source that is not trusted.
+      function: the name of the function that it defines.
+      test: the source that is trusted: it calls `candidate`, and ends without an error if the function is right.
     """
-    outcome = run("", limits)
-    if outcome != PASSED:
-        raise OSError(f"An empty program does not run within {limits} ({outcome}): raise them, or run it on Linux.")
+
+    program: str
+    function: str
+    test: str
 
 
-def run(program: str, limits: Limits) -> str:
-    """Runs a program to its end.
+class Isolation(NamedTuple):
+    """A way to jail a program, as it was found on this machine.
 
-    Args:
-      program: its source.
-      limits: what it may use.
-
-    Returns:
-      `PASSED`, or what ended it: the error that it raised, "timed out", or "ended early".
+    Attributes:
+      name: one of `jail.WAYS`.
+      missing: what a program can do in it that it should not, as words; empty where it is whole.
     """
-    number = secrets.token_hex(8)
-    request = json.dumps({"program": program, "number": number, "passed": PASSED} | limits._asdict())
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        process = subprocess.Popen(
-            [*isolation(), sys.executable, "-I", "-X", "utf8", "-c", _GUARD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=directory,
-            env={"PATH": os.defpath, "HOME": directory, "TMPDIR": directory},
-            start_new_session=True,
-            text=True,
-        )
-        try:
-            output, _ = process.communicate(request, timeout=limits.seconds + _STARTING)
-        except subprocess.TimeoutExpired:
-            return "timed out"
-        finally:
-            _kill(process)
-    try:
-        said, outcome = json.loads(output)
-    except ValueError:
-        said, outcome = "", ""
-    if said == number:
-        return outcome
-    # Out of CPU time, it is killed and says nothing.
-    return "timed out" if time.monotonic() - begin >= limits.seconds else "ended early"
+
+    name: str
+    missing: tuple[str, ...]
 
 
-def _kill(process: "subprocess.Popen[str]") -> None:
-    """Ends a process and all that it started in its session."""
+_STARTING = 30.0
+"""Seconds that two interpreters may take to start on a busy machine."""
+
+# Numerical libraries start threads when they are imported, and fail where they may not.
+_ENVIRONMENT = {"PATH": os.defpath} | {
+    f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB")
+}
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Ends a process; a jail ends with its first one, and without a jail its group does."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@contextlib.contextmanager
+def _started(way: jail.Way, module: str, arguments: Sequence[str], folder: str, **pipes) -> Iterator[subprocess.Popen]:
+    """A module of the jail as a process, until the block ends."""
+    code = f"import sys; sys.path.append({str(jail.JAILED)!r}); import {module}; {module}.main()"
+    home = folder if way is jail.bare else jail.FOLDER
+    process = subprocess.Popen(
+        way([sys.executable, "-I", "-B", "-X", "utf8", "-c", code, *arguments]),
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        env=_ENVIRONMENT | {"HOME": home, "TMPDIR": home},
+        start_new_session=True,
+        **pipes,
+    )
+    try:
+        yield process
+    finally:
+        _kill(process)
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[FileIO, FileIO]]:
+    """The reading and the writing end; closed with the block, or before."""
+    reads, writes = os.pipe()
+    with FileIO(reads, "r") as reader, FileIO(writes, "w") as writer:
+        yield reader, writer
+
+
+@contextlib.contextmanager
+def _pair(way: jail.Way) -> Iterator[tuple[int, int]]:
+    """The program's and the test's process, joined; yields where the test reads its task and writes its verdict."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        (asked, asks), (answers, answered), (task, tasks), (verdict, verdicts) = (
+            stack.enter_context(_pipe()) for _ in range(4)
+        )
+        stack.enter_context(_started(way, "program", [], folder, stdin=asked, stdout=answered))
+        ends = asks.fileno(), answers.fileno()
+        arguments = [str(end) for end in ends]
+        stack.enter_context(_started(way, "tester", arguments, folder, stdin=task, stdout=verdicts, pass_fds=ends))
+        # Each side sees when the other has ended.
+        for end in (asked, asks, answers, answered, task, verdicts):
+            end.close()
+        yield tasks.fileno(), verdict.fileno()
+
+
+def _receive(fd: int, seconds: float) -> object:
+    """What the test says next.
+
+    Raises:
+      TimeoutError: where it says nothing for so long.
+      EOFError: where it has ended.
+    """
+    end = time.monotonic() + seconds
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+
+    def wait(_: int) -> None:
+        left = end - time.monotonic()
+        if left <= 0 or not poll.poll(1e3 * left):
+            raise TimeoutError
+
+    return protocol.receive(fd, wait)
+
+
+def run(exam: Exam, limits: Limits, way: jail.Way) -> str:
+    """Tests a function.
+
+    Args:
+      exam: the program and its test.
+      limits: what they may use.
+      way: how each of them is started.
+
+    Returns:
+      `PASSED`, or why not: the error that the program or the test raised, "timed out", or "ended early".
+
+    Raises:
+      OSError: where no jail can be started, which says nothing about the program.
+    """
+    with _pair(way) as (tasks, verdict):
+        try:
+            protocol.send(tasks, [*exam, *limits])
+            if _receive(verdict, _STARTING) != "ready":
+                raise EOFError
+        except (TimeoutError, EOFError, BrokenPipeError) as error:
+            why = f"within {_STARTING:g} s" if isinstance(error, TimeoutError) else f"within {limits}"
+            raise OSError(f"The processes that test a program do not start {why}.") from error
+        try:
+            answer = _receive(verdict, limits.seconds)
+        except TimeoutError:
+            return TIMED_OUT
+        except EOFError:
+            return "ended early"
+    assert isinstance(answer, list)
+    passed, said = answer
+    return PASSED if passed else said
+
+
+# What a jail has to refuse. The names of what was not refused come back.
+_PROBE = """
+import ctypes, os, socket, threading
+libc = ctypes.CDLL(None)
+
+def attempts():
+    yield "act as root", lambda: 1 / (os.geteuid() == 0)
+    yield "read the files of its user", lambda: open({file!r}).close()
+    yield "write the files of its user", lambda: open({file!r}, "a").close()
+    yield "reach the network of this machine", lambda: socket.create_connection(("127.0.0.1", {port}), 1).close()
+    yield "see the processes of this machine", lambda: 1 / (os.getpid() > 2 or os.path.exists("/proc/self"))
+    yield "start processes without limit", lambda: os.fork() or os._exit(0)
+    yield "start threads without limit", lambda: threading.Thread(target=str).start()
+    yield "take memory beyond its limit by System V", lambda: 1 / (libc.shmget(0, 1 << 20, 0o600) >= 0)
+    yield "make namespaces of its own", lambda: 1 / (libc.unshare(0x10000000) == 0)
+    yield "take memory beyond its limit", lambda: bytearray({memory})
+    yield "fill the disk", fill
+
+def fill():
+    for i in range({files}):
+        with open(f"fill{{i}}", "wb") as file:
+            file.write(bytes(1 << 20))
+
+def probe():
+    found = []
+    for name, attempt in attempts():
+        try:
+            attempt()
+            found.append(name)
+        except (OSError, MemoryError, RuntimeError, ZeroDivisionError):
+            pass
+    return found
+"""
+
+
+def _missing(way: jail.Way, limits: Limits) -> tuple[str, ...]:
+    """What a program could do that was started so.
+
+    Raises:
+      OSError: where none can be started.
+    """
+    with tempfile.TemporaryDirectory() as directory, socket.create_server(("127.0.0.1", 0)) as server:
+        file = pathlib.Path(directory) / "file"
+        file.touch()
+        program = _PROBE.format(
+            file=str(file), port=server.getsockname()[1], memory=limits.memory, files=4 * jail.SIZE >> 20
+        )
+        test = "found = candidate()\nassert not found, '\\n'.join(found)"
+        outcome = run(Exam(program, "probe", test), limits._replace(seconds=_STARTING), way)
+    if outcome == PASSED:
+        return ()
+    if not outcome.startswith("AssertionError: "):
+        raise OSError(f"a program of our own does not run there ({outcome})")
+    return tuple(outcome.removeprefix("AssertionError: ").splitlines())
+
+
+def _check_start(way: jail.Way) -> None:
+    """Starts an interpreter that does nothing.
+
+    Raises:
+      OSError: with what the jail says, where that fails.
+    """
+    command = way([sys.executable, "-I", "-c", ""])
+    try:
+        done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, timeout=_STARTING)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"an interpreter does not start within {_STARTING:g} s") from error
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise OSError(said[-1])
+
+
+@functools.cache
+def isolation(limits: Limits) -> tuple[Isolation, str]:
+    """The best jail of this machine: one that refuses everything that it should, or the one that refuses most.
+
+    Args:
+      limits: within which it has to run programs.
+
+    Returns:
+      it, and why the jails before it were not taken; empty where there is none.
+
+    Raises:
+      OSError: where these limits let no program run.
+    """
+    refused: list[str] = []
+    found: list[Isolation] = []
+    for name, way in jail.WAYS.items():
+        try:
+            _check_start(way)
+            found.append(Isolation(name, _missing(way, limits)))
+        except OSError as error:
+            refused.append(f"{name}: {error}")
+            continue
+        if not found[-1].missing:
+            break
+    if not found:
+        raise OSError(f"No program runs within {limits}: {'; '.join(refused)}. Raise the limits, or use Linux.")
+    return min(found, key=lambda one: len(one.missing)), "; ".join(refused)
+
+
+def judge(limits: Limits, *, unsafe: bool = False) -> Callable[[Exam, Limits], str]:
+    """What tests programs within these limits on this machine: `run` in the best jail.
+
+    Args:
+      limits: of each process.
+      unsafe: take also a jail that does not refuse everything.
+
+    Raises:
+      OSError: where no jail is whole, naming what is missing; or where these limits let no program run.
+    """
+    best, refused = isolation(limits)
+    if best.missing and not unsafe:
+        raise OSError(
+            f"The programs cannot be isolated on this machine: with {best.name}, they could {', '.join(best.missing)}"
+            f"{f' ({refused})' if refused else ''}. Install bubblewrap (apt-get install bubblewrap), allow namespaces, "
+            "or run them in a container that you do not need, with --config.execute=unsafe."
+        )
+    return functools.partial(run, way=jail.WAYS[best.name])

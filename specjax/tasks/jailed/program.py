@@ -1,0 +1,57 @@
+"""The side of the program: defines its function, and answers calls. Whatever it answers, it does not judge itself."""
+
+import os
+from typing import Any
+
+import protocol
+from confine import confine
+
+
+def _streams() -> tuple[int, int]:
+    """Where requests come from and answers go, which are no longer the standard streams."""
+    found = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    return found
+
+
+def _raised(error: BaseException) -> list[Any]:
+    """What is said of an error: the names of its types, the nearest first, and its text."""
+    try:
+        text = str(error)[:500]
+    except BaseException:
+        text = ""
+    return ["raised", [kind.__name__ for kind in type(error).__mro__], text]
+
+
+def main() -> None:
+    """Defines the program's function, then answers until nobody asks."""
+    requests, answers = _streams()
+    source, name, seconds, memory = protocol.receive(requests)
+    confine(seconds, memory)
+    protocol.send(answers, ["ready"])
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    try:
+        exec(compile(source, "program.py", "exec"), namespace)
+        function = namespace[name]
+        answer = ["returned", None]
+    except BaseException as error:
+        function, answer = None, _raised(error)
+    while True:
+        try:
+            protocol.send(answers, answer)
+        except OSError:
+            break
+        except BaseException as error:  # Of a value that cannot be sent.
+            protocol.send(answers, _raised(error))
+        arguments, options = protocol.receive(requests)
+        assert function is not None
+        try:
+            answer = ["returned", function(*arguments, **options)]
+        except BaseException as error:
+            answer = _raised(error)
+
+
+if __name__ == "__main__":
+    main()

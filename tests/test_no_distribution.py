@@ -24,6 +24,8 @@ from specjax.verify import Rule
 FORBIDDEN, STOP = 2, 3
 TARGET, TABLE = testing.tabular(0)
 DRAFT, DRAFT_TABLE = testing.tabular(1)
+# The draft proposes stops more often than the target takes them, so that some are rejected.
+DRAFT_TABLE = DRAFT_TABLE.at[:, 3].add(1.5)
 
 RULES = [
     verify.rejection,

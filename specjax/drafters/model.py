@@ -43,7 +43,8 @@ def _confidence(logits: Float[Array, "B 1 V"]) -> Float[Array, " B"]:
 
 def _has_no_token(logits: Float[Array, "B 1 V"], probs: Float[Array, "B V"]) -> Bool[Array, " B"]:
     """Whether the options forbid every token that the draft knows; NaN logits are another matter, an error."""
-    return jnp.isnan(jnp.sum(probs, axis=-1)) & (jnp.max(logits, axis=-1) < jnp.inf)[:, 0]
+    # A sum, since XLA:CPU may leave NaN out of a maximum.
+    return jnp.isnan(jnp.sum(probs, axis=-1)) & (jnp.sum(logits, axis=-1) < jnp.inf)[:, 0]
 
 
 def _window(tokens: Int[Array, "B L"], start: Int[Array, " B"], size: int) -> Int[Array, "B T"]:

@@ -6,7 +6,7 @@
 #     --config=configs/chinchilla/xsum.py --config.data=/data/xsum.test.jsonl --config.mesh_model=8
 #
 #   --name=NAME          of the Job
-#   --image=IMAGE        a container image with specjax[cuda,experiments] and this repository as its directory
+#   --image=IMAGE        a container image in which pip install -e '.[cuda,experiments]' has run in this repository
 #   --out=DIR            where the results go on this machine
 #   --hosts=N            pods that run together, 1 by default
 #   --gpus=N             of each pod, 1 by default

@@ -10,7 +10,7 @@
 #   --time=TIME          the longest that it may take, 04:00:00 by default
 #   --partition=NAME     the cluster's own by default
 #   --account=NAME       likewise
-#   --venv=DIR           a virtual environment with specjax[cuda,experiments], .venv by default
+#   --venv=DIR           a virtual environment (pip install -e '.[cuda,experiments]'), .venv by default
 #   --dry-run            print the batch script, and submit nothing
 #
 # It waits until the job ends; Ctrl-C leaves the job, which scancel ends. A job that ran out of time goes on with the

@@ -270,7 +270,8 @@ def nan_is_certain_acceptance(patch: pytest.MonkeyPatch) -> None:
 
     def block_acceptance(target_probs: Any, proposal: Proposal) -> Any:
         p, h = sound(target_probs, proposal)
-        return p, jnp.where(jnp.isnan(h), 1.0, h)
+        # Said outright: whether a maximum hands NaN on depends on how XLA:CPU compiles it.
+        return p, jnp.where(jnp.isnan(jnp.sum(target_probs, axis=-1)), 1.0, h)
 
     patch.setattr(verify, "block_acceptance", block_acceptance)
     patch.setattr(decode, "_up_to_nan", lambda proposal, target_probs: proposal)

@@ -548,7 +548,7 @@ def test_more_texts_than_beams_are_refused(pretrained, wanted: int, beams: int):
         ({"early_stopping": "always"}, "early_stopping='always': choose True, False"),
         ({"length_penalty": math.nan}, "length_penalty=nan is not a finite number"),
         ({"max_new_tokens": [1, 2]}, "2 values of max_new_tokens for 6 rows: give one, or one a row"),
-        ({"max_new_tokens": -3}, "max_new_tokens=-3 is negative"),
+        ({"max_new_tokens": -3}, "max_new_tokens=-3 is outside"),
         (
             {"max_new_tokens": 60, "draft": TARGET},
             r"with 60 new tokens and K \+ 1 = 3 more .* buffer of 64 tokens: raise max_len",

@@ -327,7 +327,7 @@ def test_presets_by_name():
         ({"dtype": "float16"}, r"dtype='float16': choose one of float32, bfloat16"),
         ({"rotary_dim": 3}, r"rotary_dim=3 with head_dim=8"),
         ({"rotary_dim": 10}, r"rotary_dim=10 with head_dim=8"),
-        ({"rotary_dim": 0}, r"rotary_dim=0 with head_dim=8"),
+        ({"rotary_dim": 0}, r"rotary_dim=0 is out of range"),
         ({"global_layers": (1,)}, r"sliding_window is None"),
         ({"local_rope_theta": 1e4}, r"sliding_window is None"),
         ({"sliding_window": 4, "global_layers": (2,)}, r"\(2,\): the 2 layers are counted from 0"),

@@ -168,7 +168,7 @@ def test_several_texts_of_a_prompt_are_those_of_the_prompt_repeated(drafter: str
 
 def test_several_texts_need_as_many_seeds_and_are_at_least_one():
     target = pretrained(TARGET, TABLE)
-    with pytest.raises(ValueError, match="2 seeds for 6 texts: give one, or one a text"):
+    with pytest.raises(ValueError, match="2 seeds for 6 sequences: give one, or one for each"):
         api.generate(target, [[1], [2]], num_return_sequences=3, seed=[1, 2])
     with pytest.raises(ValueError, match="num_return_sequences=0: at least 1"):
         api.generate(target, [[1]], num_return_sequences=0)

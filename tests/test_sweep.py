@@ -77,7 +77,7 @@ def test_a_grid_is_run_once_gathered_and_continued(sweep, tmp_path, capfd):
     # The table stands on the terminal, too.
     printed = [line for line in lines if line.startswith("|")]
     assert printed == [line for line in (out / "summary.md").read_text().splitlines() if line.startswith("|")]
-    assert "error: the name is bad" in said.err
+    assert "error: ValueError: the name is bad" in said.err
     rows = json.loads((out / "results.json").read_text())
     assert [(row["cell"], row["task"], row["measured_speedup"]) for row in rows] == [
         ("k=2,name=a", "all", 1.25),

@@ -184,7 +184,7 @@ def test_errors_say_what_to_do(texts, tmp_path, monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"pip install 'specjax\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[train\]'"):
         vocabulary.train(texts, tmp_path / "m", vocab_size=300)
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from helpers import WORDS, save_tiny_decoder
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from specjax import distributed, launch, sharding
 
@@ -119,8 +119,8 @@ def test_what_does_not_divide_is_kept_whole_by_a_flag(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"--config\.mesh_whole=kv_heads"):
         sharding.named_sharding(mesh, (3, 8), ("kv_heads", "head_dim"))
     rules = sharding.with_whole(" kv_heads,vocab")
-    assert sharding.named_sharding(mesh, (3, 8), ("kv_heads", "head_dim"), rules).spec == (None, None)
-    assert sharding.named_sharding(mesh, (3, 8), ("embed", "mlp"), rules).spec == (None, "model")
+    assert sharding.named_sharding(mesh, (3, 8), ("kv_heads", "head_dim"), rules).spec == PartitionSpec(None, None)
+    assert sharding.named_sharding(mesh, (3, 8), ("embed", "mlp"), rules).spec == PartitionSpec(None, "model")
     assert sharding.with_whole("") == sharding.RULES
     config = f"--config={ROOT / 'configs' / 'compare.py'}"
     data = [f"--config.data={ROOT / 'LICENSE'}", f"--workdir={tmp_path}", "--nocompilation_cache"]

@@ -542,7 +542,9 @@ def _check_widths(
             f"draft_beams={draft_beams} is less than num_beams={num_beams}: the target's beams cannot all be among the "
             "draft's. Raise draft_beams."
         )
-    if draft_beams > min(num_beams * vocab_size, MAX_BEAMS):
+    if draft_beams > MAX_BEAMS:
+        raise ValueError(f"draft_beams={draft_beams} is more than {MAX_BEAMS}: lower it.")
+    if draft_beams > num_beams * vocab_size:
         raise ValueError(
             f"draft_beams={draft_beams}, but {num_beams} beams have {num_beams * vocab_size} continuations by one of "
             f"{vocab_size} tokens: lower draft_beams."

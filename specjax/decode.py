@@ -588,7 +588,7 @@ def decode_step(
     emitted = jnp.where(failed, n, n + 1)
     stops, stop_states = _stops(state, verdict.tokens)
     first_stop = _first(stops & (position < emitted[:, None]))
-    # What stands behind the last token of a text is nobody's failure.
+    # A row that has come to its stop needs no distribution behind it.
     failed &= first_stop >= n
     emitted = jnp.minimum(jnp.minimum(emitted, first_stop + 1), state.limit - state.length)
     emitted = jnp.where(running, emitted, 0)

@@ -160,7 +160,7 @@ def block_acceptance(
     remaining = jnp.sum(jnp.maximum(p[:k, None] * target_probs[:k] - draft, 0.0), axis=-1)
     # In this order: what remains may be far smaller than 1.
     rest = remaining + (1.0 - p[:k])
-    # Where nothing rests, p_i = 1 and the draft equals the target. NaN is no such place: `eta < NaN` is False.
+    # Where nothing rests, p_i = 1 and the draft equals the target.
     h = jnp.append(jnp.where(rest <= 0, 1.0, remaining / rest), 0.0)
     position = jnp.arange(k + 1)
     h = jnp.where(position == proposal.length, p, jnp.where(position > proposal.length, 0.0, h))

@@ -232,6 +232,13 @@ def test_failures_are_explained(error: Exception, words: str, code: int):
     assert exit_code == code
 
 
+def test_an_error_of_a_library_is_not_ours_where_the_clone_is_called_specjax():
+    code = compile("raise ValueError('bad')", "/home/me/specjax/.venv/lib/library.py", "exec")
+    with pytest.raises(ValueError, match="bad") as caught:
+        exec(code)
+    assert failures.explain(caught.value)[0].startswith("ValueError: bad (--debug")
+
+
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")]
 )

@@ -1,6 +1,7 @@
 """What ends a run, as one line for the user: what went wrong, and what to do about it."""
 
 import errno
+import pathlib
 import traceback
 from typing import Any
 
@@ -12,6 +13,8 @@ USER, BUG = 1, 2
 _EXPECTED = (ValueError, OSError, FloatingPointError)
 """What specjax and its libraries raise for flags and files that make no sense."""
 
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
 _MEMORY = "lower --config.batch_size or max_new_tokens, choose a smaller model, or --config.dtype=bfloat16"
 
 
@@ -22,7 +25,7 @@ def _one_line(message: Any) -> str:
 def _is_ours(error: BaseException) -> bool:
     """Whether it was raised by a line of specjax, whose messages name the remedy."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "specjax" in frames[-1].filename.replace("\\", "/").split("/")
+    return bool(frames) and _PACKAGE in pathlib.Path(frames[-1].filename).parents
 
 
 def explain(error: BaseException) -> tuple[str, int]:

@@ -342,7 +342,7 @@ def test_a_drafter_and_a_rule_of_ones_own(target, data, own, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("wrong", ["my_own.py:wrong fails in its propose", "propose of wrong (my_own.py, line", "[B, K] = [1, 4]"]),
+        ("wrong", ["The drafter is wrong: ", "propose of wrong (my_own.py, line", "[B, K] = [1, 4]"]),
         ("fails", ["my_own.py:fails fails in its propose (KeyError: 'key')"]),
         ("fixed", ["returns a drafter of 1 tokens where 4 were asked for"]),
         ("plain", ["returns no drafter: drafter is a int"]),

@@ -187,16 +187,10 @@ def own_drafter(text: str, draft: str, target: Pretrained) -> Callable[[int], Dr
                 "for: give it an argument num_draft_tokens, or set --config.num_draft_tokens."
             )
 
-        def propose(params: Any, state: Any, context: Any) -> Any:
-            return contract.propose(made, params, state, context)
-
-        def update(params: Any, state: Any, feedback: Any) -> Any:
-            return contract.update(made, params, state, feedback)
-
         return made._replace(
             init=_guard(text, "init", made.init),
-            propose=_guard(text, "propose", propose),
-            update=_guard(text, "update", update),
+            propose=_guard(text, "propose", made.propose),
+            update=_guard(text, "update", made.update),
         )
 
     return of

@@ -22,7 +22,8 @@ import numpy as np
 from absl import app, flags
 
 import specjax
-from specjax import api, decode, verify
+from specjax import api, decoding
+from specjax.decoding import verify
 from specjax.experiments import prompts
 from specjax.models.weights import wheel
 from specjax.types import Drafter
@@ -55,7 +56,7 @@ def decode_all(
     target: specjax.Pretrained, chosen: Sequence[list[int]], drafter: Drafter, rule: verify.Rule, batch: int
 ) -> tuple[list[list[int]], dict[str, float]]:
     """All texts, and the counters of all rows added up; row i has seed i, whatever its batch."""
-    max_len = decode.buffer_length(max(map(len, chosen)) + _NEW_TOKENS.value, 8)
+    max_len = decoding.buffer_length(max(map(len, chosen)) + _NEW_TOKENS.value, 8)
     found: list[list[int]] = []
     counted: collections.Counter[str] = collections.Counter()
     for begin in range(0, len(chosen), batch):

@@ -28,10 +28,10 @@ import numpy as np
 from absl import app, flags
 
 import specjax
-from specjax import api, decode
+from specjax import api, decoding
 from specjax.experiments import report
+from specjax.experiments.tasks import human_eval
 from specjax.models.weights import wheel
-from specjax.tasks import human_eval
 from specjax.types import Drafter
 
 _TARGET = flags.DEFINE_string("target", None, "Source of the target.", required=True)
@@ -80,7 +80,7 @@ def specjax_run(target: specjax.Pretrained, drafter: Drafter, longest: int) -> R
             [prompt],
             drafter=drafter,
             max_new_tokens=new_tokens,
-            max_len=decode.buffer_length(longest + _NEW_TOKENS.value, _DRAFT_TOKENS.value),
+            max_len=decoding.buffer_length(longest + _NEW_TOKENS.value, _DRAFT_TOKENS.value),
             # As in the paper, every step drafts.
             step_cost=0.0,
             fixed_shape=_FIXED_SHAPE.value,

@@ -21,10 +21,12 @@ import numpy as np
 from absl import app, flags
 
 import specjax
-from specjax import aot, chips, decode, drafters, hlo, metrics, plan, verify
+from specjax import decoding, drafters, metrics
+from specjax.decoding import verify
 from specjax.experiments import report
 from specjax.models import presets
 from specjax.models.config import DecoderConfig
+from specjax.planning import aot, chips, hlo, plan
 from specjax.types import Params
 
 _SOURCE = flags.DEFINE_string("source", None, "A decoder-only model, to be run here.")
@@ -45,9 +47,9 @@ def compiled_loop(loaded: specjax.Pretrained) -> tuple[Any, Any, float]:
     """The decode loop with n-gram lookup, the state that it starts from, and the seconds that compiling it took."""
     drafter = drafters.ngram(num_draft_tokens=_K.value)
     params = Params(loaded.params, None)
-    inputs = decode.read_inputs(loaded.model, [list(range(100, 228))])
-    state = decode.prefill(loaded.model, drafter, params, inputs, max_new_tokens=100)
-    lowered_loop: Any = decode.advance
+    inputs = decoding.read_inputs(loaded.model, [list(range(100, 228))])
+    state = decoding.prefill(loaded.model, drafter, params, inputs, max_new_tokens=100)
+    lowered_loop: Any = decoding.advance
     jax.clear_caches()
     begin = time.perf_counter()
     program = lowered_loop.lower(loaded.model, drafter, verify.rejection, params, state, np.int32(1)).compile()

@@ -22,12 +22,13 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specjax import aot, chips, hlo, plan, sharding
 from specjax.experiments import report
 from specjax.models import cache as cache_lib
 from specjax.models import families, presets
 from specjax.models.config import DecoderConfig
-from specjax.sharding import RULES, Rules, override
+from specjax.parallel import sharding
+from specjax.parallel.sharding import RULES, Rules, override
+from specjax.planning import aot, chips, hlo, plan
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "A TPU slice.")
 _TARGET = flags.DEFINE_string("target", "llama3_70b", "One of `presets`.")

@@ -103,7 +103,8 @@ def load(directory: str, processes: int, index: int, port: str) -> None:
     """What each process does; prints its figures."""
     import jax
 
-    from specjax import pretrained, sharding
+    from specjax.api import pretrained
+    from specjax.parallel import sharding
 
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -29,7 +29,7 @@ import speed_report
 from absl import app, flags
 
 import specjax
-from specjax import api, atomic, decode, metrics
+from specjax import api, decoding, files, metrics
 from specjax.models.weights import wheel
 from specjax.types import Drafter
 
@@ -79,7 +79,7 @@ def questions(path: str, number: int, categories: list[str] | None = None) -> li
 
 def buffer(prompt: list[int], new_tokens: int) -> int:
     """The length of the text buffer, the same for plain decoding and for drafts."""
-    return decode.buffer_length(len(prompt) + new_tokens, _DRAFT_TOKENS.value)
+    return decoding.buffer_length(len(prompt) + new_tokens, _DRAFT_TOKENS.value)
 
 
 def specjax_run(target: specjax.Pretrained, drafter: Drafter, step_cost: float, new_tokens: int) -> Run:
@@ -144,7 +144,7 @@ def loop_overhead(target: specjax.Pretrained, drafter: Drafter, prompt: list[int
         request = api.prepare(target, [prompt], drafter=drafter, **options)
         costs = metrics.measure_costs(target.model, request.drafter, request.params, request.state)
         begin = time.perf_counter()
-        state = decode.generate(target.model, request.drafter, request.rule, request.params, request.state)
+        state = decoding.generate(target.model, request.drafter, request.rule, request.params, request.state)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - begin
         calls, drafting = int(state.stats.target_calls[0]), int(state.stats.draft_steps[0])
@@ -230,7 +230,7 @@ class Record:
 
     def write(self) -> None:
         """Writes the file."""
-        atomic.write(self.path, json.dumps(self.content, indent=1) + "\n")
+        files.write(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 def _remaining(spent: list[float], left: int) -> str:
@@ -252,7 +252,7 @@ def measure_all(
         if str(question.id) in rows:
             continue
         begin = time.perf_counter()
-        shape = decode.read_inputs(target.model, [prompt]).tokens.shape[1], buffer(prompt, _NEW_TOKENS.value)
+        shape = decoding.read_inputs(target.model, [prompt]).tokens.shape[1], buffer(prompt, _NEW_TOKENS.value)
         for name, run in runs.items():
             # PyTorch has no programs of a shape: one call warms it up. A program's first run is slower than the others.
             if shape not in shapes and (name.startswith("specjax") or not shapes):
@@ -302,7 +302,7 @@ def main(argv: list[str]) -> None:
     command = shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])
     command = command.replace(_DATA.value, pathlib.Path(_DATA.value).name)
     text = speed_report.markdown(rows, list(runs), record.content["settings"], costs, overhead, command)
-    atomic.write(record.path.with_suffix(".md"), text)
+    files.write(record.path.with_suffix(".md"), text)
     print(text)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 
 import specjax
-from specjax import decode
+from specjax import decoding
 from specjax.experiments import prompts
 from specjax.models.config import T5Config
 from specjax.models.weights import t5_mapping
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     options = {
         "max_new_tokens": _NEW_TOKENS.value,
         "stop_tokens": [],
-        "max_len": decode.buffer_length(1 + _NEW_TOKENS.value, max(8, *ks)),
+        "max_len": decoding.buffer_length(1 + _NEW_TOKENS.value, max(8, *ks)),
         "prompt_width": max(map(len, chosen)),
     }
 

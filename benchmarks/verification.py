@@ -18,7 +18,8 @@ import numpy as np
 from absl import app, flags
 
 import specjax
-from specjax import decode, sampling, verify
+from specjax import decoding, sampling
+from specjax.decoding import verify
 from specjax.types import History, Proposal
 
 _TARGET = flags.DEFINE_string("target", None, "Source of a model whose step is the measure.")
@@ -76,16 +77,16 @@ def main(argv: list[str]) -> None:
 
     def rule_call(rule: verify.Rule, soft: bool, **options: Any) -> Callable[[], Any]:
         chosen = sampling.options(rows, **options)
-        probs = sampling.warp(draft_logits, chosen)
+        probs = sampling.warp.warp(draft_logits, chosen)
         tokens = jnp.argmax(probs, axis=-1).astype(jnp.int32)
         proposal = Proposal(tokens, jnp.full(rows, k), probs if soft else None)
 
         @jax.jit
         def judge(logits: Any, seed: Any, length: Any, proposal: Proposal) -> Any:
-            _, keys = decode.step_keys(seed, length, k)
-            return decode.apply_rule(rule, chosen, proposal, keys, logits, history)[0]
+            _, keys = decoding.step_keys(seed, length, k)
+            return decoding.apply_rule(rule, chosen, proposal, keys, logits, history)[0]
 
-        seed = decode.row_keys(jnp.arange(rows, dtype=jnp.uint32))
+        seed = decoding.row_keys(jnp.arange(rows, dtype=jnp.uint32))
         return lambda: judge(logits, seed, history.length, proposal)
 
     for rule in (verify.rejection, verify.block, verify.coupled):

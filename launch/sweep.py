@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from matplotlib.figure import Figure
 
-from specjax import atomic, launch
+from specjax import files, launch
 from specjax.experiments import results
 from specjax.experiments.report import markdown
 from specjax.experiments.results import Row
@@ -151,7 +151,7 @@ class Record:
     def add(self, cell: Cell, seconds: float) -> None:
         """Writes that a cell is finished."""
         self.finished[cell.name] = seconds
-        atomic.write(self.path, results.to_json({"flags": self.common, "finished": self.finished}))
+        files.write(self.path, results.to_json({"flags": self.common, "finished": self.finished}))
 
 
 def command(common: Sequence[str], cell: Cell, directory: pathlib.Path) -> list[str]:
@@ -264,7 +264,7 @@ def gather(
       the table.
     """
     rows = [row for cell in cells if cell.name in record.finished for row in rows_of(cell, directory)]
-    atomic.write(directory / "results.json", results.to_json(rows))
+    files.write(directory / "results.json", results.to_json(rows))
     parts = [f"# {directory.name}", f"`specjax.launch {shlex.join(record.common)}`"]
     found = table(cells, rows, record.finished, failed)
     parts.append(found)
@@ -274,7 +274,7 @@ def gather(
         parts.append("![speedup](speedup.png)")
     seconds = sum(record.finished[cell.name] for cell in cells if cell.name in record.finished)
     parts.append(f"The finished cells took {seconds / 60:.1f} min.")
-    atomic.write(directory / "summary.md", "\n\n".join(parts) + "\n")
+    files.write(directory / "summary.md", "\n\n".join(parts) + "\n")
     return found
 
 

@@ -1,10 +1,12 @@
 """Speculative decoding in JAX: exact, ragged, sharded, one jitted loop."""
 
-from specjax import automaton, decode, drafters, metrics, sampling, sharding, theory, verify
-from specjax.api import Generation, generate, stream
-from specjax.beam import beam_search
+from specjax import decoding as decode
+from specjax import drafters, metrics, sampling, theory
+from specjax.api import Generation, Pretrained, beam_search, generate, load, save, stream
+from specjax.decoding import verify
 from specjax.models.config import DecoderConfig, T5Config
-from specjax.pretrained import Pretrained, load, save
+from specjax.parallel import sharding
+from specjax.sampling import automaton
 from specjax.types import Drafter, Model, Params
 
 __version__ = "0.1.0"

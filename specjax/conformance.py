@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax import decode, drafters, sampling, testing, verify
+from specjax import decoding, drafters, sampling, testing
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule
 from specjax.drafters import contract
 from specjax.types import Context, DecodeState, Drafter, Feedback, Model, Params, Proposal, Tree, Verdict
-from specjax.verify import Rule
 
 SIGNIFICANCE = 1e-6
 """Below this p-value a distribution is wrong."""
@@ -64,11 +65,11 @@ class Trial(NamedTuple):
         order = slice(None, None, -1 if reverse else 1)
         chosen = self.drafter if drafter is None else drafter
         rows = len(self.prompts)
-        return decode.prefill(
+        return decoding.prefill(
             self.target,
             chosen,
             self.params,
-            decode.read_inputs(self.target, self.prompts[order]),
+            decoding.read_inputs(self.target, self.prompts[order]),
             max_new_tokens=self.budgets[order],
             options=sampling.options(rows, **{name: values[order] for name, values in self.options.items()}),
             seeds=list(range(rows))[order],
@@ -80,7 +81,7 @@ class Trial(NamedTuple):
     def max_len(self) -> int:
         """The length of the buffer."""
         longest = max(len(p) + b for p, b in zip(self.prompts, self.budgets, strict=True))
-        return decode.buffer_length(longest, self.drafter.num_draft_tokens)
+        return decoding.buffer_length(longest, self.drafter.num_draft_tokens)
 
     def decode(self, rule: Rule, drafter: Drafter | None = None, *, reverse: bool = False) -> DecodeState:
         """Decodes all rows; every call scores K + 1 tokens."""
@@ -90,7 +91,7 @@ class Trial(NamedTuple):
 
 
 def _loop(target: Model, drafter: Drafter, rule: Rule, params: Params, state: DecodeState, steps: Any) -> DecodeState:
-    return decode.advance(target, drafter, rule, params, state, steps, True)
+    return decoding.advance(target, drafter, rule, params, state, steps, True)
 
 
 _STATIC = {"static_argnames": ("target", "drafter", "rule"), "donate_argnames": ("state",)}
@@ -127,9 +128,9 @@ def make_trial(target: Model, params: Params, drafter: Drafter, num_texts: int) 
 
 def _context(target: Model, drafter: Drafter, state: DecodeState) -> Context:
     k = drafter.num_draft_tokens
-    keys, _ = decode.step_keys(state.seed, state.length, k)
+    keys, _ = decoding.step_keys(state.seed, state.length, k)
     room = jnp.where(state.done, 0, jnp.minimum(k, state.limit - state.length - 1))
-    return Context(decode.history_of(state), keys, room, state.sampling, target.vocab_size)
+    return Context(decoding.history_of(state), keys, room, state.sampling, target.vocab_size)
 
 
 def _trace_problem(trial: Trial) -> str:
@@ -353,10 +354,10 @@ def exact_joint(trial: Trial) -> dict[tuple[int, ...], float]:
     for _ in range(NUM_TOKENS):
         texts = list(joint)
         if target.start_token is None:
-            inputs = decode.pad_prompts([[*prompt, *text] for text in texts])
+            inputs = decoding.pad_prompts([[*prompt, *text] for text in texts])
         else:
-            source = decode.pad_prompts([prompt] * len(texts))
-            begun = decode.pad_prompts([[target.start_token, *text] for text in texts])
+            source = decoding.pad_prompts([prompt] * len(texts))
+            begun = decoding.pad_prompts([[target.start_token, *text] for text in texts])
             inputs = begun._replace(source=source.tokens, source_length=source.length)
         logits = np.asarray(_next_logits(target, trial.params.target, inputs))
         longer: dict[tuple[int, ...], float] = {}

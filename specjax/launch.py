@@ -197,8 +197,8 @@ def _run(values: flags.FlagValues, config: ConfigDict, workdir: pathlib.Path) ->
 
 def _run_distributed(run: Callable[..., Any], config: ConfigDict, workdir: pathlib.Path, overwrite: bool) -> None:
     """Runs as one of several processes."""
-    from specjax import distributed
     from specjax.experiments import workdir as places
+    from specjax.parallel import distributed
 
     distributed.initialize()
     with contextlib.ExitStack() as stack:

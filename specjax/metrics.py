@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from specjax import decode, sampling, theory
+from specjax import decoding, sampling, theory
 from specjax.types import Context, DecodeState, Drafter, Feedback, Model, Params, Stats, Verdict
 
 
@@ -166,7 +166,7 @@ def measure_costs(
     def propose(params: Any, state: DecodeState, drafter_state: Any, shift: Array) -> tuple[Any, Array, Any]:
         room = jnp.full(rows, k, jnp.int32)
         length = state.length + shift
-        history = decode.history_of(state)._replace(length=length)
+        history = decoding.history_of(state)._replace(length=length)
         keys = jax.vmap(lambda key: jax.random.split(key, k))(state.seed)
         context = Context(history, keys, room, state.sampling, target.vocab_size)
         proposal, drafter_state = drafter.propose(params, drafter_state, context)

@@ -12,11 +12,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 import specjax
-from specjax import automaton, decode, sampling, testing, verify
+from specjax import decoding, sampling, testing
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule
 from specjax.models import families
-from specjax.text import Tokenizer
+from specjax.sampling import automaton
+from specjax.text.tokenizer import Tokenizer
 from specjax.types import Context, DecodeState, Drafter, History, Inputs, Model, Params
-from specjax.verify import Rule
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "then", "it", "ran", "to", "see", "who", "was", "there"]
 """The vocabulary of `save_tiny_decoder`."""
@@ -96,7 +98,7 @@ def right_pad(prompts: Sequence[Sequence[int]], width: int) -> Inputs:
 def run(pair: Pair, rule: Rule, state: DecodeState, step: Step | None = None) -> DecodeState:
     """`generate`, or the same loop around another step, traced anew so that what a test has patched is seen."""
     if step is None:
-        return decode.generate(pair.target, pair.drafter, rule, pair.params, state)
+        return decoding.generate(pair.target, pair.drafter, rule, pair.params, state)
 
     def loop(params: Params, state: DecodeState) -> DecodeState:
         # A broken step may never end a row.
@@ -137,7 +139,7 @@ def sample(
     if "logit_bias" in options:
         options["logit_bias"] = [dict(row) for row in options["logit_bias"]]
     tables = [None if g.grammar is None else automaton.from_table(np.array(g.grammar)) for g in groups]
-    state = decode.prefill(
+    state = decoding.prefill(
         pair.target,
         pair.drafter,
         pair.params,
@@ -283,14 +285,14 @@ def greedy_text(drafter, draft_params: Any) -> tuple[list[list[int]], int]:
     """Texts of the tiny decoder, and how many draft tokens were accepted."""
     model, params = testing.tiny_decoder(0)
     both = Params(params, draft_params)
-    state = decode.prefill(
+    state = decoding.prefill(
         model,
         drafter,
         both,
-        decode.pad_prompts(random_prompts(6, 61)),
+        decoding.pad_prompts(random_prompts(6, 61)),
         max_new_tokens=[30, 3, 0, 17, 40, 1],
         step_cost=0.0,
         max_len=64,
     )
-    state = decode.generate(model, drafter, verify.rejection, both, state)
+    state = decoding.generate(model, drafter, verify.rejection, both, state)
     return texts(state), int(np.asarray(state.stats.accepted).sum())

@@ -7,10 +7,13 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from specjax import decode, drafters, hlo, sampling, sharding, verify
-from specjax.api import on_mesh
+from specjax import decoding, drafters, sampling
+from specjax.decoding import verify
 from specjax.models import families
 from specjax.models.config import DecoderConfig
+from specjax.parallel import sharding
+from specjax.parallel.sharding import on_mesh
+from specjax.planning import hlo
 from specjax.types import Params
 
 CONFIG = DecoderConfig(
@@ -34,13 +37,13 @@ def main() -> None:
     )
     report: dict = {}
     drafter = drafters.model(model, num_draft_tokens=3)
-    inputs = decode.pad_prompts(PROMPTS)
+    inputs = decoding.pad_prompts(PROMPTS)
     put = lambda x, a: jax.device_put(x, sharding.named_sharding(mesh, x.shape, a))  # noqa: E731
     inputs = inputs._replace(tokens=put(inputs.tokens, ("batch", None)), length=put(inputs.length, ("batch",)))
     both_params = Params(placed, placed_draft)
     with on_mesh(mesh):
-        state = decode.prefill(model, drafter, both_params, inputs, max_new_tokens=20, options=sampling.options(4))
-        compiled = decode.advance.lower(model, drafter, verify.rejection, both_params, state, jnp.int32(9)).compile()
+        state = decoding.prefill(model, drafter, both_params, inputs, max_new_tokens=20, options=sampling.options(4))
+        compiled = decoding.advance.lower(model, drafter, verify.rejection, both_params, state, jnp.int32(9)).compile()
     text = compiled.as_text() or ""
     shard = state.cache.keys[0].addressable_shards[0].data.shape
     report["cache_shape"] = state.cache.keys[0].shape
@@ -51,7 +54,7 @@ def main() -> None:
     report["cache_layer_bytes"] = state.cache.keys[0].nbytes
     report["collectives"] = dict(collections.Counter(c.kind for c in found))
     with on_mesh(mesh):
-        state = decode.generate(model, drafter, verify.rejection, both_params, state)
+        state = decoding.generate(model, drafter, verify.rejection, both_params, state)
     report["cache_shard_after"] = state.cache.keys[0].addressable_shards[0].data.shape
     json.dump(report, sys.stdout)
 

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 
 import specjax
-from specjax import drafters, sharding, verify
+from specjax import drafters
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
 from specjax.models import families
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
-from specjax.pretrained import Pretrained
+from specjax.parallel import sharding
 
 DECODER = DecoderConfig(
     vocab_size=256,

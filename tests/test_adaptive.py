@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from specjax import adaptive
+from specjax.decoding import adaptive
 from specjax.types import Adaptation
 
 

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from specjax import automaton
-from specjax.automaton import DEAD, Automaton
 from specjax.models.weights import gguf, wheel
-from specjax.text import Tokenizer
+from specjax.sampling import automaton
+from specjax.sampling.automaton import DEAD, Automaton
+from specjax.text.tokenizer import Tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, doesn't it? We'll see; they've 1234 dogs and 56 cats in 2024.",

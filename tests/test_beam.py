@@ -14,12 +14,14 @@ import tokenizers
 from helpers import random_prompts, texts
 from tokenizers import decoders, models, pre_tokenizers
 
-from specjax import beam, decode, drafters, testing, verify
-from specjax.beam import Beams
+from specjax import decoding, drafters, testing
+from specjax.api import beam
+from specjax.api.beam import Beams
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
 from specjax.models import families
 from specjax.models.weights import huggingface
-from specjax.pretrained import Pretrained
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 from specjax.types import Model, Params
 
 SEARCH = cast(Any, beam._search)
@@ -44,7 +46,7 @@ def run(
     prompts: Sequence[Sequence[int]] = tuple(PROMPTS),
     **options: Any,
 ) -> Beams:
-    inputs = decode.pad_prompts(prompts)
+    inputs = decoding.pad_prompts(prompts)
     defaults = {"num_beams": WIDTH, "max_new_tokens": BUDGETS, "max_len": 64}
     return beam.search(target, draft, Params(table, draft_table), inputs, **(defaults | options))
 
@@ -179,10 +181,10 @@ def test_a_beam_of_every_prefix_finds_every_text_in_order():
 
 @pytest.mark.parametrize("stops", STOPS)
 def test_one_beam_is_greedy_decoding(stops: list[int]):
-    inputs = decode.pad_prompts(PROMPTS)
+    inputs = decoding.pad_prompts(PROMPTS)
     options = {"max_new_tokens": BUDGETS, "stop_tokens": stops, "max_len": 64}
-    state = decode.prefill(TARGET, drafters.none(), Params(TABLE, None), inputs, **options)
-    wanted = texts(decode.generate(TARGET, drafters.none(), verify.greedy, Params(TABLE, None), state))
+    state = decoding.prefill(TARGET, drafters.none(), Params(TABLE, None), inputs, **options)
+    wanted = texts(decoding.generate(TARGET, drafters.none(), verify.greedy, Params(TABLE, None), state))
     for draft in ({}, {"draft": TARGET, "draft_table": NEAR, "num_draft_tokens": 2}):
         got = run(num_beams=1, stop_tokens=stops, **draft)
         assert [[*p, *row[0][1]] for p, row in zip(PROMPTS, found(got), strict=True)] == wanted

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from specjax import chat
-from specjax.text import Tokenizer
+from specjax.text import chat
+from specjax.text.tokenizer import Tokenizer
 
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "

@@ -10,7 +10,7 @@ from helpers import WORDS, save_tiny_decoder
 from specjax import launch
 from specjax.experiments import chinchilla_report
 from specjax.experiments.chinchilla_report import Measured, Sampling
-from specjax.tasks import human_eval, prompting, sandbox
+from specjax.experiments.tasks import human_eval, prompting, sandbox
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from specjax import conformance, drafters, testing, verify
+from specjax import conformance, drafters, testing
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
 from specjax.drafters import contract
-from specjax.pretrained import Pretrained
 from specjax.types import Context, Drafter, Proposal
 
 K, V = 2, 5

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_experiments import row
 
-from specjax import atomic, pretrained
+from specjax import files
+from specjax.api import pretrained
 from specjax.experiments import report, results
 from specjax.experiments.store import Store
 from specjax.models.weights import checkpoint
@@ -234,7 +235,7 @@ def test_a_checkpoint_loads(model):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("fails", ["write_text", "replace"])
 def test_a_failed_write_names_the_file_and_leaves_nothing(number, fails, tmp_path, monkeypatch):
-    atomic.write(tmp_path / "config.json", "before")
+    files.write(tmp_path / "config.json", "before")
 
     def fail(self, *args, **kwargs):
         if fails == "write_text":
@@ -243,7 +244,7 @@ def test_a_failed_write_names_the_file_and_leaves_nothing(number, fails, tmp_pat
 
     monkeypatch.setattr(*((pathlib.Path, "write_text") if fails == "write_text" else (os, "replace")), fail)
     with pytest.raises(OSError, match=r"config\.json cannot be written: ") as error:
-        atomic.write(tmp_path / "config.json", "after")
+        files.write(tmp_path / "config.json", "after")
     assert error.value.errno == number
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -261,4 +262,4 @@ def test_a_full_disk(tmp_path):
     with pytest.raises(OSError, match=r"train\.jsonl cannot be written: the disk is full"):
         curve.add([step(1)])
     with pytest.raises(OSError, match=r"missing/config\.json cannot be written"):
-        atomic.write(tmp_path / "missing" / "config.json", "text")
+        files.write(tmp_path / "missing" / "config.json", "text")

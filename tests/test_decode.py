@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from helpers import random_prompts, right_pad, texts
 
-from specjax import decode, drafters, hlo, sampling, testing, verify
+from specjax import decoding, drafters, sampling, testing
+from specjax.decoding import verify
+from specjax.planning import hlo
 from specjax.types import DecodeState, Drafter, Inputs, Model, Params
 
-ADVANCE = cast(Any, decode.advance)
+ADVANCE = cast(Any, decoding.advance)
 """For what a jitted function has and its type does not say."""
 
 PROMPTS = random_prompts(5, 61, seed=5)
@@ -39,11 +41,11 @@ def drafter_of(name: str, k: int = 3, dtype: str = "float32") -> tuple[Drafter, 
 
 def start(drafter: Drafter, params: Params, prompts=PROMPTS, dtype: str = "float32", **options) -> DecodeState:
     kwargs = {"max_new_tokens": 40, "step_cost": 0.0, "max_len": 64} | options
-    return decode.prefill(tiny(dtype)[0], drafter, params, right_pad(prompts, 16), **kwargs)
+    return decoding.prefill(tiny(dtype)[0], drafter, params, right_pad(prompts, 16), **kwargs)
 
 
 def advance(drafter: Drafter, params: Params, state: DecodeState, steps: int = 10**6, dtype: str = "float32"):
-    return decode.advance(tiny(dtype)[0], drafter, verify.rejection, params, state, np.int32(steps))
+    return decoding.advance(tiny(dtype)[0], drafter, verify.rejection, params, state, np.int32(steps))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -114,7 +116,7 @@ def test_other_options_do_not_compile_or_trace_again(drafter: str):
 
     def decoded(**options) -> DecodeState:
         keywords = {name: options.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in options}
-        state = decode.prefill(
+        state = decoding.prefill(
             counted,
             chosen,
             params,
@@ -123,10 +125,10 @@ def test_other_options_do_not_compile_or_trace_again(drafter: str):
             max_len=64,
             **options,
         )
-        return decode.generate(counted, chosen, verify.rejection, params, state)
+        return decoding.generate(counted, chosen, verify.rejection, params, state)
 
     decoded(max_new_tokens=5)
-    compiled, traced = decode.advance._cache_size(), len(traces)  # pyright: ignore[reportAttributeAccessIssue]
+    compiled, traced = decoding.advance._cache_size(), len(traces)  # pyright: ignore[reportAttributeAccessIssue]
     assert traced > 0
     decoded(max_new_tokens=[9, 1, 30], temperature=0.7, top_p=0.9, top_k=3, min_p=0.1)
     decoded(max_new_tokens=7, temperature=[0.0, 1.0, 2.0], seeds=[5, 6, 7], stop_tokens=[3], step_cost=3.0)
@@ -138,10 +140,10 @@ def test_other_options_do_not_compile_or_trace_again(drafter: str):
 def test_stream_and_generate_run_one_program():
     chosen, params = drafter_of("ngram", 2)
     target = tiny()[0]
-    decode.generate(target, chosen, verify.rejection, params, start(chosen, params))
+    decoding.generate(target, chosen, verify.rejection, params, start(chosen, params))
     compiled = ADVANCE._cache_size()
     for steps in (1, 5):
-        for _ in decode.stream(target, chosen, verify.rejection, params, start(chosen, params), steps=steps):
+        for _ in decoding.stream(target, chosen, verify.rejection, params, start(chosen, params), steps=steps):
             pass
     assert ADVANCE._cache_size() == compiled
 
@@ -152,7 +154,7 @@ def test_a_step_keeps_structure_shapes_and_dtypes_of_the_state(drafter: str, dty
     chosen, params = drafter_of(drafter, dtype=dtype)
     state = start(chosen, params, dtype=dtype)
     after = jax.eval_shape(
-        lambda p, s: decode.decode_step(tiny(dtype)[0], chosen, verify.rejection, p, s), params, state
+        lambda p, s: decoding.decode_step(tiny(dtype)[0], chosen, verify.rejection, p, s), params, state
     )
     before = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     assert jax.tree.structure(after) == jax.tree.structure(before)
@@ -209,10 +211,10 @@ def test_a_text_may_fill_its_buffer_to_the_last_slot(drafter: str):
 
 
 def test_pad_prompts_keeps_the_tokens_and_pads_long_prompts_little():
-    inputs = decode.pad_prompts([[5, 6, 7], [8]])
+    inputs = decoding.pad_prompts([[5, 6, 7], [8]])
     assert np.asarray(inputs.length).tolist() == [3, 1]
     assert np.asarray(inputs.tokens)[0, :3].tolist() == [5, 6, 7]
-    widths = [decode.pad_prompts([[1] * n]).tokens.shape[1] for n in range(1, 600, 7)]
+    widths = [decoding.pad_prompts([[1] * n]).tokens.shape[1] for n in range(1, 600, 7)]
     assert all(n <= w for n, w in zip(range(1, 600, 7), widths, strict=True))
     assert widths == sorted(widths)
     assert len(set(widths)) < 50
@@ -228,7 +230,7 @@ def test_pad_prompts_keeps_the_tokens_and_pads_long_prompts_little():
 )
 def test_prompts_of_nothing_are_refused(prompts, message: str):
     with pytest.raises(ValueError, match=message):
-        decode.pad_prompts(prompts)
+        decoding.pad_prompts(prompts)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_negative_k_is_refused():
 def test_stream_refuses_no_steps():
     chosen, params = drafter_of("none")
     with pytest.raises(ValueError, match="steps=0"):
-        next(decode.stream(tiny()[0], chosen, verify.rejection, params, start(chosen, params), steps=0))
+        next(decoding.stream(tiny()[0], chosen, verify.rejection, params, start(chosen, params), steps=0))
 
 
 # Logits that are not numbers. 0 -> 1 -> 2 -> not a number; 3 -> 3.
@@ -278,7 +280,7 @@ def nan_run(drafter: str, temperature: float, target_table, draft_table):
     params = Params(target_table, draft_table if drafter == "model" else None)
 
     def state() -> DecodeState:
-        return decode.prefill(
+        return decoding.prefill(
             target,
             chosen,
             params,
@@ -299,10 +301,10 @@ def test_a_target_that_is_not_a_number_ends_the_row_and_is_named(drafter: str, t
     with pytest.raises(
         FloatingPointError, match=r"target's logits .* position 8 of row 1, or the options .*: the text before it"
     ):
-        decode.generate(target, chosen, verify.rejection, params, state())
+        decoding.generate(target, chosen, verify.rejection, params, state())
     with pytest.raises(FloatingPointError, match="position 8 of row 1"):
-        list(decode.stream(target, chosen, verify.rejection, params, state()))
-    final = decode.advance(target, chosen, verify.rejection, params, state(), np.int32(99))
+        list(decoding.stream(target, chosen, verify.rejection, params, state()))
+    final = decoding.advance(target, chosen, verify.rejection, params, state(), np.int32(99))
     assert texts(final) == [[3] * 9, [1, 2, 0, 1, 2, 0, 1, 2], [3] * 10]
     assert np.asarray(final.failed_at).tolist() == [-1, 8, -1]
 
@@ -311,8 +313,8 @@ def test_a_target_that_is_not_a_number_ends_the_row_and_is_named(drafter: str, t
 def test_a_draft_that_is_not_a_number_ends_the_row_and_is_named(temperature: float):
     target, chosen, params, state = nan_run("model", temperature, SOUND_TABLE, NAN_TABLE)
     with pytest.raises(FloatingPointError, match=r"draft's logits .* position \d+ of row 1, .*: the text before it"):
-        decode.generate(target, chosen, verify.rejection, params, state())
-    final = decode.advance(target, chosen, verify.rejection, params, state(), np.int32(99))
+        decoding.generate(target, chosen, verify.rejection, params, state())
+    final = decoding.advance(target, chosen, verify.rejection, params, state(), np.int32(99))
     healthy, failed = texts(final)[::2], texts(final)[1]
     assert healthy == [[3] * 9, [3] * 10]
     assert failed == ([1, 2, 0] * 5)[: len(failed)]
@@ -323,7 +325,7 @@ def test_a_draft_that_is_not_a_number_ends_the_row_and_is_named(temperature: flo
 
 def test_text_that_is_healthy_raises_nothing():
     target, chosen, params, state = nan_run("model", 0.0, SOUND_TABLE, SOUND_TABLE)
-    decode.check(decode.generate(target, chosen, verify.rejection, params, state()))
+    decoding.check(decoding.generate(target, chosen, verify.rejection, params, state()))
 
 
 # The n-gram drafter's look-up, against a plain search.

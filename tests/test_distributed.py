@@ -11,7 +11,8 @@ import pytest
 from helpers import WORDS, save_tiny_decoder
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from specjax import distributed, launch, sharding
+from specjax import launch
+from specjax.parallel import distributed, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -21,7 +21,8 @@ from helpers import (
     texts,
 )
 
-from specjax import adaptive, decode, drafters, sampling, testing, theory, verify
+from specjax import decoding, drafters, sampling, testing, theory
+from specjax.decoding import adaptive, verify
 from specjax.types import DecodeState, Params
 
 TARGET, TABLE = testing.tabular(0)
@@ -111,7 +112,7 @@ def test_exact_where_a_row_drafts_again_after_its_pause(drafter: str, monkeypatc
     )
     budget = adaptive.FIRST_PAUSE + 4
     groups = [Group((0, 1, 1, 0, 1), 100_000, budget=budget), Group((1, 0), 30_000, budget=budget, temperature=0.7)]
-    result = sample(Pair(target, table, chosen, draft_table), groups, step_cost=1.8, step=decode.decode_step)
+    result = sample(Pair(target, table, chosen, draft_table), groups, step_cost=1.8, step=decoding.decode_step)
     assert_exact(result)
     stats = result.state.stats
     rejected = np.asarray(stats.draft_steps) - np.asarray(stats.accepted).sum(axis=1)
@@ -165,10 +166,10 @@ def _ragged_greedy(kind: str) -> tuple:
 def _greedy(kind: str, drafter, draft_params=None) -> DecodeState:
     target, params, _, _, prompts, budgets = _ragged_greedy(kind)
     both = Params(params, draft_params)
-    state = decode.prefill(
-        target, drafter, both, decode.pad_prompts(prompts), max_new_tokens=budgets, step_cost=0.0, max_len=64
+    state = decoding.prefill(
+        target, drafter, both, decoding.pad_prompts(prompts), max_new_tokens=budgets, step_cost=0.0, max_len=64
     )
-    return decode.generate(target, drafter, verify.rejection, both, state)
+    return decoding.generate(target, drafter, verify.rejection, both, state)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def _sampled(drafter, draft_params, prompts, seeds, *, step_cost=0.0, budgets=24
     target, table = testing.tabular(20, order=order)
     both = Params(table, draft_params)
     options = sampling.options(len(prompts), temperature=temperature or [1.0] * len(prompts))
-    state = decode.prefill(
+    state = decoding.prefill(
         target,
         drafter,
         both,
@@ -257,7 +258,7 @@ def test_a_row_decodes_to_the_same_text_alone_and_in_a_batch(drafter: str, step_
     target, both, state = _sampled(
         chosen, draft_params, prompts, seeds, step_cost=step_cost, budgets=40, temperature=temperature
     )
-    together = decode.generate(target, chosen, verify.rejection, both, state)
+    together = decoding.generate(target, chosen, verify.rejection, both, state)
     together_texts = texts(together)
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         _, _, state = _sampled(
@@ -269,7 +270,7 @@ def test_a_row_decodes_to_the_same_text_alone_and_in_a_batch(drafter: str, step_
             budgets=40,
             temperature=temperature[row : row + 1],
         )
-        alone = decode.generate(target, chosen, verify.rejection, both, state)
+        alone = decoding.generate(target, chosen, verify.rejection, both, state)
         assert texts(alone)[0] == together_texts[row]
         for counter in ("draft_steps", "target_calls", "histogram"):
             assert (
@@ -280,7 +281,7 @@ def test_a_row_decodes_to_the_same_text_alone_and_in_a_batch(drafter: str, step_
 
 def test_other_seeds_give_other_texts_and_equal_seeds_equal_ones():
     target, both, state = _sampled(drafters.none(), None, [[1, 2]] * 3, [5, 6, 5])
-    a, b, c = texts(decode.generate(target, drafters.none(), verify.rejection, both, state))
+    a, b, c = texts(decoding.generate(target, drafters.none(), verify.rejection, both, state))
     assert a == c != b
 
 
@@ -293,7 +294,7 @@ def test_k_0_is_plain_decoding(drafter: str):
     for chosen in (k0, drafters.none()):
         params = draft_table if chosen is k0 and drafter == "model" else None
         target, both, state = _sampled(chosen, params, prompts, seeds)
-        results.append(decode.generate(target, chosen, verify.rejection, both, state))
+        results.append(decoding.generate(target, chosen, verify.rejection, both, state))
     assert texts(results[0]) == texts(results[1])
     assert np.asarray(results[0].stats.histogram).shape == (8, 1)
 
@@ -304,9 +305,9 @@ def test_stream_yields_the_tokens_of_generate(drafter: str, steps: int):
     chosen, draft_params = _long_memory_drafters()[drafter]
     prompts, seeds = random_prompts(8, 4), list(range(8))
     target, both, state = _sampled(chosen, draft_params, prompts, seeds, step_cost=1.7)
-    whole = texts(decode.generate(target, chosen, verify.rejection, both, state))
+    whole = texts(decoding.generate(target, chosen, verify.rejection, both, state))
     _, _, state = _sampled(chosen, draft_params, prompts, seeds, step_cost=1.7)
-    seen = [texts(s) for s in decode.stream(target, chosen, verify.rejection, both, state, steps=steps)]
+    seen = [texts(s) for s in decoding.stream(target, chosen, verify.rejection, both, state, steps=steps)]
     assert seen[-1] == whole
     assert len(seen) > 2
     for before, after in itertools.pairwise(seen):
@@ -363,7 +364,7 @@ def _independent(k: int) -> tuple[Sample, float]:
     groups = [Group((0, 1), 100_000, budget=k + 1)]
 
     def one_step(target, drafter, rule, params, state):
-        state = decode.decode_step(target, drafter, rule, params, state)
+        state = decoding.decode_step(target, drafter, rule, params, state)
         return state._replace(done=jnp.ones_like(state.done))
 
     return sample(chosen, groups, step=one_step), float(np.minimum(p, q).sum())
@@ -416,7 +417,7 @@ def test_a_draft_equal_to_the_target_is_always_accepted(temperature: float, step
     target, both, state = _sampled(
         drafter, table, prompts, list(range(8)), step_cost=step_cost, budgets=45, temperature=[temperature] * 8
     )
-    state = decode.generate(target, drafter, verify.rejection, both, state)
+    state = decoding.generate(target, drafter, verify.rejection, both, state)
     assert_always_accepted(state)
     assert (np.asarray(state.stats.draft_steps) >= 3).all()
 
@@ -427,7 +428,7 @@ def test_a_paused_row_keeps_a_whole_draft_cache_while_a_neighbour_drafts():
     target, table = testing.tabular(40, vocab_size=2, order=12)
     drafter = drafters.model(target, num_draft_tokens=3)
     both, rows = Params(table, table), 16
-    state = decode.prefill(
+    state = decoding.prefill(
         target,
         drafter,
         both,
@@ -439,4 +440,4 @@ def test_a_paused_row_keeps_a_whole_draft_cache_while_a_neighbour_drafts():
     )
     pause = jnp.tile(jnp.asarray([0, 2], jnp.int32), rows // 2)
     state = state._replace(adaptation=state.adaptation._replace(pause=pause))
-    assert_always_accepted(decode.generate(target, drafter, verify.rejection, both, state))
+    assert_always_accepted(decoding.generate(target, drafter, verify.rejection, both, state))

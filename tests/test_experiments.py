@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from specjax.experiments import marks, plots, prompts, report, results
 from specjax.experiments.display import MARKS, View, shorten
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,15 @@ from helpers import random_prompts, right_pad, save_tiny_decoder, texts
 from jax.sharding import AbstractMesh
 
 import specjax
-from specjax import decode, drafters, hlo, sampling, sharding, verify
+from specjax import decoding, drafters, sampling
+from specjax.decoding import verify
 from specjax.models import families, layers, presets
 from specjax.models.config import DecoderConfig, LinearRopeScaling, T5Config
+from specjax.parallel import sharding
+from specjax.planning import hlo
 from specjax.types import Batch, Params
 
-ADVANCE: Any = decode.advance
+ADVANCE: Any = decoding.advance
 TINY = DecoderConfig(
     vocab_size=61, hidden_size=32, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8,
     max_position=64,
@@ -92,11 +95,11 @@ PROMPTS = [2 * prompt for prompt in random_prompts(4, 61, longest=6)]
 def decoded(model, params, drafter, draft_params=None):
     """Greedy and sampled rows, up to the last position; no cache is copied."""
     both = Params(params, draft_params)
-    state = decode.prefill(
+    state = decoding.prefill(
         model,
         drafter,
         both,
-        decode.pad_prompts(PROMPTS),
+        decoding.pad_prompts(PROMPTS),
         max_new_tokens=[model.max_len - len(prompt) for prompt in PROMPTS],
         options=sampling.options(4, temperature=[0.0, 0.0, 0.5, 1.0]),
         step_cost=0.0,
@@ -253,9 +256,9 @@ def test_parameters_name_axes_that_have_a_rule(name):
 
 def test_texts_beyond_the_learned_positions_are_refused():
     model, params = tiny("gpt2")
-    prompt = decode.pad_prompts([[1] * 30])
+    prompt = decoding.pad_prompts([[1] * 30])
     with pytest.raises(ValueError, match=r"makes 65, but the target knows 64 positions"):
-        decode.prefill(model, drafters.none(), Params(params, None), prompt, max_new_tokens=35)
+        decoding.prefill(model, drafters.none(), Params(params, None), prompt, max_new_tokens=35)
 
 
 def test_padding_beyond_the_learned_positions_does_no_harm():

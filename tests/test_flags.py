@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from specjax import launch, pretrained
+from specjax import launch
+from specjax.api import pretrained
 from specjax.experiments import failures, keys, results
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -15,7 +16,7 @@ CONFIGS = ROOT / "configs"
 
 OWN = """
 import specjax
-from specjax import verify
+from specjax.decoding import verify
 
 def drafter(num_draft_tokens):
     return specjax.drafters.ngram(num_draft_tokens=num_draft_tokens, min_match=1)

@@ -18,11 +18,13 @@ from test_files import mutated
 from test_weights import GPT2, TINY, hf_config, random_tensors, write_gguf, write_hf
 from tokenizers import models
 
-from specjax import limits, pretrained, spiece
+from specjax import limits
+from specjax.api import pretrained
 from specjax.models import config as shapes
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling, T5Config
 from specjax.models.weights import gguf, huggingface, t5_mapping, wheel
-from specjax.text import Tokenizer
+from specjax.text import sentencepiece_file
+from specjax.text.tokenizer import Tokenizer
 from specjax.training import vocabulary
 
 T5 = {"model_type": "t5", "vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
@@ -398,7 +400,9 @@ def test_any_sentencepiece_model_is_read_or_refused(spiece_bytes, tmp_path_facto
 @pytest.mark.parametrize("content", [b"\xff" * 10**6, b"\x0a\xff\xff\xff\xff\x7f", b"\x0a" * 10**5, b"", b"\0"])
 def test_damaged_sentencepiece_models(content, tmp_path):
     (tmp_path / "spiece.model").write_bytes(content)
-    assert "spiece.model is not a SentencePiece model" in str(refusal(spiece.read, tmp_path / "spiece.model"))
+    assert "spiece.model is not a SentencePiece model" in str(
+        refusal(sentencepiece_file.read, tmp_path / "spiece.model")
+    )
 
 
 @pytest.mark.parametrize("number", [10**9, -1, "100", True, [1]])

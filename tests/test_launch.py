@@ -291,7 +291,7 @@ def test_starting_imports_no_torch():
 OWN = """
 import jax.numpy as jnp
 import specjax
-from specjax import verify
+from specjax.decoding import verify
 from specjax.types import Proposal
 
 def copier(num_draft_tokens, target, draft):

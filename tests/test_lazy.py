@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from specjax import sharding
 from specjax.models import families
 from specjax.models.config import DecoderConfig
 from specjax.models.weights import mapping
 from specjax.models.weights.lazy import LazyArray
+from specjax.parallel import sharding
 
 
 class File:

@@ -6,8 +6,8 @@ import runpy
 
 import pytest
 
-from specjax import launch, tasks, theory
-from specjax.experiments import leviathan_report, results
+from specjax import launch, theory
+from specjax.experiments import leviathan_report, results, tasks
 from specjax.experiments.leviathan_report import Measured
 from specjax.experiments.store import Store
 

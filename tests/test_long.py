@@ -1,6 +1,7 @@
 """Long prompts: read in chunks, in few programs, in memory that grows no faster than the buffer."""
 
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from helpers import random_prompts, texts
 
-from specjax import decode, drafters, testing, verify
+from specjax import decoding, drafters, testing
+from specjax.decoding import verify
 from specjax.models import decoder, families
 from specjax.models.config import DecoderConfig
 from specjax.types import Inputs, Params
@@ -55,12 +57,12 @@ def test_text_after_a_prompt_of_several_chunks(monkeypatch):
     drafter = drafters.model(model, num_draft_tokens=3)
 
     def run():
-        inputs = decode.pad_prompts(prompts)
-        state = decode.prefill(model, drafter, Params(params, near), inputs, max_new_tokens=12, step_cost=0.0)
-        state = decode.generate(model, drafter, verify.rejection, Params(params, near), state)
+        inputs = decoding.pad_prompts(prompts)
+        state = decoding.prefill(model, drafter, Params(params, near), inputs, max_new_tokens=12, step_cost=0.0)
+        state = decoding.generate(model, drafter, verify.rejection, Params(params, near), state)
         return texts(state), np.asarray(state.stats.accepted)
 
-    reading: Any = decode._prefill
+    reading: Any = importlib.import_module("specjax.decoding.prefill")._prefill
     reading.clear_cache()
     text, accepted = run()
     monkeypatch.setattr(decoder, "PREFILL_CHUNK", 7)
@@ -73,10 +75,10 @@ def test_text_after_a_prompt_of_several_chunks(monkeypatch):
 
 
 def test_few_buffers_serve_all_lengths():
-    sizes = [decode.buffer_length(n, 4) for n in range(1, 32768)]
+    sizes = [decoding.buffer_length(n, 4) for n in range(1, 32768)]
     assert len(set(sizes)) < 60
     assert all(n + 5 <= size < 1.13 * (n + 5) + 64 for n, size in enumerate(sizes, start=1))
-    assert {decode.pad_prompts([[1] * n]).tokens.shape[1] for n in (513, 520, 570)} == {576}
+    assert {decoding.pad_prompts([[1] * n]).tokens.shape[1] for n in (513, 520, 570)} == {576}
 
 
 def programs(length: int, rows: int):
@@ -86,9 +88,9 @@ def programs(length: int, rows: int):
     inputs = Inputs(jnp.zeros((rows, length - 64), jnp.int32), jnp.ones(rows, jnp.int32))
     read = jax.jit(lambda params, inputs: model.prefill(params, inputs, model.init_cache(rows, length))[1])
     prefill: Any = read.lower(params.target, inputs).compile()
-    prompts = decode.pad_prompts([[1] * 8] * rows)
-    state = decode.prefill(model, drafter, params, prompts, max_new_tokens=32, max_len=length)
-    loop: Any = decode.advance.lower(model, drafter, verify.rejection, params, state, np.int32(1)).compile()
+    prompts = decoding.pad_prompts([[1] * 8] * rows)
+    state = decoding.prefill(model, drafter, params, prompts, max_new_tokens=32, max_len=length)
+    loop: Any = decoding.advance.lower(model, drafter, verify.rejection, params, state, np.int32(1)).compile()
     return prefill.memory_analysis(), loop.memory_analysis()
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from helpers import Group, Pair, Sample, assert_exact, p_value, random_prompts, sample
 
-from specjax import drafters, testing, verify
-from specjax.verify import Rule
+from specjax import drafters, testing
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule
 
 TARGET, TABLE = testing.tabular(0)
 DRAFT, DRAFT_TABLE = testing.tabular(1)

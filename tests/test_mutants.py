@@ -27,9 +27,12 @@ from helpers import (
     texts,
 )
 
-from specjax import automaton, decode, drafters, processors, sampling, testing, verify
+from specjax import decoding, drafters, sampling, testing
+from specjax.decoding import step as decode_step
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule
+from specjax.sampling import automaton, processors
 from specjax.types import DecodeState, Drafter, Proposal, StepKeys, Verdict
-from specjax.verify import Rule
 
 TARGET, TABLE = testing.tabular(0)
 DRAFT, DRAFT_TABLE = testing.tabular(1)
@@ -75,18 +78,18 @@ def by_retrieval() -> Pair:
 # The checks.
 
 
-def exact(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step, groups: Any = GROUPS) -> None:
+def exact(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decoding.decode_step, groups: Any = GROUPS) -> None:
     assert_exact(sample(pair, groups, rule=rule, step=step))
 
 
-def stops(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step) -> None:
+def stops(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decoding.decode_step) -> None:
     groups = [g._replace(rows=500, budget=9) for g in GROUPS]
     assert_stops(sample(pair, groups, rule=rule, step=step, stop_tokens=[3]))
 
 
-def perfect(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step) -> None:
+def perfect(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decoding.decode_step) -> None:
     prompts = random_prompts(8, 4)
-    state = decode.prefill(
+    state = decoding.prefill(
         pair.target,
         pair.drafter,
         pair.params,
@@ -99,10 +102,10 @@ def perfect(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.dec
     assert_always_accepted(run(pair, rule, state, step))
 
 
-def _texts(pair: Pair, rule: Rule, rows: slice, step: Any = decode.decode_step) -> list[list[int]]:
+def _texts(pair: Pair, rule: Rule, rows: slice, step: Any = decoding.decode_step) -> list[list[int]]:
     """Texts of some of 16 requests, each with its own seed, whose batch is those rows."""
     prompts = random_prompts(16, 4)[rows]
-    state = decode.prefill(
+    state = decoding.prefill(
         pair.target,
         pair.drafter,
         pair.params,
@@ -116,19 +119,19 @@ def _texts(pair: Pair, rule: Rule, rows: slice, step: Any = decode.decode_step) 
     return texts(run(pair, rule, state, step))
 
 
-def same_text(pair: Pair, *, rule: Rule = verify.coupled, step: Any = decode.decode_step) -> None:
+def same_text(pair: Pair, *, rule: Rule = verify.coupled, step: Any = decoding.decode_step) -> None:
     """Coupled text is that of plain decoding."""
     plain = Pair(pair.target, pair.table, drafters.none())
     assert _texts(pair, rule, slice(16), step) == _texts(plain, rule, slice(16)), "text differs from plain decoding's"
 
 
-def own_seed(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step) -> None:
+def own_seed(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decoding.decode_step) -> None:
     """A row's text does not depend on its neighbours."""
     together = _texts(pair, rule, slice(16), step)
     assert together[5:7] == _texts(pair, rule, slice(5, 7), step), "text differs with the batch"
 
 
-def often_accepted(pair: Pair, *, rule: Rule = verify.coupled, step: Any = decode.decode_step) -> None:
+def often_accepted(pair: Pair, *, rule: Rule = verify.coupled, step: Any = decoding.decode_step) -> None:
     """Coupled drafts are accepted with probability at least (1 - TV) / (1 + TV)."""
     result = sample(pair, [Group((0, 1), 20_000)], rule=rule, step=step)
     proposed, accepted, overlap = (
@@ -139,7 +142,7 @@ def often_accepted(pair: Pair, *, rule: Rule = verify.coupled, step: Any = decod
     assert accepted / proposed > beta / (2 - beta) - 0.01, f"{accepted / proposed:.3f} accepted, overlap {beta:.3f}"
 
 
-def sound_counters(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decode.decode_step) -> None:
+def sound_counters(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decoding.decode_step) -> None:
     """No more is accepted than was judged, and what is emitted is what was accepted and one token a call."""
     stats = (state := sample(pair, GROUPS, rule=rule, step=step).state).stats
     proposed, accepted = (np.asarray(x).sum(axis=1) for x in (stats.proposed, stats.accepted))
@@ -336,7 +339,7 @@ def truncated_for_the_rule_only() -> Pair:
     def propose(params, state, context):
         loose = context.sampling._replace(top_p=jnp.ones_like(context.sampling.top_p))
         proposal, state = pair.drafter.propose(params, state, context._replace(sampling=loose))
-        strict = sampling.warp(jnp.log(proposal.probs), context.sampling._replace(temperature=loose.top_p))
+        strict = sampling.warp.warp(jnp.log(proposal.probs), context.sampling._replace(temperature=loose.top_p))
         return proposal._replace(probs=strict), state
 
     return _proposes(pair, propose)
@@ -401,8 +404,8 @@ def test_the_acceptance_bound_catches_coupling_without_shared_noise(catches: Any
 
 
 def _keys(monkeypatch: pytest.MonkeyPatch, change: Callable[..., tuple[Any, StepKeys]]) -> None:
-    sound = decode.step_keys
-    monkeypatch.setattr(decode, "step_keys", lambda seed, length, k: change(*sound(seed, length, k), seed, length))
+    sound = decode_step.step_keys
+    monkeypatch.setattr(decode_step, "step_keys", lambda seed, length, k: change(*sound(seed, length, k), seed, length))
 
 
 def _one_key_for_acceptance_and_token(drafts: Any, keys: StepKeys, seed: Any, length: Any) -> tuple[Any, StepKeys]:
@@ -463,7 +466,7 @@ def test_exactness_catches_one_key_for_all_steps(monkeypatch: pytest.MonkeyPatch
 
 
 def _top_p_first_where_a_draft_is_scored(patch: pytest.MonkeyPatch) -> None:
-    sound = sampling.warp
+    sound = sampling.warp.warp
 
     def warp(logits, options):
         if logits.shape[1] == 1:  # Plain steps and drafts.
@@ -472,7 +475,7 @@ def _top_p_first_where_a_draft_is_scored(patch: pytest.MonkeyPatch) -> None:
         cut = sound(logits, options._replace(temperature=ones))
         return sound(jnp.log(cut), options._replace(top_k=jnp.zeros_like(options.top_k), top_p=ones))
 
-    patch.setattr(sampling, "warp", warp)
+    patch.setattr(sampling.warp, "warp", warp)
 
 
 def _history_of_the_first_place(patch: pytest.MonkeyPatch) -> None:
@@ -556,7 +559,7 @@ def _then(change: Callable[[DecodeState, DecodeState, Drafter], DecodeState]) ->
     """`decode_step`, then a change of the state that a bug would have made."""
 
     def step(target, drafter, rule, params, state):
-        return change(state, decode.decode_step(target, drafter, rule, params, state), drafter)
+        return change(state, decoding.decode_step(target, drafter, rule, params, state), drafter)
 
     return step
 
@@ -615,7 +618,7 @@ class Forgetful(testing.TabularCache):
 
 def test_a_round_trip_catches_a_field_that_is_lost_in_flattening(catches: Any):
     pair = by_model()
-    state = decode.prefill(pair.target, pair.drafter, pair.params, right_pad([[1, 2]], 8), max_new_tokens=4)
+    state = decoding.prefill(pair.target, pair.drafter, pair.params, right_pad([[1, 2]], 8), max_new_tokens=4)
     survives_jit(state)
     with catches("a hand-written pytree drops a field", "round trip through jit", "field length is None"):
         survives_jit(state._replace(cache=Forgetful(*state.cache)))
@@ -624,7 +627,7 @@ def test_a_round_trip_catches_a_field_that_is_lost_in_flattening(catches: Any):
 def test_the_stop_check_catches_a_stop_token_ignored_inside_a_block(catches: Any):
     def only_the_last_token_stops(target, drafter, rule, params, state):
         deaf = state._replace(stop_tokens=jnp.full_like(state.stop_tokens, -1))
-        new = decode.decode_step(target, drafter, rule, params, deaf)
+        new = decoding.decode_step(target, drafter, rule, params, deaf)
         last = jnp.take_along_axis(new.tokens, (new.length - 1)[:, None], axis=1)[:, 0]
         return new._replace(stop_tokens=state.stop_tokens, done=new.done | jnp.isin(last, state.stop_tokens))
 
@@ -636,7 +639,7 @@ def test_row_dependence_is_what_the_batch_minimum_shows_as(catches: Any):
     """Rows cut to their neighbours' counts, but keeping their own accepted tokens, stay exact: only slow."""
 
     def cut_to_the_minimum(target, drafter, rule, params, state):
-        new = decode.decode_step(target, drafter, rule, params, state)
+        new = decoding.decode_step(target, drafter, rule, params, state)
         emitted = (new.length - state.length)[: len(state.length) // 4 * 4].reshape(-1, 4)
         running = jnp.where(state.done[: emitted.size].reshape(-1, 4), 99, emitted)
         fewest = jnp.repeat(running.min(axis=1), 4)
@@ -647,7 +650,7 @@ def test_row_dependence_is_what_the_batch_minimum_shows_as(catches: Any):
 
     result: Sample = sample(by_model(), GROUPS, step=cut_to_the_minimum)
     assert_exact(result)
-    sound = sample(by_model(), GROUPS, step=decode.decode_step)
+    sound = sample(by_model(), GROUPS, step=decoding.decode_step)
     calls, fewer = (np.asarray(r.state.stats.target_calls).sum() for r in (result, sound))
     with catches("all rows advance by the smallest accepted count", "number of calls", "calls"):
         assert calls <= fewer, f"{calls} calls in the place of {fewer}"

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 from helpers import Group, Pair, Sample, assert_exact, run, sample, tokenizer_of
 
-from specjax import automaton, decode, drafters, sampling, testing, verify
+from specjax import decoding, drafters, sampling, testing
+from specjax.decoding import step as decode_step
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule
 from specjax.models import cache, decoder
+from specjax.sampling import automaton
 from specjax.types import Context, Drafter, Params, Proposal, StepKeys
-from specjax.verify import Rule
 
 FORBIDDEN, STOP = 2, 3
 TARGET, TABLE = testing.tabular(0)
@@ -64,7 +67,7 @@ def speculate(drafter: str, rule: Rule, hole: float, groups: list[Group] = GROUP
         ),
         "sound model": Pair(TARGET, table, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
     }[drafter]
-    return sample(pair, groups, rule=rule, **{"stop_tokens": [STOP], "step": decode.decode_step, **options})
+    return sample(pair, groups, rule=rule, **{"stop_tokens": [STOP], "step": decoding.decode_step, **options})
 
 
 CELLS = [("model", rule, np.nan) for rule in RULES]
@@ -96,7 +99,7 @@ def failures(drafter: str, rule: Rule) -> np.ndarray:
     table = with_holes(TABLE, np.nan, forbid=True)
     pair = Pair(TARGET, table, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE)
     pair = pair if drafter == "model" else Pair(TARGET, table, drafters.none())
-    state = sample(pair, [Group((0, 1, 0), 20_000)], rule=rule, step=decode.decode_step).state
+    state = sample(pair, [Group((0, 1, 0), 20_000)], rule=rule, step=decoding.decode_step).state
     assert not np.asarray(state.draft_failed).any()
     return np.bincount(np.asarray(state.failed_at) + 1, minlength=8)
 
@@ -116,17 +119,17 @@ def test_stop_strings_end_a_proposal_as_stop_tokens_do():
     table = jnp.asarray(table.reshape(16, 4))
     stopping = automaton.stop_strings(["dd"], tokenizer, vocab_size=4)
     drafter, params, rows = drafters.model(DRAFT, num_draft_tokens=3), Params(table, DRAFT_TABLE), 2_000
-    state = decode.prefill(
+    state = decoding.prefill(
         TARGET,
         drafter,
         params,
-        decode.pad_prompts([[0, 1]] * rows),
+        decoding.pad_prompts([[0, 1]] * rows),
         max_new_tokens=16,
         options=sampling.options(rows, temperature=1.0),
         stop_strings=stopping,
         step_cost=0.0,
     )
-    state = run(Pair(TARGET, table, drafter, DRAFT_TABLE), verify.block, state, decode.decode_step)
+    state = run(Pair(TARGET, table, drafter, DRAFT_TABLE), verify.block, state, decoding.decode_step)
     assert not (np.asarray(state.failed_at) >= 0).any()
     assert (np.asarray(state.length) < 18).mean() > 0.1
 
@@ -154,7 +157,7 @@ def test_exact_where_a_grammar_and_no_repeat_leave_few_tokens(drafter: str, rule
         "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
         "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.3), DRAFT_TABLE),
     }[drafter]
-    result = sample(pair, TOGETHER, rule=rule, stop_tokens=[STOP], step=decode.decode_step)
+    result = sample(pair, TOGETHER, rule=rule, stop_tokens=[STOP], step=decoding.decode_step)
     assert_exact(result)
     # The greedy row has its own text, whoever is beside it.
     assert (result.new_tokens(1)[:, 0] == STOP).all()
@@ -178,7 +181,7 @@ def test_a_draft_that_knows_no_allowed_token_ends_its_proposal(min_confidence: f
         Group((2, 1), 8_000, budget=3, logit_bias=((0, -np.inf), (1, -np.inf), (2, -np.inf))),
     ]
     drafter = drafters.model(narrow, num_draft_tokens=3, min_confidence=min_confidence)
-    result = sample(Pair(TARGET, TABLE, drafter, narrow_table), groups, rule=rule, step=decode.decode_step)
+    result = sample(Pair(TARGET, TABLE, drafter, narrow_table), groups, rule=rule, step=decoding.decode_step)
     assert_exact(result)
     proposed = np.asarray(result.state.stats.proposed)
     assert proposed[result.owner == 0].sum() > 0
@@ -239,7 +242,7 @@ def test_an_id_outside_the_vocabulary_is_never_accepted(rule: Rule):
 )
 def test_the_loop_is_exact_whatever_ids_and_lengths_a_drafter_gives(token: int, length: int | None, rule: Rule):
     groups = [Group((0, 1, 2), 6_000), Group((3,), 500, 1)]
-    assert_exact(sample(Pair(TARGET, TABLE, proposing(token, length)), groups, rule=rule, step=decode.decode_step))
+    assert_exact(sample(Pair(TARGET, TABLE, proposing(token, length)), groups, rule=rule, step=decoding.decode_step))
 
 
 def test_a_token_whose_embedding_is_nan_spoils_only_what_follows_it(monkeypatch: pytest.MonkeyPatch):
@@ -250,9 +253,9 @@ def test_a_token_whose_embedding_is_nan_spoils_only_what_follows_it(monkeypatch:
     prompts = [[3, 5, 7], [11, 2, 9, 4]]
 
     def text(drafter: Drafter, prompts: Any = prompts) -> Any:
-        inputs = decode.pad_prompts(prompts)
-        state = decode.prefill(target, drafter, Params(spoiled, None), inputs, max_new_tokens=12, step_cost=0.0)
-        state = decode.generate(target, drafter, verify.rejection, Params(spoiled, None), state)
+        inputs = decoding.pad_prompts(prompts)
+        state = decoding.prefill(target, drafter, Params(spoiled, None), inputs, max_new_tokens=12, step_cost=0.0)
+        state = decoding.generate(target, drafter, verify.rejection, Params(spoiled, None), state)
         return np.asarray(state.tokens)[:, :15]
 
     np.testing.assert_array_equal(text(proposing(bad)), text(drafters.none()))
@@ -274,12 +277,12 @@ def nan_is_certain_acceptance(patch: pytest.MonkeyPatch) -> None:
         return p, jnp.where(jnp.isnan(jnp.sum(target_probs, axis=-1)), 1.0, h)
 
     patch.setattr(verify, "block_acceptance", block_acceptance)
-    patch.setattr(decode, "_up_to_nan", lambda proposal, target_probs: proposal)
+    patch.setattr(decode_step, "_up_to_nan", lambda proposal, target_probs: proposal)
 
 
 def proposals_go_on_behind_nan_and_stops(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(decode, "_up_to_nan", lambda proposal, target_probs: proposal)
-    patch.setattr(decode, "_within_text", lambda state, proposal, room: proposal)
+    patch.setattr(decode_step, "_up_to_nan", lambda proposal, target_probs: proposal)
+    patch.setattr(decode_step, "_within_text", lambda state, proposal, room: proposal)
 
 
 def ids_outside_the_vocabulary_read_the_last_token(patch: pytest.MonkeyPatch) -> None:
@@ -301,7 +304,7 @@ def check_holes(bug: str) -> None:
 
 def check_ids(bug: str) -> None:
     pair, rule = Pair(TARGET, TABLE, proposing(9)), dataclasses.replace(verify.rejection, name=bug)
-    assert_exact(sample(pair, [Group((0, 1, 2), 6_000)], rule=rule, step=decode.decode_step))
+    assert_exact(sample(pair, [Group((0, 1, 2), 6_000)], rule=rule, step=decoding.decode_step))
 
 
 BUGS = {

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from helpers import random_prompts, right_pad, texts
 
-from specjax import api, automaton, decode, drafters, sampling, testing, verify
-from specjax.pretrained import Pretrained
+from specjax import api, decoding, drafters, sampling, testing
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule
+from specjax.sampling import automaton
 from specjax.types import DecodeState, Drafter, Model, Params
-from specjax.verify import Rule
 
 TARGET, TABLE = testing.tabular(0, order=3)
 DRAFT, DRAFT_TABLE = testing.tabular(1, order=2)
@@ -37,7 +39,7 @@ def tabular_run(
     """Twelve ragged requests, each with its own seed and budget, or some of them."""
     prompts = random_prompts(12, 4)
     chosen = [prompts[i] for i in rows]
-    state = decode.prefill(
+    state = decoding.prefill(
         TARGET,
         TABULAR[drafter],
         Params(TABLE, DRAFT_TABLE),
@@ -49,7 +51,7 @@ def tabular_run(
         max_len=64,
         **options,
     )
-    return decode.generate(TARGET, TABULAR[drafter], rule, Params(TABLE, DRAFT_TABLE), state)
+    return decoding.generate(TARGET, TABULAR[drafter], rule, Params(TABLE, DRAFT_TABLE), state)
 
 
 # Log-probabilities.
@@ -209,7 +211,7 @@ def tiny_run(drafter: Drafter, dtype: str, batch: int, temperature: float, fixed
     both, prompts, found = Params(params, draft_params), random_prompts(6, 61), []
     for begin in range(0, 6, batch):
         chosen = prompts[begin : begin + batch]
-        state = decode.prefill(
+        state = decoding.prefill(
             target,
             drafter,
             both,
@@ -220,7 +222,7 @@ def tiny_run(drafter: Drafter, dtype: str, batch: int, temperature: float, fixed
             step_cost=1.5,
             max_len=64,
         )
-        found += texts(decode.generate(target, drafter, verify.coupled, both, state, fixed_shape=fixed_shape))
+        found += texts(decoding.generate(target, drafter, verify.coupled, both, state, fixed_shape=fixed_shape))
     return found
 
 
@@ -256,11 +258,11 @@ def test_a_fixed_shape_scores_k_plus_one_tokens_in_every_call():
 
     drafter = drafters.ngram(num_draft_tokens=4)
     both = Params(params, ())
-    state = decode.prefill(target, drafter, both, right_pad([[1, 2]], 16), max_new_tokens=4, max_len=64)
+    state = decoding.prefill(target, drafter, both, right_pad([[1, 2]], 16), max_new_tokens=4, max_len=64)
     for fixed_shape, wanted in ((True, {5}), (False, {1, 5})):
         widths.clear()
         jax.make_jaxpr(
-            lambda p, s, fixed=fixed_shape: decode.decode_step(
+            lambda p, s, fixed=fixed_shape: decoding.decode_step(
                 target._replace(apply=apply), drafter, verify.coupled, p, s, fixed
             )
         )(both, state)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import transformers
 
-from specjax import files, pretrained
+from specjax import files
+from specjax.api import pretrained
 from specjax.models import families
 from specjax.models.config import LinearRopeScaling, Llama3RopeScaling
 from specjax.models.weights import huggingface, wheel

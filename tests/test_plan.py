@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax import aot, chips, experiments, hlo, launch, plan, theory
+from specjax import experiments, launch, theory
 from specjax.models import families, presets
 from specjax.models.config import DecoderConfig, T5Config
 from specjax.models.weights import checkpoint, shapes
+from specjax.planning import aot, chips, hlo, plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 PLAN = str(ROOT / "configs" / "plan.py")

@@ -17,7 +17,8 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
-from specjax import automaton, processors, testing
+from specjax import testing
+from specjax.sampling import automaton, processors
 from specjax.types import Automaton, History
 
 SIZE, BUFFER = 7, 16

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 import specjax
-from specjax import decode, drafters
+from specjax import decoding, drafters
 from specjax.models import families
 
 PROMPTS = [
@@ -99,4 +99,4 @@ def test_bfloat16_text_at_the_same_buffer_and_rows_is_reported():
 
 
 def test_buffer_is_the_same_on_both_sides_by_default_rules():
-    assert decode.buffer_length(100, 0) == decode.buffer_length(100, 7)
+    assert decoding.buffer_length(100, 0) == decoding.buffer_length(100, 7)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax import decode, drafters, limits, testing, verify
+from specjax import decoding, drafters, limits, testing
+from specjax.decoding import verify
 from specjax.types import StepKeys
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
@@ -42,7 +43,7 @@ def test_seeds_of_another_type_are_refused(target: specjax.Pretrained, seed: Any
 
 
 def test_the_largest_seed_is_one(target: specjax.Pretrained):
-    assert decode.spread_seeds(2**32 - 2, 2) == [2**32 - 2, 2**32 - 1]
+    assert decoding.spread_seeds(2**32 - 2, 2) == [2**32 - 2, 2**32 - 1]
     assert len(generate(target, seed=[2**32 - 1, 0]).tokens) == 2
 
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import specjax
-from specjax import decode, drafters, testing
+from specjax import decoding, drafters, testing
 from specjax.drafters import store
 from specjax.drafters.retrieval import Datastore, histogram, lookup, occurrences, spaced, suffix_array
 
-ADVANCE: Any = decode.advance
+ADVANCE: Any = decoding.advance
 LETTERS = tokenizer_of("▁a ▁b ▁c ▁d [unk]")
 SMALL = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -25,7 +25,7 @@ from specjax.types import SamplingOptions
 
 @functools.cache
 def _compiled():
-    return jax.jit(sampling.warp)
+    return jax.jit(sampling.warp.warp)
 
 
 def probabilities(logits: np.ndarray, **options) -> np.ndarray:

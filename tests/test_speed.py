@@ -58,7 +58,7 @@ def test_an_interrupted_run_goes_on(given, tmp_path, capsys):
     runs = {"specjax plain": run, "specjax ngram": run}
     encoded = [[i] for i in range(3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed.decode, "read_inputs", lambda model, prompts: speed.decode.pad_prompts(prompts))
+        patch.setattr(speed.decoding, "read_inputs", lambda model, prompts: speed.decoding.pad_prompts(prompts))
         with pytest.raises(KeyboardInterrupt):
             speed.measure_all(speed.Record(path), runs, Target, chosen[:3], [[1], [2], [3] * 40])
         assert list(json.loads(path.read_text())["prompts"]) == ["0", "1"]

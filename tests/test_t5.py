@@ -10,10 +10,12 @@ import pytest
 import transformers
 
 import specjax
-from specjax import decode, hlo, verify
+from specjax import decoding
+from specjax.decoding import verify
 from specjax.models import families, t5
 from specjax.models.config import T5Config
 from specjax.models.weights import huggingface, t5_mapping
+from specjax.planning import hlo
 from specjax.types import Batch, Context, Params
 
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
@@ -108,7 +110,7 @@ def test_logits_match_transformers(name, tmp_path):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
     text = np.random.default_rng(1).integers(0, VOCAB, (3, 60))
     text[:, 0] = 0
-    inputs = decode.read_inputs(model, SOURCES)
+    inputs = decoding.read_inputs(model, SOURCES)
     output, cache = jax.jit(model.prefill)(params, inputs, model.init_cache(3, 64))
     wanted = [reference_logits(reference, source, row) for source, row in zip(SOURCES, text, strict=True)]
     wanted = np.stack(wanted)
@@ -226,7 +228,7 @@ def test_a_row_is_that_of_its_source_alone(tmp_path):
 def test_the_rolled_back_cache_is_a_fresh_prefill(tmp_path):
     _, target = load(tmp_path)
     model, params = target.model, target.params
-    inputs = decode.read_inputs(model, SOURCES)
+    inputs = decoding.read_inputs(model, SOURCES)
     _, cache = model.prefill(params, inputs, model.init_cache(3, 32))
     text = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (3, 6)))
     _, cache = model.apply(params, text, cache)
@@ -295,7 +297,7 @@ def test_packed_texts_do_not_see_each_other(tmp_path):
     logits = target.model.score(target.params, batch)
     at = 0
     for prompt, text in texts:
-        inputs = decode.read_inputs(target.model, [prompt])
+        inputs = decoding.read_inputs(target.model, [prompt])
         first, cache = target.model.prefill(target.params, inputs, target.model.init_cache(1, 16))
         rest, _ = target.model.apply(target.params, jnp.asarray([text[1:]]), cache)
         wanted = jnp.concatenate([first.logits, rest.logits], axis=1)[0]
@@ -306,7 +308,7 @@ def test_packed_texts_do_not_see_each_other(tmp_path):
 def test_bfloat16_stays_close(tmp_path):
     _, target = load(tmp_path)
     narrow = specjax.load(tmp_path / "t5-0", dtype="bfloat16")
-    inputs = decode.read_inputs(target.model, SOURCES)
+    inputs = decoding.read_inputs(target.model, SOURCES)
     exact, _ = target.model.prefill(target.params, inputs, target.model.init_cache(3, 8))
     close, _ = narrow.model.prefill(narrow.params, inputs, narrow.model.init_cache(3, 8))
     assert np.abs(exact.logits - close.logits).max() < 0.3 * np.abs(exact.logits).max()
@@ -321,10 +323,10 @@ def test_the_compiled_loop_copies_no_cache(name, rows, tmp_path):
     drafter = specjax.drafters.none() if name == "none" else drafters(tmp_path, target)[name]
     params = Params(target.params, () if drafter.source is None else drafter.source.params)
     drafter = drafter._replace(source=None)
-    inputs = decode.read_inputs(target.model, SOURCES[:rows])
-    state = decode.prefill(target.model, drafter, params, inputs, max_new_tokens=20)
+    inputs = decoding.read_inputs(target.model, SOURCES[:rows])
+    state = decoding.prefill(target.model, drafter, params, inputs, max_new_tokens=20)
     args = target.model, drafter, verify.rejection, params, state, np.int32(4)
-    compiled: Any = decode.advance.lower(*args).compile()
+    compiled: Any = decoding.advance.lower(*args).compile()
     shapes = [x.shape for x in (state.cache.keys[0], state.cache.source_keys[0])]
     copies = hlo.copies(compiled.as_text(), shapes)
     assert not copies, f"{len(copies)} copies, such as {copies[0][:200]}"
@@ -336,15 +338,15 @@ def test_lookup_copies_from_the_source(tmp_path):
     """What editing needs (Sun et al. 2021, arXiv 2106.04970): the text begins like its source and goes on so."""
     _, target = load(tmp_path)
     source = [9, 5, 31, 22, 9, 40, 17, 3]
-    inputs = decode.read_inputs(target.model, [source])
+    inputs = decoding.read_inputs(target.model, [source])
 
     def proposed(text, k=3):
         drafter = specjax.drafters.ngram(num_draft_tokens=k, min_match=2)
-        state = decode.prefill(target.model, drafter, Params(target.params, ()), inputs, max_new_tokens=20)
+        state = decoding.prefill(target.model, drafter, Params(target.params, ()), inputs, max_new_tokens=20)
         tokens = state.tokens.at[0, : len(text)].set(jnp.asarray(text))
         state = state._replace(tokens=tokens, length=jnp.asarray([len(text)]))
         context = Context(
-            decode.history_of(state), jnp.zeros((1, k, 2), jnp.uint32), jnp.asarray([k]), state.sampling, VOCAB
+            decoding.history_of(state), jnp.zeros((1, k, 2), jnp.uint32), jnp.asarray([k]), state.sampling, VOCAB
         )
         proposal, _ = drafter.propose((), state.drafter, context)
         return proposal.tokens[0, : int(proposal.length[0])].tolist()

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import specjax
-from specjax import decode, drafters, testing
+from specjax import decoding, drafters, testing
 from specjax.drafters import store
 from specjax.drafters.table import Table, Trie, distribution
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 
 Counts = dict[tuple[int, ...], dict[int, float]]
 """Contexts, the oldest token first, and the discounted probabilities of their successors."""
 
-ADVANCE: Any = decode.advance
+ADVANCE: Any = decoding.advance
 SMALL = settings(max_examples=150, deadline=None, derandomize=True)
 CORPORA = st.lists(st.lists(st.integers(0, 4), max_size=12), max_size=6).filter(lambda texts: any(map(len, texts)))
 

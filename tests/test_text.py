@@ -15,7 +15,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from specjax.models.weights import gguf, wheel
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, doesn't it? We'll see; they've 1234 dogs and 56 cats in 2024.",
@@ -344,8 +344,8 @@ def test_broken_directories(tmp_path):
 
 LEAN = """
 import sys
-from specjax import pretrained
-from specjax.text import Tokenizer
+from specjax.api import pretrained
+from specjax.text.tokenizer import Tokenizer
 heavy = {"torch", "transformers", "orbax", "huggingface_hub", "gguf"} & set(sys.modules)
 assert not heavy, heavy
 tokenizer = Tokenizer.from_directory(sys.argv[1])

@@ -25,7 +25,7 @@ import specjax
 from specjax import launch
 from specjax.models import families
 from specjax.models.config import DecoderConfig, T5Config
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 from specjax.training import data, fit, optimizers, sizes, train
 from specjax.training.config import TrainConfig
 from specjax.training.data import Example, Text

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specjax import sampling, testing, verify
+from specjax import sampling, testing
+from specjax.decoding import verify
 from specjax.types import Proposal, StepKeys
 
 V = 3

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from specjax import spiece
-from specjax.text import Tokenizer
+from specjax.text import sentencepiece_file
+from specjax.text.tokenizer import Tokenizer
 from specjax.training import vocabulary
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -190,12 +190,12 @@ def test_errors_say_what_to_do(texts, tmp_path, monkeypatch):
 
 def test_the_file_is_read_as_the_library_reads_it(both):
     _, library, path, _ = both
-    model = spiece.read(path)
+    model = sentencepiece_file.read(path)
     for i, piece in enumerate(model.pieces):
         assert piece.text == library.id_to_piece(i)
         assert piece.score == pytest.approx(library.get_score(i), abs=1e-6)
-        assert (piece.kind == spiece.CONTROL) == library.is_control(i)
-        assert (piece.kind == spiece.BYTE) == library.is_byte(i)
+        assert (piece.kind == sentencepiece_file.CONTROL) == library.is_control(i)
+        assert (piece.kind == sentencepiece_file.BYTE) == library.is_byte(i)
     assert model.charsmap
     assert model.add_prefix
     assert model.strip

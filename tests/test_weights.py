@@ -18,11 +18,12 @@ import safetensors.numpy
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
 
-from specjax import pretrained, sharding
+from specjax.api import pretrained
 from specjax.models import families
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
 from specjax.models.weights import checkpoint, gguf, huggingface, mapping, naming, wheel
-from specjax.text import Tokenizer
+from specjax.parallel import sharding
+from specjax.text.tokenizer import Tokenizer
 
 TINY = DecoderConfig(
     vocab_size=23, hidden_size=16, intermediate_size=20, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -697,7 +698,8 @@ def test_save_and_load_a_pretrained_model(tmp_path):
 
 MESH = """
 import sys, jax, numpy as np, specjax
-from specjax import pretrained, sharding
+from specjax.api import pretrained
+from specjax.parallel import sharding
 from specjax.models import families
 assert jax.device_count() == 4
 mesh = sharding.make_mesh(data=2, model=2)

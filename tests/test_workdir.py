@@ -12,8 +12,9 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from specjax import distributed, launch
+from specjax import launch
 from specjax.experiments import workdir
+from specjax.parallel import distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 HOLD = """

@@ -9,7 +9,7 @@ import tempfile
 import jax
 from test_training import MODELS, SHORT, copies, make_dataset
 
-from specjax import api, sharding
+from specjax.parallel import sharding
 from specjax.training import train
 from specjax.training.checkpoints import Checkpoints
 
@@ -20,7 +20,7 @@ MODEL = dataclasses.replace(MODELS["t5"], vocab_size=128, num_heads=4)
 def compiled(state, mesh):
     """The program of a step."""
     batch = make_dataset(copies(60)).batch(0, CONFIG.batch_size, mesh)
-    with api.on_mesh(mesh):
+    with sharding.on_mesh(mesh):
         return train.train_step.lower(MODEL, CONFIG, state, batch).compile()
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from specjax import processors, sampling
+from specjax import sampling
+from specjax.sampling import processors
 from specjax.types import Context, Feedback, History, Inputs, ModelOutput, Proposal, Tree
 
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import processors, sampling
+from specjax import sampling
 from specjax.limits import check_num_draft_tokens
+from specjax.sampling import processors
 from specjax.types import Context, Drafter, Feedback, History, Inputs, Model, ModelOutput, Proposal, Tree
 
 
@@ -52,17 +53,6 @@ def _window(tokens: Int[Array, "B L"], start: Int[Array, " B"], size: int) -> In
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(tokens, start)
 
 
-def match_vocab(logits: Float[Array, "B T V"], vocab_size: int) -> Float[Array, "B T W"]:
-    """Cuts or pads the draft's logits to the target's width; a token that one side lacks is never drafted.
-
-    Models of one tokenizer are often padded to different sizes.
-    """
-    missing = vocab_size - logits.shape[-1]
-    if missing <= 0:
-        return logits[..., :vocab_size]
-    return jnp.pad(logits, ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)
-
-
 @functools.cache
 def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Drafter:
     """The state is the draft's cache, whose `length` counts its valid entries (see `models.cache`)."""
@@ -91,7 +81,7 @@ def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Draf
         logits: Array, key: Array, history: History, context: Context, going: Array
     ) -> tuple[Array, Array, Array]:
         """A token of each row, what it was drawn from, and whether the draft still goes on, as `going` said so far."""
-        logits = match_vocab(logits, context.vocab_size)
+        logits = sampling.match_vocab(logits, context.vocab_size)
         probs = sampling.probabilities(logits, context.sampling, history)[:, 0]
         going = going & ~_has_no_token(logits, probs)
         probs = jnp.where(going[:, None], probs, 0.0)

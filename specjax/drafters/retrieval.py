@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.drafters import chain, store
 from specjax.limits import check_num_draft_tokens
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 from specjax.types import Context, Drafter, Proposal, Tree
 
 KIND = "retrieval"

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from specjax import atomic
-from specjax.text import Tokenizer
+from specjax import files
+from specjax.text.tokenizer import Tokenizer
 
 FILE = "draft.safetensors"
 FORMAT = 1
@@ -94,7 +94,7 @@ def write(
     }
     if tokenizer is not None:
         tokenizer.save(directory)
-    with atomic.replacing(directory / FILE) as partial:
+    with files.replacing(directory / FILE) as partial:
         save_file(host, partial, metadata={_KEY: json.dumps(content)})
 
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from specjax import sampling
 from specjax.drafters import chain, store
-from specjax.drafters.model import match_vocab
 from specjax.limits import check_num_draft_tokens
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 from specjax.types import Context, Drafter, Proposal, Tree
 
 KIND = "ngram"
@@ -332,7 +332,7 @@ def _drafter(order: int, max_successors: int, num_draft_tokens: int) -> Drafter:
     def propose(params: Tree, state: tuple[()], context: Context) -> tuple[Proposal, tuple[()]]:
         def predict(last: Int[Array, "B C"]) -> Float[Array, "B W"]:
             probs = jax.vmap(lambda row: distribution(params, row, max_successors))(last)
-            return match_vocab(jnp.log(probs)[:, None], context.vocab_size)[:, 0]
+            return sampling.match_vocab(jnp.log(probs)[:, None], context.vocab_size)[:, 0]
 
         def advance(last: Int[Array, "B C"], token: Int[Array, " B"]) -> Int[Array, "B C"]:
             return jnp.concatenate([token[:, None], last], axis=1)[:, : order - 1]

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from specjax import api, decode, verify
+from specjax import api, decoding
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
 from specjax.experiments import compare, results
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.results import Row
-from specjax.pretrained import Pretrained
 from specjax.types import Drafter
 
 OFF: Row = {
@@ -71,13 +72,13 @@ def setting(
       **fields: the others of `Setting`.
     """
     encoded = api.encode(target, [prompt.text for prompt in prompts])
-    inputs = decode.read_inputs(target.model, encoded)
+    inputs = decoding.read_inputs(target.model, encoded)
     return Setting(
         target=target,
         prompts=list(prompts),
         encoded=encoded,
         max_new_tokens=max_new_tokens,
-        max_len=decode.buffer_length(int(inputs.length.max()) + max_new_tokens, max_draft_tokens),
+        max_len=decoding.buffer_length(int(inputs.length.max()) + max_new_tokens, max_draft_tokens),
         prompt_width=max(map(len, encoded)),
         **fields,
     )

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from specjax import atomic, drafters, sharding, verify
+from specjax import drafters, files
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
 from specjax.experiments import cells, choices, compare, report, results, texts
 from specjax.experiments.chinchilla_report import Measured, Sampling, findings, write_report
 from specjax.experiments.display import View
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.results import Row
 from specjax.experiments.store import Store
-from specjax.pretrained import Pretrained
-from specjax.tasks import human_eval, prompting, quality, sandbox
+from specjax.experiments.tasks import human_eval, prompting, quality, sandbox
+from specjax.parallel import sharding
 from specjax.types import Drafter
 
 Config = Any
@@ -243,9 +245,9 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         measured, samples = _measure(config, store, view)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"{len(store.cells)} finished cells are in {store.path}") from error
-    atomic.write(directory / "config.json", results.to_json(config.to_dict()))
+    files.write(directory / "config.json", results.to_json(config.to_dict()))
     lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
-    atomic.write(directory / "samples.jsonl", "".join(f"{line}\n" for line in lines))
+    files.write(directory / "samples.jsonl", "".join(f"{line}\n" for line in lines))
     written = write_report(directory, measured)
     for text in findings(measured):
         view.line(text.replace("**", ""), "bold")

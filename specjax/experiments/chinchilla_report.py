@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from specjax import atomic
+from specjax import files
 from specjax.experiments import noise, results
 from specjax.experiments.report import markdown, speedup
 from specjax.experiments.results import Row
@@ -335,8 +335,8 @@ def write_report(directory: pathlib.Path, measured: Measured) -> Sequence[str]:
     Returns:
       the files' names.
     """
-    atomic.write(directory / "results.json", results.to_json(measured.rows))
+    files.write(directory / "results.json", results.to_json(measured.rows))
     figure_1(measured).savefig(directory / "figure1.png", dpi=130)
     spread_plot(measured).savefig(directory / "spread.png", dpi=130)
-    atomic.write(directory / "summary.md", summary(measured))
+    files.write(directory / "summary.md", summary(measured))
     return "results.json", "summary.md", "figure1.png", "spread.png"

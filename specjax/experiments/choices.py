@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specjax import drafters, limits, sampling, verify
+from specjax import drafters, limits, sampling
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule
 from specjax.drafters import contract
-from specjax.pretrained import Pretrained
 from specjax.types import Drafter
-from specjax.verify import Rule
 
 Config = Any
 """An `ml_collections.ConfigDict`."""

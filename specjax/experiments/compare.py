@@ -16,13 +16,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from specjax import api, atomic, automaton, decode, distributed, drafters, metrics, pretrained, sharding
+from specjax import api, decoding, drafters, files, metrics
+from specjax.api import pretrained
+from specjax.api.pretrained import Pretrained
 from specjax.experiments import choices, plots, prompts, report, results
 from specjax.experiments.display import View
 from specjax.experiments.marks import segments
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.results import Row
-from specjax.pretrained import Pretrained
+from specjax.parallel import distributed, sharding
+from specjax.sampling import automaton
 from specjax.types import Automaton, DecodeState, Drafter
 
 Config = Any
@@ -126,9 +129,9 @@ class Bench:
         """
         begin = time.perf_counter()
         request = self.prepare(drafter, batch)
-        with api.on_mesh(request.mesh):
+        with sharding.on_mesh(request.mesh):
             # The number of steps is an argument of the program that `generate` runs.
-            state = decode.advance(
+            state = decoding.advance(
                 request.target.model,
                 request.drafter,
                 request.rule,
@@ -145,7 +148,7 @@ class Bench:
     def measure_costs(self, batch: Batch) -> metrics.Costs:
         """Times the parts of a step at this batch."""
         request = self.prepare(self.drafter, batch)
-        with api.on_mesh(request.mesh):
+        with sharding.on_mesh(request.mesh):
             return metrics.measure_costs(request.target.model, request.drafter, request.params, request.state)
 
 
@@ -255,7 +258,7 @@ def _grammar(config: Config, target: Pretrained) -> Automaton | None:
 
 def _buffer(config: Config, target: Pretrained, encoded: Sequence[list[int]], num_draft_tokens: int) -> int:
     """One buffer length for both sides and all batches."""
-    inputs = decode.read_inputs(target.model, encoded)
+    inputs = decoding.read_inputs(target.model, encoded)
     longest = int(np.argmax(inputs.length))
     needed = int(inputs.length[longest]) + config.max_new_tokens
     if needed > target.model.max_len:
@@ -264,7 +267,7 @@ def _buffer(config: Config, target: Pretrained, encoded: Sequence[list[int]], nu
             f"{config.max_new_tokens} new ones that makes {needed}, but the target knows {target.model.max_len} "
             "positions: lower config.max_new_tokens, or leave the prompt out."
         )
-    return max(decode.buffer_length(needed, num_draft_tokens), inputs.tokens.shape[1])
+    return max(decoding.buffer_length(needed, num_draft_tokens), inputs.tokens.shape[1])
 
 
 def _bench(config: Config, chosen: Sequence[Prompt], view: View) -> tuple[Bench, list[Batch]]:
@@ -390,7 +393,7 @@ def _run_batches(
     compiled: set[int] = set()
 
     def compile_sides(batch: Batch) -> dict[str, float]:
-        width = decode.pad_prompts(batch.tokens).tokens.shape[1]
+        width = decoding.pad_prompts(batch.tokens).tokens.shape[1]
         if width in compiled:
             return {"baseline_": 0.0, "": 0.0}
         compiled.add(width)
@@ -452,5 +455,5 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     view.end(store.rows)
     with view.status("Plotting"):
         images = plots.write(store.path, report.lines(store.rows))
-    atomic.write(store.path / "summary.md", report.summary(config.to_dict(), store.rows, images))
+    files.write(store.path / "summary.md", report.summary(config.to_dict(), store.rows, images))
     view.line(f"Results: {store.path}{os.sep} ({', '.join(('summary.md', 'results.json', 'samples.jsonl', *images))})")

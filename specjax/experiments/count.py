@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax import atomic, drafters, pretrained
+from specjax import drafters, files
+from specjax.api import pretrained
 from specjax.drafters import store
 from specjax.drafters.retrieval import Datastore, histogram, lookup, occurrences
 from specjax.drafters.table import Table, distribution
 from specjax.experiments import results, texts
 from specjax.experiments.display import View
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 
 Config = Any
 """An `ml_collections.ConfigDict` with the keys of `configs/count.py`."""
@@ -248,8 +249,8 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         view.line(describe_held_out(rows["held_out"]))
     save: Any = drafters.save_table if isinstance(source, Table) else drafters.save_datastore
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic.write(workdir / "config.json", results.to_json(config.to_dict()))
-    atomic.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
+    files.write(workdir / "config.json", results.to_json(config.to_dict()))
+    files.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
     save(source, workdir)
     size = (workdir / store.FILE).stat().st_size
     view.line(

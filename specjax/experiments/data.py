@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from specjax import atomic
+from specjax import files
 from specjax.experiments import download, prompts, stdlib_texts
 from specjax.experiments.display import View
 
@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
 def _write(path: pathlib.Path, lines: Iterable[stdlib_texts.Line]) -> None:
     text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-    atomic.write(path, text)
+    files.write(path, text)
 
 
 def _prompts(config: Config, directory: pathlib.Path, view: View) -> None:

@@ -20,7 +20,7 @@ from rich.text import Text
 from specjax.experiments import noise, printable, report
 from specjax.experiments.marks import Segment, merge, pieces
 from specjax.experiments.results import Row
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 
 ACCEPTED = "underline green"
 """The style of accepted draft tokens on a terminal."""

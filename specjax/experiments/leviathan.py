@@ -17,14 +17,16 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from specjax import atomic, drafters, pretrained, tasks, verify
-from specjax.experiments import cells, compare, prompts, report, results, texts, train
+from specjax import drafters, files
+from specjax.api import pretrained
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
+from specjax.experiments import cells, compare, prompts, report, results, tasks, texts, train
 from specjax.experiments.display import View
 from specjax.experiments.leviathan_report import Measured, findings, write_report
 from specjax.experiments.results import Row
 from specjax.experiments.store import Store
-from specjax.pretrained import Pretrained
-from specjax.text import SPIECE
+from specjax.text.tokenizer import SPIECE
 from specjax.training import fit
 from specjax.types import Drafter
 
@@ -249,7 +251,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     directory = pathlib.Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     store = Store(directory, config.to_dict(), overwrite=overwrite)
-    atomic.write(directory / "config.json", results.to_json(config.to_dict()))
+    files.write(directory / "config.json", results.to_json(config.to_dict()))
     models = _models(config, directory, view, overwrite)
     target = models.pop("target")
     chosen = [p._replace(text=config.prefix + p.text) for p in prompts.read(config.test)]

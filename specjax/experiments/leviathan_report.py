@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from specjax import atomic, theory
+from specjax import files, theory
 from specjax.experiments import noise, printable, results
 from specjax.experiments.report import markdown, speedup
 from specjax.experiments.results import Row
@@ -326,8 +326,8 @@ def write_report(directory: pathlib.Path, measured: Measured) -> Sequence[str]:
     Returns:
       the files' names.
     """
-    atomic.write(directory / "results.json", results.to_json(measured.rows))
+    files.write(directory / "results.json", results.to_json(measured.rows))
     speedup_plot(measured).savefig(directory / "speedup.png", dpi=130)
     position_plot(measured).savefig(directory / "acceptance.png", dpi=130)
-    atomic.write(directory / "summary.md", summary(measured))
+    files.write(directory / "summary.md", summary(measured))
     return "results.json", "summary.md", "speedup.png", "acceptance.png"

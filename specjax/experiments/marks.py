@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 
 Segment = tuple[str, bool]
 """A stretch of text, and whether it consists of accepted draft tokens."""

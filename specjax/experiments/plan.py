@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from specjax import aot, atomic, chips, plan
+from specjax import files
 from specjax.experiments import choices, plan_report, plots, results
 from specjax.experiments.display import View
 from specjax.experiments.results import Row
 from specjax.models import families
 from specjax.models.weights import shapes
-from specjax.plan import Cost, Setup
+from specjax.planning import aot, chips, plan
+from specjax.planning.plan import Cost, Setup
 
 Config = Any
 """An `ml_collections.ConfigDict` with the keys of `configs/plan.py`."""
@@ -257,10 +258,10 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
                 compiled = _compiled(setup, config)
         rows.append(make_row(name, setup, config, compiled, exhausted=compiles and compiled is None))
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic.write(workdir / "config.json", results.to_json(config.to_dict()))
-    atomic.write(workdir / "summary.md", plan_report.markdown(config.name, rows))
+    files.write(workdir / "config.json", results.to_json(config.to_dict()))
+    files.write(workdir / "summary.md", plan_report.markdown(config.name, rows))
     plots.plan(rows).savefig(workdir / "plan.png", dpi=130)
-    atomic.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
+    files.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
     for line in plan_report.headlines(rows):
         view.line(line)
     view.line(f"Results: {workdir}{os.sep} ({', '.join(FILES)})", "bold")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from specjax import atomic, metrics
+from specjax import files, metrics
 from specjax.experiments import noise
 from specjax.types import Stats
 
@@ -306,7 +306,7 @@ class Workdir:
         text = to_json(dict(config))
         if (self.path / "results.json").exists():
             self._check_config(json.loads(text))
-        atomic.write(self.path / "config.json", text)
+        files.write(self.path / "config.json", text)
         self.rows: list[Row] = self._read("results.json", _parse_rows) if self._has("results.json") else []
         self.samples: list[Row] = self._read("samples.jsonl", _parse_samples) if self._has("samples.jsonl") else []
         # The rows are written last: samples without their rows are of a batch that was not finished.
@@ -346,8 +346,8 @@ class Workdir:
         self.rows = judged([*self.rows, *rows])
         self.samples += samples
         lines = [json.dumps(sample, ensure_ascii=False) for sample in self.samples]
-        atomic.write(self.path / "samples.jsonl", "\n".join(lines) + "\n")
-        atomic.write(self.path / "results.json", to_json([*self.rows, combine(self.rows, "all")]))
+        files.write(self.path / "samples.jsonl", "\n".join(lines) + "\n")
+        files.write(self.path / "results.json", to_json([*self.rows, combine(self.rows, "all")]))
 
     def check_resumable(self, prompts: Sequence[str], device: str) -> None:
         """Makes sure that what is here was made from the same prompts on the same device.

@@ -7,8 +7,9 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from specjax import atomic, distributed
+from specjax import files
 from specjax.experiments import results
+from specjax.parallel import distributed
 
 _REMEDY = "delete it, or give --overwrite, to measure again"
 
@@ -60,5 +61,5 @@ class Store:
             self.cells[key] = distributed.from_first(json.loads(results.to_json(compute())))
             self.seconds += time.perf_counter() - begin
             content = {"settings": self.settings, "seconds": self.seconds, "cells": self.cells}
-            atomic.write(self.path, results.to_json(content | {"checksum": _checksum(content)}))
+            files.write(self.path, results.to_json(content | {"checksum": _checksum(content)}))
         return self.cells[key]

@@ -14,12 +14,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from specjax import atomic, sharding
+from specjax import files
 from specjax.experiments import plots, results
 from specjax.experiments.display import View
 from specjax.models import families
 from specjax.models.config import ModelConfig, T5Config
-from specjax.text import SPIECE, Tokenizer
+from specjax.parallel import sharding
+from specjax.text.tokenizer import SPIECE, Tokenizer
 from specjax.training import data, fit, sizes, vocabulary
 from specjax.training.config import TrainConfig
 from specjax.training.curve import Curve, Line
@@ -203,7 +204,7 @@ def _finish(config: Config, run: Run, curve: Curve, workdir: pathlib.Path, view:
         plots.losses(curve.steps, curve.valid).savefig(workdir / "loss.png", dpi=130)
     table = "".join(f"| {name} | {value} |\n" for name, value in found)
     summary = f"# {config.name}\n\n| what | value |\n|---|---|\n{table}\n![Loss by step](loss.png)\n"
-    atomic.write(workdir / "summary.md", summary)
+    files.write(workdir / "summary.md", summary)
     view.line(f"Results: {workdir}{os.sep} ({', '.join(('summary.md', 'loss.png', *fit.FILES[1:]))})")
     view.line(f"The model: specjax.load({str(workdir / fit.MODEL)!r})")
 
@@ -242,5 +243,5 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         raise KeyboardInterrupt("no step was made") from None
     with _progress(view, prepared) as progress:
         curve = fit.fit(prepared, workdir, progress)
-    atomic.write(workdir / "config.json", results.to_json(config.to_dict()))
+    files.write(workdir / "config.json", results.to_json(config.to_dict()))
     _finish(config, prepared, curve, workdir, view)

@@ -23,8 +23,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from specjax import atomic, distributed
+from specjax import files
 from specjax.experiments import results
+from specjax.parallel import distributed
 
 LOCK = ".lock"
 _REMEDY = "wait for it, stop it, or choose another --workdir"
@@ -162,7 +163,7 @@ def locked(directory: str | pathlib.Path) -> Iterator[None]:
             made += _make(directory)
             descriptor = _take(path)
     except OSError as error:
-        raise atomic.cannot_write(path, error) from error
+        raise files.cannot_write(path, error) from error
     try:
         yield
     finally:

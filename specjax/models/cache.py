@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import sharding
 from specjax.models import bits
+from specjax.parallel import sharding
 
 # Above this many rows, a write is one batched scatter instead of one slice update a row: the compiled program
 # would grow with rows x layers.

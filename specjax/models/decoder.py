@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from specjax import sharding
 from specjax.models import cache as cache_lib
 from specjax.models import graph, layers
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
+from specjax.parallel import sharding
 from specjax.types import Batch, Inputs, Model, ModelOutput, Tree
 
 PREFILL_CHUNK = 512

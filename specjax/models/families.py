@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from specjax import sharding
 from specjax.models import decoder, graph, layers, t5
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
+from specjax.parallel import sharding
 from specjax.types import Model, Tree
 
 _MODELS = {DecoderConfig: decoder.model, T5Config: t5.model}

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from specjax import sharding
+from specjax.parallel import sharding
 from specjax.types import Tree
 
 Build = Callable[..., nnx.Module]

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import sharding
 from specjax.models import bits
 from specjax.models import cache as cache_lib
 from specjax.models.config import DecoderConfig, LinearRopeScaling
+from specjax.parallel import sharding
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,

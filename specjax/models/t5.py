@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import sharding
 from specjax.models import cache as cache_lib
 from specjax.models import graph, layers
 from specjax.models.config import T5Config
+from specjax.parallel import sharding
 from specjax.types import Batch, Inputs, Model, ModelOutput, Tree
 
 NO_LIMIT = 2**31 - 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from specjax import atomic
+from specjax import files
 from specjax.training.train import TrainState
 
 CHECKSUMS = "checksums.json"
@@ -72,8 +72,8 @@ class Checkpoints:
             self._manager.save(step, args=items)
             self._manager.wait_until_finished()
         except OSError as error:
-            raise atomic.cannot_write(directory, error) from error
-        atomic.write(directory / CHECKSUMS, json.dumps(_checksums(directory)))
+            raise files.cannot_write(directory, error) from error
+        files.write(directory / CHECKSUMS, json.dumps(_checksums(directory)))
         return step
 
     def restore(self, abstract: TrainState) -> TrainState | None:

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from specjax import atomic
+from specjax import files
 
 Line = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Curve:
                 f"{self.path} lacks some of the {step} steps that the checkpoint has made: choose another --workdir, "
                 "or give --overwrite."
             )
-        atomic.write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        files.write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def _read(self) -> list[Line]:
         """The lines of the file; one that was being written when the run was killed, the last, is left out."""
@@ -78,7 +78,7 @@ class Curve:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as error:
-            raise atomic.cannot_write(self.path, error) from error
+            raise files.cannot_write(self.path, error) from error
 
     @property
     def steps(self) -> list[Line]:

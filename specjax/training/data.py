@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax import files, sharding
-from specjax.text import Tokenizer
+from specjax import files
+from specjax.parallel import sharding
+from specjax.text.tokenizer import Tokenizer
 from specjax.types import Batch
 
 HUB = "hub:"

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from specjax import api, pretrained
+from specjax.api import pretrained
+from specjax.api.pretrained import Pretrained
 from specjax.models import families
 from specjax.models.config import ModelConfig
 from specjax.models.weights import checkpoint
-from specjax.pretrained import Pretrained
-from specjax.text import Tokenizer
+from specjax.parallel import sharding
+from specjax.text.tokenizer import Tokenizer
 from specjax.training import train
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.config import TrainConfig
@@ -239,7 +240,7 @@ def fit(run: Run, directory: str | pathlib.Path, report: Report | None = None) -
     """
     check(run)
     loop = _Loop(run, pathlib.Path(directory), report or (lambda lines: None))
-    with contextlib.closing(loop.checkpoints), api.on_mesh(run.mesh), _interrupts() as asked:
+    with contextlib.closing(loop.checkpoints), sharding.on_mesh(run.mesh), _interrupts() as asked:
         state = loop.restore()
         state = loop.steps(state, asked)
         if run.valid is None or not (loop.directory / MODEL).is_dir():

@@ -14,9 +14,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from specjax import sharding
 from specjax.models import families
 from specjax.models.config import ModelConfig
+from specjax.parallel import sharding
 from specjax.training import optimizers
 from specjax.training.config import TrainConfig
 from specjax.types import Batch, Tree

@@ -4,9 +4,10 @@ import io
 import pathlib
 from collections.abc import Iterable
 
-from specjax import atomic, spiece
-from specjax.rebuild import extra_tokens
-from specjax.text import Tokenizer
+from specjax import files
+from specjax.text import sentencepiece_file
+from specjax.text.rebuild import extra_tokens
+from specjax.text.tokenizer import Tokenizer
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 """The ids that every vocabulary in this layout begins with."""
@@ -85,8 +86,8 @@ def train(
         ) from error
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(path) as partial:
-        partial.write_bytes(spiece.append(written.getvalue(), extra_tokens(extra_ids)))
+    with files.replacing(path) as partial:
+        partial.write_bytes(sentencepiece_file.append(written.getvalue(), extra_tokens(extra_ids)))
     return Tokenizer.from_sentencepiece(path)
 
 

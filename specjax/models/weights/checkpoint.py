@@ -21,9 +21,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from specjax import atomic, sharding
+from specjax import files
 from specjax.models import families
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling, ModelConfig, T5Config
+from specjax.parallel import sharding
 from specjax.types import Tree
 
 CONFIG_FILE = "specjax.json"
@@ -110,9 +111,9 @@ def save(directory: str | pathlib.Path, config: ModelConfig, params: Tree) -> No
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory / _PARAMS, params, force=True)
     except OSError as error:
-        raise atomic.cannot_write(directory / _PARAMS, error) from error
+        raise files.cannot_write(directory / _PARAMS, error) from error
     text = json.dumps(describe(config, _manifest(directory)), indent=2) + "\n"
-    atomic.write(directory / CONFIG_FILE, text)
+    files.write(directory / CONFIG_FILE, text)
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax import files, sharding
+from specjax import files
 from specjax.limits import check_number, check_size
 from specjax.models import families
 from specjax.models.config import LIMITS, DecoderConfig, LinearRopeScaling, Llama3RopeScaling
 from specjax.models.weights import mapping
+from specjax.parallel import sharding
 from specjax.types import Tree
 
 ARCHITECTURES = ("llama", "qwen2")

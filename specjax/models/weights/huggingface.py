@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax import files, sharding
+from specjax import files
 from specjax.models import families
 from specjax.models.config import DecoderConfig, ModelConfig
 from specjax.models.weights import decoder_configs, lazy, mapping, naming, t5_mapping
+from specjax.parallel import sharding
 from specjax.types import Tree
 
 MODEL_TYPES = tuple(decoder_configs.PARSERS)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax import sharding
 from specjax.models import families, layers
 from specjax.models.config import DecoderConfig, ModelConfig
 from specjax.models.weights.lazy import Tensor
+from specjax.parallel import sharding
 from specjax.types import Tree
 
 Tensors = Callable[[str], Tensor] | Mapping[str, Tensor]

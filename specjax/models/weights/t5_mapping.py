@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax import sharding
 from specjax.models import families, layers
 from specjax.models.config import ACTIVATIONS, T5Config
 from specjax.models.weights import decoder_configs, mapping
 from specjax.models.weights.lazy import Tensor
+from specjax.parallel import sharding
 from specjax.types import Tree
 
 MODEL_TYPES = ("t5", "mt5", "umt5")

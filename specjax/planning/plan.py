@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from specjax import chips, decode, drafters, sampling, sharding, theory
-from specjax.chips import Topology
+from specjax import decoding, drafters, sampling, theory
 from specjax.models import cache as cache_lib
 from specjax.models import families, layers
 from specjax.models.config import DecoderConfig, ModelConfig
+from specjax.parallel import sharding
+from specjax.planning import chips
+from specjax.planning.chips import Topology
 from specjax.types import DecodeState, Drafter, Model, Params, Tree
 
 SIDES = ("target", "draft")
@@ -72,7 +74,7 @@ class Setup:
     @property
     def buffer(self) -> int:
         """The length of the text buffer."""
-        return self.max_len or decode.buffer_length(self.prompt_tokens + self.max_new_tokens, self.num_draft_tokens)
+        return self.max_len or decoding.buffer_length(self.prompt_tokens + self.max_new_tokens, self.num_draft_tokens)
 
     @property
     def mesh_shape(self) -> tuple[int, int]:
@@ -150,10 +152,10 @@ def _state_shapes(
 ) -> DecodeState:
     """The loop's state after the prefill, wherever it lies."""
     model, drafter = families.model(target), drafters.model(families.model(draft), num_draft_tokens=num_draft_tokens)
-    inputs, options = decode.read_inputs(model, [[0] * prompt_tokens] * batch_size), sampling.options(batch_size)
+    inputs, options = decoding.read_inputs(model, [[0] * prompt_tokens] * batch_size), sampling.options(batch_size)
 
     def prefill(params: Params) -> DecodeState:
-        return decode.prefill(
+        return decoding.prefill(
             model, drafter, params, inputs, max_new_tokens=max_new_tokens, options=options, max_len=max_len
         )
 
@@ -572,14 +574,14 @@ def fit(setup: Setup, overhead: int = 0) -> Fit:
         remedies.append(
             f"a batch of {smaller.batch_size} needs {_gib(needs(smaller))}: --config.batch_size={smaller.batch_size}"
         )
-    least = decode.buffer_length(setup.prompt_tokens + 1, setup.num_draft_tokens) // decode.BUFFER_MULTIPLE
+    least = decoding.buffer_length(setup.prompt_tokens + 1, setup.num_draft_tokens) // decoding.BUFFER_MULTIPLE
 
     def of_buffer(n: int) -> Setup:
-        length = n * decode.BUFFER_MULTIPLE
+        length = n * decoding.BUFFER_MULTIPLE
         room = length - setup.prompt_tokens - setup.num_draft_tokens - 1
         return dataclasses.replace(setup, max_len=length, max_new_tokens=min(room, setup.max_new_tokens))
 
-    buffer = _largest(least, setup.buffer // decode.BUFFER_MULTIPLE - 1, lambda n: enough(of_buffer(n)))
+    buffer = _largest(least, setup.buffer // decoding.BUFFER_MULTIPLE - 1, lambda n: enough(of_buffer(n)))
     if buffer is not None:
         shorter = of_buffer(buffer)
         remedies.append(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from specjax.text import Tokenizer
+from specjax.text.tokenizer import Tokenizer
 from specjax.types import Automaton
 
 DEAD = -1

@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import api, decode, distributed
-from specjax.drafters.model import match_vocab
+from specjax import api, decoding, sampling
+from specjax.api.pretrained import Pretrained
 from specjax.limits import check_num_draft_tokens
 from specjax.models import bits
-from specjax.pretrained import Pretrained
+from specjax.parallel import distributed, sharding
 from specjax.types import Inputs, Model, Params, Tree
 
 MAX_BEAMS = 1024
@@ -280,7 +280,7 @@ def _draft(
     rows, width, num_draft_tokens = *search.score.shape, tree.tokens.shape[2]
 
     def grow(front: _Front, logits: Array, depth: Array) -> tuple[_Front, Array]:
-        log_probs = jax.nn.log_softmax(match_vocab(logits, request.stops.size), axis=-1)
+        log_probs = jax.nn.log_softmax(sampling.match_vocab(logits, request.stops.size), axis=-1)
         alive = front.score > -jnp.inf
         broken = jnp.any(alive[..., None] & jnp.isnan(log_probs), axis=(1, 2)) & (front.failed_at < 0)
         # A text that has stopped is never continued, so the draft need not guess where texts stop.
@@ -604,7 +604,7 @@ def search(
         raise ValueError(f"length_penalty={length_penalty} is not a finite number.")
     draft = draft if k > 0 else None
     models = {"target": target} | ({} if draft is None else {"draft": draft})
-    limit, max_len = decode.text_limits(inputs, max_new_tokens, k, max_len, models)
+    limit, max_len = decoding.text_limits(inputs, max_new_tokens, k, max_len, models)
     state = _search(
         target,
         draft,
@@ -706,10 +706,10 @@ def beam_search(
         api.check_vocabularies(target, draft)
     if stop_tokens is None:
         stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
-    mesh = api.mesh_of(target.params)
+    mesh = sharding.mesh_of(target.params)
     params = Params(target.params, draft.params if draft is not None else ())
-    params, inputs = api.place(mesh, params, decode.read_inputs(target.model, encoded))
-    with api.on_mesh(mesh):
+    params, inputs = api.place(mesh, params, decoding.read_inputs(target.model, encoded))
+    with sharding.on_mesh(mesh):
         beams = search(
             target.model,
             draft.model if draft is not None else None,

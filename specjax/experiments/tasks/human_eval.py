@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from specjax.tasks import sandbox
-from specjax.tasks.prompting import truncate
+from specjax.experiments.tasks import sandbox
+from specjax.experiments.tasks.prompting import truncate
 
 STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """What ends a function (section 2.2 of the paper)."""

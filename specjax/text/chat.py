@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from specjax import chat_worker
+from specjax.text import chat_worker
 
 MAX_SECONDS = 10.0
 """How long a conversation may take to render."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import automaton
+from specjax.sampling import automaton
 from specjax.types import History, Penalties
 
 _NO_TOKEN = 2**31 - 1

@@ -7,7 +7,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from specjax import spiece
+from specjax.text import sentencepiece_file
 
 # The token types of GGUF files.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
@@ -147,7 +147,7 @@ def extra_tokens(number: int) -> list[str]:
     return [f"<extra_id_{i}>" for i in reversed(range(number))]
 
 
-def unigram(model: spiece.Model) -> tokenizers.Tokenizer:
+def unigram(model: sentencepiece_file.Model) -> tokenizers.Tokenizer:
     """The segmentation of greatest probability, spaces written as "▁"."""
     texts = [piece.text for piece in model.pieces]
     unknown = texts.index(model.roles["unk_token"])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, UInt32
 
-from specjax import processors
+from specjax.sampling import processors
 from specjax.types import History, PRNGKey, SamplingOptions
 
 
@@ -188,6 +188,17 @@ def warp(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Arra
         )
 
     return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: greedy(logits))
+
+
+def match_vocab(logits: Float[Array, "B T V"], vocab_size: int) -> Float[Array, "B T W"]:
+    """Cuts or pads the draft's logits to the target's width; a token that one side lacks is never drafted.
+
+    Models of one tokenizer are often padded to different sizes.
+    """
+    missing = vocab_size - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :vocab_size]
+    return jnp.pad(logits, ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)
 
 
 def probabilities(logits: Float[Array, "B T V"], sampling: SamplingOptions, history: History) -> Float[Array, "B T V"]:

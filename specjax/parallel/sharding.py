@@ -5,6 +5,7 @@ mesh axis each name is split over. A name that the table lacks, two names of one
 size that does not divide are errors: nothing is replicated by accident.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -216,3 +217,17 @@ def constrain(x: jax.Array, axes: Axes, rules: Rules = RULES) -> jax.Array:
         for m, size in zip(partition_spec(axes, rules), x.shape, strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on; None where they lie on one device."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            mesh = leaf.sharding.mesh
+            return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    return None
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which programs are traced for that mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -10,7 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders
 
-from specjax import chat, files, limits, rebuild, spiece
+from specjax import files, limits
+from specjax.text import chat, rebuild, sentencepiece_file
 
 # Tokens that end a text or a turn. Files name one of them, often the other one than a chat ends with; a model stops at
 # every one that its vocabulary has as a control token (so does llama.cpp).
@@ -212,16 +213,24 @@ class Tokenizer:
           FileNotFoundError: where there is no such file.
           ValueError: for a file that is broken, or a kind of model that is not unigram.
         """
-        model = spiece.read(path)
+        model = sentencepiece_file.read(path)
         limits.check_size("extra_ids", extra_ids, 0, MAX_EXTRA_IDS)
         with _naming(f"{path} is no vocabulary that can be rebuilt", "copy or download it again"):
             return cls._of_pieces(model, extra_ids)
 
     @classmethod
-    def _of_pieces(cls, model: spiece.Model, extra_ids: int) -> "Tokenizer":
+    def _of_pieces(cls, model: sentencepiece_file.Model, extra_ids: int) -> "Tokenizer":
         backend = rebuild.unigram(model)
-        special = [piece.text for piece in model.pieces if piece.kind in (spiece.CONTROL, spiece.UNKNOWN)]
-        found = [piece.text for piece in model.pieces if piece.kind == spiece.USER_DEFINED and "▁" not in piece.text]
+        special = [
+            piece.text
+            for piece in model.pieces
+            if piece.kind in (sentencepiece_file.CONTROL, sentencepiece_file.UNKNOWN)
+        ]
+        found = [
+            piece.text
+            for piece in model.pieces
+            if piece.kind == sentencepiece_file.USER_DEFINED and "▁" not in piece.text
+        ]
         special += [text for text in found if _EXTRA_ID.fullmatch(text)] + rebuild.extra_tokens(extra_ids)
         backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
         others = [AddedToken(text, special=False, normalized=False) for text in found if text not in special]

@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specjax import decode, hlo, plan, sampling, verify
-from specjax.chips import Topology
-from specjax.drafters.model import match_vocab
+from specjax import decoding, sampling
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule
 from specjax.models import cache as cache_lib
-from specjax.plan import Setup, Sharded
+from specjax.planning import hlo, plan
+from specjax.planning.chips import Topology
+from specjax.planning.plan import Setup, Sharded
 from specjax.types import History, Proposal, SamplingOptions, StepKeys
-from specjax.verify import Rule
 
 # Without the first three, libtpu asks a metadata server what machine it is on, and complains that there is none.
 # Without the last, only one process at a time may load it, which is meant for those that use a TPU.
@@ -154,7 +155,7 @@ def step(setup: Setup, mesh: Mesh, rule: Rule = verify.rejection) -> Any:
     placed = plan.shard(setup, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        lowered = decode.advance.lower(
+        lowered = decoding.advance.lower(
             placed.models["target"], placed.drafter, rule, placed.params, placed.state, number
         )
         return lowered.compile()
@@ -193,7 +194,7 @@ def draft_call(setup: Setup, mesh: Mesh, temperature: float = 0.0) -> Any:
         output, cache = placed.models["draft"].apply(params, token, cache)
         options = _constant(numbers, rows)
         with jax.named_scope("drafting"):
-            logits = match_vocab(output.logits, vocab_size)
+            logits = sampling.match_vocab(output.logits, vocab_size)
             probs = sampling.probabilities(logits, options, _no_history(rows, 1))[:, 0]
             return sampling.sample(keys, probs, options), probs, cache
 
@@ -214,7 +215,7 @@ def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0,
     def call(params: Any, cache: Any, block: Any, probs: Any, accept: Any, token: Any) -> Any:
         output, cache = placed.models["target"].apply(params, block, cache)
         proposal = Proposal(block[:, 1:], jnp.full(rows, tokens - 1), probs)
-        verdict, target_probs = decode.apply_rule(
+        verdict, target_probs = decoding.apply_rule(
             rule,
             _constant(numbers, rows),
             proposal,

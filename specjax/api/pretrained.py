@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from specjax import sharding
 from specjax.models import families
 from specjax.models.config import ModelConfig
 from specjax.models.weights import checkpoint, gguf, huggingface, wheel
-from specjax.text import SPIECE, Tokenizer
+from specjax.parallel import sharding
+from specjax.text.tokenizer import SPIECE, Tokenizer
 from specjax.types import Model, Tree
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from typing import NamedTuple
 
-from specjax.tasks import jail
-from specjax.tasks.jailed import protocol
+from specjax.experiments.tasks import jail
+from specjax.experiments.tasks.jailed import protocol
 
 PASSED = "passed"
 """The outcome of a function that passes its test."""

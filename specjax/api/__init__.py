@@ -1,0 +1,26 @@
+"""The front door: texts in, texts out."""
+
+from specjax.api.beam import beam_search
+from specjax.api.generate import Generation, finish, generate, readable, run, run_in_steps, stream
+from specjax.api.pretrained import Pretrained, load, load_tokenizer, save
+from specjax.api.request import Request, check_vocabularies, encode, place, prepare
+
+__all__ = [
+    "Generation",
+    "Pretrained",
+    "Request",
+    "beam_search",
+    "check_vocabularies",
+    "encode",
+    "finish",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "place",
+    "prepare",
+    "readable",
+    "run",
+    "run_in_steps",
+    "save",
+    "stream",
+]

@@ -1,0 +1,174 @@
+"""The front door: texts in, texts out. Below it lies `decode`, over pytrees."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from specjax import decoding, metrics
+from specjax.api.pretrained import Pretrained
+from specjax.api.request import Request, prepare
+from specjax.parallel import distributed, sharding
+from specjax.types import DecodeState
+
+
+class Generation(NamedTuple):
+    """What `generate` returns. Lists have one entry a text; the texts of a prompt stand side by side.
+
+    Attributes:
+      text: the new text, special tokens left out; None where the target has no tokenizer.
+      tokens: the new token ids, the stop token among them.
+      from_draft: whether each new token was an accepted draft token.
+      finish_reason: "stop", "length", or "unfinished" while streaming.
+      logprobs: the log-probability of each new token under the target, before any option; None where not asked for.
+      top_logprobs: for each new token the most probable tokens of its place and their log-probabilities, likewise.
+      stats: the counters of all rows added up.
+      row_stats: those of each row.
+    """
+
+    text: list[str] | None
+    tokens: list[list[int]]
+    from_draft: list[list[bool]]
+    finish_reason: list[str]
+    logprobs: list[list[float]] | None
+    top_logprobs: list[list[dict[int, float]]] | None
+    stats: metrics.Summary
+    row_stats: list[metrics.Summary]
+
+
+def finish(request: Request, state: DecodeState) -> Generation:
+    """Reads the texts of a state."""
+    tokens, from_draft, begin, end = (
+        np.asarray(x) for x in (state.tokens, state.from_draft, state.prompt_length, state.length)
+    )
+    rows = [(i, slice(*bounds)) for i, bounds in enumerate(zip(begin, end, strict=True))]
+    new = [tokens[row].tolist() for row in rows]
+    stops, done = set(np.asarray(state.stop_tokens).tolist()), np.asarray(state.done)
+    found = np.zeros(len(rows), bool)
+    if state.stop_strings is not None:
+        found = np.asarray(state.stop_state) == state.stop_strings.next_state.shape[0] - 1
+
+    def reason(row: int) -> str:
+        if not done[row]:
+            return "unfinished"
+        return "stop" if found[row] or (new[row] and new[row][-1] in stops) else "length"
+
+    logprobs = top_logprobs = None
+    if state.logprobs is not None:
+        chosen, top_tokens, top = (np.asarray(x) for x in state.logprobs)
+        logprobs = [chosen[row].tolist() for row in rows]
+        top_logprobs = [
+            [dict(zip(*place, strict=True)) for place in zip(top_tokens[row].tolist(), top[row].tolist(), strict=True)]
+            for row in rows
+        ]
+    total, each = metrics.summarise(state.stats, end - begin)
+    tokenizer = request.target.tokenizer
+    return Generation(
+        text=None if tokenizer is None else [tokenizer.decode(row) for row in new],
+        tokens=new,
+        from_draft=[from_draft[row].tolist() for row in rows],
+        finish_reason=[reason(i) for i, _ in rows],
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        stats=total,
+        row_stats=each,
+    )
+
+
+def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **options: Any) -> Generation:
+    """Generates text with speculative decoding.
+
+    Args:
+      target: the model whose distribution the text has (`specjax.load`).
+      prompts: texts, or lists of token ids.
+      **options: all have defaults:
+        drafter: what proposes (`specjax.drafters`); None decodes plainly.
+        verify: the acceptance rule (`specjax.verify`) or its name, such as "lenient:0.3"; `rejection` by default, which
+          is exact at any temperature.
+        max_new_tokens: 128; one number, or one a prompt.
+        temperature: 0 (greedy); top_k, top_p, min_p, typical_p, epsilon_cutoff: off. Each one number, or one a prompt;
+          `sampling.options` says what they mean.
+        repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias,
+          suppress_tokens: off; see `processors.penalties`.
+        seed: 0, a whole number in [0, 2^32); text i uses `seed + i`. Or one a text: a text depends on its own seed, not
+          on its neighbours. With `verify.coupled` it does not depend on the drafter either.
+        num_return_sequences: 1; how many texts of each prompt, from one prefill.
+        stop_tokens: ids that end a text; by default what the tokenizer ends a text with.
+        stop_strings: one string or several that end a text, wherever in it they end; they are part of it, as in
+          transformers.
+        grammar: what the text may be (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) a
+          prompt.
+        logprobs: None; a number n keeps the log-probability of every new token, and of the n most probable ones.
+        step_cost: time of a drafting step over that of a plain step, which drafts have to win back, or a row stops
+          drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
+        max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
+        prompt_width: the length that prompts are padded to; by default the next of few lengths.
+        fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding
+          (`docs/exactness.md`). Plain decoding then needs `drafters.none(num_draft_tokens=K)` with the same K.
+        chat: False; True puts each text into the model's chat template.
+
+    Returns:
+      The texts and the counters.
+
+    Raises:
+      ValueError: for options that make no sense, texts that do not fit, vocabularies that do not match.
+      TypeError: for options that do not exist or are of another type.
+      FloatingPointError: for logits that are not numbers, or options that forbid every token.
+    """
+    request = prepare(target, prompts, **options)
+    return finish(request, run(request))
+
+
+def run(request: Request) -> DecodeState:
+    """Decodes a prepared request to its end. Its state is donated."""
+    with sharding.on_mesh(request.mesh):
+        state = decoding.generate(
+            request.target.model,
+            request.drafter,
+            request.rule,
+            request.params,
+            request.state,
+            fixed_shape=request.fixed_shape,
+        )
+    return readable(request, state)
+
+
+def readable(request: Request, state: DecodeState) -> DecodeState:
+    """The state with all but the caches on every process, where there are several."""
+    large = {"cache": state.cache, "drafter": state.drafter}
+    return distributed.replicate(state._replace(**dict.fromkeys(large)), request.mesh)._replace(**large)
+
+
+def stream(
+    target: Pretrained, prompts: Sequence[str | Sequence[int]], *, steps: int = 4, **options: Any
+) -> Iterator[Generation]:
+    """Generates like `generate`, and yields what there is every few steps.
+
+    Args:
+      target: the model whose distribution the text has.
+      prompts: texts, or lists of token ids.
+      steps: how many steps lie between two yields.
+      **options: those of `generate`.
+
+    Yields:
+      the texts so far, whole; the last is what `generate` returns.
+    """
+    request = prepare(target, prompts, **options)
+    for state in run_in_steps(request, steps):
+        yield finish(request, state)
+
+
+def run_in_steps(request: Request, steps: int) -> Iterator[DecodeState]:
+    """Decodes a prepared request, pausing every few steps. Its state is donated, and so is each that is yielded."""
+    with sharding.on_mesh(request.mesh):
+        states = decoding.stream(
+            request.target.model,
+            request.drafter,
+            request.rule,
+            request.params,
+            request.state,
+            steps=steps,
+            fixed_shape=request.fixed_shape,
+        )
+        for state in states:
+            yield readable(request, state)

@@ -1,0 +1,205 @@
+"""A request to the front door: checked, tokenised and brought to the device."""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from specjax import decoding, drafters, sampling
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule, replaced_at_zero
+from specjax.decoding.verify import parse as parse_rule
+from specjax.drafters import contract
+from specjax.parallel import sharding
+from specjax.sampling import automaton
+from specjax.text.tokenizer import Tokenizer
+from specjax.types import Automaton, DecodeState, Drafter, Inputs, Params
+
+
+class Request(NamedTuple):
+    """A call of `generate`, checked and brought to the device: what `decode` needs.
+
+    Attributes:
+      target: the target.
+      drafter: the drafter, without its source.
+      rule: the acceptance rule.
+      params: the parameters of both.
+      state: after the prefill.
+      mesh: the mesh that the parameters lie on, or None.
+      fixed_shape: whether every target call scores K + 1 tokens.
+    """
+
+    target: Pretrained
+    drafter: Drafter
+    rule: Rule
+    params: Params
+    state: DecodeState
+    mesh: Mesh | None
+    fixed_shape: bool
+
+
+def encode(target: Pretrained, prompts: Sequence[str | Sequence[int]], *, chat: bool = False) -> list[list[int]]:
+    """Prompts as token ids.
+
+    Args:
+      target: whose tokenizer is used.
+      prompts: texts, or lists of token ids, which are taken as they are.
+      chat: put each text into the model's chat template, as what a user says.
+
+    Raises:
+      ValueError: for a text without a tokenizer, or a chat without a template, or an empty prompt.
+      TypeError: for one text in the place of a list of texts.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts is the text {prompts[:40]!r}: give a list of texts.")
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            encoded.append([int(t) for t in prompt])
+            continue
+        if target.tokenizer is None:
+            raise ValueError(f"Prompt {i} is a text, but the target has no tokenizer: give lists of token ids.")
+        if chat and not target.tokenizer.has_chat_template:
+            raise ValueError("chat=True, but the target's tokenizer has no chat template: set chat=False.")
+        if chat:
+            encoded.append(target.tokenizer.chat([{"role": "user", "content": prompt}]))
+        else:
+            encoded.append(target.tokenizer.encode(prompt))
+    for i, tokens in enumerate(encoded):
+        if not tokens:
+            raise ValueError(f"Prompt {i} is empty: give at least one token, such as the beginning-of-text token.")
+        worst = max(tokens)
+        if worst >= target.model.vocab_size or min(tokens) < 0:
+            raise ValueError(f"Prompt {i} has token {worst}, but the vocabulary has {target.model.vocab_size} entries.")
+    return encoded
+
+
+def check_vocabularies(target: Pretrained, draft: Any) -> None:
+    """Makes sure that a token id means the same to both sides. Padding of the vocabulary may differ.
+
+    Raises:
+      ValueError: naming the first token that differs.
+    """
+    if target.tokenizer is None or draft.tokenizer is None:
+        return
+    conflict = _vocabulary_conflict(target.tokenizer, draft.tokenizer)
+    if conflict:
+        raise ValueError(f"The vocabularies do not match: {conflict}. Choose a draft with the target's tokenizer.")
+
+
+@functools.lru_cache(maxsize=16)
+def _stopping(strings: tuple[str, ...], tokenizer: Tokenizer, vocab_size: int) -> Automaton:
+    """Kept, for a large vocabulary takes a second or two."""
+    return automaton.stop_strings(strings, tokenizer, vocab_size=vocab_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _vocabulary_conflict(target: Tokenizer, draft: Tokenizer) -> str:
+    ours, theirs = target.vocab(), draft.vocab()
+    names = {i: token for token, i in ours.items()}
+    for token, i in sorted(theirs.items(), key=lambda item: item[1]):
+        if ours.get(token, i) != i or names.get(i, token) != token:
+            sizes = f"{len(ours)} and {len(theirs)} tokens"
+            return f"({sizes}) id {i} is {token!r} for the draft and {names.get(i)!r} for the target"
+    return ""
+
+
+def place(mesh: Mesh | None, params: Params, inputs: Inputs) -> tuple[Params, Inputs]:
+    """Parameters and prompts where a program of the target's mesh reads them.
+
+    The prompts are split over the mesh by rows, and what the draft has on other devices is copied to all of the mesh.
+    """
+    if mesh is None:
+        return params, inputs
+    axes = ("batch", "tokens")
+    inputs = jax.tree.map(lambda x: jax.device_put(x, sharding.named_sharding(mesh, x.shape, axes[: x.ndim])), inputs)
+    return params._replace(draft=sharding.replicate_rest(params.draft, mesh)), inputs
+
+
+def prepare(
+    target: Pretrained,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    drafter: Any = None,
+    verify: Any = verify.rejection,
+    max_new_tokens: Any = 128,
+    seed: Any = 0,
+    num_return_sequences: int = 1,
+    stop_tokens: Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] = (),
+    grammar: Automaton | Sequence[Automaton | None] | None = None,
+    logprobs: int | None = None,
+    step_cost: float = decoding.DEFAULT_STEP_COST,
+    max_len: int | None = None,
+    prompt_width: int | None = None,
+    fixed_shape: bool = False,
+    chat: bool = False,
+    **sampling_options: Any,
+) -> Request:
+    """Checks a request and reads the prompts into the caches. The arguments are those of `generate`.
+
+    Those annotated as Any may be anything that a user writes, and are checked here.
+    """
+    drafter = contract.check(drafter if drafter is not None else drafters.none())
+    verify = parse_rule(verify)
+    encoded = encode(target, prompts, chat=chat)
+    rows = len(encoded)
+    options = sampling.options(rows, **sampling_options)
+    if verify.name == "greedy" and bool(jnp.any(options.temperature > 0)):
+        temperature = sampling_options["temperature"]
+        raise ValueError(f"verify=greedy decodes at temperature 0, not {temperature}: choose verify.rejection.")
+    if (replaced := replaced_at_zero(verify)) and bool(jnp.any(options.temperature == 0)):
+        warnings.warn(replaced, stacklevel=3)
+    if not verify.exact:
+        warnings.warn(f"verify={verify.name} is not exact: the text is not distributed as the target's.", stacklevel=3)
+    if num_return_sequences < 1:
+        raise ValueError(f"num_return_sequences={num_return_sequences}: at least 1.")
+    inputs = decoding.read_inputs(target.model, encoded, prompt_width)
+    if drafter.source is not None:
+        check_vocabularies(target, drafter.source)
+        longest = int(inputs.length.max()) + int(np.max(max_new_tokens))
+        if drafter.source.model is not None and longest > drafter.source.model.max_len:
+            raise ValueError(
+                f"The draft knows {drafter.source.model.max_len} positions, but prompt and new tokens make {longest}: "
+                "shorten the prompt, lower max_new_tokens, or choose another draft."
+            )
+    if stop_tokens is None:
+        stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
+    stopping = None
+    if stop_strings:
+        if target.tokenizer is None:
+            raise ValueError(f"stop_strings={stop_strings!r} need a tokenizer, which the target lacks: give tokens.")
+        vocab_size = target.model.vocab_size
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        stopping = _stopping(tuple(strings), target.tokenizer, vocab_size)
+    num_texts = rows * num_return_sequences
+    seeds = decoding.spread_seeds(seed, num_texts)
+    params = Params(target.params, drafter.source.params if drafter.source is not None else ())
+    mesh = sharding.mesh_of(target.params)
+    params, inputs = place(mesh, params, inputs)
+    drafter = drafter._replace(source=None)
+    with sharding.on_mesh(mesh):
+        state = decoding.prefill(
+            target.model,
+            drafter,
+            params,
+            inputs,
+            max_new_tokens=max_new_tokens,
+            options=options,
+            seeds=seeds[::num_return_sequences],
+            stop_tokens=stop_tokens,
+            stop_strings=stopping,
+            grammar=grammar,
+            top_logprobs=logprobs,
+            step_cost=step_cost,
+            max_len=max_len,
+        )
+        if num_return_sequences > 1:
+            state = decoding.repeat(state, num_return_sequences, jnp.asarray(seeds, jnp.uint32))
+    return Request(target, drafter, verify, params, state, mesh, fixed_shape)

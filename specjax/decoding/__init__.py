@@ -1,0 +1,27 @@
+"""The decoding loop over pytrees: for those who shard, serve or measure."""
+
+from specjax.decoding.buffers import BUFFER_MULTIPLE, buffer_length, pad_prompts, read_inputs, text_limits
+from specjax.decoding.loop import advance, check, generate, stream
+from specjax.decoding.prefill import DEFAULT_STEP_COST, prefill, repeat, row_keys, spread_seeds
+from specjax.decoding.step import apply_rule, decode_step, history_of, step_keys
+
+__all__ = [
+    "BUFFER_MULTIPLE",
+    "DEFAULT_STEP_COST",
+    "advance",
+    "apply_rule",
+    "buffer_length",
+    "check",
+    "decode_step",
+    "generate",
+    "history_of",
+    "pad_prompts",
+    "prefill",
+    "read_inputs",
+    "repeat",
+    "row_keys",
+    "spread_seeds",
+    "step_keys",
+    "stream",
+    "text_limits",
+]

@@ -1,0 +1,220 @@
+"""From a request to the state that the loop begins with: prompts read, options and seeds laid out row by row."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from specjax import sampling
+from specjax.decoding import adaptive, buffers
+from specjax.sampling import automaton, processors
+from specjax.types import (
+    Automaton,
+    DecodeState,
+    Drafter,
+    Inputs,
+    Logprobs,
+    Model,
+    Params,
+    SamplingOptions,
+    Stats,
+)
+
+DEFAULT_STEP_COST = 1.2
+"""Time of a drafting step over that of a plain step, where nobody has measured it."""
+
+
+def _pad_stop_tokens(stop_tokens: Sequence[int]) -> Int[Array, " E"]:
+    """Padded with -1 to a multiple of eight, so that another few of them compile nothing."""
+    tokens = sorted(set(stop_tokens))
+    return jnp.asarray(tokens + [-1] * (-len(tokens) % 8 or 8 * (not tokens)), jnp.int32)
+
+
+def spread_seeds(seed: Any, count: int) -> list[int]:
+    """One seed a sequence: those that are given, or `seed + i` for sequence i.
+
+    Args:
+      seed: what a user gave: one whole number, or one for each sequence.
+      count: how many sequences there are.
+
+    Raises:
+      ValueError: for a seed outside [0, 2^32), or too few or many of them.
+      TypeError: for one that is not a whole number.
+    """
+    seeds = list(seed) if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str) else [seed]
+    for one in seeds:
+        if not isinstance(one, int | np.integer):
+            raise TypeError(f"seed={one!r}: give a whole number, or one for each of {count} sequences.")
+    if isinstance(seed, int | np.integer):
+        seeds = [int(seed) + i for i in range(count)]
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} sequences: give one, or one for each.")
+    for one in map(int, seeds):
+        if not 0 <= one < 2**32:
+            last = " (sequence i uses seed + i)" if isinstance(seed, int | np.integer) and count > 1 else ""
+            raise ValueError(f"seed={one} is outside [0, 2^32){last}: choose another.")
+    return [int(one) for one in seeds]
+
+
+def row_keys(seeds: UInt32[Array, " B"]) -> Array:
+    """One random key a row from one seed a row."""
+    return jax.vmap(jax.random.key)(seeds)
+
+
+@functools.partial(jax.jit, static_argnames=("target", "drafter", "max_len", "top_logprobs"))
+def _prefill(
+    target: Model,
+    drafter: Drafter,
+    params: Params,
+    inputs: Inputs,
+    limit: Int[Array, " B"],
+    seed: Array,
+    options: SamplingOptions,
+    stop_tokens: Int[Array, " E"],
+    stop_strings: Automaton | None,
+    grammar: Automaton | None,
+    grammar_state: Int[Array, " B"],
+    step_cost: Float[Array, ""],
+    max_len: int,
+    top_logprobs: int | None,
+) -> DecodeState:
+    rows, width = inputs.tokens.shape
+    output, cache = target.prefill(params.target, inputs, target.init_cache(rows, max_len))
+    tokens = jnp.zeros((rows, max_len), jnp.int32).at[:, :width].set(inputs.tokens)
+    k = drafter.num_draft_tokens
+    logprobs = None
+    if top_logprobs is not None:
+        top = (rows, max_len, top_logprobs)
+        logprobs = Logprobs(jnp.zeros(top[:2], jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
+    return DecodeState(
+        tokens=tokens,
+        from_draft=jnp.zeros((rows, max_len), bool),
+        length=inputs.length,
+        prompt_length=inputs.length,
+        limit=limit,
+        done=inputs.length >= limit,
+        failed_at=jnp.full(rows, -1, jnp.int32),
+        draft_failed=jnp.zeros(rows, bool),
+        seed=seed,
+        sampling=options,
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+        stop_state=jnp.zeros(rows, jnp.int32),
+        grammar=grammar,
+        grammar_state=grammar_state,
+        logprobs=logprobs,
+        step_cost=step_cost,
+        adaptation=adaptive.init(rows),
+        # The first step scores the last prompt token again, beside the first drafts: no step is special.
+        cache=cache._replace(length=inputs.length - 1),
+        drafter=drafter.init(params.draft, inputs, output, max_len),
+        stats=Stats(
+            jnp.zeros(rows, jnp.int32),
+            jnp.zeros(rows, jnp.int32),
+            jnp.zeros((rows, k), jnp.int32),
+            jnp.zeros((rows, k), jnp.int32),
+            jnp.zeros((rows, k + 1), jnp.int32),
+            jnp.zeros(rows, jnp.float32),
+        ),
+    )
+
+
+def prefill(
+    target: Model,
+    drafter: Drafter,
+    params: Params,
+    inputs: Inputs,
+    *,
+    max_new_tokens: Any,
+    options: SamplingOptions | None = None,
+    seeds: Any = None,
+    stop_tokens: Sequence[int] = (),
+    stop_strings: Automaton | None = None,
+    grammar: Automaton | Sequence[Automaton | None] | None = None,
+    top_logprobs: int | None = None,
+    step_cost: float = DEFAULT_STEP_COST,
+    max_len: int | None = None,
+) -> DecodeState:
+    """Reads the prompts into the caches of both sides.
+
+    Args:
+      target: the model whose distribution the text will have.
+      drafter: what proposes.
+      params: the parameters of both.
+      inputs: padded prompts (`read_inputs`).
+      max_new_tokens: how many tokens each row may add; one number, or one a row.
+      options: sampling options; greedy by default.
+      seeds: one a row; by default 0, 1, 2 ...
+      stop_tokens: token ids that end a row.
+      stop_strings: an automaton that ends a row when it is in its last state (`automaton.stop_strings`).
+      grammar: an automaton that says which tokens may follow, or one (or None) a row.
+      top_logprobs: keep the log-probability of every new token, and those of this many most probable ones.
+      step_cost: time of a drafting step over that of a plain step (see `adaptive`); 0 drafts whenever it can.
+      max_len: the length of the buffer; by default the smallest that holds everything (`buffer_length`).
+
+    Raises:
+      ValueError: where a text does not fit the buffer or the model, or an option makes no sense.
+    """
+    rows = inputs.tokens.shape[0]
+    limit, max_len = buffers.text_limits(inputs, max_new_tokens, drafter.num_draft_tokens, max_len, {"target": target})
+    if top_logprobs is not None and not 0 <= top_logprobs <= target.vocab_size:
+        raise ValueError(f"top_logprobs={top_logprobs} is outside [0, {target.vocab_size}].")
+    penalties = options.penalties if options is not None else None
+    if penalties is not None:
+        beyond = processors.unknown_tokens(penalties, target.vocab_size)
+        if beyond:
+            raise ValueError(
+                f"logit_bias or suppress_tokens names token {beyond[0]}, but the vocabulary has {target.vocab_size}."
+            )
+    grammars = [grammar] * rows if grammar is None or isinstance(grammar, Automaton) else list(grammar)
+    if len(grammars) != rows:
+        raise ValueError(f"{len(grammars)} grammars for {rows} rows: give one, or one a row.")
+    starts = np.zeros(rows, np.int32)
+    if any(g is not None for g in grammars):
+        grammar, starts = automaton.combine(grammars)
+    for name, table in {"stop_strings": stop_strings, "grammar": grammar}.items():
+        if isinstance(table, Automaton) and table.token_class.shape[0] != target.vocab_size:
+            raise ValueError(
+                f"The automaton of {name} knows {table.token_class.shape[0]} tokens, but the target's vocabulary has "
+                f"{target.vocab_size}: build it with vocab_size={target.vocab_size}."
+            )
+    seeds = spread_seeds(0 if seeds is None else seeds, rows)
+    return _prefill(
+        target,
+        drafter._replace(source=None),
+        params,
+        inputs,
+        jnp.asarray(limit, jnp.int32),
+        row_keys(jnp.asarray(seeds, jnp.uint32)),
+        options if options is not None else sampling.options(rows),
+        _pad_stop_tokens(stop_tokens),
+        stop_strings,
+        grammar if isinstance(grammar, Automaton) else None,
+        jnp.asarray(starts, jnp.int32),
+        jnp.asarray(step_cost, jnp.float32),
+        max_len,
+        top_logprobs,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("times",))
+def repeat(state: DecodeState, times: int, seeds: UInt32[Array, " N"]) -> DecodeState:
+    """Several texts of each prompt from one prefill: every row `times` times, the copies side by side.
+
+    Args:
+      state: as `prefill` gave it.
+      times: how many texts of each prompt.
+      seeds: `[B * times]` one a row of the result.
+    """
+    shared = {
+        "stop_tokens": state.stop_tokens,
+        "stop_strings": state.stop_strings,
+        "grammar": state.grammar,
+        "step_cost": state.step_cost,
+    }
+    rows = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), state._replace(**dict.fromkeys(shared)))
+    return rows._replace(**shared, seed=row_keys(seeds))

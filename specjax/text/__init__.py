@@ -1,0 +1,1 @@
+"""Tokenizers: loading, rebuilding out of model files, chat templates."""

@@ -197,7 +197,7 @@ def test_messages_that_are_no_json():
 
 def test_the_process_ends_with_the_one_that_started_it():
     program = (
-        "from specjax import chat; import os\n"
+        "from specjax.text import chat; import os\n"
         "print(chat.render('x', [], name='It', variables={}), chat._workers[os.getpid()]._process.pid)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -96,7 +96,7 @@ def test_a_process_says_whom_it_waits_for_and_ends(place, missing):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    code = "from specjax import distributed; distributed._PAUSE = 0.5; distributed.initialize()"
+    code = "from specjax.parallel import distributed; distributed._PAUSE = 0.5; distributed.initialize()"
     told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(place)}
     env = os.environ | told | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "SPECJAX_JOIN_TIMEOUT": "1.5"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)

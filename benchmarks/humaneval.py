@@ -32,7 +32,7 @@ from specjax import api, decoding
 from specjax.experiments import report
 from specjax.experiments.tasks import human_eval
 from specjax.models.weights import wheel
-from specjax.types import Drafter
+from specjax.types import AnyDrafter
 
 _TARGET = flags.DEFINE_string("target", None, "Source of the target.", required=True)
 _DRAFT = flags.DEFINE_string("draft", None, "Source of the draft.", required=True)
@@ -66,12 +66,12 @@ Run = Callable[[list[int], int], Text]
 """`(prompt, max_new_tokens)`."""
 
 
-def drafter_of(draft: specjax.Pretrained) -> Drafter:
+def drafter_of(draft: specjax.Pretrained) -> AnyDrafter:
     """The drafter that is measured."""
     return specjax.drafters.model(draft, num_draft_tokens=_DRAFT_TOKENS.value, min_confidence=_CONFIDENCE.value)
 
 
-def specjax_run(target: specjax.Pretrained, drafter: Drafter, longest: int) -> Run:
+def specjax_run(target: specjax.Pretrained, drafter: AnyDrafter, longest: int) -> Run:
     """A specjax call; both modes get one buffer, which holds prompts of `longest` tokens."""
 
     def run(prompt: list[int], new_tokens: int) -> Text:
@@ -86,7 +86,7 @@ def specjax_run(target: specjax.Pretrained, drafter: Drafter, longest: int) -> R
             fixed_shape=_FIXED_SHAPE.value,
         )
         state = api.run(request)
-        counted = {name: float(np.sum(x)) for name, x in state.stats._asdict().items()}
+        counted = {name: float(np.sum(x)) for name, x in state.rows.stats._asdict().items()}
         return Text(api.finish(request, state).tokens[0], counted)
 
     return run

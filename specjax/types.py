@@ -1,11 +1,11 @@
 """Every type that the modules of specjax share. No logic lives here.
 
-Axis names: `B` rows of a batch, `L` the text buffer, `P` a padded prompt, `T` tokens of one model call, `K` draft
-tokens of one step, `V` the vocabulary, `D` the width of the model.
+Axis names: `B` rows of a batch, `L` the text buffer, `P` a padded prompt, `S` a padded source, `T` tokens of one model
+call, `N` draft tokens (nodes) of one step, `D` the depth of their tree, `V` the vocabulary, `F` tapped layers, `E` the
+width of the model. Of a chain, N = D = K.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -55,16 +55,81 @@ class Batch(NamedTuple):
     source_segments: Int[Array, "B S"] | None
 
 
+class Block(NamedTuple):
+    """What one model call reads behind its cache.
+
+    Attributes:
+      tokens: `[B, T]` token ids.
+      depth: `[B, T]` the position of each token less `cache.length`; None: 0 .. T - 1.
+      sees: `[B, T, U + T]` which of the entries behind `cache.length` each token sees: the U that earlier calls wrote
+        and nobody committed, then the T of this block, which is written behind them. Of the entries that it sees, each
+        continues the one before. None: U = 0, and each token sees itself and those before it. Every token sees all
+        committed entries (within its window, where layers have one).
+    """
+
+    tokens: Int[Array, "B T"]
+    depth: Int[Array, "B T"] | None = None
+    sees: Bool[Array, "B T W"] | None = None
+
+
 class ModelOutput(NamedTuple):
     """What one model call says about each token that it was fed.
 
     Attributes:
       logits: `[B, T, V]` float32, the unnormalised log-probabilities of the token that follows.
-      hidden: `[B, T, D]` the last hidden state (after the final norm), which self-drafting heads read.
+      features: `[B, T, F, E]` float32, what the tapped layers gave (`Model.with_taps`); F = 0 without taps.
     """
 
     logits: Float[Array, "B T V"]
-    hidden: Float[Array, "B T D"]
+    features: Float[Array, "B T F E"]
+
+
+class InitCache(Protocol):
+    """Makes an empty cache, for rows of at most `max_len` tokens and sources of `max_source` (0: no encoder)."""
+
+    def __call__(self, batch_size: int, max_len: int, max_source: int = 0) -> Any:
+        """An empty cache."""
+        ...
+
+
+class Prefill(Protocol):
+    """Reads a prompt, or any chunk of one, behind the cache and commits it."""
+
+    def __call__(self, params: Tree, inputs: Inputs, cache: Any) -> tuple[ModelOutput, Any]:
+        """The output, with the logits of each row's last token only (`[B, 1, V]`), and the cache."""
+        ...
+
+
+class Apply(Protocol):
+    """Reads a block behind the cache without committing it."""
+
+    def __call__(self, params: Tree, block: Block, cache: Any) -> tuple[ModelOutput, Any]:
+        """The output, and the cache with the block's entries behind its length, which stays."""
+        ...
+
+
+class Commit(Protocol):
+    """Keeps entries of the last block."""
+
+    def __call__(self, cache: Any, path: Int[Array, "B D"] | None, count: Int[Array, " B"]) -> Any:
+        """The cache, longer by `count` entries: those at `path[:count]` of the last block, in this order."""
+        ...
+
+
+class Score(Protocol):
+    """The logits of packed sequences to train on."""
+
+    def __call__(self, params: Tree, batch: Batch) -> Float[Array, "B T V"]:
+        """`[B, T, V]`, without a cache."""
+        ...
+
+
+class WithTaps(Protocol):
+    """The same model with tapped layers."""
+
+    def __call__(self, taps: tuple[int, ...]) -> "Model":
+        """The model whose `features` are the hidden states number `taps`."""
+        ...
 
 
 class Model(NamedTuple):
@@ -74,68 +139,116 @@ class Model(NamedTuple):
     argument compiles once.
 
     Attributes:
-      init_cache: `(batch_size, max_len) -> cache`, an empty cache; `cache.length` is `[B]`, the number of tokens in it.
-        Setting it to a smaller value rolls the cache back.
-      prefill: `(params, inputs, cache) -> (ModelOutput, cache)`, reads whole prompts. The logits are of each row's
-        last prompt token only: `[B, 1, V]`; the hidden states are of all: `[B, P, D]`.
-      apply: `(params, tokens[B, T], cache) -> (ModelOutput, cache)`, reads T more tokens of each row, starting at
-        that row's `cache.length`, and advances it by T.
+      init_cache: `(batch_size, max_len, max_source=0) -> cache`, an empty cache; `cache.length` is `[B]`, the number of
+        committed tokens in it.
+      prefill: `(params, inputs, cache) -> (ModelOutput, cache)`, reads the prompts behind `cache.length` and commits
+        them: any chunk of a prompt, or all of it. The logits are of each row's last token only: `[B, 1, V]`.
+      apply: `(params, block, cache) -> (ModelOutput, cache)`, writes the block's entries behind `cache.length`, which
+        stays. What nobody commits is overwritten.
+      commit: `(cache, path, count) -> cache`, keeps the entries `path[:count]` of the last block in this order, so that
+        the cache is what a prefill of the kept tokens would have made, and adds `count` to the length. A path of None
+        is that of a chain, 0, 1, 2 ..., of which nothing is moved; a negative count then takes committed tokens back.
       vocab_size: V, the width of the logits (which may be padded beyond the tokenizer's vocabulary).
-      max_len: the longest text in tokens that the model knows positions for.
-      start_token: of an encoder-decoder, which reads `inputs.source`, the token that its texts begin with; else None.
+      max_len: the longest sequence in tokens that the model knows positions for.
+      start_token: of an encoder-decoder, which reads `inputs.source`, the token that its sequences begin with; of other
+        models None.
       score: `(params, batch) -> logits [B, T, V]` of a training `Batch`; None for what cannot be trained.
+      with_taps: `(taps) -> Model`, the same model, whose outputs have as `features` the hidden states of these
+        numbers: 0 is the embedding, i the residual stream after layer i, and the number of layers (or -1) the last one,
+        after the final norm. None for what has no layers.
     """
 
-    init_cache: Callable[..., Any]
-    prefill: Callable[..., Any]
-    apply: Callable[..., Any]
+    init_cache: InitCache
+    prefill: Prefill
+    apply: Apply
+    commit: Commit
     vocab_size: int
     max_len: int
     start_token: int | None = None
-    score: Callable[..., Any] | None = None
+    score: Score | None = None
+    with_taps: WithTaps | None = None
+
+
+class Topology(NamedTuple):
+    """The static shape of what a drafter proposes in a step.
+
+    Attributes:
+      num_nodes: N, the most tokens that it proposes.
+      depth: D, the most of them on one path. N = D is a chain.
+      parents: the parent of each node, where that is the same in every step; None: `Proposal.parent` says it.
+    """
+
+    num_nodes: int
+    depth: int
+    parents: tuple[int, ...] | None = None
+
+    @classmethod
+    def chain(cls, num_draft_tokens: int) -> "Topology":
+        """K draft tokens, each of which follows the one before it."""
+        return cls(num_draft_tokens, num_draft_tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node continues the one before it."""
+        return self.num_nodes == self.depth
 
 
 class Proposal(NamedTuple):
-    """A chain of draft tokens. Batched as written; the rules of `verify` see one row, without `B`.
+    """A tree of draft tokens. Batched as written; the rules of `verify` see one row, without `B`.
 
     Attributes:
-      tokens: `[B, K]`. An id outside the vocabulary is never accepted.
-      length: `[B]` how many of the K are really proposed; the others are padding. Whether token i is proposed may
-        depend on the text and on the draft tokens before i, **never on token i itself**: a draft that drops a token
+      tokens: `[B, N]`, parents before their children. An id outside the vocabulary is never accepted.
+      length: `[B]` how many of the N are really proposed; the others are padding. Whether token i is proposed may
+        depend on the text and on the draft tokens above it, **never on token i itself**: a draft that drops a token
         because of what was drawn biases the text, and no acceptance rule can repair that.
-      probs: `[B, K, V]` float32, the distribution that each token was *sampled* from, or None where the tokens
+      probs: `[B, N, V]` float32, the distribution that each token was *sampled* from, or None where the tokens
         were chosen deterministically (their distribution is one-hot).
+      parent: `[B, N]` the node that each continues; -1 is the last committed token. None is a chain,
+        `parent = arange(N) - 1`.
     """
 
-    tokens: Int[Array, "*B K"]
+    tokens: Int[Array, "*B N"]
     length: Int[Array, "*B"]
-    probs: Float[Array, "*B K V"] | None
+    probs: Float[Array, "*B N V"] | None
+    parent: Int[Array, "*B N"] | None = None
 
 
 class Verdict(NamedTuple):
     """What an acceptance rule says of a proposal.
 
     Attributes:
-      tokens: `[B, K + 1]` the accepted draft tokens, then one more token from the target, then padding.
+      tokens: `[B, D + 1]` the accepted draft tokens, then one more token from the target, then padding.
       num_accepted: `[B]` the number of accepted draft tokens, the one more not counted.
+      path: `[B, D + 1]` where the accepted tokens stand in the block that the target read: 0, the last committed token,
+        then one more than the number of each accepted node, then padding. None is the path of a chain, `arange(D + 1)`.
     """
 
-    tokens: Int[Array, "*B K+1"]
+    tokens: Int[Array, "*B D+1"]
     num_accepted: Int[Array, "*B"]
+    path: Int[Array, "*B D+1"] | None = None
 
 
 class Feedback(NamedTuple):
-    """What a drafter learns after a step.
+    """What a drafter learns: of a prompt or a chunk of it, and then after every step.
+
+    A prompt is a step that committed all of its tokens.
 
     Attributes:
-      verdict: the verdict on its proposal.
-      length: `[B]` the length of each text after the step.
-      hidden: `[B, T, D]` the target's hidden states of the tokens that it was fed in this step.
+      tokens: `[B, T]` the tokens that were committed, then padding: T = D + 1 after a step, P of a prompt.
+      num_tokens: `[B]` how many of them there are.
+      length: `[B]` the length of each sequence with them.
+      features: `[B, T, F, E]` the target's features (`Drafter.taps`) of the tokens that it read: of a prompt its
+        tokens; after a step the last token before it, then the accepted draft tokens.
+      output: all that the target's call gave, also of what was rejected.
+      inputs: the prompt; None after a step.
     """
 
-    verdict: Verdict
+    tokens: Int[Array, "B T"]
+    num_tokens: Int[Array, " B"]
     length: Int[Array, " B"]
-    hidden: Float[Array, "B T D"]
+    features: Float[Array, "B T F E"]
+    output: ModelOutput
+    inputs: Inputs | None = None
 
 
 class Automaton(NamedTuple):
@@ -199,18 +312,20 @@ class History(NamedTuple):
     """The text before each of the T tokens whose logits one call gives: what the options may depend on.
 
     Attributes:
-      tokens: `[B, L]` the text; in verification the draft tokens stand behind it.
-      length: `[B]` the number of tokens before the first of the T; one more before each of the others.
+      tokens: `[B, L]` the text, behind which the draft tokens of a chain stand; of a tree `[B, T, L]`, a text for each
+        of the T tokens.
+      length: `[B]` the number of tokens before the first of the T, and one more before each of the others; of a tree
+        `[B, T]`, the number before each.
       prompt_length: `[B]` how many of them are the prompt's.
-      stop_tokens: `[E]` token ids that end a row.
+      stop_tokens: `[B, X]` token ids that end the row; -1 is padding.
       grammar: the automaton that says which tokens may follow, or None.
       grammar_state: `[B, T]` its state before each of the T tokens.
     """
 
-    tokens: Int[Array, "B L"]
-    length: Int[Array, " B"]
+    tokens: Int[Array, "B *T L"]
+    length: Int[Array, "B *T"]
     prompt_length: Int[Array, " B"]
-    stop_tokens: Int[Array, " E"]
+    stop_tokens: Int[Array, "B X"]
     grammar: Automaton | None
     grammar_state: Int[Array, "B T"]
 
@@ -220,8 +335,8 @@ class StepKeys(NamedTuple):
 
     Attributes:
       accept: `[B]` decides what is accepted.
-      token: `[B, T]` draws the token of each position, if it is drawn from the target. A position's key depends on the
-        row's seed and the position alone: plain decoding draws with the same.
+      token: `[B, D + 1]` draws the token of each position, if it is drawn from the target. A position's key depends on
+        the row's seed and the position alone: plain decoding draws with the same.
     """
 
     accept: Key[Array, "*B"]
@@ -233,38 +348,95 @@ class Context(NamedTuple):
 
     Attributes:
       history: the text so far (T = 1): prompt and committed tokens.
-      keys: `[B, K]` the random key of each draft token.
-      max_draft: `[B]` the most draft tokens that a row can use in this step; 0: draft nothing for it.
+      keys: `[B, D]` the random key of each draft position.
+      max_draft: `[B]` the deepest draft token that a row can use in this step; 0: draft nothing for it.
       sampling: the row's sampling options, which target and draft share.
       vocab_size: V of the target.
     """
 
     history: History
-    keys: Key[Array, "B K"]
+    keys: Key[Array, "B D"]
     max_draft: Int[Array, " B"]
     sampling: SamplingOptions
     vocab_size: int
+
+
+class InitDrafter(Protocol):
+    """Makes the state of a drafter that has seen nothing, as long as `Model.init_cache` would."""
+
+    def __call__(self, batch_size: int, max_len: int, max_source: int = 0) -> Tree:
+        """The state; all of its arrays lead with the batch axis."""
+        ...
+
+
+class Propose(Protocol):
+    """Proposes draft tokens for all rows."""
+
+    def __call__(self, params: "Params", state: Tree, cache: Any, context: Context) -> tuple[Proposal, Tree, Any]:
+        """The proposal, the state, and the target's cache."""
+        ...
+
+
+class Update(Protocol):
+    """Learns what was committed."""
+
+    def __call__(self, params: "Params", state: Tree, feedback: Feedback) -> Tree:
+        """The state."""
+        ...
 
 
 class Drafter(NamedTuple):
     """Pure functions that propose draft tokens.
 
     Attributes:
-      init: `(params, inputs, target_output, max_len) -> state`, called once after the target has read the prompts;
-        `max_len` is the length of the text buffer.
-      propose: `(params, state, context) -> (Proposal, state)`. Whether it proposes a token must not depend on that
-        token (see `Proposal.length`); `testing.check_drafter` tries a drafter's conformance.
-      update: `(params, state, feedback) -> state`, called after every step, also after one that drafted nothing.
-      num_draft_tokens: K, the most tokens it proposes in a step.
-      source: the `Pretrained` that it drafts with, where it has one: the front door takes the parameters and the
-        tokenizer from it. The loop, whose parameters are arguments, sees None here.
+      init: `(batch_size, max_len, max_source=0) -> state`, called once; `max_len` is the length of the text buffer.
+      propose: `(params, state, cache, context) -> (Proposal, state, cache)`, with the parameters and the cache of the
+        target at hand: a self-drafter writes behind `cache.length`, where everything is overwritten; others hand the
+        cache back untouched. Whether it proposes a token must not depend on that token (see `Proposal.length`);
+        `testing.check_drafter` tries a drafter's conformance.
+      update: `(params, state, feedback) -> state`, called with each prompt, or its chunks in order, and after every
+        step, also after one that drafted nothing.
+      topology: how many tokens it proposes in a step, and how deep their tree is.
+      taps: the hidden states of the target that it wants to see in `Feedback.features` (`Model.with_taps`).
     """
 
-    init: Callable[..., Any]
-    propose: Callable[..., Any]
-    update: Callable[..., Any]
-    num_draft_tokens: int
-    source: Any = None
+    init: InitDrafter
+    propose: Propose
+    update: Update
+    topology: Topology
+    taps: tuple[int, ...] = ()
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """N, the most tokens that it proposes in a step."""
+        return self.topology.num_nodes
+
+
+class Draft(NamedTuple):
+    """A drafter with what it drafts with: what the front door takes. The loop sees the drafter alone.
+
+    Attributes:
+      drafter: the drafter.
+      params: its parameters, which become `Params.draft`.
+      tokenizer: what its token ids mean, or None.
+      max_len: the longest sequence that it knows positions for, or None.
+      model: the model, where it is one that could decode alone, or None.
+    """
+
+    drafter: Drafter
+    params: Tree
+    tokenizer: Any = None
+    max_len: int | None = None
+    model: Model | None = None
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """N, the most tokens that it proposes in a step."""
+        return self.drafter.num_draft_tokens
+
+
+AnyDrafter = Drafter | Draft
+"""What the front door takes."""
 
 
 class Params(NamedTuple):
@@ -280,17 +452,18 @@ class Stats(NamedTuple):
     Attributes:
       target_calls: `[B]` steps that the row took part in.
       draft_steps: `[B]` those in which at least one token was proposed for it.
-      proposed: `[B, K]` how often position k of a draft was judged, i.e. all before it had been accepted.
-      accepted: `[B, K]` how often position k was accepted.
-      histogram: `[B, K + 1]` steps by number of accepted draft tokens.
-      overlap: `[B]` sum of `sum_x min(target(x), draft(x))` over the judged positions (the paper's beta).
+      proposed: `[B, D]` how often position k of a draft was judged, i.e. all before it had been accepted.
+      accepted: `[B, D]` how often position k was accepted.
+      histogram: `[B, D + 1]` steps by number of accepted draft tokens.
+      overlap: `[B]` sum of `sum_x min(target(x), draft(x))` over the judged positions (the paper's beta); of trees, and
+        of rules that are not exact, the number of accepted tokens.
     """
 
     target_calls: Int[Array, " B"]
     draft_steps: Int[Array, " B"]
-    proposed: Int[Array, "B K"]
-    accepted: Int[Array, "B K"]
-    histogram: Int[Array, "B K+1"]
+    proposed: Int[Array, "B D"]
+    accepted: Int[Array, "B D"]
+    histogram: Int[Array, "B D+1"]
     overlap: Float[Array, " B"]
 
 
@@ -322,8 +495,8 @@ class Adaptation(NamedTuple):
     backoff: Int[Array, " B"]
 
 
-class DecodeState(NamedTuple):
-    """Everything that the loop carries.
+class Rows(NamedTuple):
+    """What the loop carries of each row: every array leads with B, so rows are inserted, repeated and dropped alike.
 
     Attributes:
       tokens: `[B, L]` prompts and committed tokens; what lies beyond `length` is stale.
@@ -337,13 +510,10 @@ class DecodeState(NamedTuple):
       draft_failed: `[B]` whether that was the draft's distribution.
       seed: `[B]` one random key a row.
       sampling: the sampling options.
-      stop_tokens: `[E]` token ids that end a row (-1: padding).
-      stop_strings: an automaton whose last state means that one of the strings has occurred, or None.
-      stop_state: `[B]` its state after the text.
-      grammar: an automaton of the tokens that may follow, or None.
-      grammar_state: `[B]` its state after the text.
+      stop_tokens: `[B, X]` token ids that end the row (-1: padding).
+      stop_state: `[B]` the state of `Shared.stop_strings` after the text.
+      grammar_state: `[B]` the state of `Shared.grammar` after the text.
       logprobs: log-probabilities of the text, or None where nobody asked for them.
-      step_cost: `[]` time of a drafting step over that of a plain step, which a draft has to win back.
       adaptation: what decides whether a row drafts.
       cache: the target's cache. It holds all tokens of a text but the last one.
       drafter: the drafter's state.
@@ -360,17 +530,40 @@ class DecodeState(NamedTuple):
     draft_failed: Bool[Array, " B"]
     seed: Key[Array, " B"]
     sampling: SamplingOptions
-    stop_tokens: Int[Array, " E"]
-    stop_strings: Automaton | None
+    stop_tokens: Int[Array, "B X"]
     stop_state: Int[Array, " B"]
-    grammar: Automaton | None
     grammar_state: Int[Array, " B"]
     logprobs: Logprobs | None
-    step_cost: Float[Array, ""]
     adaptation: Adaptation
-    cache: Tree
+    cache: Any
     drafter: Tree
     stats: Stats
+
+
+class Shared(NamedTuple):
+    """What all rows share.
+
+    Attributes:
+      stop_strings: an automaton whose last state means that one of the strings has occurred, or None.
+      grammar: an automaton of the tokens that may follow, or None.
+      step_cost: `[]` time of a drafting step over that of a plain step, which a draft has to win back.
+    """
+
+    stop_strings: Automaton | None
+    grammar: Automaton | None
+    step_cost: Float[Array, ""]
+
+
+class DecodeState(NamedTuple):
+    """Everything that the loop carries.
+
+    Attributes:
+      rows: what each row has.
+      shared: what all rows share.
+    """
+
+    rows: Rows
+    shared: Shared
 
 
 PRNGKey = jax.Array

@@ -70,6 +70,11 @@ class Pair(NamedTuple):
         return Params(self.table, self.draft_params)
 
 
+def with_rows(state: DecodeState, **changes: Any) -> DecodeState:
+    """The state with other values of some of its rows' fields."""
+    return state._replace(rows=state.rows._replace(**changes))
+
+
 class Sample(NamedTuple):
     """What was decoded for some groups, on the host; row `r` belongs to group `owner[r]`."""
 
@@ -82,8 +87,8 @@ class Sample(NamedTuple):
     def new_tokens(self, group: int) -> np.ndarray:
         """`[rows, budget]`; a text that a stop token has ended goes on with it."""
         rows, start = self.owner == group, len(self.groups[group].prompt)
-        new = np.array(self.state.tokens)[rows, start : start + self.groups[group].budget]
-        end = np.asarray(self.state.length)[rows] - start
+        new = np.array(self.state.rows.tokens)[rows, start : start + self.groups[group].budget]
+        end = np.asarray(self.state.rows.length)[rows] - start
         last = np.take_along_axis(new, np.maximum(end - 1, 0)[:, None], axis=1)
         return np.where(np.arange(new.shape[1]) < end[:, None], new, last)
 
@@ -177,7 +182,7 @@ def assert_exact(result: Sample) -> None:
         assert_stops(result)
     else:
         length = np.array([len(g.prompt) + g.budget for g in result.groups])[result.owner]
-        assert (np.asarray(result.state.length) == length).all(), "some rows did not use their budget"
+        assert (np.asarray(result.state.rows.length) == length).all(), "some rows did not use their budget"
     for i, group in enumerate(result.groups):
         p = p_value(result, i)
         assert p > SIGNIFICANCE, f"{group} is not distributed as the target: p = {p:.1e}"
@@ -185,13 +190,13 @@ def assert_exact(result: Sample) -> None:
 
 def assert_drafts_accepted(result: Sample) -> None:
     """Runs of 0, 1 and, for a longer draft, 2 tokens were accepted, so that the test is not vacuous."""
-    histogram = np.asarray(result.state.stats.histogram).sum(axis=0)
+    histogram = np.asarray(result.state.rows.stats.histogram).sum(axis=0)
     assert (histogram[:3] > 100).all(), f"histogram of accepted drafts: {histogram}"
 
 
 def assert_stops(result: Sample) -> None:
     """A row ends at its first stop token, wherever in a block that falls."""
-    tokens, length = np.asarray(result.state.tokens), np.asarray(result.state.length)
+    tokens, length = np.asarray(result.state.rows.tokens), np.asarray(result.state.rows.length)
     start = np.array([len(g.prompt) for g in result.groups])[result.owner]
     budget = np.array([g.budget for g in result.groups])[result.owner]
     place = np.arange(tokens.shape[1])
@@ -203,14 +208,14 @@ def assert_stops(result: Sample) -> None:
 
 def assert_always_accepted(state: DecodeState) -> None:
     """A draft equal to the target is never rejected."""
-    proposed, accepted = (np.asarray(x).sum() for x in (state.stats.proposed, state.stats.accepted))
+    proposed, accepted = (np.asarray(x).sum() for x in (state.rows.stats.proposed, state.rows.stats.accepted))
     assert proposed > 0
     assert proposed == accepted, f"{accepted} of {proposed} drafts were accepted"
 
 
 def texts(state: DecodeState) -> list[list[int]]:
     """Every row's tokens."""
-    tokens, length = np.asarray(state.tokens), np.asarray(state.length)
+    tokens, length = np.asarray(state.rows.tokens), np.asarray(state.rows.length)
     return [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
 
 
@@ -272,7 +277,7 @@ def context_of(rows: Sequence[Sequence[int]], k: int, vocab_size: int, max_draft
         jnp.asarray(tokens),
         jnp.asarray(length),
         jnp.asarray(length),
-        jnp.full(8, -1, jnp.int32),
+        jnp.full((size, 8), -1, jnp.int32),
         None,
         jnp.zeros((size, 1), jnp.int32),
     )
@@ -295,4 +300,4 @@ def greedy_text(drafter, draft_params: Any) -> tuple[list[list[int]], int]:
         max_len=64,
     )
     state = decoding.generate(model, drafter, verify.rejection, both, state)
-    return texts(state), int(np.asarray(state.stats.accepted).sum())
+    return texts(state), int(np.asarray(state.rows.stats.accepted).sum())

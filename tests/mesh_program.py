@@ -45,17 +45,17 @@ def main() -> None:
         state = decoding.prefill(model, drafter, both_params, inputs, max_new_tokens=20, options=sampling.options(4))
         compiled = decoding.advance.lower(model, drafter, verify.rejection, both_params, state, jnp.int32(9)).compile()
     text = compiled.as_text() or ""
-    shard = state.cache.keys[0].addressable_shards[0].data.shape
-    report["cache_shape"] = state.cache.keys[0].shape
+    shard = state.rows.cache.keys[0].addressable_shards[0].data.shape
+    report["cache_shape"] = state.rows.cache.keys[0].shape
     report["cache_shard"] = shard
     report["cache_copies"] = len(hlo.copies(text, [shard]))
     found = hlo.collectives(text)
     report["gathered_bytes"] = max((c.size_in_bytes for c in found if c.kind != "all-reduce"), default=0)
-    report["cache_layer_bytes"] = state.cache.keys[0].nbytes
+    report["cache_layer_bytes"] = state.rows.cache.keys[0].nbytes
     report["collectives"] = dict(collections.Counter(c.kind for c in found))
     with on_mesh(mesh):
         state = decoding.generate(model, drafter, verify.rejection, both_params, state)
-    report["cache_shard_after"] = state.cache.keys[0].addressable_shards[0].data.shape
+    report["cache_shard_after"] = state.rows.cache.keys[0].addressable_shards[0].data.shape
     json.dump(report, sys.stdout)
 
 

@@ -10,7 +10,7 @@ from specjax import conformance, drafters, testing
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.drafters import contract
-from specjax.types import Context, Drafter, Proposal
+from specjax.types import Context, Drafter, Proposal, Topology
 
 K, V = 2, 5
 TARGET = testing.tabular(0, vocab_size=V)
@@ -22,7 +22,9 @@ def _drafter(propose, update=None, init=None, k: int = K) -> Drafter:
     def count(params, state, feedback):
         return state + 1
 
-    return Drafter(init or (lambda params, inputs, output, max_len: jnp.int32(0)), propose, update or count, k)
+    return Drafter(
+        init or (lambda batch_size, max_len, max_source=0: jnp.int32(0)), propose, update or count, Topology.chain(k)
+    )
 
 
 def _probs(context: Context) -> jax.Array:
@@ -40,7 +42,7 @@ def _sampled(context: Context) -> Proposal:
 
 def _changed(change, **rest) -> Drafter:
     """A drafter whose sound proposal is changed."""
-    return _drafter(lambda params, state, context: (change(_sampled(context), context), state), **rest)
+    return _drafter(lambda params, state, cache, context: (change(_sampled(context), context), state, cache), **rest)
 
 
 def _last(context: Context) -> jax.Array:
@@ -68,8 +70,8 @@ BUGS = {
     # What is found while the loop is traced.
     "returns no Proposal": (_changed(lambda p, c: tuple(p)), "returns a tuple in the place of a Proposal"),
     "forgets the state": (
-        _drafter(lambda params, state, context: _sampled(context)),
-        r"returns a Proposal in the place of \(Proposal, state\)",
+        _drafter(lambda params, state, cache, context: _sampled(context)),
+        r"returns a Proposal in the place of \(Proposal, state, cache\)",
     ),
     "tokens of one row": (
         _changed(lambda p, c: p._replace(tokens=p.tokens[0])),
@@ -110,7 +112,7 @@ BUGS = {
     ),
     "an exception in propose": (_changed(lambda p, c: p.nope), "propose|<lambda>.*raises AttributeError"),
     "an exception in init": (
-        _changed(lambda p, c: p, init=lambda params, inputs, output, max_len: params["weights"]),
+        _changed(lambda p, c: p, init=lambda batch_size, max_len, max_source=0: batch_size["weights"]),
         "raises TypeError",
     ),
     # What is found in its proposals.
@@ -177,8 +179,8 @@ SOURCE = Pretrained(*testing.tabular(1, vocab_size=V, order=5), None, None)  # p
 
 
 def test_a_model_whose_cache_is_not_rolled_back_is_named():
-    stale = drafters.model(SOURCE, num_draft_tokens=K)._replace(update=lambda params, state, feedback: state)
-    problem = conformance._perfect_problem(SOURCE, stale, 1)
+    stale = drafters.model(SOURCE, num_draft_tokens=K).drafter._replace(update=lambda params, state, feedback: state)
+    problem = conformance._perfect_problem(SOURCE.model, SOURCE.params, stale, 1)
     assert "does not hold the text that was committed" in problem
 
 
@@ -194,7 +196,7 @@ def test_a_sound_drafter_passes():
 )
 def test_drafters_of_specjax_pass(drafter: Drafter):
     report = testing.check_drafter(drafter, TARGET)
-    assert ("for its own model it is always right" in str(report)) == (drafter.source is not None)
+    assert ("for its own model it is always right" in str(report)) == (getattr(drafter, "model", None) is not None)
     assert not report.notes
 
 

@@ -69,20 +69,20 @@ def test_the_rolled_back_cache_is_that_of_a_fresh_prefill(drafter: str, temperat
     chosen, params = drafter_of(drafter)
     state = start(chosen, params, options=sampling.options(5, temperature=temperature))
     state = advance(chosen, params, state, 6)
-    histogram = np.asarray(state.stats.histogram).sum(axis=0)
+    histogram = np.asarray(state.rows.stats.histogram).sum(axis=0)
     if drafter == "model":
         assert (histogram > 0).sum() >= 3, f"too few kinds of rollback: {histogram}"
-    tokens, length = np.asarray(state.tokens), np.asarray(state.length)
-    assert np.asarray(state.cache.length).tolist() == (length - 1).tolist()
-    assert_fresh(state.cache, tokens, params.target)
+    tokens, length = np.asarray(state.rows.tokens), np.asarray(state.rows.length)
+    assert np.asarray(state.rows.cache.length).tolist() == (length - 1).tolist()
+    assert_fresh(state.rows.cache, tokens, params.target)
     if drafter == "model":
-        assert (np.asarray(state.drafter.length) >= length - 2).all()
-        assert_fresh(state.drafter, tokens, params.draft)
+        assert (np.asarray(state.rows.drafter.length) >= length - 2).all()
+        assert_fresh(state.rows.drafter, tokens, params.draft)
 
     target = tiny()[0]
-    last = jnp.take_along_axis(state.tokens, (state.length - 1)[:, None], axis=1)
-    output, _ = jax.jit(target.apply)(params.target, last, state.cache)
-    fresh, _ = fresh_prefill(target, params.target, Inputs(state.tokens, state.length))
+    last = jnp.take_along_axis(state.rows.tokens, (state.rows.length - 1)[:, None], axis=1)
+    output, _ = jax.jit(target.apply)(params.target, last, state.rows.cache)
+    fresh, _ = fresh_prefill(target, params.target, Inputs(state.rows.tokens, state.rows.length))
     np.testing.assert_allclose(output.logits, fresh.logits, atol=1e-4)
 
 
@@ -162,7 +162,7 @@ def test_a_step_keeps_structure_shapes_and_dtypes_of_the_state(drafter: str, dty
 
 
 def cache_bytes(state: DecodeState) -> int:
-    caches = [state.cache] + ([state.drafter] if hasattr(state.drafter, "keys") else [])
+    caches = [state.rows.cache] + ([state.rows.drafter] if hasattr(state.rows.drafter, "keys") else [])
     return sum(x.nbytes for cache in caches for x in (*cache.keys, *cache.values))
 
 
@@ -174,11 +174,11 @@ def test_the_compiled_loop_updates_caches_in_place_and_sorts_nothing(drafter: st
     state = start(chosen, params, PROMPTS[:rows], dtype=dtype)
     compiled = ADVANCE.lower(tiny(dtype)[0], chosen, verify.rejection, params, state, np.int32(4)).compile()
     text = compiled.as_text()
-    copies = hlo.copies(text, [state.cache.keys[0].shape])
+    copies = hlo.copies(text, [state.rows.cache.keys[0].shape])
     assert not copies, f"{len(copies)} copies of a cache, such as {copies[0][:200]}"
     if rows > 1:
         # XLA:CPU would convert a whole bfloat16 cache in every write; see `models.bits`.
-        shape = ",".join(map(str, state.cache.keys[0].shape))
+        shape = ",".join(map(str, state.rows.cache.keys[0].shape))
         assert dtype == "float32" or f"f32[{shape}]" not in text
     assert not re.findall(r"\bsort\(", text)
     assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes(state)
@@ -187,7 +187,7 @@ def test_the_compiled_loop_updates_caches_in_place_and_sorts_nothing(drafter: st
 def test_the_state_is_donated():
     chosen, params = drafter_of("none")
     state = start(chosen, params)
-    keys = state.cache.keys[0]
+    keys = state.rows.cache.keys[0]
     advance(chosen, params, state, 1)
     assert keys.is_deleted()
 
@@ -198,7 +198,7 @@ def test_a_budget_of_nothing_returns_the_prompt():
     got = texts(state)
     assert [len(t) - len(p) for t, p in zip(got, PROMPTS, strict=True)] == [0, 3, 0, 1, 0]
     assert all(t[: len(p)] == p for t, p in zip(got, PROMPTS, strict=True))
-    assert np.asarray(state.stats.target_calls)[[0, 2, 4]].tolist() == [0, 0, 0]
+    assert np.asarray(state.rows.stats.target_calls)[[0, 2, 4]].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "model"])

@@ -19,6 +19,7 @@ from helpers import (
     right_pad,
     sample,
     texts,
+    with_rows,
 )
 
 from specjax import decoding, drafters, sampling, testing, theory
@@ -92,10 +93,10 @@ def test_exact_while_rows_pause_their_drafts(drafter: str):
     # At this cost a row pauses at once after a rejection.
     result = sample(pair(drafter, 1), ragged("mixed"), step_cost=1.8)
     assert_exact(result)
-    stats = result.state.stats
+    stats = result.state.rows.stats
     steps, drafted = np.asarray(stats.target_calls), np.asarray(stats.draft_steps)
     assert ((drafted > 0) & (drafted < steps - 1)).any(), "no row paused"
-    assert (np.asarray(result.state.adaptation.pause) > 0).any()
+    assert (np.asarray(result.state.rows.adaptation.pause) > 0).any()
     assert_drafts_accepted(result)
 
 
@@ -114,7 +115,7 @@ def test_exact_where_a_row_drafts_again_after_its_pause(drafter: str, monkeypatc
     groups = [Group((0, 1, 1, 0, 1), 100_000, budget=budget), Group((1, 0), 30_000, budget=budget, temperature=0.7)]
     result = sample(Pair(target, table, chosen, draft_table), groups, step_cost=1.8, step=decoding.decode_step)
     assert_exact(result)
-    stats = result.state.stats
+    stats = result.state.rows.stats
     rejected = np.asarray(stats.draft_steps) - np.asarray(stats.accepted).sum(axis=1)
     assert ((rejected > 0) & (np.asarray(stats.target_calls) > adaptive.FIRST_PAUSE)).sum() > 10_000, "no row paused"
     # Two failed attempts have a whole pause between them.
@@ -197,7 +198,7 @@ def test_greedy_text_equals_plain_decoding_token_for_token(kind: str, drafter: s
     assert texts(got) == texts(_greedy(kind, drafters.none()))
     assert [len(t) for t in texts(got)] == [len(p) + b for p, b in zip(prompts, budgets, strict=True)]
     if k and not (kind == "decoder" and drafter == "model"):  # Two random decoders agree on nothing.
-        assert np.asarray(got.stats.accepted).sum() > 0
+        assert np.asarray(got.rows.stats.accepted).sum() > 0
 
 
 def test_greedy_text_of_a_table_is_its_argmax_and_the_first_of_equals():
@@ -274,8 +275,8 @@ def test_a_row_decodes_to_the_same_text_alone_and_in_a_batch(drafter: str, step_
         assert texts(alone)[0] == together_texts[row]
         for counter in ("draft_steps", "target_calls", "histogram"):
             assert (
-                np.asarray(getattr(alone.stats, counter))[0].tolist()
-                == np.asarray(getattr(together.stats, counter))[row].tolist()
+                np.asarray(getattr(alone.rows.stats, counter))[0].tolist()
+                == np.asarray(getattr(together.rows.stats, counter))[row].tolist()
             )
 
 
@@ -319,7 +320,7 @@ def test_a_stop_token_inside_an_accepted_block_ends_the_row_there(drafter: str, 
     groups = [Group((0, 1, 2, 0, 1, 2), 2000, budget=9), Group((3, 1, 3, 1), 2000, budget=5)]
     result = sample(pair(drafter, k), groups, stop_tokens=[3])
     assert_stops(result)
-    stopped = np.asarray(result.state.length) < np.array([15, 9])[result.owner]
+    stopped = np.asarray(result.state.rows.length) < np.array([15, 9])[result.owner]
     assert 0.1 < stopped.mean() < 1
 
 
@@ -327,7 +328,7 @@ def test_the_text_up_to_a_stop_token_is_distributed_as_the_target():
     # What follows the stop token is not text: the test sees it as a repetition of the stop token.
     groups = [Group((0, 1, 2, 0, 1, 2), 200_000)]
     result = sample(pair("model", 3), groups, stop_tokens=[3])
-    tokens, length = np.asarray(result.state.tokens)[:, 6:10], np.asarray(result.state.length) - 6
+    tokens, length = np.asarray(result.state.rows.tokens)[:, 6:10], np.asarray(result.state.rows.length) - 6
     tokens = np.where(np.arange(4) < length[:, None], tokens, 3)
     exact = testing.enumerate_texts(TABLE, groups[0].prompt, 4)
     merged = np.zeros_like(exact)
@@ -340,7 +341,7 @@ def test_the_text_up_to_a_stop_token_is_distributed_as_the_target():
 
 def test_stats_are_consistent_row_by_row():
     result = sample(pair("model", 3), [Group((0, 1, 2), 3000, budget=12), Group((1,), 500, budget=1)])
-    stats, length = result.state.stats, np.asarray(result.state.length)
+    stats, length = result.state.rows.stats, np.asarray(result.state.rows.length)
     histogram, proposed, accepted = (np.asarray(x) for x in (stats.histogram, stats.proposed, stats.accepted))
     assert (histogram.sum(axis=1) == np.asarray(stats.target_calls)).all()
     assert (accepted <= proposed).all()
@@ -350,7 +351,7 @@ def test_stats_are_consistent_row_by_row():
     assert (np.asarray(stats.draft_steps) <= np.asarray(stats.target_calls)).all()
     new = length - np.array([3, 1])[result.owner]
     assert (new == accepted.sum(axis=1) + np.asarray(stats.target_calls)).all()
-    from_draft = np.asarray(result.state.from_draft) & (np.arange(24) < length[:, None])
+    from_draft = np.asarray(result.state.rows.from_draft) & (np.arange(24) < length[:, None])
     assert (from_draft.sum(axis=1) == accepted.sum(axis=1)).all()
     overlap = np.asarray(stats.overlap)
     assert ((overlap >= 0) & (overlap <= proposed.sum(axis=1) + 1e-5)).all()
@@ -365,7 +366,7 @@ def _independent(k: int) -> tuple[Sample, float]:
 
     def one_step(target, drafter, rule, params, state):
         state = decoding.decode_step(target, drafter, rule, params, state)
-        return state._replace(done=jnp.ones_like(state.done))
+        return with_rows(state, done=jnp.ones_like(state.rows.done))
 
     return sample(chosen, groups, step=one_step), float(np.minimum(p, q).sum())
 
@@ -373,14 +374,14 @@ def _independent(k: int) -> tuple[Sample, float]:
 @pytest.mark.parametrize("k", [1, 4])
 def test_acceptance_overlap_and_tokens_per_step_are_those_of_the_paper(k: int):
     result, alpha = _independent(k)
-    stats, rows = result.state.stats, 100_000
+    stats, rows = result.state.rows.stats, 100_000
     proposed, accepted = (float(np.asarray(x).sum()) for x in (stats.proposed, stats.accepted))
     noise = 4.5 * np.sqrt(alpha * (1 - alpha) / proposed)
     assert 0.2 < alpha < 0.95
     assert abs(accepted / proposed - alpha) < noise
     # The mean of sum min(p, q) has no noise where all positions are alike.
     assert abs(float(np.asarray(stats.overlap, np.float64).sum()) / proposed - alpha) < 1e-5
-    emitted = np.asarray(result.state.length) - 2
+    emitted = np.asarray(result.state.rows.length) - 2
     wanted = theory.expected_tokens(alpha, k)
     assert abs(emitted.mean() - wanted) < 4.5 * emitted.std() / np.sqrt(rows)
 
@@ -392,14 +393,14 @@ def test_observing_sums_alpha_at_every_place_of_the_plain_text():
     p, q = (np.array([testing.distribution(row) for row in np.asarray(t)]) for t in (table, draft_table))
     # A table of order 1 looks at the last token alone; before the last place there is no room for a draft.
     last = np.concatenate([np.ones((500, 1), int), result.new_tokens(0)[:, :2]], axis=1)
-    stats = result.state.stats
+    stats = result.state.rows.stats
     assert int(np.asarray(stats.proposed).sum()) == last.size
     wanted = np.minimum(p, q).sum(axis=1)[last].sum()
     assert abs(float(np.asarray(stats.overlap, np.float64).sum()) - wanted) < 1e-3
 
 
 def test_overlap_of_one_hot_drafts_is_the_accepted_share():
-    stats = sample(pair("ngram 1", 3), ragged("temperature 1")).state.stats
+    stats = sample(pair("ngram 1", 3), ragged("temperature 1")).state.rows.stats
     proposed, accepted, overlap = (
         float(np.asarray(x, np.float64).sum()) for x in (stats.proposed, stats.accepted, stats.overlap)
     )
@@ -419,7 +420,7 @@ def test_a_draft_equal_to_the_target_is_always_accepted(temperature: float, step
     )
     state = decoding.generate(target, drafter, verify.rejection, both, state)
     assert_always_accepted(state)
-    assert (np.asarray(state.stats.draft_steps) >= 3).all()
+    assert (np.asarray(state.rows.stats.draft_steps) >= 3).all()
 
 
 def test_a_paused_row_keeps_a_whole_draft_cache_while_a_neighbour_drafts():
@@ -439,5 +440,5 @@ def test_a_paused_row_keeps_a_whole_draft_cache_while_a_neighbour_drafts():
         max_len=64,
     )
     pause = jnp.tile(jnp.asarray([0, 2], jnp.int32), rows // 2)
-    state = state._replace(adaptation=state.adaptation._replace(pause=pause))
+    state = with_rows(state, adaptation=state.rows.adaptation._replace(pause=pause))
     assert_always_accepted(decoding.generate(target, drafter, verify.rejection, both, state))

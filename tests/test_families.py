@@ -106,7 +106,7 @@ def decoded(model, params, drafter, draft_params=None):
         max_len=80,
     )
     compiled = ADVANCE.lower(model, drafter, verify.coupled, both, state, np.int32(80)).compile()
-    assert not hlo.copies(compiled.as_text(), [state.cache.keys[0].shape])
+    assert not hlo.copies(compiled.as_text(), [state.rows.cache.keys[0].shape])
     return compiled(both, state, np.int32(80))
 
 

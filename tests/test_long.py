@@ -43,7 +43,7 @@ def test_a_prompt_read_in_chunks_is_the_prompt_read_whole(monkeypatch, width):
     monkeypatch.setattr(decoder, "PREFILL_CHUNK", 6)
     chunked, cache = model.prefill(params, inputs, model.init_cache(3, 40))
     np.testing.assert_allclose(chunked.logits, whole.logits, atol=2e-5)
-    np.testing.assert_allclose(chunked.hidden, whole.hidden, atol=2e-5)
+    np.testing.assert_allclose(chunked.features, whole.features, atol=2e-5)
     for got, wanted in zip((*cache.keys, *cache.values), (*whole_cache.keys, *whole_cache.values), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-5)
     np.testing.assert_array_equal(cache.length, lengths)
@@ -60,7 +60,7 @@ def test_text_after_a_prompt_of_several_chunks(monkeypatch):
         inputs = decoding.pad_prompts(prompts)
         state = decoding.prefill(model, drafter, Params(params, near), inputs, max_new_tokens=12, step_cost=0.0)
         state = decoding.generate(model, drafter, verify.rejection, Params(params, near), state)
-        return texts(state), np.asarray(state.stats.accepted)
+        return texts(state), np.asarray(state.rows.stats.accepted)
 
     reading: Any = importlib.import_module("specjax.decoding.prefill")._prefill
     reading.clear_cache()

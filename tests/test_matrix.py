@@ -29,8 +29,10 @@ DRAFTERS = {
     "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
     "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.35), DRAFT_TABLE),
     "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),
-    "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3), COUNTS.params),
-    "retrieval": Pair(TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8), CORPUS.params),
+    "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
+    "retrieval": Pair(
+        TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8).drafter, CORPUS.params
+    ),
 }
 
 PARITY = ((1, 0, 0, 1), (0, 1, 1, -1))
@@ -91,7 +93,7 @@ class Case(NamedTuple):
 
 
 def assert_same_text(case: Case) -> None:
-    ours, plain = case.speculative.state, case.plain.state
+    ours, plain = case.speculative.state.rows, case.plain.state.rows
     np.testing.assert_array_equal(ours.length, plain.length)
     within = np.arange(ours.tokens.shape[1]) < np.asarray(ours.length)[:, None]
     np.testing.assert_array_equal(np.where(within, ours.tokens, 0), np.where(within, plain.tokens, 0))
@@ -155,7 +157,7 @@ def assert_only_biased(case: Case) -> None:
 
 
 def assert_accepts_nothing(case: Case) -> None:
-    assert not np.asarray(case.speculative.state.stats.accepted).any()
+    assert not np.asarray(case.speculative.state.rows.stats.accepted).any()
 
 
 class Promise(NamedTuple):
@@ -224,9 +226,9 @@ def check_cell(drafter: str, rule: str, stop: str, rows: int) -> None:
         check(case)
     if promise.rule.exact:
         _is_exact_at_zero(case)
-    stats = result.state.stats
+    stats = result.state.rows.stats
     k = DRAFTERS[drafter].drafter.num_draft_tokens
-    emitted = np.asarray(result.state.length) - np.asarray(result.state.prompt_length)
+    emitted = np.asarray(result.state.rows.length) - np.asarray(result.state.rows.prompt_length)
     calls, proposed, accepted = (np.asarray(x) for x in (stats.target_calls, stats.proposed, stats.accepted))
     # At least one token a call, at most K + 1; what was accepted had been judged.
     assert ((emitted >= calls) & (emitted <= (k + 1) * calls)).all()
@@ -242,6 +244,6 @@ def test_what_an_unsure_draft_did_not_draw_is_not_proposed():
     pair = Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=1.0), DRAFT_TABLE)
     result = sample(pair, [Group((0, 1, 2), 20_000), Group((2, 1), 20_000, top_p=0.8)])
     assert_exact(result)
-    proposed = np.asarray(result.state.stats.proposed).sum(axis=0)
+    proposed = np.asarray(result.state.rows.stats.proposed).sum(axis=0)
     assert proposed[0] > 0
     assert not proposed[1:].any()

@@ -25,6 +25,7 @@ from helpers import (
     run,
     sample,
     texts,
+    with_rows,
 )
 
 from specjax import decoding, drafters, sampling, testing
@@ -68,11 +69,11 @@ def by_lookup() -> Pair:
 
 
 def by_table() -> Pair:
-    return Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3), COUNTS.params)
+    return Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params)
 
 
 def by_retrieval() -> Pair:
-    return Pair(TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, min_match=1), CORPUS.params)
+    return Pair(TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, min_match=1).drafter, CORPUS.params)
 
 
 # The checks.
@@ -135,7 +136,7 @@ def often_accepted(pair: Pair, *, rule: Rule = verify.coupled, step: Any = decod
     """Coupled drafts are accepted with probability at least (1 - TV) / (1 + TV)."""
     result = sample(pair, [Group((0, 1), 20_000)], rule=rule, step=step)
     proposed, accepted, overlap = (
-        float(np.asarray(x, np.float64).sum()) for x in result.state.stats[2:4] + result.state.stats[5:]
+        float(np.asarray(x, np.float64).sum()) for x in result.state.rows.stats[2:4] + result.state.rows.stats[5:]
     )
     # The bound is convex in TV, so the mean of TV gives a bound below the mean of the bounds.
     beta = overlap / proposed
@@ -144,17 +145,22 @@ def often_accepted(pair: Pair, *, rule: Rule = verify.coupled, step: Any = decod
 
 def sound_counters(pair: Pair, *, rule: Rule = verify.rejection, step: Any = decoding.decode_step) -> None:
     """No more is accepted than was judged, and what is emitted is what was accepted and one token a call."""
-    stats = (state := sample(pair, GROUPS, rule=rule, step=step).state).stats
+    stats = (state := sample(pair, GROUPS, rule=rule, step=step).state).rows.stats
     proposed, accepted = (np.asarray(x).sum(axis=1) for x in (stats.proposed, stats.accepted))
     assert (accepted <= proposed).all(), f"acceptance rate {accepted.sum() / proposed.sum():.2f} of a row above 1"
-    emitted = np.asarray(state.length) - np.asarray(state.prompt_length)
+    emitted = np.asarray(state.rows.length) - np.asarray(state.rows.prompt_length)
     assert (emitted <= accepted + np.asarray(stats.target_calls)).all(), "more tokens than the counters know"
 
 
 def survives_jit(state: DecodeState) -> None:
     """What goes into a jitted function comes out of it, field by field."""
     after = jax.jit(lambda x: x)(state)
-    for before, now in ((state, after), (state.cache, after.cache), (state.stats, after.stats)):
+    for before, now in (
+        (state, after),
+        (state.rows, after.rows),
+        (state.rows.cache, after.rows.cache),
+        (state.rows.stats, after.rows.stats),
+    ):
         for name in before._fields:
             lost = getattr(before, name) is not None and getattr(now, name) is None
             assert not lost, f"field {name} is None after jit"
@@ -296,9 +302,9 @@ def _proposes(pair: Pair, propose: Callable[..., Any]) -> Pair:
 def _states(pair: Pair, change: Callable[[Proposal], Proposal]) -> Pair:
     """The drafter, with another proposal made of its own."""
 
-    def propose(params, state, context):
-        proposal, state = pair.drafter.propose(params, state, context)
-        return change(proposal), state
+    def propose(params, state, cache, context):
+        proposal, *rest = pair.drafter.propose(params, state, cache, context)
+        return change(proposal), *rest
 
     return _proposes(pair, propose)
 
@@ -336,11 +342,12 @@ def narrowed(proposal: Proposal) -> Proposal:
 def truncated_for_the_rule_only() -> Pair:
     pair = by_model(1)
 
-    def propose(params, state, context):
+    def propose(params, state, cache, context):
         loose = context.sampling._replace(top_p=jnp.ones_like(context.sampling.top_p))
-        proposal, state = pair.drafter.propose(params, state, context._replace(sampling=loose))
+        proposal, *rest = pair.drafter.propose(params, state, cache, context._replace(sampling=loose))
+        assert proposal.probs is not None
         strict = sampling.warp.warp(jnp.log(proposal.probs), context.sampling._replace(temperature=loose.top_p))
-        return proposal._replace(probs=strict), state
+        return proposal._replace(probs=strict), *rest
 
     return _proposes(pair, propose)
 
@@ -349,11 +356,12 @@ def wider_vocabulary_cut_after_the_softmax() -> Pair:
     draft, table = testing.tabular(2, padding=2)
     pair = Pair(TARGET, TABLE, drafters.model(draft, num_draft_tokens=1), table)
 
-    def propose(params, state, context):
-        proposal, state = pair.drafter.propose(params, state, context._replace(vocab_size=6))
+    def propose(params, state, cache, context):
+        proposal, *rest = pair.drafter.propose(params, state, cache, context._replace(vocab_size=6))
+        assert proposal.probs is not None
         known = proposal.probs[..., :4]
         # Stated as if the draft had been sampled from it; cut without being scaled up, it would be exact.
-        return proposal._replace(probs=known / jnp.sum(known, axis=-1, keepdims=True)), state
+        return proposal._replace(probs=known / jnp.sum(known, axis=-1, keepdims=True)), *rest
 
     return _proposes(pair, propose)
 
@@ -387,9 +395,9 @@ def test_perfect_acceptance_catches_a_draft_cache_that_is_not_caught_up(catches:
     pair = Pair(LONG, LONG_TABLE, drafters.model(LONG, num_draft_tokens=3), LONG_TABLE)
     perfect(pair)
 
-    def propose(params, cache, context):
-        claimed = jnp.maximum(cache.length, context.history.length - 1)
-        return pair.drafter.propose(params, cache._replace(length=claimed), context)
+    def propose(params, state, cache, context):
+        claimed = jnp.maximum(state.length, context.history.length - 1)
+        return pair.drafter.propose(params, state._replace(length=claimed), cache, context)
 
     with catches("a paused row's draft cache goes stale", "perfect acceptance", "drafts were accepted"):
         perfect(_proposes(pair, propose))
@@ -565,24 +573,25 @@ def _then(change: Callable[[DecodeState, DecodeState, Drafter], DecodeState]) ->
 
 
 def not_rolled_back(old: DecodeState, new: DecodeState, drafter: Drafter) -> DecodeState:
-    return new._replace(cache=new.cache._replace(length=old.cache.length + drafter.num_draft_tokens + 1))
+    length = old.rows.cache.length + drafter.num_draft_tokens + 1
+    return with_rows(new, cache=new.rows.cache._replace(length=length))
 
 
 def rolled_back_one_too_few(old: DecodeState, new: DecodeState, drafter: Drafter) -> DecodeState:
     del old, drafter
-    return new._replace(cache=new.cache._replace(length=new.cache.length + 1))
+    return with_rows(new, cache=new.rows.cache._replace(length=new.rows.cache.length + 1))
 
 
 def same_rollback_for_all_rows(old: DecodeState, new: DecodeState, drafter: Drafter) -> DecodeState:
     del drafter
-    emitted = jnp.max(new.length - old.length)
-    return new._replace(cache=new.cache._replace(length=old.cache.length + emitted))
+    emitted = jnp.max(new.rows.length - old.rows.length)
+    return with_rows(new, cache=new.rows.cache._replace(length=old.rows.cache.length + emitted))
 
 
 def accepted_counts_the_last_token(old: DecodeState, new: DecodeState, drafter: Drafter) -> DecodeState:
     del drafter
-    extra = (new.stats.target_calls - old.stats.target_calls)[:, None]
-    return new._replace(stats=new.stats._replace(accepted=new.stats.accepted + extra))
+    extra = (new.rows.stats.target_calls - old.rows.stats.target_calls)[:, None]
+    return with_rows(new, stats=new.rows.stats._replace(accepted=new.rows.stats.accepted + extra))
 
 
 STEPS = {
@@ -608,7 +617,7 @@ class Forgetful(testing.TabularCache):
     """A cache whose hand-written flattening leaves a field out."""
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        return (self.tokens,), None
+        return (self.tokens, self.position), None
 
     @classmethod
     def tree_unflatten(cls, aux: None, children: tuple[Any, ...]) -> "Forgetful":
@@ -621,15 +630,16 @@ def test_a_round_trip_catches_a_field_that_is_lost_in_flattening(catches: Any):
     state = decoding.prefill(pair.target, pair.drafter, pair.params, right_pad([[1, 2]], 8), max_new_tokens=4)
     survives_jit(state)
     with catches("a hand-written pytree drops a field", "round trip through jit", "field length is None"):
-        survives_jit(state._replace(cache=Forgetful(*state.cache)))
+        survives_jit(with_rows(state, cache=Forgetful(*state.rows.cache)))
 
 
 def test_the_stop_check_catches_a_stop_token_ignored_inside_a_block(catches: Any):
     def only_the_last_token_stops(target, drafter, rule, params, state):
-        deaf = state._replace(stop_tokens=jnp.full_like(state.stop_tokens, -1))
+        deaf = with_rows(state, stop_tokens=jnp.full_like(state.rows.stop_tokens, -1))
         new = decoding.decode_step(target, drafter, rule, params, deaf)
-        last = jnp.take_along_axis(new.tokens, (new.length - 1)[:, None], axis=1)[:, 0]
-        return new._replace(stop_tokens=state.stop_tokens, done=new.done | jnp.isin(last, state.stop_tokens))
+        last = jnp.take_along_axis(new.rows.tokens, (new.rows.length - 1)[:, None], axis=1)[:, 0]
+        stops = jnp.any(last[:, None] == state.rows.stop_tokens, axis=1)
+        return with_rows(new, stop_tokens=state.rows.stop_tokens, done=new.rows.done | stops)
 
     with catches("a stop token inside an accepted block is overrun", "stop", r"row \d+ has"):
         stops(by_model(), step=only_the_last_token_stops)
@@ -640,17 +650,20 @@ def test_row_dependence_is_what_the_batch_minimum_shows_as(catches: Any):
 
     def cut_to_the_minimum(target, drafter, rule, params, state):
         new = decoding.decode_step(target, drafter, rule, params, state)
-        emitted = (new.length - state.length)[: len(state.length) // 4 * 4].reshape(-1, 4)
-        running = jnp.where(state.done[: emitted.size].reshape(-1, 4), 99, emitted)
+        emitted = (new.rows.length - state.rows.length)[: len(state.rows.length) // 4 * 4].reshape(-1, 4)
+        running = jnp.where(state.rows.done[: emitted.size].reshape(-1, 4), 99, emitted)
         fewest = jnp.repeat(running.min(axis=1), 4)
-        length = jnp.minimum(new.length, state.length + jnp.where(state.done, 0, fewest))
-        return new._replace(
-            length=length, done=state.done | (length >= state.limit), cache=new.cache._replace(length=length - 1)
+        length = jnp.minimum(new.rows.length, state.rows.length + jnp.where(state.rows.done, 0, fewest))
+        return with_rows(
+            new,
+            length=length,
+            done=state.rows.done | (length >= state.rows.limit),
+            cache=new.rows.cache._replace(length=length - 1),
         )
 
     result: Sample = sample(by_model(), GROUPS, step=cut_to_the_minimum)
     assert_exact(result)
     sound = sample(by_model(), GROUPS, step=decoding.decode_step)
-    calls, fewer = (np.asarray(r.state.stats.target_calls).sum() for r in (result, sound))
+    calls, fewer = (np.asarray(r.state.rows.stats.target_calls).sum() for r in (result, sound))
     with catches("all rows advance by the smallest accepted count", "number of calls", "calls"):
         assert calls <= fewer, f"{calls} calls in the place of {fewer}"

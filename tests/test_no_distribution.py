@@ -22,7 +22,7 @@ from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.models import cache, decoder
 from specjax.sampling import automaton
-from specjax.types import Context, Drafter, Params, Proposal, StepKeys
+from specjax.types import Context, Drafter, Params, Proposal, StepKeys, Topology
 
 FORBIDDEN, STOP = 2, 3
 TARGET, TABLE = testing.tabular(0)
@@ -81,16 +81,16 @@ CELLS += [
 @pytest.mark.parametrize(("drafter", "rule", "hole"), CELLS, ids=lambda cell: getattr(cell, "name", str(cell)))
 def test_a_hole_behind_a_stop_or_a_forbidden_draft_is_no_failure(drafter: str, rule: Rule, hole: float):
     result = speculate(drafter, rule, hole)
-    assert not (np.asarray(result.state.failed_at) >= 0).any()
+    assert not (np.asarray(result.state.rows.failed_at) >= 0).any()
     if rule.exact:
         assert_exact(result)
-    stopped = np.asarray(result.state.length) < np.array([len(g.prompt) + g.budget for g in GROUPS])[result.owner]
+    stopped = np.asarray(result.state.rows.length) < np.array([len(g.prompt) + g.budget for g in GROUPS])[result.owner]
     assert 0.1 < stopped.mean() < 1, "no draft went on behind a stop"
     if rule is not verify.observe:
-        assert np.asarray(result.state.stats.accepted).sum() > 100
+        assert np.asarray(result.state.rows.stats.accepted).sum() > 100
     assert FORBIDDEN not in np.concatenate([result.new_tokens(i).ravel() for i in range(len(GROUPS))])
     # Overlaps of positions that nobody judged are not counted.
-    assert np.isfinite(np.asarray(result.state.stats.overlap)).all()
+    assert np.isfinite(np.asarray(result.state.rows.stats.overlap)).all()
 
 
 @functools.cache
@@ -100,8 +100,8 @@ def failures(drafter: str, rule: Rule) -> np.ndarray:
     pair = Pair(TARGET, table, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE)
     pair = pair if drafter == "model" else Pair(TARGET, table, drafters.none())
     state = sample(pair, [Group((0, 1, 0), 20_000)], rule=rule, step=decoding.decode_step).state
-    assert not np.asarray(state.draft_failed).any()
-    return np.bincount(np.asarray(state.failed_at) + 1, minlength=8)
+    assert not np.asarray(state.rows.draft_failed).any()
+    return np.bincount(np.asarray(state.rows.failed_at) + 1, minlength=8)
 
 
 @pytest.mark.parametrize("rule", [verify.rejection, verify.block], ids=lambda rule: rule.name)
@@ -130,8 +130,8 @@ def test_stop_strings_end_a_proposal_as_stop_tokens_do():
         step_cost=0.0,
     )
     state = run(Pair(TARGET, table, drafter, DRAFT_TABLE), verify.block, state, decoding.decode_step)
-    assert not (np.asarray(state.failed_at) >= 0).any()
-    assert (np.asarray(state.length) < 18).mean() > 0.1
+    assert not (np.asarray(state.rows.failed_at) >= 0).any()
+    assert (np.asarray(state.rows.length) < 18).mean() > 0.1
 
 
 # Grammars and n-grams that may not repeat, together.
@@ -183,7 +183,7 @@ def test_a_draft_that_knows_no_allowed_token_ends_its_proposal(min_confidence: f
     drafter = drafters.model(narrow, num_draft_tokens=3, min_confidence=min_confidence)
     result = sample(Pair(TARGET, TABLE, drafter, narrow_table), groups, rule=rule, step=decoding.decode_step)
     assert_exact(result)
-    proposed = np.asarray(result.state.stats.proposed)
+    proposed = np.asarray(result.state.rows.stats.proposed)
     assert proposed[result.owner == 0].sum() > 0
     assert not proposed[result.owner == 2].any()
 
@@ -202,15 +202,15 @@ def test_a_draft_of_nan_is_still_named():
 def proposing(token: int, length: int | None = None) -> Drafter:
     """Proposes one token everywhere."""
 
-    def propose(params: Any, state: Any, context: Context) -> tuple[Proposal, Any]:
+    def propose(params: Any, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
         del params
         rows, k = context.keys.shape
         tokens = jnp.full((rows, k), token, jnp.int32)
         wanted = context.max_draft if length is None else jnp.full(rows, length, jnp.int32)
-        return Proposal(tokens, wanted, None), state
+        return Proposal(tokens, wanted, None), state, cache
 
     nothing: Any = lambda *_: ()  # noqa: E731
-    return Drafter(nothing, propose, lambda params, state, feedback: state, 3)
+    return Drafter(nothing, propose, lambda params, state, feedback: state, Topology.chain(3))
 
 
 OWN = [verify.distance(1), *RULES]
@@ -256,7 +256,7 @@ def test_a_token_whose_embedding_is_nan_spoils_only_what_follows_it(monkeypatch:
         inputs = decoding.pad_prompts(prompts)
         state = decoding.prefill(target, drafter, Params(spoiled, None), inputs, max_new_tokens=12, step_cost=0.0)
         state = decoding.generate(target, drafter, verify.rejection, Params(spoiled, None), state)
-        return np.asarray(state.tokens)[:, :15]
+        return np.asarray(state.rows.tokens)[:, :15]
 
     np.testing.assert_array_equal(text(proposing(bad)), text(drafters.none()))
     # In a prompt it is an error, in one that is read in chunks as well.
@@ -297,7 +297,7 @@ def ids_outside_the_vocabulary_read_the_last_token(patch: pytest.MonkeyPatch) ->
 def check_holes(bug: str) -> None:
     # Of another name: JAX keeps what it has traced of an equal rule.
     result = speculate("model", dataclasses.replace(verify.block, name=bug), np.nan)
-    failed = int((np.asarray(result.state.failed_at) >= 0).sum())
+    failed = int((np.asarray(result.state.rows.failed_at) >= 0).sum())
     assert not failed, f"{failed} rows failed, or are not distributed as the target"
     assert_exact(result)
 

@@ -63,24 +63,24 @@ def test_log_probabilities_are_the_targets_own_and_those_of_plain_decoding(draft
     state = tabular_run(drafter, temperature=temperature, top_logprobs=2)
     plain = tabular_run("none", temperature=temperature, top_logprobs=2)
     assert texts(state) == texts(plain)
-    assert state.logprobs is not None
-    assert plain.logprobs is not None
+    assert state.rows.logprobs is not None
+    assert plain.rows.logprobs is not None
     log_probs = np.asarray(jax.nn.log_softmax(TABLE, axis=-1))
     for row, text in enumerate(texts(state)):
-        for place in range(int(state.prompt_length[row]), len(text)):
+        for place in range(int(state.rows.prompt_length[row]), len(text)):
             a, b, c = [0, 0, 0, *text[:place]][-3:]
             exact = log_probs[a * 16 + b * 4 + c]
-            assert float(state.logprobs.token[row, place]) == pytest.approx(exact[text[place]], abs=1e-6)
-            assert state.logprobs.top_tokens[row, place].tolist() == np.argsort(-exact)[:2].tolist()
-            np.testing.assert_allclose(state.logprobs.top[row, place], np.sort(exact)[::-1][:2], atol=1e-6)
-            np.testing.assert_array_equal(state.logprobs.token[row, place], plain.logprobs.token[row, place])
+            assert float(state.rows.logprobs.token[row, place]) == pytest.approx(exact[text[place]], abs=1e-6)
+            assert state.rows.logprobs.top_tokens[row, place].tolist() == np.argsort(-exact)[:2].tolist()
+            np.testing.assert_allclose(state.rows.logprobs.top[row, place], np.sort(exact)[::-1][:2], atol=1e-6)
+            np.testing.assert_array_equal(state.rows.logprobs.token[row, place], plain.rows.logprobs.token[row, place])
 
 
 def test_log_probabilities_of_no_further_tokens():
     state = tabular_run("model", top_logprobs=0)
-    assert state.logprobs is not None
-    assert state.logprobs.top.shape[2] == 0
-    assert tabular_run("model").logprobs is None
+    assert state.rows.logprobs is not None
+    assert state.rows.logprobs.top.shape[2] == 0
+    assert tabular_run("model").rows.logprobs is None
 
 
 # Stop strings and grammars, as automata over tokens.
@@ -96,11 +96,11 @@ def test_a_row_ends_where_a_stop_string_does_and_nowhere_else(drafter: str):
     whole = texts(tabular_run("none"))
     stopped = 0
     for row, text in enumerate(texts(state)):
-        begin = int(state.prompt_length[row])
+        begin = int(state.rows.prompt_length[row])
         new = whole[row][begin:]
         ends = [i + 2 for i in range(len(new) - 1) if new[i : i + 2] == [3, 1]]
         assert text[begin:] == (new[: ends[0]] if ends else new)
-        assert (int(state.stop_state[row]) == 2) == bool(ends)
+        assert (int(state.rows.stop_state[row]) == 2) == bool(ends)
         stopped += bool(ends)
     assert 3 < stopped <= 12
 
@@ -117,7 +117,7 @@ def test_rows_may_have_grammars_of_their_own(drafter: str):
     assert texts(state) == texts(tabular_run("none", grammar=grammars))
     free = texts(tabular_run("none"))
     for row, text in enumerate(texts(state)):
-        new = text[int(state.prompt_length[row]) :]
+        new = text[int(state.rows.prompt_length[row]) :]
         if row % 3 == 0:
             assert all(a != b for a, b in itertools.pairwise(new))
         elif row % 3 == 1:

@@ -253,7 +253,7 @@ def test_memory_is_that_of_the_arguments_of_the_step(family: str):
     setup = plan.with_layers(setup_of(family, batch_size=4, data=2), 3, 2)
     placed, memory = plan.shard(setup, plan.abstract_mesh(setup)), plan.memory(setup)
     assert sum(memory) == plan.local_bytes((placed.params, placed.state))
-    assert memory.target_cache == plan.local_bytes(placed.state.cache)
+    assert memory.target_cache == plan.local_bytes(placed.state.rows.cache)
 
 
 def test_what_fits_needs_no_remedy():
@@ -517,7 +517,7 @@ def test_the_step_on_tpus_copies_no_cache_and_gathers_nothing(family: str, topol
     setup = dataclasses.replace(setup, target=wide, draft=narrow)
     mesh = aot.make_mesh(setup.topology, 1)
     placed = plan.shard(setup, mesh)
-    program = aot.read(aot.step(setup, mesh), aot.cache_shapes(placed.state.cache, placed.state.drafter))
+    program = aot.read(aot.step(setup, mesh), aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
     assert program.cache_copies == 0
     # T5's bias by position has the heads last, which XLA pads to 128: one more array of that size.
     arrays = {"decoder": 1, "t5": 2}[family]
@@ -543,7 +543,7 @@ def test_the_step_on_tpus_copies_no_cache_and_gathers_nothing(family: str, topol
 def test_sampling_on_a_split_vocabulary_sends_a_few_numbers(temperature: float):
     setup = setup_of()
     mesh = aot.make_mesh(setup.topology, 1)
-    shapes_of = aot.cache_shapes(plan.shard(setup, mesh).state.drafter)
+    shapes_of = aot.cache_shapes(plan.shard(setup, mesh).state.rows.drafter)
     program = aot.read(aot.draft_call(setup, mesh, temperature), shapes_of)
     count, size, _ = program.collectives["drafting", "all-reduce"]
     assert set(program.collectives) == {("drafting", "all-reduce"), ("draft_call", "all-reduce")}

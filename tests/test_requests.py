@@ -132,9 +132,9 @@ def test_rules_that_say_what_they_do_at_temperature_0_do_not_warn():
 def test_a_wrong_drafter_is_named_where_the_step_is_traced(target: specjax.Pretrained):
     sound = drafters.ngram(num_draft_tokens=2)
 
-    def propose(params: Any, state: Any, context: Any) -> Any:
-        proposal, state = sound.propose(params, state, context)
-        return proposal._replace(tokens=proposal.tokens[:, :1]), state
+    def propose(params: Any, state: Any, cache: Any, context: Any) -> Any:
+        proposal, *rest = sound.propose(params, state, cache, context)
+        return proposal._replace(tokens=proposal.tokens[:, :1]), *rest
 
     with pytest.raises(ValueError, match=r"The drafter is wrong: propose .* tokens of shape \[2, 1\]"):
         generate(target, drafter=sound._replace(propose=propose))

@@ -17,6 +17,7 @@ import specjax
 from specjax import decoding, drafters, testing
 from specjax.drafters import store
 from specjax.drafters.retrieval import Datastore, histogram, lookup, occurrences, spaced, suffix_array
+from specjax.types import Params
 
 ADVANCE: Any = decoding.advance
 LETTERS = tokenizer_of("▁a ▁b ▁c ▁d [unk]")
@@ -133,7 +134,9 @@ def test_stated_probabilities_follow_the_drafted_tokens(min_match, temperature):
     datastore = drafters.index_corpus(corpus, vocab_size=5)
     rows = random_prompts(200, 5)
     drafter = drafters.retrieval(datastore, num_draft_tokens=4, min_match=min_match, max_match=4, num_occurrences=512)
-    proposal = drafter.propose(datastore.params, (), context_of(rows, 4, 5, temperature=temperature))[0]
+    proposal = drafter.drafter.propose(
+        Params((), datastore.params), (), (), context_of(rows, 4, 5, temperature=temperature)
+    )[0]
     lengths = []
     for row, tokens, probs, length in zip(
         rows, *(np.asarray(x) for x in (proposal.tokens, proposal.probs)), np.asarray(proposal.length), strict=True
@@ -154,18 +157,20 @@ def test_a_row_drafts_only_as_much_as_it_may():
     datastore = drafters.index_corpus([[0, 1, 2, 3, 4]] * 3, vocab_size=5)
     drafter = drafters.retrieval(datastore, num_draft_tokens=3, min_match=1)
     rows = [[0], [0], [0], [3], [4], [4, 4, 2, 2], [1, 3]]
-    proposal = drafter.propose(datastore.params, (), context_of(rows, 3, 5, max_draft=[0, 2, 3, 3, 3, 3, 3]))[0]
+    proposal = drafter.drafter.propose(
+        Params((), datastore.params), (), (), context_of(rows, 3, 5, max_draft=[0, 2, 3, 3, 3, 3, 3])
+    )[0]
     assert np.asarray(proposal.length).tolist() == [0, 2, 3, 1, 0, 2, 1]
     assert np.asarray(proposal.tokens)[2].tolist() == [1, 2, 3]
     strict = drafters.retrieval(datastore, num_draft_tokens=3, min_match=2)
-    proposal = strict.propose(datastore.params, (), context_of(rows, 3, 5))[0]
+    proposal = strict.drafter.propose(Params((), datastore.params), (), (), context_of(rows, 3, 5))[0]
     assert np.asarray(proposal.length).tolist() == [0] * 7
 
 
 def test_tokens_beyond_the_targets_vocabulary_are_not_drafted():
     datastore = drafters.index_corpus([[0, 1, 4], [0, 1, 2, 4]], vocab_size=5)
     drafter = drafters.retrieval(datastore, num_draft_tokens=2, min_match=2)
-    proposal = drafter.propose(datastore.params, (), context_of([[0, 1]], 2, 4))[0]
+    proposal = drafter.drafter.propose(Params((), datastore.params), (), (), context_of([[0, 1]], 2, 4))[0]
     assert np.asarray(proposal.tokens)[0, 0] == 2
     assert np.asarray(proposal.length).tolist() == [1]
 

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from helpers import with_rows
 
 import specjax
 from specjax import decoding
 from specjax.decoding import verify
+from specjax.drafters import contract
 from specjax.models import families, t5
 from specjax.models.config import T5Config
 from specjax.models.weights import huggingface, t5_mapping
 from specjax.planning import hlo
-from specjax.types import Batch, Context, Params
+from specjax.types import Batch, Block, Context, Params
 
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -155,7 +157,7 @@ def test_buckets_are_those_of_transformers(bidirectional, number, far):
     config = T5Config(VOCAB, 8, 4, 8, 1, 1, 2, num_buckets=number, max_distance=far)
     table = jnp.arange(number, dtype=jnp.float32)[:, None]
     places = np.arange(3 * far)
-    ours = t5.relative_bias(config, table, jnp.asarray(places[None]), len(places), bidirectional=bidirectional)
+    ours = t5.relative_bias(config, table, jnp.asarray(places[:, None] - places)[None], bidirectional=bidirectional)
     distance = torch.tensor(places[None] - places[:, None])
     theirs = T5Attention._relative_position_bucket(distance, bidirectional, number, far)
     np.testing.assert_array_equal(ours[0, 0], theirs)
@@ -231,13 +233,13 @@ def test_the_rolled_back_cache_is_a_fresh_prefill(tmp_path):
     inputs = decoding.read_inputs(model, SOURCES)
     _, cache = model.prefill(params, inputs, model.init_cache(3, 32))
     text = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (3, 6)))
-    _, cache = model.apply(params, text, cache)
+    _, cache = model.apply(params, Block(text), cache)
     kept = jnp.asarray([3, 1, 6])
-    again, _ = model.apply(params, text[:, 5:], cache._replace(length=kept))
+    again, _ = model.apply(params, Block(text[:, 5:]), cache._replace(length=kept))
     whole = jnp.concatenate([jnp.zeros((3, 1), jnp.int32), text], axis=1)
     fresh = inputs._replace(tokens=whole, length=kept)
     _, cache = model.prefill(params, fresh, model.init_cache(3, 32))
-    wanted, _ = model.apply(params, text[:, 5:], cache)
+    wanted, _ = model.apply(params, Block(text[:, 5:]), cache)
     np.testing.assert_allclose(again.logits, wanted.logits, atol=1e-5)
 
 
@@ -299,7 +301,7 @@ def test_packed_texts_do_not_see_each_other(tmp_path):
     for prompt, text in texts:
         inputs = decoding.read_inputs(target.model, [prompt])
         first, cache = target.model.prefill(target.params, inputs, target.model.init_cache(1, 16))
-        rest, _ = target.model.apply(target.params, jnp.asarray([text[1:]]), cache)
+        rest, _ = target.model.apply(target.params, Block(jnp.asarray([text[1:]])), cache)
         wanted = jnp.concatenate([first.logits, rest.logits], axis=1)[0]
         np.testing.assert_allclose(logits[0, at : at + len(text)], wanted, atol=1e-5)
         at += len(text)
@@ -321,16 +323,16 @@ def test_the_compiled_loop_copies_no_cache(name, rows, tmp_path):
     """Neither the text's keys and values nor the source's are copied in the loop, and all are given back in place."""
     _, target = load(tmp_path)
     drafter = specjax.drafters.none() if name == "none" else drafters(tmp_path, target)[name]
-    params = Params(target.params, () if drafter.source is None else drafter.source.params)
-    drafter = drafter._replace(source=None)
+    draft = contract.check(drafter)
+    params, drafter = Params(target.params, draft.params), draft.drafter
     inputs = decoding.read_inputs(target.model, SOURCES[:rows])
     state = decoding.prefill(target.model, drafter, params, inputs, max_new_tokens=20)
     args = target.model, drafter, verify.rejection, params, state, np.int32(4)
     compiled: Any = decoding.advance.lower(*args).compile()
-    shapes = [x.shape for x in (state.cache.keys[0], state.cache.source_keys[0])]
+    shapes = [x.shape for x in (state.rows.cache.keys[0], state.rows.cache.source_keys[0])]
     copies = hlo.copies(compiled.as_text(), shapes)
     assert not copies, f"{len(copies)} copies, such as {copies[0][:200]}"
-    cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
+    cache = sum(x.nbytes for x in jax.tree.leaves(state.rows.cache))
     assert compiled.memory_analysis().alias_size_in_bytes >= cache
 
 
@@ -343,12 +345,12 @@ def test_lookup_copies_from_the_source(tmp_path):
     def proposed(text, k=3):
         drafter = specjax.drafters.ngram(num_draft_tokens=k, min_match=2)
         state = decoding.prefill(target.model, drafter, Params(target.params, ()), inputs, max_new_tokens=20)
-        tokens = state.tokens.at[0, : len(text)].set(jnp.asarray(text))
-        state = state._replace(tokens=tokens, length=jnp.asarray([len(text)]))
+        tokens = state.rows.tokens.at[0, : len(text)].set(jnp.asarray(text))
+        state = with_rows(state, tokens=tokens, length=jnp.asarray([len(text)]))
         context = Context(
-            decoding.history_of(state), jnp.zeros((1, k, 2), jnp.uint32), jnp.asarray([k]), state.sampling, VOCAB
+            decoding.history_of(state), jnp.zeros((1, k, 2), jnp.uint32), jnp.asarray([k]), state.rows.sampling, VOCAB
         )
-        proposal, _ = drafter.propose((), state.drafter, context)
+        proposal = drafter.propose(Params((), ()), state.rows.drafter, (), context)[0]
         return proposal.tokens[0, : int(proposal.length[0])].tolist()
 
     assert proposed([0]) == [9, 5, 31]

@@ -20,6 +20,7 @@ from specjax import decoding, drafters, testing
 from specjax.drafters import store
 from specjax.drafters.table import Table, Trie, distribution
 from specjax.text.tokenizer import Tokenizer
+from specjax.types import Params
 
 Counts = dict[tuple[int, ...], dict[int, float]]
 """Contexts, the oldest token first, and the discounted probabilities of their successors."""
@@ -309,14 +310,16 @@ def test_stated_probabilities_follow_the_drafted_tokens(order):
     lists, unigram, _ = counted(corpus, order, 5)
     rows = random_prompts(50, 5)
     context = context_of(rows, 3, 5, temperature=1.0)
-    proposal = drafters.table(table, num_draft_tokens=3).propose(table.params, (), context)[0]
+    proposal = drafters.table(table, num_draft_tokens=3).drafter.propose(Params((), table.params), (), (), context)[0]
     assert np.asarray(proposal.length).tolist() == [3] * 50
     for row, tokens, probs in zip(rows, np.asarray(proposal.tokens), np.asarray(proposal.probs), strict=True):
         for i in range(3):
             text = [*row, *tokens[:i].tolist()]
             wanted = expected(lists, unigram, tuple(text[len(text) - min(order - 1, len(text)) :]))
             np.testing.assert_allclose(probs[i], wanted, atol=1e-5)
-    greedy = drafters.table(table, num_draft_tokens=3).propose(table.params, (), context_of(rows, 3, 5))[0]
+    greedy = drafters.table(table, num_draft_tokens=3).drafter.propose(
+        Params((), table.params), (), (), context_of(rows, 3, 5)
+    )[0]
     assert set(np.asarray(greedy.probs).ravel().tolist()) == {0.0, 1.0}
 
 
@@ -326,7 +329,7 @@ def test_options_that_read_the_text_see_the_drafts_before_a_place(temperature):
     options = {"temperature": temperature, "no_repeat_ngram_size": 1}
     rows = [[0], [1], [4, 2]] * 10
     drafter = drafters.table(table, num_draft_tokens=3)
-    proposal = drafter.propose(table.params, (), context_of(rows, 3, 5, **options))[0]
+    proposal = drafter.drafter.propose(Params((), table.params), (), (), context_of(rows, 3, 5, **options))[0]
     assert np.asarray(proposal.length).tolist() == [3] * 30
     for row, tokens in zip(rows, np.asarray(proposal.tokens).tolist(), strict=True):
         assert len({*row, *tokens}) == len(row) + 3, "a token that the options forbid was drafted"
@@ -335,9 +338,11 @@ def test_options_that_read_the_text_see_the_drafts_before_a_place(temperature):
 def test_rows_draft_as_much_as_they_may_and_nothing_is_done_for_none():
     table = counted_table()
     drafter = drafters.table(table, num_draft_tokens=3)
-    proposal = drafter.propose(table.params, (), context_of([[1], [2], [3]], 3, 5, max_draft=[0, 2, 3]))[0]
+    proposal = drafter.drafter.propose(
+        Params((), table.params), (), (), context_of([[1], [2], [3]], 3, 5, max_draft=[0, 2, 3])
+    )[0]
     assert np.asarray(proposal.length).tolist() == [0, 2, 3]
-    idle = drafter.propose(table.params, (), context_of([[1], [2]], 3, 5, max_draft=0))[0]
+    idle = drafter.drafter.propose(Params((), table.params), (), (), context_of([[1], [2]], 3, 5, max_draft=0))[0]
     assert np.asarray(idle.length).tolist() == [0, 0]
 
 
@@ -345,7 +350,9 @@ def test_rows_draft_as_much_as_they_may_and_nothing_is_done_for_none():
 def test_a_vocabulary_of_another_width_is_cut_or_padded(vocab_size):
     table = counted_table()
     drafter = drafters.table(table, num_draft_tokens=3)
-    proposal = drafter.propose(table.params, (), context_of([[1, 2], [4]] * 20, 3, vocab_size, temperature=1.0))[0]
+    proposal = drafter.drafter.propose(
+        Params((), table.params), (), (), context_of([[1, 2], [4]] * 20, 3, vocab_size, temperature=1.0)
+    )[0]
     assert proposal.probs is not None
     assert proposal.probs.shape == (40, 3, vocab_size)
     np.testing.assert_allclose(np.asarray(proposal.probs).sum(axis=-1), 1, atol=1e-5)
@@ -357,7 +364,7 @@ def test_a_proposal_ends_where_the_options_forbid_every_token():
     table = counted_table()
     drafter = drafters.table(table, num_draft_tokens=3)
     options = {"suppress_tokens": [0, 1, 2, 3, 4], "temperature": [0.0, 1.0]}
-    proposal = drafter.propose(table.params, (), context_of([[1, 2], [4]], 3, 6, **options))[0]
+    proposal = drafter.drafter.propose(Params((), table.params), (), (), context_of([[1, 2], [4]], 3, 6, **options))[0]
     assert np.asarray(proposal.length).tolist() == [0, 0]
     assert not np.isnan(np.asarray(proposal.probs)).any()
 

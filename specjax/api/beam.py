@@ -30,7 +30,7 @@ from specjax.api.pretrained import Pretrained
 from specjax.limits import check_num_draft_tokens
 from specjax.models import bits
 from specjax.parallel import distributed, sharding
-from specjax.types import Inputs, Model, Params, Tree
+from specjax.types import Block, Inputs, Model, Params, Tree
 
 MAX_BEAMS = 1024
 """Each beam has a cache of its own."""
@@ -202,9 +202,10 @@ def _gather(cache: Tree, rows: Int[Array, "B M"]) -> Tree:
     return jax.tree.map(lambda x: bits.moved(lambda x, index: x[index], (x,), index), cache)
 
 
-def _set_length(cache: Any, length: Int[Array, " B"]) -> Any:
-    """The cache with the same length for all rows of a text."""
-    return cache._replace(length=jnp.repeat(length, cache.length.shape[0] // length.shape[0]))
+def _set_length(model: Model, cache: Any, length: Int[Array, " B"]) -> Any:
+    """The cache with so many committed entries in all rows of a text, which are there."""
+    each = jnp.repeat(length, cache.length.shape[0] // length.shape[0])
+    return model.commit(cache, None, each - cache.length)
 
 
 def _select(rows: Bool[Array, " B"], new: _Search, old: _Search) -> _Search:
@@ -293,8 +294,8 @@ def _draft(
     begin = jnp.maximum(search.length - num_draft_tokens - 1, 0)
     at = begin[:, None, None] + jnp.arange(num_draft_tokens + 1)
     window = jnp.take_along_axis(search.tokens, jnp.broadcast_to(at, (rows, width, at.shape[2])), axis=2)
-    output, cache = draft.apply(params, window.reshape(rows * width, -1), _set_length(cache, begin))
-    cache = _set_length(cache, search.length)
+    output, cache = draft.apply(params, Block(window.reshape(rows * width, -1)), _set_length(draft, cache, begin))
+    cache = _set_length(draft, cache, search.length)
     last = jnp.arange(rows), slice(None), search.length - 1 - begin
     logits = output.logits.reshape(rows, width, num_draft_tokens + 1, -1)[last]
     front = _Front(search.score, search.row, window[last], tree, jnp.full(rows, -1, jnp.int32))
@@ -304,7 +305,9 @@ def _draft(
 
     def deepen(carry: tuple[Tree, _Front], depth: Array) -> tuple[tuple[Tree, _Front], None]:
         ahead, front = carry
-        output, ahead = draft.apply(params, front.token.reshape(-1, 1), ahead)
+        token = front.token.reshape(-1, 1)
+        output, ahead = draft.apply(params, Block(token), ahead)
+        ahead = draft.commit(ahead, None, jnp.ones_like(token[:, 0]))
         front, parent = grow(front, output.logits.reshape(rows, draft_beams, -1), depth)
         return (_gather(ahead, parent), front), None
 
@@ -329,8 +332,8 @@ def _score(
     block = jnp.concatenate([_take(last, tree.root)[..., None], tree.tokens], axis=-1)
     if num_draft_tokens > 0:  # Otherwise the paths are the live beams themselves.
         cache = _gather(cache, tree.root)
-    cache = _set_length(cache, search.length - 1)
-    output, cache = target.apply(params, block.reshape(rows * num_paths, -1), cache)
+    cache = _set_length(target, cache, search.length - 1)
+    output, cache = target.apply(params, Block(block.reshape(rows * num_paths, -1)), cache)
     return output.logits.reshape(rows, num_paths, num_draft_tokens + 1, -1), cache
 
 
@@ -464,7 +467,7 @@ def _step(
     steps = after.length - before.length
     return _State(
         search=after,
-        cache=_set_length(_gather(cache, after.row), after.length - 1),
+        cache=_set_length(target, _gather(cache, after.row), after.length - 1),
         draft_cache=draft_cache if draft is None else _gather(draft_cache, _take(tree.root, after.row)),
         draft_failed=state.draft_failed | draft_failed,
         target_calls=state.target_calls + running,
@@ -490,7 +493,8 @@ def _search(
     rows, width = inputs.tokens.shape
 
     def read(model: Model, params: Tree) -> Tree:
-        _, cache = model.prefill(params, inputs, model.init_cache(rows, max_len))
+        max_source = 0 if inputs.source is None else inputs.source.shape[1]
+        _, cache = model.prefill(params, inputs, model.init_cache(rows, max_len, max_source))
         return jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=0), cache)
 
     tokens = jnp.zeros((rows, num_beams, max_len), jnp.int32).at[:, :, :width].set(inputs.tokens[:, None])
@@ -514,7 +518,7 @@ def _search(
             walking=jnp.zeros(rows, bool),
         ),
         # The first step scores the last prompt token again: no step is special.
-        cache=_set_length(read(target, params.target), inputs.length - 1),
+        cache=_set_length(target, read(target, params.target), inputs.length - 1),
         draft_cache=() if draft is None else read(draft, params.draft),
         draft_failed=jnp.zeros(rows, bool),
         target_calls=jnp.zeros(rows, jnp.int32),

@@ -39,14 +39,14 @@ class Generation(NamedTuple):
 def finish(request: Request, state: DecodeState) -> Generation:
     """Reads the texts of a state."""
     tokens, from_draft, begin, end = (
-        np.asarray(x) for x in (state.tokens, state.from_draft, state.prompt_length, state.length)
+        np.asarray(x) for x in (state.rows.tokens, state.rows.from_draft, state.rows.prompt_length, state.rows.length)
     )
     rows = [(i, slice(*bounds)) for i, bounds in enumerate(zip(begin, end, strict=True))]
     new = [tokens[row].tolist() for row in rows]
-    stops, done = set(np.asarray(state.stop_tokens).tolist()), np.asarray(state.done)
+    stops, done = set(np.asarray(state.rows.stop_tokens).tolist()), np.asarray(state.rows.done)
     found = np.zeros(len(rows), bool)
-    if state.stop_strings is not None:
-        found = np.asarray(state.stop_state) == state.stop_strings.next_state.shape[0] - 1
+    if state.shared.stop_strings is not None:
+        found = np.asarray(state.rows.stop_state) == state.shared.stop_strings.next_state.shape[0] - 1
 
     def reason(row: int) -> str:
         if not done[row]:
@@ -54,14 +54,14 @@ def finish(request: Request, state: DecodeState) -> Generation:
         return "stop" if found[row] or (new[row] and new[row][-1] in stops) else "length"
 
     logprobs = top_logprobs = None
-    if state.logprobs is not None:
-        chosen, top_tokens, top = (np.asarray(x) for x in state.logprobs)
+    if state.rows.logprobs is not None:
+        chosen, top_tokens, top = (np.asarray(x) for x in state.rows.logprobs)
         logprobs = [chosen[row].tolist() for row in rows]
         top_logprobs = [
             [dict(zip(*place, strict=True)) for place in zip(top_tokens[row].tolist(), top[row].tolist(), strict=True)]
             for row in rows
         ]
-    total, each = metrics.summarise(state.stats, end - begin)
+    total, each = metrics.summarise(state.rows.stats, end - begin)
     tokenizer = request.target.tokenizer
     return Generation(
         text=None if tokenizer is None else [tokenizer.decode(row) for row in new],
@@ -135,8 +135,10 @@ def run(request: Request) -> DecodeState:
 
 def readable(request: Request, state: DecodeState) -> DecodeState:
     """The state with all but the caches on every process, where there are several."""
-    large = {"cache": state.cache, "drafter": state.drafter}
-    return distributed.replicate(state._replace(**dict.fromkeys(large)), request.mesh)._replace(**large)
+    large = {"cache": state.rows.cache, "drafter": state.rows.drafter}
+    small = state._replace(rows=state.rows._replace(**dict.fromkeys(large)))
+    small = distributed.replicate(small, request.mesh)
+    return small._replace(rows=small.rows._replace(**large))
 
 
 def stream(

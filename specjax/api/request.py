@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from specjax import decoding, drafters, sampling
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
-from specjax.decoding.verify import Rule, replaced_at_zero
+from specjax.decoding.verify import Rule, greedy, replaced_at_zero
 from specjax.decoding.verify import parse as parse_rule
 from specjax.drafters import contract
 from specjax.parallel import sharding
 from specjax.sampling import automaton
 from specjax.text.tokenizer import Tokenizer
-from specjax.types import Automaton, DecodeState, Drafter, Inputs, Params
+from specjax.types import Automaton, DecodeState, Drafter, Inputs, Model, Params
 
 
 class Request(NamedTuple):
@@ -27,7 +27,7 @@ class Request(NamedTuple):
 
     Attributes:
       target: the target.
-      drafter: the drafter, without its source.
+      drafter: the drafter.
       rule: the acceptance rule.
       params: the parameters of both.
       state: after the prefill.
@@ -146,11 +146,19 @@ def prepare(
 
     Those annotated as Any may be anything that a user writes, and are checked here.
     """
-    drafter = contract.check(drafter if drafter is not None else drafters.none())
+    draft = contract.check(drafter if drafter is not None else drafters.none())
+    drafter = draft.drafter
     verify = parse_rule(verify)
     encoded = encode(target, prompts, chat=chat)
     rows = len(encoded)
     options = sampling.options(rows, **sampling_options)
+    if not drafter.topology.is_chain and not verify.trees:
+        if bool(jnp.any(options.temperature > 0)):
+            raise ValueError(
+                f"verify={verify.name} judges chains of draft tokens, and this drafter proposes trees: choose "
+                "verify.coupled, or temperature=0."
+            )
+        verify = greedy
     if verify.name == "greedy" and bool(jnp.any(options.temperature > 0)):
         temperature = sampling_options["temperature"]
         raise ValueError(f"verify=greedy decodes at temperature 0, not {temperature}: choose verify.rejection.")
@@ -161,14 +169,14 @@ def prepare(
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences={num_return_sequences}: at least 1.")
     inputs = decoding.read_inputs(target.model, encoded, prompt_width)
-    if drafter.source is not None:
-        check_vocabularies(target, drafter.source)
-        longest = int(inputs.length.max()) + int(np.max(max_new_tokens))
-        if drafter.source.model is not None and longest > drafter.source.model.max_len:
-            raise ValueError(
-                f"The draft knows {drafter.source.model.max_len} positions, but prompt and new tokens make {longest}: "
-                "shorten the prompt, lower max_new_tokens, or choose another draft."
-            )
+    check_vocabularies(target, draft)
+    longest = int(inputs.length.max()) + int(np.max(max_new_tokens))
+    if draft.max_len is not None and longest > draft.max_len:
+        raise ValueError(
+            f"The draft knows {draft.max_len} positions, but prompt and new tokens make {longest}: shorten the prompt, "
+            "lower max_new_tokens, or choose another draft."
+        )
+    model = _with_taps(target, drafter)
     if stop_tokens is None:
         stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
     stopping = None
@@ -180,13 +188,12 @@ def prepare(
         stopping = _stopping(tuple(strings), target.tokenizer, vocab_size)
     num_texts = rows * num_return_sequences
     seeds = decoding.spread_seeds(seed, num_texts)
-    params = Params(target.params, drafter.source.params if drafter.source is not None else ())
+    params = Params(target.params, draft.params)
     mesh = sharding.mesh_of(target.params)
     params, inputs = place(mesh, params, inputs)
-    drafter = drafter._replace(source=None)
     with sharding.on_mesh(mesh):
         state = decoding.prefill(
-            target.model,
+            model,
             drafter,
             params,
             inputs,
@@ -202,4 +209,13 @@ def prepare(
         )
         if num_return_sequences > 1:
             state = decoding.repeat(state, num_return_sequences, jnp.asarray(seeds, jnp.uint32))
-    return Request(target, drafter, verify, params, state, mesh, fixed_shape)
+    return Request(target._replace(model=model), drafter, verify, params, state, mesh, fixed_shape)
+
+
+def _with_taps(target: Pretrained, drafter: Drafter) -> Model:
+    """The target's model, whose features are those that the drafter wants to see."""
+    if not drafter.taps:
+        return target.model
+    if target.model.with_taps is None:
+        raise ValueError(f"The drafter reads hidden states of the target (taps={drafter.taps}), which shows none.")
+    return target.model.with_taps(drafter.taps)

@@ -3,7 +3,7 @@
 from specjax.decoding.buffers import BUFFER_MULTIPLE, buffer_length, pad_prompts, read_inputs, text_limits
 from specjax.decoding.loop import advance, check, generate, stream
 from specjax.decoding.prefill import DEFAULT_STEP_COST, prefill, repeat, row_keys, spread_seeds
-from specjax.decoding.step import apply_rule, decode_step, history_of, step_keys
+from specjax.decoding.step import apply_rule, decode_step, history_of, propose, step_keys
 
 __all__ = [
     "BUFFER_MULTIPLE",
@@ -17,6 +17,7 @@ __all__ = [
     "history_of",
     "pad_prompts",
     "prefill",
+    "propose",
     "read_inputs",
     "repeat",
     "row_keys",

@@ -29,13 +29,10 @@ def advance(
     num_steps: Int[Array, ""] | int,
     fixed_shape: bool = False,
 ) -> DecodeState:
-    """Runs at most `num_steps` steps, fewer where all rows are done first. The state is donated.
-
-    `drafter.source` must be None here (parameters are arguments); `generate` and `stream` see to it.
-    """
+    """Runs at most `num_steps` steps, fewer where all rows are done first. The state is donated."""
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
-        return (carry[0] < num_steps) & ~jnp.all(carry[1].done)
+        return (carry[0] < num_steps) & ~jnp.all(carry[1].rows.done)
 
     def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         return carry[0] + 1, decode_step(target, drafter, rule, params, carry[1], fixed_shape)
@@ -49,7 +46,7 @@ def check(state: DecodeState) -> None:
     Raises:
       FloatingPointError: naming the row, the position, and the side.
     """
-    failed_at, draft_failed = distributed.to_host(state.failed_at), distributed.to_host(state.draft_failed)
+    failed_at, draft_failed = distributed.to_host(state.rows.failed_at), distributed.to_host(state.rows.draft_failed)
     for row in np.flatnonzero(failed_at >= 0):
         side = "draft" if draft_failed[row] else "target"
         raise FloatingPointError(
@@ -74,7 +71,7 @@ def generate(
     Raises:
       FloatingPointError: for logits that are not numbers.
     """
-    state = advance(target, drafter._replace(source=None), rule, params, state, np.int32(2**31 - 1), fixed_shape)
+    state = advance(target, drafter, rule, params, state, np.int32(2**31 - 1), fixed_shape)
     check(state)
     return state
 
@@ -109,9 +106,9 @@ def stream(
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1.")
-    drafter, done = drafter._replace(source=None), False
+    done = False
     while not done:  # Texts that may have no new token are yielded, too.
         state = advance(target, drafter, rule, params, state, np.int32(steps), fixed_shape)
         check(state)
-        done = bool(jnp.all(state.done))
+        done = bool(jnp.all(state.rows.done))
         yield state

@@ -11,16 +11,20 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from specjax import sampling
 from specjax.decoding import adaptive, buffers
+from specjax.drafters import contract
 from specjax.sampling import automaton, processors
 from specjax.types import (
     Automaton,
     DecodeState,
     Drafter,
+    Feedback,
     Inputs,
     Logprobs,
     Model,
     Params,
+    Rows,
     SamplingOptions,
+    Shared,
     Stats,
 )
 
@@ -28,10 +32,15 @@ DEFAULT_STEP_COST = 1.2
 """Time of a drafting step over that of a plain step, where nobody has measured it."""
 
 
-def _pad_stop_tokens(stop_tokens: Sequence[int]) -> Int[Array, " E"]:
-    """Padded with -1 to a multiple of eight, so that another few of them compile nothing."""
-    tokens = sorted(set(stop_tokens))
-    return jnp.asarray(tokens + [-1] * (-len(tokens) % 8 or 8 * (not tokens)), jnp.int32)
+def _pad_stop_tokens(stop_tokens: Sequence[int] | Sequence[Sequence[int]], rows: int) -> Int[Array, "B X"]:
+    """The stop tokens of each row, padded with -1 to a multiple of eight, so that another few compile nothing."""
+    given = list(stop_tokens)
+    is_one = not any(isinstance(entry, Sequence | np.ndarray) for entry in given)
+    each = [sorted(set(given))] * rows if is_one else [sorted(set(row)) for row in given]  # pyright: ignore
+    if len(each) != rows:
+        raise ValueError(f"{len(each)} lists of stop_tokens for {rows} rows: give one list, or one for each row.")
+    width = max(8, -(-max(map(len, each)) // 8) * 8)
+    return jnp.asarray([row + [-1] * (width - len(row)) for row in each], jnp.int32)
 
 
 def spread_seeds(seed: Any, count: int) -> list[int]:
@@ -74,7 +83,7 @@ def _prefill(
     limit: Int[Array, " B"],
     seed: Array,
     options: SamplingOptions,
-    stop_tokens: Int[Array, " E"],
+    stop_tokens: Int[Array, "B X"],
     stop_strings: Automaton | None,
     grammar: Automaton | None,
     grammar_state: Int[Array, " B"],
@@ -83,14 +92,17 @@ def _prefill(
     top_logprobs: int | None,
 ) -> DecodeState:
     rows, width = inputs.tokens.shape
-    output, cache = target.prefill(params.target, inputs, target.init_cache(rows, max_len))
+    max_source = 0 if inputs.source is None else inputs.source.shape[1]
+    output, cache = target.prefill(params.target, inputs, target.init_cache(rows, max_len, max_source))
     tokens = jnp.zeros((rows, max_len), jnp.int32).at[:, :width].set(inputs.tokens)
-    k = drafter.num_draft_tokens
+    prompt = Feedback(inputs.tokens, inputs.length, inputs.length, output.features, output, inputs)
+    drafter_state = contract.update(drafter, params, drafter.init(rows, max_len, max_source), prompt)
+    depth = drafter.topology.depth
     logprobs = None
     if top_logprobs is not None:
         top = (rows, max_len, top_logprobs)
         logprobs = Logprobs(jnp.zeros(top[:2], jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
-    return DecodeState(
+    state = Rows(
         tokens=tokens,
         from_draft=jnp.zeros((rows, max_len), bool),
         length=inputs.length,
@@ -102,25 +114,23 @@ def _prefill(
         seed=seed,
         sampling=options,
         stop_tokens=stop_tokens,
-        stop_strings=stop_strings,
         stop_state=jnp.zeros(rows, jnp.int32),
-        grammar=grammar,
         grammar_state=grammar_state,
         logprobs=logprobs,
-        step_cost=step_cost,
         adaptation=adaptive.init(rows),
         # The first step scores the last prompt token again, beside the first drafts: no step is special.
-        cache=cache._replace(length=inputs.length - 1),
-        drafter=drafter.init(params.draft, inputs, output, max_len),
+        cache=target.commit(cache, None, jnp.full(rows, -1, jnp.int32)),
+        drafter=drafter_state,
         stats=Stats(
             jnp.zeros(rows, jnp.int32),
             jnp.zeros(rows, jnp.int32),
-            jnp.zeros((rows, k), jnp.int32),
-            jnp.zeros((rows, k), jnp.int32),
-            jnp.zeros((rows, k + 1), jnp.int32),
+            jnp.zeros((rows, depth), jnp.int32),
+            jnp.zeros((rows, depth), jnp.int32),
+            jnp.zeros((rows, depth + 1), jnp.int32),
             jnp.zeros(rows, jnp.float32),
         ),
     )
+    return DecodeState(state, Shared(stop_strings, grammar, step_cost))
 
 
 def prefill(
@@ -132,7 +142,7 @@ def prefill(
     max_new_tokens: Any,
     options: SamplingOptions | None = None,
     seeds: Any = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
     stop_strings: Automaton | None = None,
     grammar: Automaton | Sequence[Automaton | None] | None = None,
     top_logprobs: int | None = None,
@@ -149,7 +159,7 @@ def prefill(
       max_new_tokens: how many tokens each row may add; one number, or one a row.
       options: sampling options; greedy by default.
       seeds: one a row; by default 0, 1, 2 ...
-      stop_tokens: token ids that end a row.
+      stop_tokens: token ids that end a row; one list, or one for each row.
       stop_strings: an automaton that ends a row when it is in its last state (`automaton.stop_strings`).
       grammar: an automaton that says which tokens may follow, or one (or None) a row.
       top_logprobs: keep the log-probability of every new token, and those of this many most probable ones.
@@ -185,13 +195,13 @@ def prefill(
     seeds = spread_seeds(0 if seeds is None else seeds, rows)
     return _prefill(
         target,
-        drafter._replace(source=None),
+        drafter,
         params,
         inputs,
         jnp.asarray(limit, jnp.int32),
         row_keys(jnp.asarray(seeds, jnp.uint32)),
         options if options is not None else sampling.options(rows),
-        _pad_stop_tokens(stop_tokens),
+        _pad_stop_tokens(stop_tokens, rows),
         stop_strings,
         grammar if isinstance(grammar, Automaton) else None,
         jnp.asarray(starts, jnp.int32),
@@ -210,11 +220,5 @@ def repeat(state: DecodeState, times: int, seeds: UInt32[Array, " N"]) -> Decode
       times: how many texts of each prompt.
       seeds: `[B * times]` one a row of the result.
     """
-    shared = {
-        "stop_tokens": state.stop_tokens,
-        "stop_strings": state.stop_strings,
-        "grammar": state.grammar,
-        "step_cost": state.step_cost,
-    }
-    rows = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), state._replace(**dict.fromkeys(shared)))
-    return rows._replace(**shared, seed=row_keys(seeds))
+    rows = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), state.rows)
+    return state._replace(rows=rows._replace(seed=row_keys(seeds)))

@@ -1,9 +1,8 @@
 """One step: propose, score, verify, commit; all rows, all on the device.
 
-
 A text of n tokens always has its first n - 1 in the target's cache; the last is fed together with the next drafts, so
-that one call of T = K + 1 tokens gives the K + 1 distributions that verification needs. Plain decoding is the same
-loop with the drafter `none` (K = 0).
+that one call of T = N + 1 tokens gives the N + 1 distributions that verification needs. Plain decoding is the same
+loop with the drafter `none` (N = 0).
 """
 
 import functools
@@ -18,10 +17,11 @@ from specjax import sampling
 from specjax.decoding import adaptive, verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
-from specjax.sampling import automaton, processors
+from specjax.sampling import automaton, processors, tree
 from specjax.types import (
     Adaptation,
     Automaton,
+    Block,
     Context,
     DecodeState,
     Drafter,
@@ -29,46 +29,156 @@ from specjax.types import (
     History,
     Logprobs,
     Model,
+    ModelOutput,
     Params,
     Proposal,
     SamplingOptions,
     Stats,
     StepKeys,
+    Topology,
     Verdict,
 )
 
-# Roles of the random numbers. A key is `fold_in(fold_in(seed[row], place), role)`, and place is that of a token in the
-# text: no key is used twice, and none depends on a row's neighbours. What a step decides as a whole (drafts, and how
-# many are accepted) uses its first place, since every step starts at a new one.
+# Roles of the random numbers. A key is `fold_in(fold_in(seed[row], position), role)`, with the position of a token in
+# its sequence: no key is used twice, and none depends on a row's neighbours. What a step decides as a whole (drafts,
+# and how many are accepted) uses its first position, since every step starts at a new one.
 _DRAFT, _ACCEPT, _TOKEN = 0, 1, 2
 
 
-class _Judged(NamedTuple):
-    """What scoring and verification give: the cache, and for all rows what `_judge` documents."""
+class _Scored(NamedTuple):
+    """What the target's call and the rule give: the cache, and for all rows what `_score` documents."""
 
     cache: Any
     verdict: Verdict
-    overlap: Float[Array, "B K"]
+    overlap: Float[Array, "B D"]
     failed: Bool[Array, " B"]
-    hidden: Float[Array, "B T D"]
+    output: ModelOutput
     logprobs: Logprobs | None
+
+
+def decode_step(
+    target: Model, drafter: Drafter, rule: Rule, params: Params, state: DecodeState, fixed_shape: bool = False
+) -> DecodeState:
+    """One step of speculative decoding for all rows (Leviathan et al. 2022, Algorithm 1).
+
+    Args:
+      target: the model whose distribution the text has.
+      drafter: what proposes.
+      rule: the acceptance rule.
+      params: the parameters of both.
+      state: before the step.
+      fixed_shape: always score N + 1 tokens, also where no row drafts (see `docs/exactness.md`, numerics).
+
+    Returns:
+      The state after it: every row that is not done has gained between 1 and D + 1 tokens.
+    """
+    rows, topology = state.rows, drafter.topology
+    running = ~rows.done
+
+    # Propose. A row that drafts needs room for its drafts and the token that follows them.
+    may_draft = running & adaptive.drafts(rows.adaptation)
+    room = jnp.where(may_draft, jnp.minimum(topology.depth, rows.limit - rows.length - 1), 0)
+    draft_keys, keys = step_keys(rows.seed, rows.length, topology.depth)
+    proposal, drafter_state, cache = propose(target, drafter, rule, params, state, room, draft_keys, keys)
+
+    # Score and verify. Where no row drafts, this is a plain decoding step and costs no more.
+    widths = (topology.num_nodes + 1,) if fixed_shape or not topology.num_nodes else (1, topology.num_nodes + 1)
+    score = functools.partial(_score, target, rule, params, state, proposal, keys, topology)
+    scored = _at_width(score, widths, jnp.any(proposal.length > 0), cache)
+    verdict, n = scored.verdict, scored.verdict.num_accepted
+
+    # Commit: up to the first stop, within the row's budget, and nothing that was drawn from NaN.
+    position = jnp.arange(topology.depth + 1)
+    is_judged = running[:, None] & (position[:-1] <= n[:, None]) & _has_draft(proposal, verdict)
+    draft_failed = _draft_failed(proposal, is_judged)
+    failed = running & (scored.failed | draft_failed)
+    stops, stop_states = _stops(state, verdict.tokens)
+    emitted = jnp.where(failed, n, n + 1)
+    first_stop = _first(stops & (position < emitted[:, None]))
+    # A row that has come to its stop needs no distribution behind it.
+    failed &= first_stop >= n
+    emitted = jnp.minimum(jnp.minimum(emitted, first_stop + 1), rows.limit - rows.length)
+    emitted = jnp.where(running, emitted, 0)
+    length = rows.length + emitted
+    stopped = failed | (first_stop < emitted) | (length >= rows.limit)
+    cache = target.commit(scored.cache, verdict.path, emitted)
+
+    # Learn, and write down.
+    features = _on_path(scored.output.features, verdict.path)
+    feedback = Feedback(verdict.tokens, emitted, length, features, scored.output)
+    is_accepted = is_judged & (position[:-1] < n[:, None])
+    # The chance of acceptance, where it is known: of chains, under exact rules. Otherwise whether it was accepted.
+    overlap = scored.overlap if rule.exact and topology.is_chain else is_accepted.astype(jnp.float32)
+    learned = adaptive.update(rows.adaptation, proposal.length, n, state.shared.step_cost)
+    after = rows._replace(
+        tokens=_write(rows.tokens, verdict.tokens, rows.length),
+        from_draft=_write(rows.from_draft, position < n[:, None], rows.length),
+        length=length,
+        done=rows.done | stopped,
+        failed_at=jnp.where(failed, rows.length + n, rows.failed_at),
+        draft_failed=rows.draft_failed | (failed & draft_failed),
+        stop_state=_after(stop_states, emitted),
+        grammar_state=_after(_trace(state.shared.grammar, rows.grammar_state, verdict.tokens), emitted),
+        logprobs=jax.tree.map(lambda old, new: _write(old, new, rows.length), rows.logprobs, scored.logprobs),
+        adaptation=_select(running, learned, rows.adaptation),
+        cache=cache,
+        drafter=contract.update(drafter, params, drafter_state, feedback),
+        stats=_count(rows.stats, running, proposal, n, is_judged, is_accepted, overlap),
+    )
+    return state._replace(rows=after)
+
+
+def step_keys(seed: Array, length: Int[Array, " B"], depth: int) -> tuple[Array, StepKeys]:
+    """The keys of a step: `[B, D]` for drafting, and those of verification."""
+
+    def of_row(seed: Array, length: Array) -> tuple[Array, StepKeys]:
+        positions = jax.vmap(lambda i: jax.random.fold_in(seed, length + i))(jnp.arange(depth + 1))
+        tokens = jax.vmap(lambda key: jax.random.fold_in(key, _TOKEN))(positions)
+        drafts = jax.random.split(jax.random.fold_in(positions[0], _DRAFT), depth)
+        return drafts, StepKeys(jax.random.fold_in(positions[0], _ACCEPT), tokens)
+
+    return jax.vmap(of_row)(seed, length)
+
+
+def propose(
+    target: Model,
+    drafter: Drafter,
+    rule: Rule,
+    params: Params,
+    state: DecodeState,
+    room: Int[Array, " B"],
+    draft_keys: Array,
+    keys: StepKeys,
+) -> tuple[Proposal, Any, Any]:
+    """The drafts of all rows, which a step begins with, the drafter's state, and the target's cache.
+
+    Args:
+      target: the target.
+      drafter: the drafter.
+      rule: the acceptance rule; a coupled one has the draft draw with the noise that the target draws with.
+      params: the parameters of both.
+      state: before the step.
+      room: `[B]` the deepest draft token that each row can use.
+      draft_keys: `[B, D]` for drafting.
+      keys: those of verification.
+    """
+    chosen = keys.token[:, : drafter.topology.depth] if rule.coupled else draft_keys
+    context = Context(history_of(state), chosen, room, state.rows.sampling, target.vocab_size)
+    proposal, drafter_state, cache = contract.propose(drafter, params, state.rows.drafter, state.rows.cache, context)
+    return _within_text(state, proposal, room, drafter.topology), drafter_state, cache
 
 
 def history_of(state: DecodeState) -> History:
     """The text before the next token of each row."""
+    rows = state.rows
     return History(
-        state.tokens,
-        state.length,
-        state.prompt_length,
-        state.stop_tokens,
-        state.grammar,
-        state.grammar_state[:, None],
+        rows.tokens,
+        rows.length,
+        rows.prompt_length,
+        rows.stop_tokens,
+        state.shared.grammar,
+        rows.grammar_state[:, None],
     )
-
-
-def _at_temperature_one(options: SamplingOptions) -> SamplingOptions:
-    """The same options, but rows of temperature 0 keep their whole distribution."""
-    return options._replace(temperature=jnp.where(options.temperature > 0, options.temperature, 1.0))
 
 
 def _first(found: Bool[Array, "B T"]) -> Int[Array, " B"]:
@@ -77,22 +187,60 @@ def _first(found: Bool[Array, "B T"]) -> Int[Array, " B"]:
     return jnp.min(jnp.where(found, jnp.arange(size, dtype=jnp.int32), size), axis=-1, initial=size)
 
 
+def _after(states: Int[Array, "B T"], count: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Of an automaton's states before and after each token, that after the first `count` tokens."""
+    return jnp.take_along_axis(states, count[:, None], axis=1)[:, 0]
+
+
+def _write(buffer: Array, new: Array, at: Int[Array, " B"]) -> Array:
+    """Writes a row's new entries behind its text."""
+    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(buffer, new, at)
+
+
+def _on_path(features: Float[Array, "B T F E"], path: Int[Array, "B D+1"] | None) -> Float[Array, "B D+1 F E"]:
+    return features if path is None else jnp.take_along_axis(features, path[:, :, None, None], axis=1)
+
+
+def _trace(table: Automaton | None, state: Int[Array, " B"], tokens: Int[Array, "B T"]) -> Int[Array, "B T+1"]:
+    """An automaton's states before each token and after the last; without an automaton the state stays."""
+    if table is None:
+        return jnp.broadcast_to(state[:, None], (tokens.shape[0], tokens.shape[1] + 1))
+    return automaton.trace(table, state, tokens)
+
+
+def _is_stop(tokens: Int[Array, "B T"], stop_tokens: Int[Array, "B X"]) -> Bool[Array, "B T"]:
+    return jnp.any(tokens[:, :, None] == stop_tokens[:, None], axis=-1) & (tokens >= 0)
+
+
+def _ends(table: Automaton, states: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Whether a stop string has occurred: the automaton is in its last state."""
+    return states == table.next_state.shape[0] - 1
+
+
 def _stops(state: DecodeState, tokens: Int[Array, "B T"]) -> tuple[Bool[Array, "B T"], Int[Array, "B T+1"]]:
     """Whether each of the tokens behind a text ends it, and the states of its stop strings before each and after."""
-    stops = jnp.isin(tokens, state.stop_tokens)
-    states = _trace(state.stop_strings, state.stop_state, tokens)
-    if state.stop_strings is not None:
-        stops = stops | (states[:, 1:] == state.stop_strings.next_state.shape[0] - 1)
-    return stops, states
+    stops, strings = _is_stop(tokens, state.rows.stop_tokens), state.shared.stop_strings
+    states = _trace(strings, state.rows.stop_state, tokens)
+    return stops if strings is None else stops | _ends(strings, states[:, 1:]), states
 
 
-def _within_text(state: DecodeState, proposal: Proposal, room: Int[Array, " B"]) -> Proposal:
+def _within_text(state: DecodeState, proposal: Proposal, room: Int[Array, " B"], topology: Topology) -> Proposal:
     """The proposal without what lies beyond the row's budget, or behind its first stop, where there is no text.
 
-    Whether a token is left out depends on those before it alone, so exact rules stay exact.
+    Whether a token is left out depends on those above it alone, so exact rules stay exact.
     """
-    end = jnp.minimum(_first(_stops(state, proposal.tokens)[0]) + 1, room)
-    return proposal._replace(length=jnp.clip(proposal.length, 0, end))
+    if proposal.parent is None:
+        end = jnp.minimum(_first(_stops(state, proposal.tokens)[0]) + 1, room)
+        return proposal._replace(length=jnp.clip(proposal.length, 0, end))
+    shape, strings = tree.shape(proposal.parent, topology.depth), state.shared.stop_strings
+    stops = _is_stop(proposal.tokens, state.rows.stop_tokens)
+    if strings is not None:
+        states = tree.trace(strings, state.rows.stop_state, proposal.tokens, shape, topology.depth)
+        stops |= _ends(strings, states[:, 1:])
+    above = shape.sees[:, 1:, 1:] & ~jnp.eye(topology.num_nodes, dtype=bool)
+    is_out = jnp.any(above & stops[:, None], axis=-1) | (shape.depth[:, 1:] > room[:, None])
+    tokens = jnp.where(is_out, -1, proposal.tokens)
+    return proposal._replace(tokens=tokens, length=jnp.where(room > 0, jnp.clip(proposal.length, 0), 0))
 
 
 def _up_to_nan(proposal: Proposal, target_probs: Float[Array, "B T V"]) -> Proposal:
@@ -100,11 +248,18 @@ def _up_to_nan(proposal: Proposal, target_probs: Float[Array, "B T V"]) -> Propo
 
     If all drafts before that position are accepted, the row fails there, as plain decoding would.
     """
+    if proposal.parent is not None:
+        return proposal  # A tree is judged node by node, and ends where a node has no distribution.
     k = proposal.tokens.shape[1]
     broken = jnp.isnan(jnp.sum(target_probs, axis=-1))[:, :k]
     if proposal.probs is not None:
         broken |= jnp.isnan(jnp.sum(proposal.probs, axis=-1))
     return proposal._replace(length=jnp.minimum(proposal.length, _first(broken)))
+
+
+def _at_temperature_one(options: SamplingOptions) -> SamplingOptions:
+    """The same options, but rows of temperature 0 keep their whole distribution."""
+    return options._replace(temperature=jnp.where(options.temperature > 0, options.temperature, 1.0))
 
 
 def apply_rule(
@@ -122,9 +277,11 @@ def apply_rule(
       options: of the rows.
       proposal: the drafts.
       keys: of the step.
-      logits: `[B, T, V]` of the target, T = K + 1.
+      logits: `[B, T, V]` of the target, T = N + 1.
       history: the text before each of the T tokens.
     """
+    if proposal.parent is not None and not rule.trees:
+        raise ValueError(f"verify={rule.name} judges chains of drafts, and this drafter proposes trees: use coupled.")
     target_probs = sampling.probabilities(logits, options, history)
     proposal = _up_to_nan(proposal, target_probs)
     is_sampled = options.temperature > 0
@@ -148,186 +305,139 @@ def _logprobs(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], num_top:
     return Logprobs(jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0], top_tokens, top)
 
 
-def _judge(
-    target: Model, rule: Rule, params: Params, state: DecodeState, proposal: Proposal, keys: StepKeys
-) -> _Judged:
-    """Scores the text's last token and the draft in one target call, and applies the rule.
-
-    Returns:
-      the cache; the verdict; the overlap at each draft position; whether the target's logits failed where the last
-      token was chosen; the hidden states; the log-probabilities of the verdict's tokens, where asked for.
-    """
-    last = jnp.take_along_axis(state.tokens, (state.length - 1)[:, None], axis=1)
-    block = jnp.concatenate([last, proposal.tokens], axis=1)
-    output, cache = target.apply(params.target, block, state.cache)
-    history = processors.follow(history_of(state), proposal.tokens, state.sampling.penalties)
-    verdict, target_probs = apply_rule(rule, state.sampling, proposal, keys, output.logits, history)
-    first_broken = _first(jnp.isnan(jnp.sum(target_probs, axis=-1)))
-    failed = first_broken <= verdict.num_accepted
-    logprobs = None
-    if state.logprobs is not None:
-        logprobs = _logprobs(output.logits, verdict.tokens, state.logprobs.top.shape[2])
-    return _Judged(cache, verdict, jax.vmap(verify.overlap)(target_probs, proposal), failed, output.hidden, logprobs)
-
-
-def _judge_plain(
-    target: Model, rule: Rule, params: Params, state: DecodeState, proposal: Proposal, keys: StepKeys
-) -> _Judged:
-    """`_judge` for a step in which no row drafts: the target reads one token a row. Padded to the same shapes."""
-    k = proposal.tokens.shape[1]
-    none = Proposal(proposal.tokens[:, :0], proposal.length, None if proposal.probs is None else proposal.probs[:, :0])
-    keys = keys._replace(token=keys.token[:, :1])
-    judged = _judge(target, rule, params, state, none, keys)
-
-    def widen(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, k)) + ((0, 0),) * (x.ndim - 2))
-
-    return judged._replace(
-        verdict=judged.verdict._replace(tokens=widen(judged.verdict.tokens)),
-        overlap=widen(judged.overlap),
-        hidden=widen(judged.hidden),
-        logprobs=jax.tree.map(widen, judged.logprobs),
-    )
-
-
-def _run_if(
-    predicate: Bool[Array, ""],
-    judge: Callable[..., _Judged],
+def _score(
+    target: Model,
+    rule: Rule,
+    params: Params,
     state: DecodeState,
     proposal: Proposal,
     keys: StepKeys,
-    judged: _Judged,
-) -> _Judged:
-    """`judge(state, proposal, keys)` where the predicate holds, else `judged` unchanged.
-
-    A `while_loop` of at most one round: XLA copies a cache that both sides of a `cond` update, on every step.
-    """
-
-    def body(carry: tuple[Array, _Judged]) -> tuple[Array, _Judged]:
-        return jnp.zeros((), bool), judge(state._replace(cache=carry[1].cache), proposal, keys)
-
-    return jax.lax.while_loop(lambda carry: carry[0], body, (predicate, judged))[1]
-
-
-def step_keys(seed: Array, length: Int[Array, " B"], num_draft_tokens: int) -> tuple[Array, StepKeys]:
-    """The keys of a step: `[B, K]` for drafting, and those of verification."""
-
-    def of_row(seed: Array, length: Array) -> tuple[Array, StepKeys]:
-        places = jax.vmap(lambda i: jax.random.fold_in(seed, length + i))(jnp.arange(num_draft_tokens + 1))
-        tokens = jax.vmap(lambda key: jax.random.fold_in(key, _TOKEN))(places)
-        drafts = jax.random.split(jax.random.fold_in(places[0], _DRAFT), num_draft_tokens)
-        return drafts, StepKeys(jax.random.fold_in(places[0], _ACCEPT), tokens)
-
-    return jax.vmap(of_row)(seed, length)
-
-
-def decode_step(
-    target: Model, drafter: Drafter, rule: Rule, params: Params, state: DecodeState, fixed_shape: bool = False
-) -> DecodeState:
-    """One step of speculative decoding for all rows (Leviathan et al. 2022, Algorithm 1).
+    topology: Topology,
+    cache: Any,
+    width: int,
+) -> _Scored:
+    """Scores the text's last token and the drafts in one target call, and applies the rule.
 
     Args:
-      target: the model whose distribution the text has.
-      drafter: what proposes.
+      target: the target.
       rule: the acceptance rule.
       params: the parameters of both.
       state: before the step.
-      fixed_shape: always score K + 1 tokens, also where no row drafts (see `docs/exactness.md`, numerics).
+      proposal: the drafts.
+      keys: of the step.
+      topology: of the drafter.
+      cache: the target's.
+      width: how many tokens the target reads: the last one and all nodes, or it alone, where no row drafts. The results
+        are padded to the first case's.
 
     Returns:
-      The state after it: every row that is not done has gained between 1 and K + 1 tokens.
+      the cache; the verdict; the overlap at each draft position; whether the target's logits failed where the last
+      token was chosen; the target's output; the log-probabilities of the verdict's tokens, where asked for.
     """
-    k = drafter.num_draft_tokens
-    draft_keys, keys = step_keys(state.seed, state.length, k)
-    running = ~state.done
-
-    # Draft. A row that drafts needs room for its drafts and the token that follows them.
-    may_draft = running & adaptive.drafts(state.adaptation)
-    room = jnp.where(may_draft, jnp.minimum(k, state.limit - state.length - 1), 0)
-    # A coupled rule has the draft draw with the noise that the target draws with.
-    draft_keys = keys.token[:, :k] if rule.coupled else draft_keys
-    context = Context(history_of(state), draft_keys, room, state.sampling, target.vocab_size)
-    proposal, drafter_state = contract.propose(drafter, params.draft, state.drafter, context)
-    proposal = _within_text(state, proposal, room)
-
-    # Score and verify. Where no row drafts, this is a plain decoding step and costs no more.
-    judge = functools.partial(_judge, target, rule, params)
-    plain = functools.partial(_judge_plain, target, rule, params)
-    if k == 0 or fixed_shape:
-        judged = judge(state, proposal, keys)
+    rows, depth, num_nodes = state.rows, topology.depth, width - 1
+    probs = None if proposal.probs is None else proposal.probs[:, :num_nodes]
+    parent = None if not num_nodes or proposal.parent is None else proposal.parent
+    judged = Proposal(proposal.tokens[:, :num_nodes], proposal.length, probs, parent)
+    if parent is None:
+        keys = keys._replace(token=keys.token[:, : num_nodes + 1])
+    last = jnp.take_along_axis(rows.tokens, (rows.length - 1)[:, None], axis=1)
+    block = Block(jnp.concatenate([last, judged.tokens], axis=1))
+    penalties = rows.sampling.penalties
+    if parent is None:
+        history = processors.follow(history_of(state), judged.tokens, penalties)
     else:
-        speculate = jnp.any(proposal.length > 0)
-        shapes = jax.eval_shape(judge, state, proposal, keys)
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(cache=None))
-        nothing = nothing._replace(cache=state.cache)
-        judged = _run_if(speculate, judge, state, proposal, keys, nothing)
-        judged = _run_if(~speculate, plain, state, proposal, keys, judged)
-    verdict, target_failed = judged.verdict, judged.failed
+        shape = tree.shape(parent, depth)
+        # Nodes that are out of the proposal are -1; they are read as some token that nobody sees.
+        block = Block(jnp.maximum(block.tokens, 0), shape.depth, shape.sees)
+        history = tree.follow(history_of(state), judged.tokens, shape, depth, penalties)
+    output, cache = target.apply(params.target, block, cache)
+    verdict, target_probs = apply_rule(rule, rows.sampling, judged, keys, output.logits, history)
+    path = jnp.arange(num_nodes + 1)[None] if verdict.path is None else verdict.path
+    end = jnp.take_along_axis(jnp.broadcast_to(path, verdict.tokens.shape), verdict.num_accepted[:, None], axis=1)
+    broken = jnp.isnan(jnp.sum(target_probs, axis=-1))
+    if parent is None:
+        failed = _first(broken) <= verdict.num_accepted
+    else:
+        failed = jnp.take_along_axis(broken, end, axis=1)[:, 0]
+    logprobs = None
+    if rows.logprobs is not None:
+        logits = output.logits if verdict.path is None else jnp.take_along_axis(output.logits, path[..., None], axis=1)
+        logprobs = _logprobs(logits, verdict.tokens, rows.logprobs.top.shape[2])
+    overlap = jax.vmap(verify.overlap)(target_probs, judged) if parent is None else jnp.zeros((len(last), depth))
+    scored = _Scored(cache, verdict, overlap, failed, output, logprobs)
+    return scored if width == topology.num_nodes + 1 else _widen(scored, topology, proposal)
 
-    # Commit: up to the first stop, within the row's budget, and nothing that was drawn from NaN.
-    position = jnp.arange(k + 1)
-    n = verdict.num_accepted
-    is_judged = running[:, None] & (position[:k] < proposal.length[:, None]) & (position[:k] <= n[:, None])
-    draft_failed = jnp.zeros_like(target_failed)
-    if proposal.probs is not None:
-        draft_failed = jnp.any(is_judged & jnp.isnan(jnp.sum(proposal.probs, axis=-1)), axis=-1)
-    failed = running & (target_failed | draft_failed)
-    emitted = jnp.where(failed, n, n + 1)
-    stops, stop_states = _stops(state, verdict.tokens)
-    first_stop = _first(stops & (position < emitted[:, None]))
-    # A row that has come to its stop needs no distribution behind it.
-    failed &= first_stop >= n
-    emitted = jnp.minimum(jnp.minimum(emitted, first_stop + 1), state.limit - state.length)
-    emitted = jnp.where(running, emitted, 0)
-    length = state.length + emitted
-    stopped = failed | (first_stop < emitted) | (length >= state.limit)
 
-    def write(buffer: Array, new: Array) -> Array:
-        """Writes a row's new entries behind its text."""
-        lengthwise = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))
-        return lengthwise(buffer, new, state.length)
+def _widen(scored: _Scored, topology: Topology, proposal: Proposal) -> _Scored:
+    """The results of a plain step in the shapes of one with drafts."""
 
-    def after(states: Int[Array, "B T"]) -> Int[Array, " B"]:
-        """Of an automaton's states before and after each token, that after the new text."""
-        return jnp.take_along_axis(states, emitted[:, None], axis=1)[:, 0]
+    def pad(x: Array, size: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, size)) + ((0, 0),) * (x.ndim - 2))
 
-    feedback = Feedback(verdict, length, judged.hidden)
-    is_accepted = is_judged & (position[:k] < n[:, None])
-    # The chance of acceptance; of a rule that is not exact, what came of it.
-    overlap = judged.overlap if rule.exact else is_accepted.astype(jnp.float32)
-    stats = state.stats
-    return state._replace(
-        tokens=write(state.tokens, verdict.tokens),
-        from_draft=write(state.from_draft, position < n[:, None]),
-        length=length,
-        done=state.done | stopped,
-        failed_at=jnp.where(failed, state.length + n, state.failed_at),
-        draft_failed=state.draft_failed | (failed & draft_failed),
-        stop_state=after(stop_states),
-        grammar_state=after(_trace(state.grammar, state.grammar_state, verdict.tokens)),
-        logprobs=jax.tree.map(write, state.logprobs, judged.logprobs),
-        adaptation=_select(
-            running, adaptive.update(state.adaptation, proposal.length, n, state.step_cost), state.adaptation
-        ),
-        # Roll back: what was rejected lies beyond the length.
-        cache=judged.cache._replace(length=length - 1),
-        drafter=contract.update(drafter, params.draft, drafter_state, feedback),
-        stats=Stats(
-            stats.target_calls + running,
-            stats.draft_steps + (running & (proposal.length > 0)),
-            stats.proposed + is_judged,
-            stats.accepted + is_accepted,
-            stats.histogram + (running[:, None] & (position == n[:, None])),
-            stats.overlap + jnp.sum(jnp.where(is_judged, overlap, 0.0), axis=-1),
-        ),
+    depth, verdict = topology.depth, scored.verdict
+    tokens = pad(verdict.tokens, depth)
+    return scored._replace(
+        verdict=verdict._replace(tokens=tokens, path=None if proposal.parent is None else jnp.zeros_like(tokens)),
+        overlap=pad(scored.overlap, depth),
+        output=jax.tree.map(lambda x: pad(x, topology.num_nodes), scored.output),
+        logprobs=jax.tree.map(lambda x: pad(x, depth), scored.logprobs),
     )
 
 
-def _trace(table: Automaton | None, state: Int[Array, " B"], tokens: Int[Array, "B T"]) -> Int[Array, "B T+1"]:
-    """An automaton's states before each token and after the last; without an automaton the state stays."""
-    if table is None:
-        return jnp.broadcast_to(state[:, None], (tokens.shape[0], tokens.shape[1] + 1))
-    return automaton.trace(table, state, tokens)
+def _at_width(
+    score: Callable[[Any, int], _Scored], widths: tuple[int, ...], drafts: Bool[Array, ""], cache: Any
+) -> _Scored:
+    """`score` at the width that the step needs: the last of `widths` where some row drafts, else the first.
+
+    `while_loop`s of at most one round: XLA copies a cache that both sides of a `cond` update, on every step.
+    """
+    if len(widths) == 1:
+        return score(cache, widths[0])
+    shapes = jax.eval_shape(lambda cache: score(cache, widths[-1]), cache)
+    scored = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(cache=None))._replace(cache=cache)
+    for width in widths:
+
+        def body(carry: tuple[Array, _Scored], width: int = width) -> tuple[Array, _Scored]:
+            return jnp.zeros((), bool), score(carry[1].cache, width)
+
+        needed = drafts if width == widths[-1] else ~drafts
+        scored = jax.lax.while_loop(lambda carry: carry[0], body, (needed, scored))[1]
+    return scored
+
+
+def _has_draft(proposal: Proposal, verdict: Verdict) -> Bool[Array, "B D"]:
+    """Whether a draft token was proposed for each position behind the accepted ones before it."""
+    if proposal.parent is None:
+        return jnp.arange(proposal.tokens.shape[1]) < proposal.length[:, None]
+    assert verdict.path is not None
+    return tree.has_child(proposal, verdict.path)
+
+
+def _draft_failed(proposal: Proposal, is_judged: Bool[Array, "B D"]) -> Bool[Array, " B"]:
+    """Whether the draft had no distribution at a position that was judged."""
+    if proposal.probs is None or proposal.parent is not None:
+        return jnp.zeros(is_judged.shape[0], bool)
+    return jnp.any(is_judged & jnp.isnan(jnp.sum(proposal.probs, axis=-1)), axis=-1)
+
+
+def _count(
+    stats: Stats,
+    running: Bool[Array, " B"],
+    proposal: Proposal,
+    num_accepted: Int[Array, " B"],
+    is_judged: Bool[Array, "B D"],
+    is_accepted: Bool[Array, "B D"],
+    overlap: Float[Array, "B D"],
+) -> Stats:
+    position = jnp.arange(is_judged.shape[1] + 1)
+    return Stats(
+        stats.target_calls + running,
+        stats.draft_steps + (running & (proposal.length > 0)),
+        stats.proposed + is_judged,
+        stats.accepted + is_accepted,
+        stats.histogram + (running[:, None] & (position == num_accepted[:, None])),
+        stats.overlap + jnp.sum(jnp.where(is_judged, overlap, 0.0), axis=-1),
+    )
 
 
 def _select(rows: Bool[Array, " B"], new: Adaptation, old: Adaptation) -> Adaptation:

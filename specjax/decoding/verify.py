@@ -1,7 +1,8 @@
 """Acceptance rules: `(keys, target_probs, proposal) -> Verdict`, of one row; the loop `vmap`s them.
 
-`target_probs` is `[T, V]` with T = K + 1: row i is the target's distribution of the token at draft position i, given
-the text and the draft tokens before it. The rules see distributions only after `sampling.probabilities` has made them,
+`target_probs` is `[T, V]` with T = N + 1: of a chain, row i is the target's distribution of the token at draft position
+i, given the text and the draft tokens before it; of a tree, row i + 1 is that of the token behind node i, and row 0
+that of the first. The rules see distributions only after `sampling.probabilities` has made them,
 on both sides. Where a paper counts draft tokens from 1, x_i is `proposal.tokens[i - 1]`.
 
 Exact are `greedy`, `rejection`, `block` and `coupled`, and `observe`, which only measures. The others trade exactness
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import sampling
+from specjax.sampling import tree
 from specjax.types import Proposal, StepKeys, Verdict
 
 Judge = Callable[[StepKeys, Float[Array, "T V"], Proposal], Verdict]
@@ -51,10 +53,18 @@ def _accept(proposal: Proposal, n: Int[Array, ""], last: Int[Array, ""]) -> Verd
     return Verdict(tokens.astype(jnp.int32), n)
 
 
+def _agree(own: Int[Array, " T"], keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
+    """Accepts draft tokens while they are the target's own; its next token follows them."""
+    if proposal.parent is None:
+        return _verdict(target_probs, proposal, proposal.tokens == own[:-1], lambda n: own[n])
+    is_distribution = ~jnp.isnan(jnp.sum(target_probs, axis=-1))
+    path, n = tree.walk(own, is_distribution, proposal, keys.token.shape[0] - 1)
+    # Behind the root, the token of a path's next node is the target's own.
+    return Verdict(jnp.where(jnp.arange(path.shape[0]) <= n, own[path], 0), n, path)
+
+
 def _greedy(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
-    del keys
-    best = sampling.argmax(target_probs)
-    return _verdict(target_probs, proposal, proposal.tokens == best[:-1], lambda n: best[n])
+    return _agree(sampling.argmax(target_probs), keys, target_probs, proposal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Rule:
       at_zero: what judges rows of temperature 0. For an exact rule that is `greedy`, on one-hot distributions. A rule
         that is not exact judges them on the target's distribution at temperature 1. Where a rule does not say, `greedy`
         takes its place, and the front door warns of it.
+      trees: whether it judges trees; all rules judge chains.
     """
 
     function: Judge
@@ -76,6 +87,7 @@ class Rule:
     exact: bool
     coupled: bool = False
     at_zero: Judge = _greedy
+    trees: bool = False
 
     def __call__(self, keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
         """Judges one row's proposal."""
@@ -179,26 +191,32 @@ def _block(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal
     return _accept(proposal, tau, sampling.categorical(keys.token[tau], residual))
 
 
-def _own(keys: StepKeys, target_probs: Float[Array, "T V"]) -> Int[Array, " T"]:
+def _own(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Int[Array, " T"]:
     """The target's own draw at every position, given that all drafts before it are accepted."""
-    return jax.vmap(sampling.categorical)(keys.token, target_probs)
+    token_keys = keys.token
+    if proposal.parent is not None:
+        token_keys = token_keys[tree.shape(proposal.parent[None], token_keys.shape[0] - 1).depth[0]]
+    return jax.vmap(sampling.categorical)(token_keys, target_probs)
 
 
 def _coupled(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
-    own = _own(keys, target_probs)
-    return _verdict(target_probs, proposal, proposal.tokens == own[:-1], lambda n: own[n])
+    return _agree(_own(keys, target_probs, proposal), keys, target_probs, proposal)
+
+
+def _nothing(keys: StepKeys, proposal: Proposal, last: Int[Array, ""]) -> Verdict:
+    tokens = jnp.zeros(keys.token.shape[0], jnp.int32)
+    return Verdict(tokens.at[0].set(last), tokens[0], None if proposal.parent is None else tokens)
 
 
 def _observe(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
-    return _accept(proposal, jnp.zeros((), jnp.int32), sampling.categorical(keys.token[0], target_probs[0]))
+    return _nothing(keys, proposal, sampling.categorical(keys.token[0], target_probs[0]))
 
 
 def _observe_greedy(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
-    del keys
-    return _accept(proposal, jnp.zeros((), jnp.int32), sampling.argmax(target_probs[0]))
+    return _nothing(keys, proposal, sampling.argmax(target_probs[0]))
 
 
-greedy = Rule(_greedy, "greedy", exact=True)
+greedy = Rule(_greedy, "greedy", exact=True, trees=True)
 """Accepts draft tokens while they are the target's argmax; the next token is the argmax after them.
 
 Exact for temperature 0, where the target's distribution is one-hot (for other temperatures it decodes as if it were 0,
@@ -221,7 +239,7 @@ Judges the draft as a whole: a token that alone would be rejected can be saved b
 Exact like `rejection`, and never fewer tokens in expectation.
 """
 
-coupled = Rule(_coupled, "coupled", exact=True, coupled=True)
+coupled = Rule(_coupled, "coupled", exact=True, coupled=True, trees=True)
 """Gumbel coupling: arXiv 2408.07978.
 
 Row and position fix one noise vector g. The target takes argmax(log target + g), the draft argmax(log draft + g);
@@ -230,7 +248,7 @@ whatever drafts and however much. A draft is accepted with probability at least 
 the 1 - TV of `rejection`.
 """
 
-observe = Rule(_observe, "observe", exact=True, at_zero=_observe_greedy)
+observe = Rule(_observe, "observe", exact=True, at_zero=_observe_greedy, trees=True)
 """Accepts nothing: the text is that of plain decoding, and `Stats.overlap` sums the chance of acceptance at its places.
 
 So alpha is measured as E[sum_x min(target, draft)] on the target's own text (Leviathan et al. 2022, Table 3).
@@ -358,7 +376,7 @@ def distance(epsilon: int) -> Rule:
         raise ValueError(f"epsilon={epsilon} is negative.")
 
     def judge(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
-        own = _own(keys, target_probs)
+        own = _own(keys, target_probs, proposal)
         return _verdict(target_probs, proposal, jnp.abs(proposal.tokens - own[:-1]) <= epsilon, lambda n: own[n])
 
     def best(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from specjax import sampling
 from specjax.sampling import processors
-from specjax.types import Context, Feedback, History, Inputs, ModelOutput, Proposal, Tree
+from specjax.types import Context, Feedback, History, Params, Proposal, Tree
 
 
 def last_tokens(history: History, size: int) -> Int[Array, "B C"]:
@@ -64,13 +64,13 @@ def draw(
     return Proposal(tokens, length, probs)
 
 
-def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> tuple[()]:
+def init(batch_size: int, max_len: int, max_source: int = 0) -> tuple[()]:
     """The state of a drafter that looks at the text alone: nothing."""
-    del params, inputs, target_output, max_len
+    del batch_size, max_len, max_source
     return ()
 
 
-def update(params: Tree, state: tuple[()], feedback: Feedback) -> tuple[()]:
+def update(params: Params, state: tuple[()], feedback: Feedback) -> tuple[()]:
     """Nothing to learn."""
     del params, feedback
     return state

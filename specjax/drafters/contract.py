@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.types import Context, Drafter, Feedback, Proposal, Tree
+from specjax.types import Context, Draft, Drafter, Feedback, Params, Proposal, Topology, Tree
 
 REMEDY = "`specjax.types` documents a drafter, and specjax.testing.check_drafter(drafter, target) tests one"
 
@@ -45,17 +45,18 @@ def check_proposal(proposal: Any, drafter: Drafter, batch_size: int, vocab_size:
       TypeError: for what is no `Proposal`, or arrays of another type.
       ValueError: for arrays of another shape.
     """
-    k = drafter.num_draft_tokens
+    nodes, topology = drafter.num_draft_tokens, drafter.topology
     if not isinstance(proposal, Proposal):
         raise TypeError(_blame(drafter.propose, f"returns {_kind(proposal)} in the place of a Proposal"))
     wanted = {
-        "tokens": ((batch_size, k), "int32", "[B, K]"),
+        "tokens": ((batch_size, nodes), "int32", "[B, K]"),
         "length": ((batch_size,), "int32", "[B]"),
-        "probs": ((batch_size, k, vocab_size), "float32", "[B, K, V]"),
+        "probs": ((batch_size, nodes, vocab_size), "float32", "[B, K, V]"),
+        "parent": ((batch_size, nodes), "int32", "[B, K]"),
     }
     for field, (shape, dtype, axes) in wanted.items():
         value = getattr(proposal, field)
-        if field == "probs" and value is None:
+        if field in ("probs", "parent") and value is None:
             continue
         if not (hasattr(value, "shape") and hasattr(value, "dtype")):
             raise TypeError(_blame(drafter.propose, f"proposes {field} of {_kind(value)}, which is no array"))
@@ -66,58 +67,64 @@ def check_proposal(proposal: Any, drafter: Drafter, batch_size: int, vocab_size:
         if value.dtype != jnp.dtype(dtype):
             raise TypeError(_blame(drafter.propose, f"proposes {field} of type {value.dtype}, not {dtype}"))
 
+    if (proposal.parent is None) != topology.is_chain:
+        wrong = "a chain with parents" if topology.is_chain else "a tree without parents"
+        raise ValueError(_blame(drafter.propose, f"proposes {wrong}, but its topology is {topology}"))
+
 
 def _kind(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _check_state(function: Callable[..., Any], before: Tree, after: Tree) -> None:
-    """The loop carries the state: it keeps its structure, shapes and types."""
+def _check_carried(function: Callable[..., Any], before: Tree, after: Tree, name: str) -> None:
+    """What the loop carries keeps its structure, shapes and types."""
     old, new = jax.tree.structure(before), jax.tree.structure(after)
     if old != new:
-        raise TypeError(_blame(function, f"changes the structure of the state from {old} to {new}"))
+        raise TypeError(_blame(function, f"changes the structure of the {name} from {old} to {new}"))
     named = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
     for (path, a), b in named:
         was, became = (f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (a, b))
         if was != became:
-            where = jax.tree_util.keystr(path) or "state"
-            raise TypeError(_blame(function, f"changes {where} of the state from {was} to {became}"))
+            where = jax.tree_util.keystr(path) or name
+            raise TypeError(_blame(function, f"changes {where} of the {name} from {was} to {became}"))
 
 
-def propose(drafter: Drafter, params: Tree, state: Tree, context: Context) -> tuple[Proposal, Tree]:
+def propose(drafter: Drafter, params: Params, state: Tree, cache: Any, context: Context) -> tuple[Proposal, Tree, Any]:
     """`drafter.propose`, and what it returns checked.
 
     Raises:
       TypeError, ValueError: naming the drafter, as `check_proposal` does, and for a state that changes its structure.
     """
-    found = drafter.propose(params, state, context)
-    if not isinstance(found, tuple) or isinstance(found, Proposal) or len(found) != 2:
-        raise TypeError(_blame(drafter.propose, f"returns {_kind(found)} in the place of (Proposal, state)"))
-    proposal, after = found
+    found = drafter.propose(params, state, cache, context)
+    if not isinstance(found, tuple) or isinstance(found, Proposal) or len(found) != 3:
+        raise TypeError(_blame(drafter.propose, f"returns {_kind(found)} in the place of (Proposal, state, cache)"))
+    proposal, after, cache_after = found
     check_proposal(proposal, drafter, context.max_draft.shape[0], context.vocab_size)
-    _check_state(drafter.propose, state, after)
-    return proposal, after
+    _check_carried(drafter.propose, state, after, "state")
+    _check_carried(drafter.propose, cache, cache_after, "target's cache")
+    return proposal, after, cache_after
 
 
-def update(drafter: Drafter, params: Tree, state: Tree, feedback: Feedback) -> Tree:
+def update(drafter: Drafter, params: Params, state: Tree, feedback: Feedback) -> Tree:
     """`drafter.update`, and the state that it returns checked.
 
     Raises:
       TypeError: naming the drafter, where the state changes its structure.
     """
     after = drafter.update(params, state, feedback)
-    _check_state(drafter.update, state, after)
+    _check_carried(drafter.update, state, after, "state")
     return after
 
 
-def check(drafter: Any) -> Drafter:
-    """The drafter itself, if it is one.
+def check(drafter: Any) -> Draft:
+    """What the front door was given, as a `Draft`.
 
     Raises:
       TypeError: for what is none, such as `drafters.ngram` without its brackets.
       ValueError: for a number of draft tokens that is none.
     """
-    if not isinstance(drafter, Drafter):
+    given = drafter.drafter if isinstance(drafter, Draft) else drafter
+    if not isinstance(given, Drafter):
         from specjax import drafters
 
         for name in ("ngram", "none", "model", "table", "retrieval"):
@@ -132,7 +139,13 @@ def check(drafter: Any) -> Drafter:
         raise TypeError(
             f"drafter is {_kind(drafter)}: give a Drafter, such as specjax.drafters.ngram(), or None to decode plainly."
         )
-    k = drafter.num_draft_tokens
-    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-        raise ValueError(_blame(drafter.propose, f"has num_draft_tokens={k!r}, not a whole number of at least 0"))
-    return drafter
+    topology = given.topology
+    numbers = (topology.num_nodes, topology.depth) if isinstance(topology, Topology) else (topology,)
+    if not all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in numbers) or len(numbers) != 2:
+        raise ValueError(
+            _blame(
+                given.propose,
+                f"has the topology {topology!r}; give specjax.types.Topology.chain(K), with K of at least 0",
+            )
+        )
+    return drafter if isinstance(drafter, Draft) else Draft(drafter, ())

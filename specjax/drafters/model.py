@@ -1,6 +1,7 @@
 """A second, smaller model drafts (Leviathan et al. 2022; Chen et al. 2023)."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,33 +9,81 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import sampling
+from specjax.drafters import model_tree
+from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import processors
-from specjax.types import Context, Drafter, Feedback, History, Inputs, Model, ModelOutput, Proposal, Tree
+from specjax.types import Block, Context, Draft, Drafter, History, Model, Params, Proposal, SamplingOptions, Topology
+from specjax.types import Tree as Pytree
 
 
-def model(draft: Any, *, num_draft_tokens: int = 4, min_confidence: float = 0.0) -> Drafter:
+def model(
+    draft: Any,
+    *,
+    num_draft_tokens: int | None = None,
+    min_confidence: float = 0.0,
+    topology: Sequence[int] | Sequence[Sequence[int]] | None = None,
+) -> Any:
     """Drafts with another model of the same vocabulary.
 
     A row's draft ends before the first position at which the options leave none of the tokens that the draft knows.
-    With `min_confidence`, drafting ends behind a token at whose place the draft gave its most probable token less than
-    that: what would follow is rarely accepted. (Transformers' assisted generation has such a threshold.) The text stays
-    exact, since where a draft ends depends on the tokens before that place only, never on the one drawn there.
+    With `min_confidence`, drafting ends behind a token at whose position the draft gave its most probable token less
+    than that: what would follow is rarely accepted. (Transformers' assisted generation has such a threshold.) The text
+    stays exact, since where a draft ends depends on the tokens before that position only, never on the one drawn there.
+
+    With a topology it drafts a tree: of each node the most probable continuations, or at a temperature those that the
+    noise of `verify.coupled` prefers. Trees are judged by the rules `greedy` (temperature 0) and `coupled`.
 
     Args:
       draft: a `Model`, whose parameters the caller passes to the loop, or a `Pretrained`, which brings them.
-      num_draft_tokens: K.
+      num_draft_tokens: K of a chain; by default 4.
       min_confidence: from 0, which always drafts K tokens, to 1; a probability of the draft itself, without options.
+      topology: the shape of a tree: how many children every node has, by depth, such as `(3, 2, 1)`; or its nodes as
+        paths, such as `[(0,), (1,), (0, 0)]`, each a list of ranks among siblings (Medusa, arXiv 2401.10774, §2.3.2).
+        None: a chain.
+
+    Returns:
+      a `Draft` of a `Pretrained`, a `Drafter` of a `Model`.
 
     Raises:
-      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, or a confidence that is no probability.
+      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, a confidence that is no probability, a topology that is
+        no tree, or a topology together with one of the others.
     """
-    check_num_draft_tokens(num_draft_tokens)
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence={min_confidence}: a probability, from 0 (off) to 1.")
+    inner: Model = draft if isinstance(draft, Model) else draft.model
+    if topology is None:
+        num_draft_tokens = 4 if num_draft_tokens is None else num_draft_tokens
+        check_num_draft_tokens(num_draft_tokens)
+        drafter = _drafter(inner, num_draft_tokens, min_confidence)
+    else:
+        if num_draft_tokens is not None or min_confidence:
+            raise ValueError(
+                f"topology={topology} says how many tokens are drafted: leave out num_draft_tokens and min_confidence."
+            )
+        drafter = model_tree.drafter(inner, model_tree.parse(topology))
     if isinstance(draft, Model):
-        return _drafter(draft, num_draft_tokens, min_confidence)
-    return _drafter(draft.model, num_draft_tokens, min_confidence)._replace(source=draft)
+        return drafter
+    return Draft(drafter, draft.params, draft.tokenizer, inner.max_len, inner)
+
+
+def choose(
+    logits: Float[Array, "B 1 W"], key: Array, history: History, options: SamplingOptions, vocab_size: int
+) -> tuple[Int[Array, " B"], Float[Array, "B V"], Bool[Array, " B"]]:
+    """A token of each row, what it was drawn from, and whether the options left any of the tokens that a draft knows.
+
+    Args:
+      logits: of the draft.
+      key: `[B]`.
+      history: the text before the token (T = 1).
+      options: of the rows.
+      vocab_size: V of the target.
+    """
+    logits = sampling.match_vocab(logits, vocab_size)
+    probs = sampling.probabilities(logits, options, history)[:, 0]
+    going = ~_has_no_token(logits, probs)
+    probs = jnp.where(going[:, None], probs, 0.0)
+    return sampling.sample(key, probs, options), probs, going
 
 
 def _confidence(logits: Float[Array, "B 1 V"]) -> Float[Array, " B"]:
@@ -48,69 +97,39 @@ def _has_no_token(logits: Float[Array, "B 1 V"], probs: Float[Array, "B V"]) -> 
     return jnp.isnan(jnp.sum(probs, axis=-1)) & (jnp.sum(logits, axis=-1) < jnp.inf)[:, 0]
 
 
-def _window(tokens: Int[Array, "B L"], start: Int[Array, " B"], size: int) -> Int[Array, "B T"]:
-    """`size` tokens of each row from that row's own position."""
-    return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (size,)))(tokens, start)
-
-
 @functools.cache
 def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Drafter:
-    """The state is the draft's cache, whose `length` counts its valid entries (see `models.cache`)."""
+    """The state is the draft's cache, whose `length` counts its committed entries (see `models.cache`)."""
     k = num_draft_tokens
 
-    def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> Any:
-        del target_output
-        return draft.prefill(params, inputs, draft.init_cache(inputs.tokens.shape[0], max_len))[1]
+    def extend(
+        params: Params, cache: Any, token: Int[Array, " B"], history: History, context: Context
+    ) -> tuple[Float[Array, "B 1 W"], Any, History]:
+        """The logits behind one more token of each row."""
+        history = processors.extend(history, token, context.sampling.penalties)
+        output, cache = draft.apply(params.draft, Block(token[:, None]), cache)
+        return output.logits, draft.commit(cache, None, jnp.ones_like(token)), history
 
-    def catch_up(params: Tree, cache: Any, context: Context) -> Any:
-        """Reads the text that plain steps have added, K + 1 tokens a call; the cache then lacks the last two."""
-        needed = jnp.maximum(context.history.length - 2, 0)
+    def pick(logits: Array, key: Array, history: History, context: Context, going: Array) -> tuple[Array, Array, Array]:
+        token, probs, some = choose(logits, key, history, context.sampling, context.vocab_size)
+        return token, jnp.where(going[:, None], probs, 0.0), going & some
 
-        def behind(cache: Any) -> Array:
-            # Of every row: one that does not draft now has its last two tokens rewritten below all the same.
-            return jnp.any(cache.length < needed)
-
-        def read(cache: Any) -> Any:
-            begin = cache.length
-            _, cache = draft.apply(params, _window(context.history.tokens, begin, k + 1), cache)
-            return cache._replace(length=jnp.minimum(begin + k + 1, needed))
-
-        return jax.lax.while_loop(behind, read, cache)
-
-    def choose(
-        logits: Array, key: Array, history: History, context: Context, going: Array
-    ) -> tuple[Array, Array, Array]:
-        """A token of each row, what it was drawn from, and whether the draft still goes on, as `going` said so far."""
-        logits = sampling.match_vocab(logits, context.vocab_size)
-        probs = sampling.probabilities(logits, context.sampling, history)[:, 0]
-        going = going & ~_has_no_token(logits, probs)
-        probs = jnp.where(going[:, None], probs, 0.0)
-        return sampling.sample(key, probs, context.sampling), probs, going
-
-    def is_sure(logits: Array) -> Array:
-        return _confidence(logits) >= min_confidence
-
-    def rollout(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Array, Any]:
+    def rollout(params: Params, cache: Any, context: Context) -> tuple[Array, Array, Array, Any]:
         """The tokens, their distributions, how many there are, and the cache."""
-        cache = catch_up(params, cache, context)
-        keys, length = jnp.swapaxes(context.keys, 0, 1), context.history.length
+        cache = catch_up(draft, params.draft, cache, context.history, missing=2, chunk=k + 1)
+        keys, going = jnp.swapaxes(context.keys, 0, 1), jnp.ones(context.max_draft.shape, bool)
 
         # The first call feeds the last two tokens: after full acceptance the cache lacks both (the last draft token was
         # chosen but never fed), and otherwise the first of them is merely written again.
-        begin = jnp.maximum(length - 2, 0)
-        output, cache = draft.apply(params, _window(context.history.tokens, begin, 2), cache._replace(length=begin))
-        last = (length - 1 - begin)[:, None, None]
-        first_logits = jnp.take_along_axis(output.logits, last, axis=1)
-        first = choose(first_logits, keys[0], context.history, context, jnp.ones(length.shape, bool))
-        cache = cache._replace(length=length)
+        logits, cache = read_last(draft, params.draft, cache, context.history, 2)
+        first = pick(logits, keys[0], context.history, context, going)
         if min_confidence:
-            return while_sure(params, cache, context, first, is_sure(first_logits))
+            return while_sure(params, cache, context, first, _confidence(logits) >= min_confidence)
 
         def draft_one(carry: tuple[Any, Array, Array, History], key: Array) -> tuple[Any, tuple[Array, Array, Array]]:
             cache, token, going, history = carry
-            history = processors.extend(history, token, context.sampling.penalties)
-            output, cache = draft.apply(params, token[:, None], cache)
-            token, probs, going = choose(output.logits, key, history, context, going)
+            logits, cache, history = extend(params, cache, token, history, context)
+            token, probs, going = pick(logits, key, history, context, going)
             return (cache, token, going, history), (token, probs, going)
 
         (cache, *_), rest = jax.lax.scan(draft_one, (cache, first[0], first[2], context.history), keys[1:])
@@ -120,30 +139,29 @@ def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Draf
         return tokens, probs, jnp.sum(going, axis=1, dtype=jnp.int32), cache
 
     def while_sure(
-        params: Tree, cache: Any, context: Context, first: tuple[Array, Array, Array], sure: Bool[Array, " B"]
+        params: Params, cache: Any, context: Context, first: tuple[Array, Array, Array], sure: Bool[Array, " B"]
     ) -> tuple[Array, Array, Array, Any]:
-        """The rest of a rollout, until every row has come to a place at which the draft was unsure."""
+        """The rest of a rollout, until every row has come to a position at which the draft was unsure."""
         empty = skip(params, cache, context)
         tokens, probs = empty[0].at[:, 0].set(first[0]), empty[1].at[:, 0].set(first[1])
 
         def is_going_on(carry: Any) -> Array:
-            place, sure = carry[0], carry[1]
-            return (place < k) & jnp.any(sure & (place < context.max_draft))
+            position, sure = carry[0], carry[1]
+            return (position < k) & jnp.any(sure & (position < context.max_draft))
 
         def draft_one(carry: Any) -> Any:
-            place, sure, count, cache, history, tokens, probs = carry
-            token = jax.lax.dynamic_index_in_dim(tokens, place - 1, axis=1, keepdims=False)
-            history = processors.extend(history, token, context.sampling.penalties)
-            output, cache = draft.apply(params, token[:, None], cache)
-            token, drawn_from, going = choose(output.logits, context.keys[:, place], history, context, sure)
+            position, sure, count, cache, history, tokens, probs = carry
+            token = jax.lax.dynamic_index_in_dim(tokens, position - 1, axis=1, keepdims=False)
+            logits, cache, history = extend(params, cache, token, history, context)
+            token, drawn_from, going = pick(logits, context.keys[:, position], history, context, sure)
             return (
-                place + 1,
-                going & is_sure(output.logits),
+                position + 1,
+                going & (_confidence(logits) >= min_confidence),
                 count + going,
                 cache,
                 history,
-                tokens.at[:, place].set(token),
-                probs.at[:, place].set(drawn_from),
+                tokens.at[:, position].set(token),
+                probs.at[:, position].set(drawn_from),
             )
 
         going = first[2]
@@ -151,28 +169,29 @@ def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Draf
         _, _, count, cache, _, tokens, probs = jax.lax.while_loop(is_going_on, draft_one, carry)
         return tokens, probs, count, cache
 
-    def skip(params: Tree, cache: Any, context: Context) -> tuple[Array, Array, Array, Any]:
+    def skip(params: Params, cache: Any, context: Context) -> tuple[Array, Array, Array, Any]:
         del params
         rows = context.max_draft.shape[0]
         none = jnp.zeros(rows, jnp.int32)
         return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), none, cache
 
-    def propose(params: Tree, cache: Any, context: Context) -> tuple[Proposal, Any]:
+    def propose(params: Params, state: Pytree, cache: Any, context: Context) -> tuple[Proposal, Pytree, Any]:
         if k == 0:
-            tokens, probs, count, cache = skip(params, cache, context)
+            tokens, probs, count, state = skip(params, state, context)
         else:
-            tokens, probs, count, cache = jax.lax.cond(
+            tokens, probs, count, state = jax.lax.cond(
                 jnp.any(context.max_draft > 0),
                 lambda p, c: rollout(p, c, context),
                 lambda p, c: skip(p, c, context),
                 params,
-                cache,
+                state,
             )
-        return Proposal(tokens, jnp.minimum(context.max_draft, count), probs), cache
+        return Proposal(tokens, jnp.minimum(context.max_draft, count), probs), state, cache
 
-    def update(params: Tree, cache: Any, feedback: Feedback) -> Any:
-        del params
+    def update(params: Params, state: Any, feedback: Any) -> Any:
+        if feedback.inputs is not None:
+            return learn(draft, params.draft, state, feedback.inputs)
         # Of the K draft tokens, K - 1 were fed; those accepted are text, the others are rolled back.
-        return cache._replace(length=jnp.minimum(cache.length, feedback.length - 1))
+        return set_length(draft, state, jnp.minimum(state.length, feedback.length - 1))
 
-    return Drafter(init, propose, update, k)
+    return Drafter(draft.init_cache, propose, update, Topology.chain(k))

@@ -5,14 +5,14 @@ text is first drafted as a copy of it (aggressive decoding, Sun et al. 2021, arX
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from specjax.limits import check_num_draft_tokens
-from specjax.types import Context, Drafter, Feedback, Inputs, ModelOutput, Proposal, Tree
+from specjax.types import Context, Drafter, Feedback, Params, Proposal, Topology
 
 
 class _Source(NamedTuple):
@@ -94,24 +94,24 @@ def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) 
     if not 1 <= min_match <= max_match:
         raise ValueError(f"min_match={min_match} and max_match={max_match}: need 1 <= min_match <= max_match.")
 
-    def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> _Source:
-        del params, target_output, max_len
-        if inputs.source is None or inputs.source_length is None:
-            rows = inputs.tokens.shape[0]
-            return _Source(jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32))
-        return _Source(inputs.source, inputs.source_length)
+    def init(batch_size: int, max_len: int, max_source: int = 0) -> _Source:
+        del max_len
+        return _Source(jnp.zeros((batch_size, max_source), jnp.int32), jnp.zeros(batch_size, jnp.int32))
 
-    def propose(params: Tree, state: _Source, context: Context) -> tuple[Proposal, _Source]:
+    def propose(params: Params, state: _Source, cache: Any, context: Context) -> tuple[Proposal, _Source, Any]:
         del params
         find = functools.partial(lookup, num_draft_tokens=num_draft_tokens, min_match=min_match, max_match=max_match)
         text, source = context.history, state
         draft, available = jax.vmap(lambda t, n, s, m: find(t, n, source=s, source_length=m))(
             text.tokens, text.length, source.tokens, source.length
         )
-        return Proposal(draft, jnp.minimum(available, context.max_draft), None), state
+        return Proposal(draft, jnp.minimum(available, context.max_draft), None), state, cache
 
-    def update(params: Tree, state: _Source, feedback: Feedback) -> _Source:
-        del params, feedback
-        return state
+    def update(params: Params, state: _Source, feedback: Feedback) -> _Source:
+        del params
+        prompt = feedback.inputs
+        if prompt is None or prompt.source is None or prompt.source_length is None:
+            return state
+        return _Source(prompt.source, prompt.source_length)
 
-    return Drafter(init, propose, update, num_draft_tokens)
+    return Drafter(init, propose, update, Topology.chain(num_draft_tokens))

@@ -1,11 +1,13 @@
 """The drafter that proposes nothing: plain decoding, the oracle of the tests and the baseline of every measurement."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 
+from specjax.drafters import chain
 from specjax.limits import check_num_draft_tokens
-from specjax.types import Context, Drafter, Feedback, Inputs, ModelOutput, Proposal, Tree
+from specjax.types import Context, Drafter, Params, Proposal, Topology, Tree
 
 
 @functools.cache
@@ -21,17 +23,10 @@ def none(*, num_draft_tokens: int = 0) -> Drafter:
     """
     check_num_draft_tokens(num_draft_tokens)
 
-    def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> tuple[()]:
-        del params, inputs, target_output, max_len
-        return ()
-
-    def propose(params: Tree, state: tuple[()], context: Context) -> tuple[Proposal, tuple[()]]:
+    def propose(params: Params, state: Tree, cache: Any, context: Context) -> tuple[Proposal, Tree, Any]:
         del params
         rows = context.max_draft.shape[0]
-        return Proposal(jnp.zeros((rows, num_draft_tokens), jnp.int32), jnp.zeros(rows, jnp.int32), None), state
+        proposal = Proposal(jnp.zeros((rows, num_draft_tokens), jnp.int32), jnp.zeros(rows, jnp.int32), None)
+        return proposal, state, cache
 
-    def update(params: Tree, state: tuple[()], feedback: Feedback) -> tuple[()]:
-        del params, feedback
-        return state
-
-    return Drafter(init, propose, update, num_draft_tokens)
+    return Drafter(chain.init, propose, chain.update, Topology.chain(num_draft_tokens))

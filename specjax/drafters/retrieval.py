@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax.drafters import chain, store
 from specjax.limits import check_num_draft_tokens
 from specjax.text.tokenizer import Tokenizer
-from specjax.types import Context, Drafter, Proposal, Tree
+from specjax.types import Context, Draft, Drafter, Params, Proposal, Topology
 
 KIND = "retrieval"
 _END = -1
@@ -47,7 +47,6 @@ class Datastore(NamedTuple):
       vocab_size: V of the corpus.
       depth: how many tokens the order of the suffix array rests on: the longest match that can be looked up.
       info: what was indexed, as JSON values.
-      model: None; a datastore is no model.
     """
 
     params: Index
@@ -55,7 +54,6 @@ class Datastore(NamedTuple):
     vocab_size: int
     depth: int
     info: dict[str, Any]
-    model: None = None
 
 
 class Matches(NamedTuple):
@@ -235,7 +233,7 @@ def retrieval(
     min_match: int = 2,
     max_match: int = 8,
     num_occurrences: int = 64,
-) -> Drafter:
+) -> Draft:
     """Drafts what follows the text's last tokens in a corpus; a row without a match drafts nothing.
 
     Args:
@@ -258,25 +256,28 @@ def retrieval(
         )
     if num_occurrences < 1:
         raise ValueError(f"num_occurrences={num_occurrences}: at least 1.")
-    return _drafter(num_draft_tokens, min_match, max_match, num_occurrences)._replace(source=source)
+    drafter = _drafter(num_draft_tokens, min_match, max_match, num_occurrences)
+    return Draft(drafter, source.params, source.tokenizer)
 
 
 @functools.cache
 def _drafter(num_draft_tokens: int, min_match: int, max_match: int, num_occurrences: int) -> Drafter:
-    def propose(params: Tree, state: tuple[()], context: Context) -> tuple[Proposal, tuple[()]]:
+    def propose(params: Params, state: tuple[()], cache: Any, context: Context) -> tuple[Proposal, tuple[()], Any]:
+        index: Index = params.draft
+
         def find(last: Int[Array, " C"]) -> tuple[Array, Array]:
-            return occurrences(params, lookup(params, last, min_match), num_occurrences)
+            return occurrences(index, lookup(index, last, min_match), num_occurrences)
 
         def predict(carry: tuple[Array, Array]) -> Float[Array, "B V"]:
-            count = jax.vmap(lambda at, alive: histogram(params, at, alive, context.vocab_size))(*carry)
+            count = jax.vmap(lambda at, alive: histogram(index, at, alive, context.vocab_size))(*carry)
             return jnp.log(count)
 
         def advance(carry: tuple[Array, Array], token: Int[Array, " B"]) -> tuple[Array, Array]:
             at, alive = carry
-            return at + 1, alive & (_next(params, at) == token[:, None])
+            return at + 1, alive & (_next(index, at) == token[:, None])
 
         start = jax.vmap(find)(chain.last_tokens(context.history, max_match))
         length = jnp.where(jnp.any(start[1], axis=1), context.max_draft, 0)
-        return chain.draw(predict, advance, start, length, context), state
+        return chain.draw(predict, advance, start, length, context), state, cache
 
-    return Drafter(chain.init, propose, chain.update, num_draft_tokens)
+    return Drafter(chain.init, propose, chain.update, Topology.chain(num_draft_tokens))

@@ -23,7 +23,7 @@ from specjax import sampling
 from specjax.drafters import chain, store
 from specjax.limits import check_num_draft_tokens
 from specjax.text.tokenizer import Tokenizer
-from specjax.types import Context, Drafter, Proposal, Tree
+from specjax.types import Context, Draft, Drafter, Params, Proposal, Topology
 
 KIND = "ngram"
 
@@ -63,7 +63,6 @@ class Table(NamedTuple):
       order: N; a distribution depends on the last N - 1 tokens.
       max_successors: the most successors that a context has.
       info: what was counted and what was dropped, as JSON values.
-      model: None; a table is no model.
     """
 
     params: Trie
@@ -72,7 +71,6 @@ class Table(NamedTuple):
     order: int
     max_successors: int
     info: dict[str, Any]
-    model: None = None
 
 
 class _Level(NamedTuple):
@@ -312,7 +310,7 @@ def distribution(trie: Trie, last: Int[Array, " C"], max_successors: int) -> Flo
     return probs
 
 
-def table(source: Table, *, num_draft_tokens: int = 4) -> Drafter:
+def table(source: Table, *, num_draft_tokens: int = 4) -> Draft:
     """Drafts with an n-gram table of the target's vocabulary.
 
     Args:
@@ -323,21 +321,22 @@ def table(source: Table, *, num_draft_tokens: int = 4) -> Drafter:
       ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`.
     """
     check_num_draft_tokens(num_draft_tokens)
-    return _drafter(source.order, source.max_successors, num_draft_tokens)._replace(source=source)
+    drafter = _drafter(source.order, source.max_successors, num_draft_tokens)
+    return Draft(drafter, source.params, source.tokenizer)
 
 
 # Tables of one order and one bound give the same drafter, a static argument of the loop.
 @functools.cache
 def _drafter(order: int, max_successors: int, num_draft_tokens: int) -> Drafter:
-    def propose(params: Tree, state: tuple[()], context: Context) -> tuple[Proposal, tuple[()]]:
+    def propose(params: Params, state: tuple[()], cache: Any, context: Context) -> tuple[Proposal, tuple[()], Any]:
         def predict(last: Int[Array, "B C"]) -> Float[Array, "B W"]:
-            probs = jax.vmap(lambda row: distribution(params, row, max_successors))(last)
+            probs = jax.vmap(lambda row: distribution(params.draft, row, max_successors))(last)
             return sampling.match_vocab(jnp.log(probs)[:, None], context.vocab_size)[:, 0]
 
         def advance(last: Int[Array, "B C"], token: Int[Array, " B"]) -> Int[Array, "B C"]:
             return jnp.concatenate([token[:, None], last], axis=1)[:, : order - 1]
 
         last = chain.last_tokens(context.history, order - 1)
-        return chain.draw(predict, advance, last, context.max_draft, context), state
+        return chain.draw(predict, advance, last, context.max_draft, context), state, cache
 
-    return Drafter(chain.init, propose, chain.update, num_draft_tokens)
+    return Drafter(chain.init, propose, chain.update, Topology.chain(num_draft_tokens))

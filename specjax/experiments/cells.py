@@ -12,7 +12,7 @@ from specjax.decoding import verify
 from specjax.experiments import compare, results
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.results import Row
-from specjax.types import Drafter
+from specjax.types import AnyDrafter, Draft
 
 OFF: Row = {
     "top_k": 0,
@@ -116,14 +116,14 @@ def _clock(rows: int, sides: dict[str, list[compare.Decoded]]) -> Row:
         clock |= {
             f"{side}seconds": float(np.median([run.seconds for run in runs])),
             f"{side}tokens": runs[0].generation.stats.num_tokens,
-            f"{side}steps": int(runs[0].state.stats.target_calls.max()),
+            f"{side}steps": int(runs[0].state.rows.stats.target_calls.max()),
         }
     return clock
 
 
 def timed(
     chosen: Setting,
-    drafter: Drafter,
+    drafter: AnyDrafter,
     name: str,
     temperature: float,
     num_prompts: int,
@@ -157,7 +157,7 @@ def timed(
         "top_p": top_p,
         "target": chosen.name,
         "draft": name,
-        "drafter": "model" if drafter.source is not None and drafter.source.model is not None else "table",
+        "drafter": "model" if isinstance(drafter, Draft) and drafter.model is not None else "table",
         "verify": rule.name,
         "exact": rule.exact,
         "fixed_shape": False,
@@ -201,7 +201,7 @@ class Texts(NamedTuple):
 
 def texts(
     chosen: Setting,
-    drafter: Drafter,
+    drafter: AnyDrafter,
     temperature: float,
     num_prompts: int,
     rule: verify.Rule,
@@ -230,6 +230,6 @@ def texts(
         decoded, rows = bench.decode(drafter, batch), len(batch.prompts)
         text += (decoded.generation.text or [])[:rows]
         tokens += decoded.generation.tokens[:rows]
-        overlap += float(decoded.state.stats.overlap[:rows].sum())
-        judged += float(decoded.state.stats.proposed[:rows].sum())
+        overlap += float(decoded.state.rows.stats.overlap[:rows].sum())
+        judged += float(decoded.state.rows.stats.proposed[:rows].sum())
     return Texts(text, tokens, overlap / judged if judged else 0.0, sum(map(len, tokens)))

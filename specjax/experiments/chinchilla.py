@@ -24,7 +24,7 @@ from specjax.experiments.results import Row
 from specjax.experiments.store import Store
 from specjax.experiments.tasks import human_eval, prompting, quality, sandbox
 from specjax.parallel import sharding
-from specjax.types import Drafter
+from specjax.types import AnyDrafter
 
 Config = Any
 """An `ml_collections.ConfigDict` with the keys of the files in `configs/chinchilla`."""
@@ -156,7 +156,7 @@ def _fitting(config: Config, task: Task, target: Pretrained) -> list[int]:
 
 
 def _decode(
-    config: Config, store: Store, setting: cells.Setting, drafter: Drafter, key: str, sampling: Sampling, total: int
+    config: Config, store: Store, setting: cells.Setting, drafter: AnyDrafter, key: str, sampling: Sampling, total: int
 ) -> list[str]:
     """The texts of the first prompts, found or decoded a few batches at a time."""
     found: list[str] = []
@@ -181,7 +181,7 @@ def _decode(
     return found
 
 
-def _timed(config: Config, setting: cells.Setting, drafter: Drafter, sampling: Sampling, batch_size: int) -> Row:
+def _timed(config: Config, setting: cells.Setting, drafter: AnyDrafter, sampling: Sampling, batch_size: int) -> Row:
     row = cells.timed(
         setting,
         drafter,

@@ -20,7 +20,7 @@ from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
-from specjax.types import Drafter
+from specjax.types import AnyDrafter, Draft, Drafter
 
 Config = Any
 """An `ml_collections.ConfigDict`."""
@@ -145,7 +145,7 @@ def rule(text: str) -> Rule:
 def _own_drafter(text: str) -> Callable[..., Any]:
     """The function of a file; its arguments are known."""
     function = _own("drafter", text)
-    if isinstance(function, Drafter) or not callable(function):
+    if isinstance(function, Drafter | Draft) or not callable(function):
         kind = type(function).__name__
         raise ValueError(
             f"config.drafter={text!r} is a {kind}: name a function that returns a specjax.Drafter, such as "
@@ -164,7 +164,7 @@ def _own_drafter(text: str) -> Callable[..., Any]:
     return function
 
 
-def own_drafter(text: str, draft: str, target: Pretrained) -> Callable[[int], Drafter]:
+def own_drafter(text: str, source: str, target: Pretrained) -> Callable[[int], AnyDrafter]:
     """A user's drafter by K.
 
     Raises:
@@ -175,11 +175,11 @@ def own_drafter(text: str, draft: str, target: Pretrained) -> Callable[[int], Dr
     named = inspect.signature(function).parameters
 
     @functools.cache
-    def of(k: int) -> Drafter:
-        given = {"num_draft_tokens": k, "target": target, "draft": draft}
+    def of(k: int) -> AnyDrafter:
+        given = {"num_draft_tokens": k, "target": target, "draft": source}
         made = _guard(text, "function", function)(**{name: given[name] for name in _ARGUMENTS if name in named})
         try:
-            contract.check(made)
+            draft = contract.check(made)
         except (TypeError, ValueError) as error:
             raise ValueError(f"config.drafter={text!r} returns no drafter: {error}") from error
         if made.num_draft_tokens != k:
@@ -187,12 +187,9 @@ def own_drafter(text: str, draft: str, target: Pretrained) -> Callable[[int], Dr
                 f"config.drafter={text!r} returns a drafter of {made.num_draft_tokens} tokens where {k} were asked "
                 "for: give it an argument num_draft_tokens, or set --config.num_draft_tokens."
             )
-
-        return made._replace(
-            init=_guard(text, "init", made.init),
-            propose=_guard(text, "propose", made.propose),
-            update=_guard(text, "update", made.update),
-        )
+        inner = draft.drafter
+        guarded = {name: _guard(text, name, getattr(inner, name)) for name in ("init", "propose", "update")}
+        return draft._replace(drafter=inner._replace(**guarded))
 
     return of
 
@@ -290,7 +287,7 @@ def check_rule(text: str, temperature: float) -> None:
         raise ValueError(f"config.verify='greedy' is for temperature 0, not {temperature}: choose rejection.")
 
 
-def drafter_of(config: Config, target: Pretrained, read: Callable[[], Pretrained]) -> Callable[[int], Drafter]:
+def drafter_of(config: Config, target: Pretrained, read: Callable[[], Pretrained]) -> Callable[[int], AnyDrafter]:
     """The drafter that a config names, by K.
 
     Args:

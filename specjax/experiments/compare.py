@@ -26,7 +26,7 @@ from specjax.experiments.prompts import Prompt
 from specjax.experiments.results import Row
 from specjax.parallel import distributed, sharding
 from specjax.sampling import automaton
-from specjax.types import Automaton, DecodeState, Drafter
+from specjax.types import AnyDrafter, Automaton, DecodeState
 
 Config = Any
 """An `ml_collections.ConfigDict` with the keys of `configs/compare.py`."""
@@ -88,17 +88,17 @@ class Bench:
     """
 
     target: Pretrained
-    drafter: Drafter
+    drafter: AnyDrafter
     options: dict[str, Any]
     repeats: int
 
     @property
-    def plain(self) -> Drafter:
+    def plain(self) -> AnyDrafter:
         """Plain decoding: at a fixed shape, that of the drafter."""
         k = self.drafter.num_draft_tokens if self.options["fixed_shape"] else 0
         return drafters.none(num_draft_tokens=k)
 
-    def prepare(self, drafter: Drafter, batch: Batch) -> api.Request:
+    def prepare(self, drafter: AnyDrafter, batch: Batch) -> api.Request:
         """Reads a batch's prompts into the caches of one side."""
         request = api.prepare(
             self.target,
@@ -110,7 +110,7 @@ class Bench:
         )
         return request._replace(state=jax.block_until_ready(request.state))
 
-    def decode(self, drafter: Drafter, batch: Batch) -> Decoded:
+    def decode(self, drafter: AnyDrafter, batch: Batch) -> Decoded:
         """Decodes a batch and takes the time."""
         begin = time.perf_counter()
         request = self.prepare(drafter, batch)
@@ -119,7 +119,7 @@ class Bench:
         seconds = time.perf_counter() - prefilled
         return Decoded(api.finish(request, state), state, prefilled - begin, seconds)
 
-    def compile(self, drafter: Drafter, batch: Batch) -> float:
+    def compile(self, drafter: AnyDrafter, batch: Batch) -> float:
         """Compiles what one side needs for a batch, by one step of it, and then decodes the batch to its end.
 
         A program's branches, for steps that draft and steps that do not, take longer when they are first run.
@@ -195,7 +195,7 @@ def device_name() -> str:
     return kind if count == 1 else f"{count} x {kind}"
 
 
-def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], Drafter]]:
+def load(config: Config, view: View) -> tuple[Pretrained, Callable[[int], AnyDrafter]]:
     """The target and its drafter, by K, as the keys of `configs/compare.py` name them.
 
     Raises:
@@ -318,7 +318,7 @@ def rows_of(common: Row, batch: Batch, sides: dict[str, list[Decoded]], compiled
             f"{side}compile_seconds": compiled[side],
         }
     ours, plain = sides[""][0], sides["baseline_"][0]
-    stats = jax.tree.map(np.asarray, ours.state.stats)
+    stats = jax.tree.map(np.asarray, ours.state.rows.stats)
     rows = []
     for i, prompt in enumerate(batch.prompts):
         own = {

@@ -28,7 +28,7 @@ from specjax.experiments.results import Row
 from specjax.experiments.store import Store
 from specjax.text.tokenizer import SPIECE
 from specjax.training import fit
-from specjax.types import Drafter
+from specjax.types import AnyDrafter
 
 Config = Any
 """An `ml_collections.ConfigDict` with the keys of the files in `configs/leviathan`."""
@@ -38,7 +38,7 @@ class Draft(NamedTuple):
     """A draft: its name, the drafter that it gives at some K, and its size in numbers."""
 
     name: str
-    drafter: Callable[[int], Drafter]
+    drafter: Callable[[int], AnyDrafter]
     num_params: int
 
 
@@ -147,7 +147,7 @@ def _alpha(config: Config, setting: cells.Setting, draft: Draft, temperature: fl
 
 
 def _quality(
-    config: Config, setting: cells.Setting, drafter: Drafter, temperature: float, references: Sequence[str]
+    config: Config, setting: cells.Setting, drafter: AnyDrafter, temperature: float, references: Sequence[str]
 ) -> float:
     number = config.quality_prompts
     found = cells.texts(setting, drafter, temperature, number, verify.rejection, config.quality_batch)

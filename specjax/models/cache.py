@@ -3,15 +3,17 @@
 **Invariant.** For every row, entries `0 .. length - 1` of every layer are exactly those that a fresh prefill of the
 row's first `length` tokens would write. Entries at or beyond `length` are stale: attention never sees them before
 they are overwritten, since a call writes its own tokens at `length ..` before it attends, and a query at position p
-attends to entries `0 .. p` only; and values are finite (`contain`), since 0 * NaN is NaN. So a rejected draft is undone
-by setting `length[row]`; nothing is copied or cleared.
+attends to entries `0 .. p` only (of a tree, to its own path); and values are finite (`contain`), since 0 * NaN is NaN.
+So a rejected draft is one that is not committed; nothing is copied or cleared. The accepted path of a tree is moved to
+where a prefill would have written it (`commit`): keys are rotated by the depth in the tree, which is their position.
 
 **Layout.** One array per layer, `[B, kv_heads, S, head_dim]`: the form that XLA updates in place inside a donated
 `while_loop`. With S before the heads, it is copied whole on every step. Where one layer's program is run for all of
 them (`DecoderConfig.scan_layers`), they lie in one array, `[B, layers, kv_heads, S, head_dim]`.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +116,50 @@ def contain(values: Float[Array, "B T H D"]) -> tuple[Float[Array, "B T H D"], B
     """
     broken = ~jnp.isfinite(values)
     return jnp.where(broken, 0.0, values), broken
+
+
+CacheLike = TypeVar("CacheLike", bound=Any)
+"""A NamedTuple that has the fields of `Cache`, and others perhaps."""
+
+
+def commit(cache: CacheLike, path: Int[Array, "B D"] | None, count: Int[Array, " B"]) -> CacheLike:
+    """Keeps entries of the last block (see `types.Model.commit`).
+
+    Args:
+      cache: of any model.
+      path: the entries behind the length that are kept, in order; of those beyond `count` any will do. None: they stand
+        where they belong.
+      count: how many are kept.
+    """
+    if path is not None and path.shape[1] > 1:
+        move = functools.partial(_move, path=path, length=cache.length)
+        cache = cache._replace(keys=tuple(map(move, cache.keys)), values=tuple(map(move, cache.values)))
+    return cache._replace(length=cache.length + count)
+
+
+def _move(
+    buffer: Float[Array, "B *L H S D"], path: Int[Array, "B D"], length: Int[Array, " B"]
+) -> Float[Array, "B *L H S D"]:
+    """Writes the entries `length + path` of each row to `length ..`; the first of them is in its place already."""
+    seq = buffer.ndim - 2
+
+    def update(buffer: Array, path: Array, length: Array) -> Array:
+        def read(row: Array, path: Array, length: Array) -> Array:
+            return jnp.take(row, length + path[1:], axis=seq - 1, mode="clip")
+
+        def write(row: Array, kept: Array, length: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(row, kept, length + 1, axis=seq - 1)
+
+        kept = jax.vmap(read)(buffer, path, length)
+        if buffer.shape[0] > MAX_UNROLLED_ROWS or not jax.sharding.get_abstract_mesh().empty:
+            return jax.vmap(write)(buffer, kept, length)
+        for row in range(buffer.shape[0]):
+            at = [jnp.int32(0)] * buffer.ndim
+            at[0], at[seq] = jnp.int32(row), length[row] + 1
+            buffer = jax.lax.dynamic_update_slice(buffer, kept[row : row + 1], at)
+        return buffer
+
+    return bits.moved(update, (buffer,), path, length)
 
 
 def of_layer(buffer: Float[Array, "B *L H S D"], layer: Int[Array, ""] | None) -> Float[Array, "B H S D"]:

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
 from specjax.models import graph, layers
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
 from specjax.parallel import sharding
-from specjax.types import Batch, Inputs, Model, ModelOutput, Tree
+from specjax.types import Batch, Block, Inputs, Model, ModelOutput, Tree
 
 PREFILL_CHUNK = 512
 """Prompts are read at most so many tokens at a time: the scores of a whole one would grow with its square."""
@@ -29,6 +29,9 @@ Views = Mapping[bool, layers.View]
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm, head. The table of a tied model is stored as the head is: `D -> V`."""
 
+    taps: tuple[int, ...] = ()
+    """The hidden states that are the features of its outputs (`types.Model.with_taps`)."""
+
     def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
         c = config
@@ -38,7 +41,7 @@ class Decoder(nnx.Module):
         if c.positions == "learned":
             table = (c.max_position, c.hidden_size)
             self.position_embedding = layers.parameter(rngs, table, ("positions", "embed"), c.dtype)
-        blocks = [layers.Block(c, rules, rngs) for _ in range(c.num_layers)]
+        blocks = [layers.Layer(c, rules, rngs) for _ in range(c.num_layers)]
         self.layers: Any = _stack(blocks) if c.scan_layers else nnx.List(blocks)
         layers.declare_norm(self, "norm", c, rngs)
         layers.declare_matrix(self, "head", c, rngs, (c.hidden_size, c.vocab_size), ("embed", "vocab"))
@@ -63,41 +66,49 @@ class Decoder(nnx.Module):
         return x
 
     def view(
-        self, windowed: bool, places: Int[Array, "B T"], positions: Int[Array, "B T"], size: int, packed: Batch | None
+        self,
+        windowed: bool,
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        distance: Int[Array, "B T S"],
     ) -> layers.View:
-        """What layers with or without a window know of the tokens' places, in a cache of that size."""
+        """What layers with or without a window know of the tokens' positions."""
         c, rope = self.config, None
         if c.positions == "rotary":
             angles = positions[:, :, None] * layers.rope_frequencies(c, windowed=windowed)
             rope = jnp.cos(angles), jnp.sin(angles)
-        slots = jnp.arange(size)
-        mask = slots <= places[:, :, None]
         if windowed and c.sliding_window is not None:
-            mask &= slots > places[:, :, None] - c.sliding_window
-        if packed is not None:
-            mask &= layers.same_segment(packed.segments, packed.segments)
+            mask &= distance < c.sliding_window
         return rope, mask
 
     def hidden(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: Cache,
-        start: Int[Array, " B"] | None,
-        packed: Batch | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The last hidden states of T tokens that stand at `start ..` of each row, and the cache with them in it.
+        self, block: Block, cache: Cache, start: Int[Array, " B"] | None, packed: Batch | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F D"], Cache]:
+        """The last hidden states of a block behind `start` entries, those of the taps, and the cache with it written.
 
-        In a training batch, which fills the cache as a prefill does, the segments of a row do not see each other.
+        A training batch fills an empty cache (`start` is None), and the segments of a row do not see each other.
         """
-        begin = jnp.zeros(tokens.shape[0], jnp.int32) if start is None else start
-        places = begin[:, None] + jnp.arange(tokens.shape[1])
-        positions = places if packed is None else packed.positions
+        rows, width = block.tokens.shape
+        begin = jnp.zeros(rows, jnp.int32) if start is None else start
+        positions = begin[:, None] + (jnp.arange(width) if block.depth is None else block.depth)
+        mask, distance = layers.visible(cache.keys[0].shape[-2], positions, begin, block.sees)
+        if packed is not None:
+            positions = packed.positions
+            mask &= layers.same_segment(packed.segments, packed.segments)
         windowed = [self.config.is_windowed(i) for i in range(self.config.num_layers)]
-        size = cache.keys[0].shape[-2]
-        views = {kind: self.view(kind, places, positions, size, packed) for kind in sorted(set(windowed))}
-        x, keys, values = self.run_layers(self.embed(tokens, positions), views, windowed, cache, start)
+        views = {kind: self.view(kind, positions, mask, distance) for kind in sorted(set(windowed))}
+        if start is not None and block.sees is not None:
+            start = start + (block.sees.shape[-1] - width)
+        x = self.embed(block.tokens, positions)
+        x, keys, values, states = self.run_layers(x, views, windowed, cache, start)
         x = layers.normalize(self, "norm", self.config, x)
-        return x, Cache(keys, values, cache.length)
+        states[self.config.num_layers] = x
+        features = [states[tap] for tap in self.taps]
+        return (
+            x,
+            jnp.stack(features, axis=2) if features else x[:, :, None][:, :, :0],
+            Cache(keys, values, cache.length),
+        )
 
     def run_layers(
         self,
@@ -106,33 +117,38 @@ class Decoder(nnx.Module):
         windowed: list[bool],
         cache: Cache,
         start: Int[Array, " B"] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...]]:
-        """The residual stream after all layers, and the cache's keys and values."""
-        keys, values = list(cache.keys), list(cache.values)
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...], dict[int, Array]]:
+        """The residual stream after all layers, the cache's keys and values, and the stream before each layer."""
+        keys, values, states = list(cache.keys), list(cache.values), {}
         for i, block in enumerate(self.layers):
+            states[i] = x
             x, keys[i], values[i] = block(x, views[windowed[i]], keys[i], values[i], start)
-        return x, tuple(keys), tuple(values)
+        return x, tuple(keys), tuple(values), states
 
-    def read(self, tokens: Int[Array, "B P"], cache: Cache) -> tuple[Float[Array, "B P D"], Cache]:
-        """`hidden` of whole prompts, in chunks of one width, of which the last may read some tokens again."""
+    def read(
+        self, tokens: Int[Array, "B P"], cache: Cache
+    ) -> tuple[Float[Array, "B P D"], Float[Array, "B P F D"], Cache]:
+        """`hidden` of prompts, in chunks of one width, of which the last may read some tokens again."""
         rows, width = tokens.shape
         num_chunks = -(-width // PREFILL_CHUNK)
         if num_chunks == 1:
-            return self.hidden(tokens, cache, None)
+            return self.hidden(Block(tokens), cache, cache.length)
         size = -(-width // num_chunks)
         starts = jnp.minimum(jnp.arange(num_chunks) * size, width - size)
 
-        def read_chunk(carry: tuple[Array, Cache], start: Array) -> tuple[tuple[Array, Cache], None]:
-            found, cache = carry
+        def read_chunk(carry: Any, start: Array) -> tuple[Any, None]:
+            found, features, cache = carry
             chunk = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
-            hidden, cache = self.hidden(chunk, cache, jnp.full(rows, start))
-            return (jax.lax.dynamic_update_slice_in_dim(found, hidden, start, axis=1), cache), None
+            hidden, tapped, cache = self.hidden(Block(chunk), cache, cache.length + start)
+            found = jax.lax.dynamic_update_slice_in_dim(found, hidden, start, axis=1)
+            return (found, jax.lax.dynamic_update_slice_in_dim(features, tapped, start, axis=1), cache), None
 
         empty = jnp.zeros((rows, width, self.config.hidden_size), jnp.float32)
-        found, cache = jax.lax.scan(read_chunk, (empty, cache), starts)[0]
+        taps = jnp.zeros((rows, width, len(self.taps), self.config.hidden_size), jnp.float32)
+        found, features, cache = jax.lax.scan(read_chunk, (empty, taps, cache), starts)[0]
         # NaN does not pass from a chunk to the next through the cache, but it must not be overlooked.
         broken = jnp.cumsum(jnp.isnan(jnp.sum(found, axis=-1)), axis=1) > 0
-        return jnp.where(broken[..., None], jnp.nan, found), cache
+        return jnp.where(broken[..., None], jnp.nan, found), features, cache
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head, in float32."""
@@ -143,7 +159,7 @@ class Decoder(nnx.Module):
         return sharding.constrain(logits, ("batch", "tokens", "vocab"), self.rules)
 
 
-def _stack(blocks: list[layers.Block]) -> layers.Block:
+def _stack(blocks: list[layers.Layer]) -> layers.Layer:
     """One block, each of whose parameters is that of all blocks, with an axis `layers` in front."""
     definition, first = nnx.split(blocks[0])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, *(nnx.state(block) for block in blocks[1:]))
@@ -158,19 +174,21 @@ class ScannedDecoder(Decoder):
     def run_layers(self, x, views, windowed, cache, start):
         """As `Decoder.run_layers`."""
         definition, params = nnx.split(self.layers)
+        is_tapped = any(tap < self.config.num_layers for tap in self.taps)
 
-        def run_layer(carry: tuple[Array, Array, Array], layer: Any) -> tuple[tuple[Array, Array, Array], None]:
+        def run_layer(carry: tuple[Array, Array, Array], layer: Any) -> tuple[tuple[Array, Array, Array], Array | None]:
             params, number, is_windowed = layer
             view = next(iter(views.values()))
             if len(views) == 2:
                 view = jax.tree.map(lambda yes, no: jnp.where(is_windowed, yes, no), views[True], views[False])
             x, keys, values = carry
-            return nnx.merge(definition, params)(x, view, keys, values, start, number), None
+            after = nnx.merge(definition, params)(x, view, keys, values, start, number)
+            return after, x if is_tapped else None
 
         numbers = jnp.arange(self.config.num_layers)
         carry = x, cache.keys[0], cache.values[0]
-        x, keys, values = jax.lax.scan(run_layer, carry, (params, numbers, jnp.asarray(windowed)))[0]
-        return x, (keys,), (values,)
+        (x, keys, values), before = jax.lax.scan(run_layer, carry, (params, numbers, jnp.asarray(windowed)))
+        return x, (keys,), (values,), {} if before is None else dict(enumerate(before))
 
 
 def module(config: DecoderConfig) -> type[Decoder]:
@@ -179,18 +197,22 @@ def module(config: DecoderConfig) -> type[Decoder]:
 
 
 @functools.cache
-def model(config: DecoderConfig, rules: sharding.Rules) -> Model:
+def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = ()) -> Model:
     """The pure functions of a decoder. Equal configurations give the same `Model`, so that nothing is retraced.
 
     Args:
       config: the shape.
       rules: logical to mesh axes, for its activations and cache under `jax.set_mesh`.
+      taps: the hidden states that are its features (`types.Model.with_taps`).
     """
 
     def bind(params: Tree) -> Decoder:
-        return graph.merge(module(config), config, rules, params)
+        decoder = graph.merge(module(config), config, rules, params)
+        decoder.taps = taps
+        return decoder
 
-    def init_cache(batch_size: int, max_len: int) -> Cache:
+    def init_cache(batch_size: int, max_len: int, max_source: int = 0) -> Cache:
+        del max_source
         empty = cache_lib.init(
             config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim, config.dtype
         )
@@ -201,18 +223,29 @@ def model(config: DecoderConfig, rules: sharding.Rules) -> Model:
 
     def prefill(params: Tree, inputs: Inputs, cache: Cache) -> tuple[ModelOutput, Cache]:
         decoder = bind(params)
-        hidden, cache = decoder.read(inputs.tokens, cache)
-        last = jnp.take_along_axis(hidden, (inputs.length - 1)[:, None, None], axis=1)
-        return ModelOutput(decoder.logits(last), hidden), cache._replace(length=inputs.length)
+        hidden, features, cache = decoder.read(inputs.tokens, cache)
+        last = jnp.take_along_axis(hidden, jnp.maximum(inputs.length - 1, 0)[:, None, None], axis=1)
+        return ModelOutput(decoder.logits(last), features), cache_lib.commit(cache, None, inputs.length)
 
-    def apply(params: Tree, tokens: Int[Array, "B T"], cache: Cache) -> tuple[ModelOutput, Cache]:
+    def apply(params: Tree, block: Block, cache: Cache) -> tuple[ModelOutput, Cache]:
         decoder = bind(params)
-        hidden, cache = decoder.hidden(tokens, cache, cache.length)
-        cache = cache._replace(length=cache.length + tokens.shape[1])
-        return ModelOutput(decoder.logits(hidden), hidden), cache
+        hidden, features, cache = decoder.hidden(block, cache, cache.length)
+        return ModelOutput(decoder.logits(hidden), features), cache
 
     def score(params: Tree, batch: Batch) -> Float[Array, "B T V"]:
         decoder = bind(params)
-        return decoder.logits(decoder.hidden(batch.tokens, init_cache(*batch.tokens.shape), None, batch)[0])
+        return decoder.logits(decoder.hidden(Block(batch.tokens), init_cache(*batch.tokens.shape), None, batch)[0])
 
-    return Model(init_cache, prefill, apply, config.vocab_size, config.max_position, score=score)
+    def with_taps(taps: tuple[int, ...]) -> Model:
+        return model(config, rules, layers.from_zero(taps, config.num_layers))
+
+    return Model(
+        init_cache,
+        prefill,
+        apply,
+        cache_lib.commit,
+        config.vocab_size,
+        config.max_position,
+        score=score,
+        with_taps=with_taps,
+    )

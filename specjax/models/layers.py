@@ -271,6 +271,45 @@ def look_up(
     return found if scale is None else found * jnp.take(scale, tokens, axis=0)[..., None]
 
 
+def visible(
+    size: int,
+    positions: Int[Array, "B T"],
+    length: Int[Array, " B"],
+    sees: Bool[Array, "B T W"] | None,
+) -> tuple[Bool[Array, "B T S"], Int[Array, "B T S"]]:
+    """Which entries of a cache each token of a block sees, and how many positions before it they stand.
+
+    Args:
+      size: S, entries of the cache.
+      positions: of the tokens.
+      length: the number of committed entries.
+      sees: see `Block.sees`.
+    """
+    slots = jnp.arange(size)
+    distance = positions[:, :, None] - slots
+    if sees is None:
+        return distance >= 0, distance
+    slots = slots - length[:, None, None]
+    behind = jnp.broadcast_to(jnp.clip(slots, 0, sees.shape[-1] - 1), distance.shape)
+    # What a token sees of a block is a path that ends with itself.
+    later = jnp.cumsum(sees[..., ::-1], axis=-1, dtype=jnp.int32)[..., ::-1] - 1
+    of_block = jnp.take_along_axis(jnp.where(sees, later, -1), behind, axis=-1)
+    of_block = jnp.where(slots < sees.shape[-1], of_block, -1)
+    return (slots < 0) | (of_block >= 0), jnp.where(slots < 0, distance, of_block)
+
+
+def from_zero(taps: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Numbers of hidden states, of which negative ones count from the last, counted from the first.
+
+    Raises:
+      ValueError: for a number that no hidden state has.
+    """
+    for tap in taps:
+        if not -num_layers - 1 <= tap <= num_layers:
+            raise ValueError(f"taps={taps}: a model of {num_layers} layers has the hidden states 0 to {num_layers}.")
+    return tuple(tap % (num_layers + 1) for tap in taps)
+
+
 def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
     """Which tokens of packed rows are of the same text; padding, segment 0, sees padding."""
     return queries[:, :, None] == keys[:, None, :]
@@ -403,7 +442,7 @@ class FeedForward(nnx.Module):
         return out
 
 
-class Block(nnx.Module):
+class Layer(nnx.Module):
     """One layer: attention and feed-forward, each behind a norm (or both behind one), added to the float32 residual."""
 
     def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs):

@@ -18,7 +18,7 @@ from specjax.models import cache as cache_lib
 from specjax.models import graph, layers
 from specjax.models.config import T5Config
 from specjax.parallel import sharding
-from specjax.types import Batch, Inputs, Model, ModelOutput, Tree
+from specjax.types import Batch, Block, Inputs, Model, ModelOutput, Tree
 
 NO_LIMIT = 2**31 - 1
 """Relative positions go on for ever."""
@@ -74,8 +74,7 @@ def buckets(config: T5Config, *, bidirectional: bool) -> np.ndarray:
 def relative_bias(
     config: T5Config,
     table: Float[Array, "buckets H"],
-    queries: Int[Array, "B T"],
-    num_keys: int,
+    distance: Int[Array, "B T S"],
     *,
     bidirectional: bool,
 ) -> Float[Array, "B H T S"]:
@@ -84,12 +83,10 @@ def relative_bias(
     Args:
       config: the shape.
       table: the parameters.
-      queries: the places of the tokens that look.
-      num_keys: S; the tokens that are seen stand at 0 .. S - 1.
+      distance: how many positions each of the S keys stands before the query.
       bidirectional: whether tokens see what comes after them.
     """
     by_distance = table.astype(jnp.float32).T[:, buckets(config, bidirectional=bidirectional)]
-    distance = queries[:, :, None] - jnp.arange(num_keys)
     far = config.max_distance
     return jnp.moveaxis(by_distance[:, jnp.clip(distance, -far, far) + far], 0, 1)
 
@@ -217,7 +214,7 @@ class FeedForward(nnx.Module):
         return layers.linear(inner * up[:, :, 1] if up.shape[2] == 2 else inner, self.down[...])
 
 
-class Block(nnx.Module):
+class Layer(nnx.Module):
     """One layer of either side: self-attention, cross-attention in the decoder, feed-forward, each behind a norm."""
 
     def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs, *, is_decoder: bool, has_bias: bool):
@@ -251,6 +248,9 @@ def _norm(c: T5Config, rngs: nnx.Rngs) -> nnx.Param:
 class T5(nnx.Module):
     """Embedding, encoder, decoder, head. The table of a tied model is stored as the head is: `D -> V`."""
 
+    taps: tuple[int, ...] = ()
+    """The decoder's hidden states that are the features of its outputs (`types.Model.with_taps`)."""
+
     def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
         c = config
@@ -261,7 +261,7 @@ class T5(nnx.Module):
 
         def stack(number: int, is_decoder: bool) -> Any:
             bias = [i == 0 or c.bias_per_layer for i in range(number)]
-            return nnx.List([Block(c, rules, rngs, is_decoder=is_decoder, has_bias=has_bias) for has_bias in bias])
+            return nnx.List([Layer(c, rules, rngs, is_decoder=is_decoder, has_bias=has_bias) for has_bias in bias])
 
         self.encoder, self.encoder_norm = stack(c.num_encoder_layers, False), _norm(c, rngs)
         self.decoder, self.norm = stack(c.num_layers, True), _norm(c, rngs)
@@ -281,26 +281,25 @@ class T5(nnx.Module):
         empty = jnp.zeros((rows, c.num_heads, size, c.head_dim), c.dtype)
         for block in self.encoder:
             if bias is None or c.bias_per_layer:
-                table, places = block.attention.bias[...], jnp.arange(size)[None]
-                bias = relative_bias(c, table, places, size, bidirectional=True)
+                positions = jnp.arange(size)
+                distance = (positions[:, None] - positions)[None]
+                bias = relative_bias(c, block.attention.bias[...], distance, bidirectional=True)
             x, _, _ = block(x, mask, bias, empty, empty, None)
         return layers.rms_norm(x, self.encoder_norm[...], c.norm_eps)
 
     def hidden(
-        self,
-        tokens: Int[Array, "B T"],
-        cache: Cache,
-        start: Int[Array, " B"] | None,
-        packed: Batch | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The decoder's last hidden states of T tokens that stand at `start ..`, and the cache with them in it.
+        self, block: Block, cache: Cache, start: Int[Array, " B"] | None, packed: Batch | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F D"], Cache]:
+        """The decoder's last hidden states of a block behind `start` entries, those of the taps, and the cache.
 
-        In a training batch, which fills the cache as a prefill does, the segments of a row do not see each other.
+        A training batch fills an empty cache (`start` is None), and the segments of a row do not see each other.
         """
-        c, slots = self.config, jnp.arange(cache.keys[0].shape[2])
+        c, tokens = self.config, block.tokens
         begin = jnp.zeros(tokens.shape[0], jnp.int32) if start is None else start
-        places = begin[:, None] + jnp.arange(tokens.shape[1])
-        mask = slots <= places[:, :, None]
+        positions = begin[:, None] + (jnp.arange(tokens.shape[1]) if block.depth is None else block.depth)
+        mask, distance = layers.visible(cache.keys[0].shape[2], positions, begin, block.sees)
+        if start is not None and block.sees is not None:
+            start = start + (block.sees.shape[-1] - tokens.shape[1])
         size = cache.source_keys[0].shape[2]
         sees = jnp.arange(size) < cache.source_length[:, None, None]
         sees = jnp.broadcast_to(sees, (*tokens.shape, size))
@@ -308,15 +307,18 @@ class T5(nnx.Module):
             assert packed.source_segments is not None  # `score` has seen to it.
             mask &= layers.same_segment(packed.segments, packed.segments)
             sees = layers.same_segment(packed.segments, packed.source_segments)
-        x, bias = self.embed(tokens), None
+        x, bias, states = self.embed(tokens), None, {}
         keys, values = list(cache.keys), list(cache.values)
-        for i, block in enumerate(self.decoder):
+        for i, layer in enumerate(self.decoder):
+            states[i] = x
             if bias is None or c.bias_per_layer:
-                bias = relative_bias(c, block.attention.bias[...], places, slots.size, bidirectional=False)
+                bias = relative_bias(c, layer.attention.bias[...], distance, bidirectional=False)
             source = sees, cache.source_keys[i], cache.source_values[i]
-            x, keys[i], values[i] = block(x, mask, bias, keys[i], values[i], start, source)
-        x = layers.rms_norm(x, self.norm[...], c.norm_eps)
-        return x, cache._replace(keys=tuple(keys), values=tuple(values))
+            x, keys[i], values[i] = layer(x, mask, bias, keys[i], values[i], start, source)
+        x = states[c.num_layers] = layers.rms_norm(x, self.norm[...], c.norm_eps)
+        features = [states[tap] for tap in self.taps]
+        tapped = jnp.stack(features, axis=2) if features else x[:, :, None][:, :, :0]
+        return x, tapped, cache._replace(keys=tuple(keys), values=tuple(values))
 
     def read(self, encoded: Float[Array, "B S D"], length: Int[Array, " B"], cache: Cache) -> Cache:
         """The cache with the encoder's output in it."""
@@ -333,24 +335,27 @@ class T5(nnx.Module):
 
 
 @functools.cache
-def model(config: T5Config, rules: sharding.Rules) -> Model:
+def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = ()) -> Model:
     """The pure functions of an encoder-decoder. Equal configurations give the same `Model`.
 
     Args:
       config: the shape.
       rules: logical to mesh axes, for its activations and cache under `jax.set_mesh`.
+      taps: the decoder's hidden states that are its features (`types.Model.with_taps`).
     """
 
     def module(params: Tree) -> T5:
-        return graph.merge(T5, config, rules, params)
+        t5 = graph.merge(T5, config, rules, params)
+        t5.taps = taps
+        return t5
 
-    def init_cache(batch_size: int, max_len: int) -> Cache:
+    def init_cache(batch_size: int, max_len: int, max_source: int = 0) -> Cache:
         def empty(size: int) -> tuple[Array, ...]:
             text = cache_lib.init(config.num_layers, batch_size, config.num_heads, size, config.head_dim, config.dtype)
             return tuple(cache_lib.constrain(x, rules) for x in text.keys)
 
         none = jnp.zeros(batch_size, jnp.int32)
-        return Cache(empty(max_len), empty(max_len), none, empty(0), empty(0), none)
+        return Cache(empty(max_len), empty(max_len), none, empty(max_source), empty(max_source), none)
 
     def prefill(params: Tree, inputs: Inputs, cache: Cache) -> tuple[ModelOutput, Cache]:
         if inputs.source is None or inputs.source_length is None:
@@ -362,14 +367,14 @@ def model(config: T5Config, rules: sharding.Rules) -> Model:
         known = jnp.arange(inputs.source.shape[1]) < inputs.source_length[:, None]
         encoded = t5.encode(inputs.source, jnp.broadcast_to(known[:, None], (*known.shape, known.shape[1])))
         cache = t5.read(encoded, inputs.source_length, cache)
-        hidden, cache = t5.hidden(inputs.tokens, cache, None)
-        last = jnp.take_along_axis(hidden, (inputs.length - 1)[:, None, None], axis=1)
-        return ModelOutput(t5.logits(last), hidden), cache._replace(length=inputs.length)
+        hidden, features, cache = t5.hidden(Block(inputs.tokens), cache, cache.length)
+        last = jnp.take_along_axis(hidden, jnp.maximum(inputs.length - 1, 0)[:, None, None], axis=1)
+        return ModelOutput(t5.logits(last), features), cache_lib.commit(cache, None, inputs.length)
 
-    def apply(params: Tree, tokens: Int[Array, "B T"], cache: Cache) -> tuple[ModelOutput, Cache]:
+    def apply(params: Tree, block: Block, cache: Cache) -> tuple[ModelOutput, Cache]:
         t5 = module(params)
-        hidden, cache = t5.hidden(tokens, cache, cache.length)
-        return ModelOutput(t5.logits(hidden), hidden), cache._replace(length=cache.length + tokens.shape[1])
+        hidden, features, cache = t5.hidden(block, cache, cache.length)
+        return ModelOutput(t5.logits(hidden), features), cache
 
     def score(params: Tree, batch: Batch) -> Float[Array, "B T V"]:
         if batch.source is None or batch.source_segments is None:
@@ -377,6 +382,19 @@ def model(config: T5Config, rules: sharding.Rules) -> Model:
         t5 = module(params)
         encoded = t5.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments))
         cache = t5.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), init_cache(*batch.tokens.shape))
-        return t5.logits(t5.hidden(batch.tokens, cache, None, batch)[0])
+        return t5.logits(t5.hidden(Block(batch.tokens), cache, None, batch)[0])
 
-    return Model(init_cache, prefill, apply, config.vocab_size, NO_LIMIT, config.start_token, score)
+    def with_taps(taps: tuple[int, ...]) -> Model:
+        return model(config, rules, layers.from_zero(taps, config.num_layers))
+
+    return Model(
+        init_cache,
+        prefill,
+        apply,
+        cache_lib.commit,
+        config.vocab_size,
+        NO_LIMIT,
+        config.start_token,
+        score,
+        with_taps,
+    )

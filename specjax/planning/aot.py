@@ -21,11 +21,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from specjax import decoding, sampling
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
+from specjax.drafters.model import choose
 from specjax.models import cache as cache_lib
 from specjax.planning import hlo, plan
 from specjax.planning.chips import Topology
 from specjax.planning.plan import Setup, Sharded
-from specjax.types import History, Proposal, SamplingOptions, StepKeys
+from specjax.types import Block, History, Proposal, SamplingOptions, StepKeys
 
 # Without the first three, libtpu asks a metadata server what machine it is on, and complains that there is none.
 # Without the last, only one process at a time may load it, which is meant for those that use a TPU.
@@ -182,7 +183,8 @@ def _constant(numbers: dict[str, tuple[Any, Any]], rows: int) -> SamplingOptions
 def _no_history(rows: int, tokens: int) -> History:
     """Without penalties and grammar, nobody looks at it."""
     none = jnp.zeros(rows, jnp.int32)
-    return History(jnp.zeros((rows, 1), jnp.int32), none, none, none[:0], None, jnp.zeros((rows, tokens), jnp.int32))
+    nothing = jnp.zeros((rows, tokens), jnp.int32)
+    return History(none[:, None], none, none, nothing[:, :0], None, nothing)
 
 
 def draft_call(setup: Setup, mesh: Mesh, temperature: float = 0.0) -> Any:
@@ -191,17 +193,15 @@ def draft_call(setup: Setup, mesh: Mesh, temperature: float = 0.0) -> Any:
     vocab_size, numbers = setup.target.vocab_size, _numbers(temperature)
 
     def call(params: Any, cache: Any, token: Any, keys: Any) -> Any:
-        output, cache = placed.models["draft"].apply(params, token, cache)
-        options = _constant(numbers, rows)
+        output, cache = placed.models["draft"].apply(params, Block(token), cache)
         with jax.named_scope("drafting"):
-            logits = sampling.match_vocab(output.logits, vocab_size)
-            probs = sampling.probabilities(logits, options, _no_history(rows, 1))[:, 0]
-            return sampling.sample(keys, probs, options), probs, cache
+            history, options = _no_history(rows, 1), _constant(numbers, rows)
+            return *choose(output.logits, keys, history, options, vocab_size), cache
 
     token = _rows_like(mesh, (rows, 1), jnp.int32)
     with jax.set_mesh(mesh):
-        keys = placed.state.seed
-        lowered = jax.jit(call, donate_argnums=1).lower(placed.params.draft, placed.state.drafter, token, keys)
+        keys = placed.state.rows.seed
+        lowered = jax.jit(call, donate_argnums=1).lower(placed.params.draft, placed.state.rows.drafter, token, keys)
         return lowered.compile()
 
 
@@ -210,10 +210,10 @@ def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0,
     placed, rows = plan.shard(setup, mesh), setup.batch_size
     vocab_size, numbers = setup.target.vocab_size, _numbers(temperature)
     table = dict(placed.rules["target"])
-    keys = _rows_like(mesh, (rows, tokens), placed.state.seed.dtype)
+    keys = _rows_like(mesh, (rows, tokens), placed.state.rows.seed.dtype)
 
     def call(params: Any, cache: Any, block: Any, probs: Any, accept: Any, token: Any) -> Any:
-        output, cache = placed.models["target"].apply(params, block, cache)
+        output, cache = placed.models["target"].apply(params, Block(block), cache)
         proposal = Proposal(block[:, 1:], jnp.full(rows, tokens - 1), probs)
         verdict, target_probs = decoding.apply_rule(
             rule,
@@ -229,7 +229,7 @@ def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0,
     probs = _rows_like(mesh, (rows, tokens - 1, vocab_size), jnp.float32, table["vocab"])
     with jax.set_mesh(mesh):
         lowered = jax.jit(call, donate_argnums=1).lower(
-            placed.params.target, placed.state.cache, block, probs, placed.state.seed, keys
+            placed.params.target, placed.state.rows.cache, block, probs, placed.state.rows.seed, keys
         )
         return lowered.compile()
 
@@ -299,7 +299,7 @@ def extrapolate(
     def compiled_step(target: int, draft: int) -> Program:
         few = plan.with_layers(setup, target, draft)
         placed = plan.shard(few, mesh)
-        return read(step(few, mesh, rule), cache_shapes(placed.state.cache, placed.state.drafter))
+        return read(step(few, mesh, rule), cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
 
     # f(t, d) = f(t0, d0) + (f(t, d0) - f(t0, d0)) + (f(t0, d) - f(t0, d0)): linear in both.
     terms = [(weight, (layers, base[1])) for weight, layers in targets]
@@ -320,9 +320,9 @@ def extrapolate(
             placed: Sharded = plan.shard(few, mesh)
             if side == "target":
                 program = target_call(few, mesh, tokens, temperature, rule)
-                shapes = cache_shapes(placed.state.cache)
+                shapes = cache_shapes(placed.state.rows.cache)
             else:
-                program, shapes = draft_call(few, mesh, temperature), cache_shapes(placed.state.drafter)
+                program, shapes = draft_call(few, mesh, temperature), cache_shapes(placed.state.rows.drafter)
             programs.append((weight, read(program, shapes)))
         return _combine(programs)
 

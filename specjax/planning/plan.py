@@ -186,19 +186,19 @@ def shard(setup: Setup, mesh: Mesh | AbstractMesh) -> Sharded:
     def place(tree: Tree, axes: Any, side: str = "target") -> Tree:
         return sharding.abstract(tree, axes, mesh, rules[side])
 
-    rows = state._replace(cache=None, drafter=None, stop_tokens=None, step_cost=None)  # pyright: ignore[reportArgumentType]
+    rows = state.rows._replace(cache=None, drafter=None)
     placed = place(rows, jax.tree.map(lambda x: ("batch", *[None] * (x.ndim - 1)), rows))
+    placed = placed._replace(
+        cache=place(state.rows.cache, _cache_axes(state.rows.cache)),
+        drafter=place(state.rows.drafter, _cache_axes(state.rows.drafter), "draft"),
+    )
+    shared = state.shared._replace(step_cost=place(state.shared.step_cost, ()))
     return Sharded(
         models,
         drafter,
         rules,
         Params(*(_place_params(setup, side, mesh) for side in SIDES)),
-        placed._replace(
-            cache=place(state.cache, _cache_axes(state.cache)),
-            drafter=place(state.drafter, _cache_axes(state.drafter), "draft"),
-            stop_tokens=place(state.stop_tokens, (None,)),
-            step_cost=place(state.step_cost, ()),
-        ),
+        DecodeState(placed, shared),
     )
 
 
@@ -262,8 +262,8 @@ def memory(setup: Setup) -> Memory:
         layers = setup.side(side).num_layers
         return sum(local_bytes([x]) * (layers if x.ndim == len(cache_lib.AXES) else 1) for x in leaves)
 
-    caches = cache(state.cache, "target"), cache(state.drafter, "draft")
-    other = local_bytes(state) - local_bytes(state.cache) - local_bytes(state.drafter)
+    caches = cache(state.rows.cache, "target"), cache(state.rows.drafter, "draft")
+    other = local_bytes(state) - local_bytes(state.rows.cache) - local_bytes(state.rows.drafter)
     target, draft = (local_bytes(_place_params(setup, side, mesh)) for side in SIDES)
     return Memory(target, draft, *caches, other)
 
@@ -360,7 +360,7 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
     setup = unrolled(setup)
     placed = shard(setup, abstract_mesh(setup))
     index = SIDES.index(side)
-    params, cache = placed.params[index], (placed.state.cache, placed.state.drafter)[index]
+    params, cache = placed.params[index], (placed.state.rows.cache, placed.state.rows.drafter)[index]
     arguments = jax.tree.leaves((params, cache))
     shards = [x.size // math.prod(_local_shape(x)) for x in arguments]
     num_params = len(jax.tree.leaves(params))

@@ -201,19 +201,23 @@ def process(logits: Float[Array, "B T V"], options: Penalties | None, history: H
     Returns:
       `[B, T, V]`; -inf where a token is forbidden.
     """
-    places = history.length[:, None] + jnp.arange(logits.shape[1])
+    # Of a tree, each token has a text of its own.
+    is_tree = history.tokens.ndim == 3
+    positions = history.length
+    if positions.ndim == 1:
+        positions = positions[:, None] + jnp.arange(logits.shape[1])
 
     def apply(used: Array, processor: Callable[..., Array], logits: Array, *row_options: Array) -> Array:
         def everywhere(logits: Array) -> Array:
             options_axes = (None,) * len(row_options)
-            over_places = jax.vmap(processor, in_axes=(0, None, 0, *options_axes))
-            return jax.vmap(over_places)(logits, history.tokens, places, *row_options)
+            over_positions = jax.vmap(processor, in_axes=(0, 0 if is_tree else None, 0, *options_axes))
+            return jax.vmap(over_positions)(logits, history.tokens, positions, *row_options)
 
         return jax.lax.cond(jnp.any(used), everywhere, lambda logits: logits, logits)
 
     if options is not None:
         o, prompt = options, history.prompt_length
-        stops = jnp.broadcast_to(history.stop_tokens, (logits.shape[0], history.stop_tokens.shape[0]))
+        stops = history.stop_tokens
         if o.bias.shape[1]:
             logits = apply(o.bias != 0, add_bias, logits, o.bias_tokens, o.bias)
         logits = apply(o.repetition_penalty != 1, repetition, logits, o.repetition_penalty)

@@ -1,0 +1,156 @@
+"""A draft model that proposes a static tree (SpecInfer, arXiv 2305.09781, section 4.1)."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from specjax import sampling
+from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
+from specjax.limits import check_num_draft_tokens
+from specjax.sampling import processors, tree
+from specjax.types import Block, Context, Drafter, Feedback, History, Model, Params, Proposal, Topology
+
+
+class Level(NamedTuple):
+    """The nodes of one depth.
+
+    Attributes:
+      nodes: their numbers, which follow one another.
+      parents: the parent of each; -1 is the last committed token.
+      ranks: the rank of each among its siblings, most probable first.
+    """
+
+    nodes: tuple[int, ...]
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+def parse(topology: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Level, ...]:
+    """The levels of a tree.
+
+    Args:
+      topology: children of every node by depth, or all nodes as paths of ranks (see `drafters.model`).
+
+    Raises:
+      ValueError: for what is no tree, or one of too many nodes.
+    """
+    given: list[Any] = list(topology)
+    if given and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in given):
+        if any(width < 1 for width in given):
+            raise ValueError(f"topology={topology}: every depth has at least one child a node.")
+        check_num_draft_tokens(sum(itertools.accumulate(given, lambda a, b: a * b)))
+        ranks = [range(width) for width in given]
+        paths = [path for depth in range(1, len(given) + 1) for path in itertools.product(*ranks[:depth])]
+    else:
+        paths = sorted({tuple(path) for path in given}, key=lambda path: (len(path), path))
+        check_num_draft_tokens(len(paths))
+    number = {(): -1} | {path: i for i, path in enumerate(paths)}
+    for path in paths:
+        is_path = path and all(isinstance(rank, int) and rank >= 0 for rank in path)
+        elder = (*path[:-1], path[-1] - 1) if is_path else ()
+        if not is_path or path[:-1] not in number or (path[-1] > 0 and elder not in number):
+            raise ValueError(
+                f"topology={topology}: {path} has no parent, or no sibling before it; list the paths of all nodes, "
+                "such as [(0,), (1,), (0, 0)]."
+            )
+    if not paths:
+        raise ValueError(f"topology={topology} has no nodes: give the children by depth, such as (3, 2, 1).")
+    levels = []
+    for _, group in itertools.groupby(paths, len):
+        of_depth = list(group)
+        nodes = tuple(number[path] for path in of_depth)
+        levels.append(Level(nodes, tuple(number[p[:-1]] for p in of_depth), tuple(p[-1] for p in of_depth)))
+    return tuple(levels)
+
+
+def _rank(logits: Float[Array, "B W V"], key: Array, history: History, context: Context) -> Float[Array, "B W V"]:
+    """What the continuations of W nodes are ranked by: what the target does with its own logits, done to the draft's.
+
+    At temperature 0 the target takes the greatest logit; a coupled rule takes the greatest log-probability with the
+    noise of the position. -inf: never proposed.
+    """
+    options = context.sampling
+    logits = sampling.match_vocab(logits.astype(jnp.float32), context.vocab_size)
+    logits = processors.process(logits, options.penalties, history)
+
+    def noisy() -> Array:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (context.vocab_size,)))(key)
+        drawn = jnp.log(sampling.warp.warp(logits, options)) + noise[:, None]
+        return jnp.where((options.temperature > 0)[:, None, None], drawn, logits)
+
+    ranked = jax.lax.cond(jnp.any(options.temperature > 0), noisy, lambda: logits)
+    return jnp.where(jnp.isnan(ranked), -jnp.inf, ranked)
+
+
+@functools.cache
+def drafter(draft: Model, levels: tuple[Level, ...]) -> Drafter:
+    """Drafts a tree, one call of the draft a level. The state is the draft's cache.
+
+    Args:
+      draft: the draft model.
+      levels: from `parse`.
+    """
+    parents = tuple(itertools.chain.from_iterable(level.parents for level in levels))
+    topology = Topology(len(parents), len(levels), parents)
+    if topology.is_chain:
+        raise ValueError("This topology is a chain: leave it out, and give num_draft_tokens.")
+    # The nodes that have children are fed, level by level.
+    fed = [[node for node in level.nodes if node in parents] for level in levels]
+    ancestors = np.asarray(tree.shape(jnp.asarray([parents], jnp.int32), len(levels)).sees[0, 1:, 1:])
+
+    def rollout(params: Params, cache: Any, context: Context) -> tuple[Int[Array, "B N"], Any]:
+        """The tokens of all nodes, -1 where there is none, and the cache."""
+        rows, depth = context.max_draft.shape[0], len(levels)
+        cache = catch_up(draft, params.draft, cache, context.history, missing=depth + 1, chunk=depth + 1)
+        # A step adds at most D + 1 tokens, which are read here.
+        logits, cache = read_last(draft, params.draft, cache, context.history, depth + 1)
+        shape = tree.shape(jnp.broadcast_to(jnp.asarray(parents, jnp.int32), (rows, len(parents))), depth)
+        tokens, behind, before = jnp.zeros((rows, len(parents)), jnp.int32), [-1], []
+        for i, level in enumerate(levels):
+            at = np.asarray(behind) + 1
+            history = tree.follow(context.history, tokens, shape, depth, context.sampling.penalties)
+            ranked = _rank(logits, context.keys[:, i], tree.select(history, at), context)
+            best, index = jax.lax.top_k(ranked, max(level.ranks) + 1)
+            row_of = np.asarray([behind.index(parent) for parent in level.parents])
+            found, score = (x[:, row_of, np.asarray(level.ranks)] for x in (index, best))
+            tokens = tokens.at[:, np.asarray(level.nodes)].set(jnp.where(score > -jnp.inf, found, -1))
+            if not fed[i]:
+                break
+            before, behind = before + fed[i], fed[i]
+            sees = jnp.broadcast_to(ancestors[np.ix_(behind, before)], (rows, len(behind), len(before)))
+            block = Block(
+                jnp.maximum(tokens[:, np.asarray(behind)], 0), jnp.full((rows, len(behind)), i, jnp.int32), sees
+            )
+            output, cache = draft.apply(params.draft, block, cache)
+            logits = output.logits
+        return tokens, cache
+
+    def skip(params: Params, cache: Any, context: Context) -> tuple[Int[Array, "B N"], Any]:
+        del params
+        return jnp.zeros((context.max_draft.shape[0], len(parents)), jnp.int32), cache
+
+    def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
+        tokens, state = jax.lax.cond(
+            jnp.any(context.max_draft > 0),
+            lambda p, c: rollout(p, c, context),
+            lambda p, c: skip(p, c, context),
+            params,
+            state,
+        )
+        parent = jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape)
+        length = jnp.where(context.max_draft > 0, len(parents), 0).astype(jnp.int32)
+        return Proposal(tokens, length, None, parent), state, cache
+
+    def update(params: Params, state: Any, feedback: Feedback) -> Any:
+        if feedback.inputs is not None:
+            return learn(draft, params.draft, state, feedback.inputs)
+        # No node was committed: the next step reads what was accepted, in the call that reads the last token anyway.
+        return set_length(draft, state, jnp.minimum(state.length, feedback.length - 1))
+
+    return Drafter(draft.init_cache, propose, update, topology)

@@ -1,0 +1,132 @@
+"""Trees of draft tokens: what each node sees, how deep it stands, the text before it, and the path that is accepted.
+
+A target reads a tree in one call (SpecInfer, arXiv 2305.09781, section 4.2): its nodes lie behind the last committed
+token in one block, each sees its ancestors alone, and stands at the position that its depth says.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from specjax.sampling import automaton
+from specjax.types import Automaton, History, Penalties, Proposal
+
+
+class Shape(NamedTuple):
+    """The shape of a tree as a block of T = N + 1 tokens: the last committed token, then the nodes.
+
+    Attributes:
+      parent: `[B, T]` the parent of each token in the block; that of the root is the root.
+      sees: `[B, T, T]` whether each token sees another: its ancestors and itself.
+      depth: `[B, T]` the number of its ancestors.
+    """
+
+    parent: Int[Array, "B T"]
+    sees: Bool[Array, "B T T"]
+    depth: Int[Array, "B T"]
+
+
+def shape(parent: Int[Array, "B N"], max_depth: int) -> Shape:
+    """The shape of a tree of at most `max_depth` levels below the root, from the parents of its nodes."""
+    rows, num_nodes = parent.shape
+    in_block = jnp.concatenate([jnp.zeros((rows, 1), jnp.int32), parent + 1], axis=1)
+    index = jnp.arange(num_nodes + 1)
+    up = jnp.broadcast_to(index, in_block.shape)
+    sees = up[..., None] == index
+    for _ in range(max_depth):
+        up = jnp.take_along_axis(in_block, up, axis=1)
+        sees |= up[..., None] == index
+    return Shape(in_block, sees, jnp.sum(sees, axis=-1, dtype=jnp.int32) - 1)
+
+
+def trace(table: Automaton, state: Int[Array, " B"], tokens: Int[Array, "B N"], tree: Shape, max_depth: int) -> Array:
+    """`[B, N + 1]` the state of an automaton after each token of the block, by its path."""
+    block = jnp.concatenate([jnp.zeros_like(tokens[:, :1]), tokens], axis=1)
+    states = jnp.broadcast_to(state[:, None], block.shape)
+    for level in range(1, max_depth + 1):
+        after = automaton.advance(table, jnp.take_along_axis(states, tree.parent, axis=1), block)
+        states = jnp.where(tree.depth == level, after, states)
+    return states
+
+
+def texts(
+    tokens: Int[Array, "B L"], length: Int[Array, " B"], drafts: Int[Array, "B N"], tree: Shape
+) -> Int[Array, "B T L"]:
+    """The text before the token that follows each token of the block: the committed tokens, then its path."""
+    behind = jnp.arange(tokens.shape[1]) - length[:, None]
+    block = jnp.concatenate([jnp.zeros_like(drafts[:, :1]), drafts], axis=1)
+
+    def of_row(text: Array, behind: Array, block: Array, sees: Array, depth: Array) -> Array:
+        # The node of each depth on a path: behind a text of n tokens, that of depth 1 stands at n.
+        on_path = sees[:, None, :] & (depth == behind[:, None] + 1)
+        found = jnp.sum(jnp.where(on_path, block, 0), axis=-1)
+        return jnp.where(jnp.any(on_path, axis=-1) & (behind >= 0), found, text)
+
+    return jax.vmap(of_row)(tokens, behind, block, tree.sees, tree.depth)
+
+
+def walk(
+    own: Int[Array, " T"], is_distribution: Bool[Array, " T"], proposal: Proposal, max_depth: int
+) -> tuple[Int[Array, " D+1"], Int[Array, ""]]:
+    """The path of one row along which every node is the target's own token.
+
+    Args:
+      own: the target's token behind each token of the block.
+      is_distribution: whether the target has a distribution there.
+      proposal: the tree.
+      max_depth: D.
+
+    Returns:
+      the path in the block, which begins with 0, the root, and ends with repetitions; and the number of nodes on it.
+    """
+    assert proposal.parent is not None
+    proposed = jnp.arange(proposal.tokens.shape[0]) < proposal.length
+
+    def descend(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
+        at, going = carry
+        is_next = proposed & (proposal.parent == at - 1) & (proposal.tokens == own[at]) & is_distribution[at]
+        going &= jnp.any(is_next)
+        at = jnp.where(going, jnp.argmax(is_next).astype(jnp.int32) + 1, at)
+        return (at, going), at
+
+    start = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    _, below = jax.lax.scan(descend, start, None, length=max_depth)
+    path = jnp.concatenate([jnp.zeros(1, jnp.int32), below])
+    return path, jnp.sum(path[1:] != path[:-1], dtype=jnp.int32)
+
+
+def has_child(proposal: Proposal, path: Int[Array, "B D+1"]) -> Bool[Array, "B D"]:
+    """Whether each node of the path but the last was continued by a node of the proposal that could be accepted."""
+    assert proposal.parent is not None
+    proposed = (jnp.arange(proposal.tokens.shape[1]) < proposal.length[:, None]) & (proposal.tokens >= 0)
+    return jnp.any(proposed[:, None] & (proposal.parent[:, None] == path[:, :-1, None] - 1), axis=-1)
+
+
+def follow(
+    history: History, tokens: Int[Array, "B N"], tree: Shape, max_depth: int, penalties: Penalties | None
+) -> History:
+    """The history before the token that follows each token of a block, by its path (see `processors.follow`).
+
+    Args:
+      history: before the first (T = 1).
+      tokens: of the nodes.
+      tree: the shape of the block.
+      max_depth: D.
+      penalties: of the options, or None, where nobody will look at the texts.
+    """
+    state = jnp.broadcast_to(history.grammar_state, tree.depth.shape)
+    if history.grammar is not None:
+        state = trace(history.grammar, history.grammar_state[:, 0], tokens, tree, max_depth)
+    text = history.tokens
+    if penalties is not None:
+        text = texts(text, history.length, tokens, tree)
+    return history._replace(tokens=text, length=history.length[:, None] + tree.depth, grammar_state=state)
+
+
+def select(history: History, at: np.ndarray) -> History:
+    """Of a history of `follow`, that of some tokens of the block."""
+    text = history.tokens if history.tokens.ndim == 2 else history.tokens[:, at]
+    return history._replace(tokens=text, length=history.length[:, at], grammar_state=history.grammar_state[:, at])

@@ -216,8 +216,8 @@ def test_a_drafter_that_proposes_nothing_is_noted():
         (_drafter, TypeError, r"drafter=_drafter \(test_conformance.py, line \d+\) is a function"),
         (None, TypeError, "drafter is None: give a Drafter"),
         ("ngram", TypeError, "drafter is a str: give a Drafter"),
-        (drafters.ngram()._replace(num_draft_tokens=-1), ValueError, "num_draft_tokens=-1, not a whole number"),
-        (drafters.ngram()._replace(num_draft_tokens=2.5), ValueError, "num_draft_tokens=2.5"),
+        (drafters.ngram()._replace(topology=Topology.chain(-1)), ValueError, "num_nodes=-1.* not Topology.chain"),
+        (drafters.ngram()._replace(topology=2), ValueError, "topology 2, not Topology.chain"),
         (drafters.model(SOURCE), ValueError, "give the target that it drafts for"),
     ],
 )

@@ -197,7 +197,7 @@ def _write(buffer: Array, new: Array, at: Int[Array, " B"]) -> Array:
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(buffer, new, at)
 
 
-def _on_path(features: Float[Array, "B T F E"], path: Int[Array, "B D+1"] | None) -> Float[Array, "B D+1 F E"]:
+def _on_path(features: Float[Array, "B T F E"], path: Int[Array, "B P"] | None) -> Float[Array, "B _ F E"]:
     return features if path is None else jnp.take_along_axis(features, path[:, :, None, None], axis=1)
 
 

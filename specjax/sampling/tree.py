@@ -70,7 +70,7 @@ def texts(
 
 def walk(
     own: Int[Array, " T"], is_distribution: Bool[Array, " T"], proposal: Proposal, max_depth: int
-) -> tuple[Int[Array, " D+1"], Int[Array, ""]]:
+) -> tuple[Int[Array, " P"], Int[Array, ""]]:
     """The path of one row along which every node is the target's own token.
 
     Args:
@@ -98,7 +98,7 @@ def walk(
     return path, jnp.sum(path[1:] != path[:-1], dtype=jnp.int32)
 
 
-def has_child(proposal: Proposal, path: Int[Array, "B D+1"]) -> Bool[Array, "B D"]:
+def has_child(proposal: Proposal, path: Int[Array, "B P"]) -> Bool[Array, "B D"]:
     """Whether each node of the path but the last was continued by a node of the proposal that could be accepted."""
     assert proposal.parent is not None
     proposed = (jnp.arange(proposal.tokens.shape[1]) < proposal.length[:, None]) & (proposal.tokens >= 0)

@@ -1,6 +1,7 @@
 """Cases and checks that the tests share; `test_mutants` holds the same checks against planted bugs."""
 
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -86,6 +87,12 @@ class Sample(NamedTuple):
         end = np.asarray(self.state.length)[rows] - start
         last = np.take_along_axis(new, np.maximum(end - 1, 0)[:, None], axis=1)
         return np.where(np.arange(new.shape[1]) < end[:, None], new, last)
+
+
+def virtual_devices(number: int) -> dict[str, str]:
+    """The environment of a process that sees so many devices of a CPU, and else compiles as this one does."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
+    return os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
 
 
 def right_pad(prompts: Sequence[Sequence[int]], width: int) -> Inputs:

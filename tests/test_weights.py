@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import safetensors.numpy
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
+from helpers import virtual_devices
 
 from specjax.api import pretrained
 from specjax.models import families
@@ -742,7 +742,6 @@ assert texts[0] == texts[1], texts
 
 def test_weights_are_placed_on_a_mesh(tmp_path):
     write_hf(tmp_path / "model")
-    flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", MESH, str(tmp_path / "model"), str(tmp_path / "saved")]
-    done = subprocess.run(command, env=flags, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=virtual_devices(4), capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -74,7 +74,9 @@ def plain(target):
     return texts(target)[0]
 
 
-@pytest.mark.parametrize("name", ["ngram", "bfloat16 copy", "first layers"])
+@pytest.mark.parametrize(
+    "name", ["ngram", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16 copy", "first layers"))]
+)
 def test_speculative_greedy_text_is_the_plain_text(target, plain, name):
     drafter = {
         "ngram": lambda: drafters.ngram(num_draft_tokens=7),
@@ -88,6 +90,7 @@ def test_speculative_greedy_text_is_the_plain_text(target, plain, name):
         assert sum(accepted) > 0.6 * sum(map(len, plain))
 
 
+@pytest.mark.slow
 def test_bfloat16_text_at_the_same_buffer_and_rows_is_reported():
     """In bfloat16, sums depend on the shape of the product: equality is reported, not promised."""
     target = load("bfloat16")

@@ -82,16 +82,16 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _within_budget(item: pytest.Item, phase: str) -> Generator[None, object, object]:
-    """Runs a phase of a test, and fails it where it took too much."""
+def _within_budget(item: pytest.Item, phase: str, share: float) -> Generator[None, object, object]:
+    """Runs a phase of a test, and fails it where it took more than a share of the budget."""
     begin = _cpu_seconds()
     result = yield
     seconds = _cpu_seconds() - begin
     item.user_properties.append(("cpu", seconds))
-    budget = float(os.environ.get("SPECJAX_TEST_CPU_SECONDS") or item.config.getini("cpu_seconds"))
+    budget = share * float(os.environ.get("SPECJAX_TEST_CPU_SECONDS") or item.config.getini("cpu_seconds"))
     if 0 < budget < seconds and item.get_closest_marker("slow") is None:
         pytest.fail(
-            f"{phase} took {seconds:.1f} s of CPU time, and a test of the default run has {budget:g} s. "
+            f"{phase} took {seconds:.1f} s of CPU time, and has {budget:g} s in the default run. "
             "Make it smaller (fewer programs to compile, fewer cases), or mark it slow: @pytest.mark.slow. "
             "On a slow machine: SPECJAX_TEST_CPU_SECONDS=60, or -o cpu_seconds=60; 0 for any.",
             pytrace=False,
@@ -101,14 +101,14 @@ def _within_budget(item: pytest.Item, phase: str) -> Generator[None, object, obj
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
-    """Fixtures have a budget of their own: a module's are set up once, by the first test that asks for them."""
-    return (yield from _within_budget(item, "The setup of its fixtures"))
+    """Fixtures have twice the budget: a module's are set up once, by the first test that asks for them."""
+    return (yield from _within_budget(item, "The setup of its fixtures", 2))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """A test has the budget for itself."""
-    return (yield from _within_budget(item, "It"))
+    return (yield from _within_budget(item, "It", 1))
 
 
 @pytest.fixture(autouse=True, scope="module")

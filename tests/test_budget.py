@@ -16,6 +16,7 @@ BURN = "import time\\nend = time.process_time() + 0.5\\nwhile time.process_time(
 @pytest.fixture(scope="module")
 def heavy():
     exec(BURN)
+    exec(BURN)
 
 def test_light(): time.sleep(0.5)
 def test_in_this_process(): exec(BURN)
@@ -45,7 +46,7 @@ def test_a_test_that_takes_too_much_fails_unless_it_is_marked(tmp_path):
     heavy = {"in_this_process": "FAILED", "in_a_child": "FAILED", "in_a_fixture": "ERROR"}
     light = dict.fromkeys(("light", "that_finds_the_fixture", "marked"), "PASSED")
     assert {words[1].partition("::test_")[2]: words[0] for words in short} == heavy | light, done.stdout
-    assert "a test of the default run has 0.3 s" in done.stdout
+    assert "and has 0.3 s in the default run" in done.stdout
     assert "@pytest.mark.slow" in done.stdout
 
 

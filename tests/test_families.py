@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_prompts, right_pad, save_tiny_decoder, texts
+from helpers import random_prompts, right_pad, save_tiny_decoder, texts, usual
 from jax.sharding import AbstractMesh
 
 import specjax
@@ -110,12 +110,7 @@ def decoded(model, params, drafter, draft_params=None):
     return compiled(both, state, np.int32(80))
 
 
-def usual(*names: str) -> list[Any]:
-    """Of every run; the other families are decoded by hand, and compared with a fresh prefill in every run."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
-
-
-@pytest.mark.parametrize("name", usual("gpt2", "gemma3"))
+@pytest.mark.parametrize("name", usual(CONFIGS, "gpt2", "gemma3"))
 def test_speculation_writes_the_text_of_plain_decoding(name):
     """The greedy rows, and with the coupled rule the sampled ones too."""
     model, params = tiny(name)
@@ -126,7 +121,7 @@ def test_speculation_writes_the_text_of_plain_decoding(name):
     assert len({tuple(text[-20:]) for text in texts(plain)}) > 1
 
 
-@pytest.mark.parametrize("name", usual("gemma3"))
+@pytest.mark.parametrize("name", usual(CONFIGS, "gemma3"))
 def test_layers_that_are_scanned_write_the_text_of_those_that_are_not(name):
     model, params = tiny(name)
     config, stacked = families.stack_layers(CONFIGS[name], params)
@@ -198,7 +193,7 @@ def test_an_int8_product_is_that_of_the_rounded_matrix(dtype, shape, num_contrac
 
 
 @pytest.mark.parametrize("scanned", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", usual("gpt2"))
+@pytest.mark.parametrize("name", usual(CONFIGS, "gpt2"))
 def test_an_int8_draft_is_nearly_its_target_and_its_text_is_exact(name, scanned):
     model, params = tiny(name)
     config, small = families.quantise(CONFIGS[name], params)

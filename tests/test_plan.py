@@ -545,7 +545,7 @@ def test_the_step_on_tpus_copies_no_cache_and_gathers_nothing(family: str, topol
 
 
 @needs_libtpu
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_sampling_on_a_split_vocabulary_sends_a_few_numbers(temperature: float):
     setup = setup_of()
     mesh = aot.make_mesh(setup.topology, 1)

@@ -100,6 +100,7 @@ def test_every_rule_and_drafter_is_decoded_on_a_mesh():
     assert {drafter for _, drafter, _ in decoded} == set(DRAFTERS)
 
 
+@pytest.mark.slow
 def test_text_of_two_processes_is_the_text_of_one_device(texts_of_two):
     for found in texts_of_two:
         assert (found["devices"], found["processes"]) == (4, 2)

@@ -263,7 +263,7 @@ def test_bfloat16_products_follow_float32():
     assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["t5", "decoder", "gpt2"])
 def test_bfloat16_gradients_follow_float32(kind, tied):
     base = MODELS["decoder" if kind == "gpt2" else kind]
@@ -691,6 +691,7 @@ def test_errors_are_one_line(changes, words, files, tmp_path, capsys):
 # Meshes
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_what_one_device_trains():
     env = virtual_devices(8)
     program = str(ROOT / "tests" / "training_mesh_program.py")

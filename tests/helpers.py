@@ -1,13 +1,15 @@
 """Cases and checks that the tests share; `test_mutants` holds the same checks against planted bugs."""
 
 import functools
+import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -91,6 +93,19 @@ class Sample(NamedTuple):
         end = np.asarray(self.state.rows.length)[rows] - start
         last = np.take_along_axis(new, np.maximum(end - 1, 0)[:, None], axis=1)
         return np.where(np.arange(new.shape[1]) < end[:, None], new, last)
+
+
+def usual(names: Iterable[str], *chosen: str) -> list[Any]:
+    """For `parametrize`: the chosen ones in every run, the others by hand (`pytest -m slow`)."""
+    listed = list(names)
+    assert set(chosen) <= set(listed), set(chosen) - set(listed)
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in listed]
+
+
+def virtual_devices(number: int) -> dict[str, str]:
+    """The environment of a process that sees so many devices of a CPU, and else compiles as this one does."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
+    return os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
 
 
 def right_pad(prompts: Sequence[Sequence[int]], width: int) -> Inputs:

@@ -84,18 +84,14 @@ REST: list[Case] = (
 )
 SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D
 MESHES: Meshes = {
-    "2x4": ({"data": 2, "model": 4}, SPLIT, SPLIT, MAIN),
-    "1x8": ({"model": 8}, SPLIT, SPLIT, DECODERS),
-    "8x1": ({"data": 8}, SPLIT, SPLIT, DECODERS),
     "2x2x2": ({"data": 2, "model": 2, "width": 2}, TWICE, TWICE, DECODERS),
-    "2x4, replicated draft": ({"data": 2, "model": 4}, SPLIT, REPLICATED, DECODERS),
 }
 SLOW: Meshes = {
-    "2x4": ({"data": 2, "model": 4}, SPLIT, SPLIT, REST),
-    "1x8": ({"model": 8}, SPLIT, SPLIT, BOTH[1:]),
-    "8x1": ({"data": 8}, SPLIT, SPLIT, BOTH[1:]),
+    "2x4": ({"data": 2, "model": 4}, SPLIT, SPLIT, MAIN + REST),
+    "1x8": ({"model": 8}, SPLIT, SPLIT, BOTH),
+    "8x1": ({"data": 8}, SPLIT, SPLIT, BOTH),
     "2x2x2": ({"data": 2, "model": 2, "width": 2}, TWICE, TWICE, BOTH[1:]),
-    "2x4, replicated draft": ({"data": 2, "model": 4}, SPLIT, REPLICATED, BOTH[1:]),
+    "2x4, replicated draft": ({"data": 2, "model": 4}, SPLIT, REPLICATED, BOTH),
 }
 
 

@@ -326,6 +326,7 @@ def tiny():
     return target, params, jax.tree.map(lambda x: x + 0.01 * jax.random.normal(next(keys), x.shape), params)
 
 
+@pytest.mark.slow
 def test_speculative_beam_search_of_a_decoder_equals_plain():
     target, params, near = tiny()
     options = {

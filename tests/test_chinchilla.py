@@ -39,6 +39,7 @@ def command(config, target, workdir, *more):
     ]
 
 
+@pytest.mark.slow
 def test_summaries_with_and_without_speculation(target, data, tmp_path, capfd):
     few = ["--config.num_draft_tokens=(0, 3)", "--config.batch_sizes=(2,)", "--config.quality_draft_tokens=3"]
     few += ["--config.num_timed=3", f"--config.data={data}"]
@@ -76,7 +77,7 @@ def test_summaries_with_and_without_speculation(target, data, tmp_path, capfd):
     assert "seed: 0 before, 1 now" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("execute", ["False", "True"])
+@pytest.mark.parametrize("execute", ["True", pytest.param("False", marks=pytest.mark.slow)])
 def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkeypatch, capfd):
     ran = []
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import WORDS, save_tiny_decoder
+from helpers import WORDS, save_tiny_decoder, virtual_devices
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from specjax import launch
@@ -29,8 +29,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_PROCESSES": "2"}
-    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_COORDINATOR_ADDRESS": address}
+    env = virtual_devices(2) | {"PYTHONPATH": str(ROOT), "JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": address}
     several = [*argv, "--distributed", "--config.mesh_data=2", "--config.mesh_model=2"]
     processes = [
         subprocess.Popen(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_prompts, right_pad, save_tiny_decoder, texts
+from helpers import random_prompts, right_pad, save_tiny_decoder, texts, usual
 from jax.sharding import AbstractMesh
 
 import specjax
@@ -110,7 +110,7 @@ def decoded(model, params, drafter, draft_params=None):
     return compiled(both, state, np.int32(80))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", usual(CONFIGS, "gpt2", "gemma3"))
 def test_speculation_writes_the_text_of_plain_decoding(name):
     """The greedy rows, and with the coupled rule the sampled ones too."""
     model, params = tiny(name)
@@ -121,7 +121,7 @@ def test_speculation_writes_the_text_of_plain_decoding(name):
     assert len({tuple(text[-20:]) for text in texts(plain)}) > 1
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3", "multi-query", "chinchilla"])
+@pytest.mark.parametrize("name", usual(CONFIGS, "gemma3"))
 def test_layers_that_are_scanned_write_the_text_of_those_that_are_not(name):
     model, params = tiny(name)
     config, stacked = families.stack_layers(CONFIGS[name], params)
@@ -192,19 +192,20 @@ def test_an_int8_product_is_that_of_the_rounded_matrix(dtype, shape, num_contrac
     np.testing.assert_array_equal(got[1:, 2:], layers.linear_int8(x[1:, 2:], values, scale, num_contracted))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3", "chinchilla"])
-def test_an_int8_draft_is_nearly_its_target_and_its_text_is_exact(name):
+@pytest.mark.parametrize("scanned", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", usual(CONFIGS, "gpt2"))
+def test_an_int8_draft_is_nearly_its_target_and_its_text_is_exact(name, scanned):
     model, params = tiny(name)
     config, small = families.quantise(CONFIGS[name], params)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), small) == jax.tree.map(
         lambda x: (x.shape, x.dtype), families.abstract_params(config)
     )
+    if scanned:
+        config, small = families.stack_layers(config, small)
     plain = decoded(model, params, drafters.none())
-    for draft_config, draft_params in ((config, small), families.stack_layers(config, small)):
-        drafter = drafters.model(families.model(draft_config), num_draft_tokens=3)
-        drafted = decoded(model, params, drafter, draft_params)
-        assert texts(drafted) == texts(plain)
-        assert float(drafted.stats.overlap.sum() / drafted.stats.proposed.sum()) > 0.9
+    drafted = decoded(model, params, drafters.model(families.model(config), num_draft_tokens=3), small)
+    assert texts(drafted) == texts(plain)
+    assert float(drafted.stats.overlap.sum() / drafted.stats.proposed.sum()) > 0.9
 
 
 def test_an_int8_model_is_saved_and_loaded_and_stays_what_it_is(tmp_path):

@@ -41,6 +41,7 @@ def command(pairs, workdir, *more):
     ]
 
 
+@pytest.mark.slow
 def test_from_pairs_to_the_tables_of_the_paper(pairs, tmp_path, capfd):
     assert launch.main(command(pairs, tmp_path)) == 0, capfd.readouterr().err
     rows = json.loads((tmp_path / "results.json").read_text())

@@ -78,7 +78,19 @@ CELLS += [
 ]
 
 
-@pytest.mark.parametrize(("drafter", "rule", "hole"), CELLS, ids=lambda cell: getattr(cell, "name", str(cell)))
+# Of every run: the exact rules, and each kind of hole.
+IN_EVERY_RUN = [
+    ("model", verify.rejection, np.nan),
+    ("model", verify.coupled, np.nan),
+    ("model", verify.block, -np.inf),
+]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "rule", "hole"),
+    [cell if cell in IN_EVERY_RUN else pytest.param(*cell, marks=pytest.mark.slow) for cell in CELLS],
+    ids=lambda cell: getattr(cell, "name", str(cell)),
+)
 def test_a_hole_behind_a_stop_or_a_forbidden_draft_is_no_failure(drafter: str, rule: Rule, hole: float):
     result = speculate(drafter, rule, hole)
     assert not (np.asarray(result.state.rows.failed_at) >= 0).any()
@@ -148,7 +160,12 @@ TOGETHER = [
 
 @pytest.mark.parametrize(
     ("drafter", "rule"),
-    [("ngram", verify.block), ("model", verify.rejection), ("model, sure", verify.block), ("model", verify.coupled)],
+    [
+        ("ngram", verify.block),
+        ("model", verify.coupled),
+        pytest.param("model", verify.rejection, marks=pytest.mark.slow),
+        pytest.param("model, sure", verify.block, marks=pytest.mark.slow),
+    ],
     ids=lambda cell: getattr(cell, "name", str(cell)),
 )
 def test_exact_where_a_grammar_and_no_repeat_leave_few_tokens(drafter: str, rule: Rule):
@@ -168,7 +185,11 @@ def test_exact_where_a_grammar_and_no_repeat_leave_few_tokens(drafter: str, rule
 
 @pytest.mark.parametrize(
     ("min_confidence", "rule"),
-    [(0.0, verify.rejection), (0.3, verify.block), (0.0, verify.coupled)],
+    [
+        (0.3, verify.block),
+        pytest.param(0.0, verify.rejection, marks=pytest.mark.slow),
+        pytest.param(0.0, verify.coupled, marks=pytest.mark.slow),
+    ],
     ids=lambda cell: getattr(cell, "name", str(cell)),
 )
 def test_a_draft_that_knows_no_allowed_token_ends_its_proposal(min_confidence: float, rule: Rule):
@@ -237,7 +258,12 @@ def test_an_id_outside_the_vocabulary_is_never_accepted(rule: Rule):
 
 @pytest.mark.parametrize(
     ("token", "length", "rule"),
-    [(9, None, verify.rejection), (-1, 3, verify.block), (1, 99, verify.rejection), (1, -5, verify.block)],
+    [
+        (9, None, verify.rejection),
+        (1, -5, verify.block),
+        pytest.param(-1, 3, verify.block, marks=pytest.mark.slow),
+        pytest.param(1, 99, verify.rejection, marks=pytest.mark.slow),
+    ],
     ids=lambda cell: getattr(cell, "name", str(cell)),
 )
 def test_the_loop_is_exact_whatever_ids_and_lengths_a_drafter_gives(token: int, length: int | None, rule: Rule):

@@ -231,14 +231,18 @@ def plain_text() -> list[list[int]]:
     return tiny_run(drafters.none(), "float32", 6, 1.0, False)
 
 
-@pytest.mark.parametrize(("k", "batch"), [pytest.param(1, 6, marks=pytest.mark.slow), (4, 6), (3, 1)])
+@pytest.mark.parametrize(
+    ("k", "batch"), [pytest.param(1, 6, marks=pytest.mark.slow), (4, 6), pytest.param(3, 1, marks=pytest.mark.slow)]
+)
 def test_coupled_text_is_that_of_plain_decoding_for_every_drafter_k_and_batch(k: int, batch: int):
     by_lookup = drafters.ngram(num_draft_tokens=k, min_match=1)
     for drafter in (by_lookup, drafters.model(tiny("float32")[2], num_draft_tokens=k)):
         assert tiny_run(drafter, "float32", batch, 1.0, False) == plain_text()
 
 
-@pytest.mark.parametrize(("k", "temperature"), [(4, 0.0), pytest.param(1, 1.0, marks=pytest.mark.slow), (4, 1.0)])
+@pytest.mark.parametrize(
+    ("k", "temperature"), [*(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((4, 0.0), (1, 1.0))), (4, 1.0)]
+)
 def test_at_a_fixed_shape_text_is_identical_in_bfloat16(k: int, temperature: float):
     wanted = tiny_run(drafters.none(num_draft_tokens=k), "bfloat16", 6, temperature, True)
     for drafter in (

@@ -507,8 +507,14 @@ def test_configs_name_the_experiment(path):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "topology"),
+    [
+        ("decoder", "v5e:2x2"),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (("decoder", "v4:2x2x1"), ("t5", "v5e:2x2"))),
+        pytest.param("t5", "v4:2x2x1", marks=pytest.mark.slow),
+    ],
+)
 def test_the_step_on_tpus_copies_no_cache_and_gathers_nothing(family: str, topology: str):
     # One array of keys is 16 MiB a device: a copy of it could not hide among the temporaries.
     setup = setup_of(family, topology, max_len=16384)
@@ -539,7 +545,7 @@ def test_the_step_on_tpus_copies_no_cache_and_gathers_nothing(family: str, topol
 
 
 @needs_libtpu
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_sampling_on_a_split_vocabulary_sends_a_few_numbers(temperature: float):
     setup = setup_of()
     mesh = aot.make_mesh(setup.topology, 1)

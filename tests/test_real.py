@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 
 import pytest
 
@@ -52,21 +53,13 @@ def in_bfloat16(target: specjax.Pretrained) -> specjax.Pretrained:
     return target._replace(model=families.model(config), params=params, config=config)
 
 
-def texts(target: specjax.Pretrained, drafter=None, batch_size: int = 12) -> tuple[list[list[int]], list[int]]:
-    tokens, accepted = [], []
-    for begin in range(0, len(PROMPTS), batch_size):
-        out = specjax.generate(
-            target,
-            PROMPTS[begin : begin + batch_size],
-            drafter=drafter,
-            max_new_tokens=NEW_TOKENS,
-            max_len=192,
-            step_cost=0.0,
-            chat=True,
-        )
-        tokens += out.tokens
-        accepted += [sum(row) for row in out.from_draft]
-    return tokens, accepted
+def texts(
+    target: specjax.Pretrained, drafter=None, prompts: Sequence[str] = PROMPTS, new_tokens: int = NEW_TOKENS
+) -> tuple[list[list[int]], list[int]]:
+    out = specjax.generate(
+        target, prompts, drafter=drafter, max_new_tokens=new_tokens, max_len=192, step_cost=0.0, chat=True
+    )
+    return out.tokens, [sum(row) for row in out.from_draft]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +67,14 @@ def plain(target):
     return texts(target)[0]
 
 
+def test_a_few_speculative_texts_are_the_plain_ones(target):
+    few = {"prompts": [PROMPTS[2], PROMPTS[10]], "new_tokens": 24}
+    speculative, accepted = texts(target, drafters.ngram(num_draft_tokens=4), **few)
+    assert speculative == texts(target, **few)[0]
+    assert sum(accepted) > 0, "nothing was accepted: the comparison would prove little"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ngram", "bfloat16 copy", "first layers"])
 def test_speculative_greedy_text_is_the_plain_text(target, plain, name):
     drafter = {
@@ -88,6 +89,7 @@ def test_speculative_greedy_text_is_the_plain_text(target, plain, name):
         assert sum(accepted) > 0.6 * sum(map(len, plain))
 
 
+@pytest.mark.slow
 def test_bfloat16_text_at_the_same_buffer_and_rows_is_reported():
     """In bfloat16, sums depend on the shape of the product: equality is reported, not promised."""
     target = load("bfloat16")

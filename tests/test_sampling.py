@@ -63,9 +63,7 @@ def near_a_cut(logits: np.ndarray, options: dict) -> bool:
     return options["typical_p"] < 1 and any(((testing.distribution(x, **options) > 0) != wanted).any() for x in shaken)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(LOGITS, OPTIONS)
-def test_probabilities_equal_a_sorting_implementation(logits: list[float], options: dict):
+def assert_as_sorted(logits: list[float], options: dict) -> None:
     values = np.asarray(logits)
     assume(np.isfinite(values).any())
     assume(not near_a_cut(values, options))
@@ -73,6 +71,19 @@ def test_probabilities_equal_a_sorting_implementation(logits: list[float], optio
     wanted = testing.distribution(values, **options)
     assert ((got > 0) == (wanted > 1e-30)).all()
     np.testing.assert_allclose(got, wanted, atol=2e-6)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(LOGITS, OPTIONS)
+def test_probabilities_equal_a_sorting_implementation(logits: list[float], options: dict):
+    assert_as_sorted(logits, options)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(LOGITS, OPTIONS)
+def test_more_probabilities_equal_a_sorting_implementation(logits: list[float], options: dict):
+    assert_as_sorted(logits, options)
 
 
 @pytest.mark.parametrize("size", [7, 1000])

@@ -1,7 +1,6 @@
 """The decode step as one program on a mesh of 8 virtual devices, and the rules that place its arrays."""
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import virtual_devices
 from jax.sharding import PartitionSpec
 from mesh_text_program import BEAMS, DRAFTERS, MESHES, RULES, SLOW
 
@@ -20,10 +20,10 @@ from specjax.parallel import sharding
 
 def start(program: str, devices: int, *args: str) -> subprocess.Popen:
     """Starts a program of this directory with so many virtual devices, which have to exist before JAX starts."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, str(pathlib.Path(__file__).with_name(program)), *args]
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=virtual_devices(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def reports(*processes: subprocess.Popen) -> list[dict]:
@@ -100,6 +100,7 @@ def test_every_rule_and_drafter_is_decoded_on_a_mesh():
     assert {drafter for _, drafter, _ in decoded} == set(DRAFTERS)
 
 
+@pytest.mark.slow
 def test_text_of_two_processes_is_the_text_of_one_device(texts_of_two):
     for found in texts_of_two:
         assert (found["devices"], found["processes"]) == (4, 2)

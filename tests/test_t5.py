@@ -168,7 +168,7 @@ def generate_reference(model, source, **options):
     return out[:, 1:].tolist()
 
 
-@pytest.mark.parametrize("name", ["t5", "umt5"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "umt5"])
 def test_greedy_and_beam_text_is_that_of_transformers(name, tmp_path):
     reference, target = load(tmp_path, name)
     _, draft = load(tmp_path, "t5-deep-encoder")
@@ -206,13 +206,25 @@ def drafters(tmp_path, target):
     }
 
 
-@pytest.mark.parametrize("rule", ["block", "coupled"])
-def test_every_drafter_keeps_the_text(rule, tmp_path):
+KINDS = ("encoder-decoder", "itself", "decoder", "ngram")
+
+
+@pytest.mark.parametrize(
+    ("rule", "kinds"),
+    [
+        ("coupled", ("encoder-decoder", "ngram")),
+        *(pytest.param(rule, KINDS, marks=pytest.mark.slow) for rule in ("block", "coupled")),
+    ],
+)
+def test_every_drafter_keeps_the_text(rule, kinds, tmp_path):
     _, target = load(tmp_path)
     options = {"max_new_tokens": 20, "step_cost": 0.0, "verify": verify.parse(rule), "max_len": 64}
     temperature = [0.0, 1.0 if rule == "coupled" else 0.0, 0.0]
     plain = specjax.generate(target, SOURCES, temperature=temperature, **options)
-    for name, drafter in drafters(tmp_path, target).items():
+    made = drafters(tmp_path, target)
+    assert set(made) == set(KINDS)
+    for name in kinds:
+        drafter = made[name]
         ours = specjax.generate(target, SOURCES, drafter=drafter, temperature=temperature, **options)
         assert ours.tokens == plain.tokens, name
         if name == "itself":
@@ -317,7 +329,7 @@ def test_bfloat16_stays_close(tmp_path):
     assert close.logits.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", ["none", "encoder-decoder"])
 def test_the_compiled_loop_copies_no_cache(name, rows, tmp_path):
     """Neither the text's keys and values nor the source's are copied in the loop, and all are given back in place."""

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import lzma
-import os
 import pathlib
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 import tokenizers
+from helpers import virtual_devices
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import specjax
@@ -263,7 +263,7 @@ def test_bfloat16_products_follow_float32():
     assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["t5", "decoder", "gpt2"])
 def test_bfloat16_gradients_follow_float32(kind, tied):
     base = MODELS["decoder" if kind == "gpt2" else kind]
@@ -691,8 +691,9 @@ def test_errors_are_one_line(changes, words, files, tmp_path, capsys):
 # Meshes
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_what_one_device_trains():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = virtual_devices(8)
     program = str(ROOT / "tests" / "training_mesh_program.py")
     done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

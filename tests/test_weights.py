@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import os
+import pathlib
 import shutil
 import struct
 import subprocess
@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
+from helpers import virtual_devices
 
 from specjax.api import pretrained
 from specjax.models import families
@@ -729,8 +730,14 @@ for sizes in ({"model": 4}, {"data": 4}, {"data": 2, "width": 2}):
     elsewhere = sharding.override(sharding.RULES_2D, vocab=None, kv_heads=None)
     moved = pretrained.load(sys.argv[2], mesh=other, rules=elsewhere)
     jax.tree.map(np.testing.assert_array_equal, host.params, moved.params)
+"""
 
-# Two key/value heads on four devices: each on two, and the same text.
+MESH_TEXT = """
+import sys, jax, specjax
+from specjax.api import pretrained
+from specjax.parallel import sharding
+rules = sharding.override(sharding.RULES, vocab=None)
+host = pretrained.load(sys.argv[1])
 four = sharding.make_mesh(model=4)
 repeated = pretrained.load(sys.argv[1], mesh=four, rules=rules)
 assert (repeated.config.num_kv_heads, host.config.num_kv_heads) == (4, 2)
@@ -740,9 +747,17 @@ assert texts[0] == texts[1], texts
 """
 
 
-def test_weights_are_placed_on_a_mesh(tmp_path):
+def on_four_devices(program: str, tmp_path: pathlib.Path) -> None:
     write_hf(tmp_path / "model")
-    flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", MESH, str(tmp_path / "model"), str(tmp_path / "saved")]
-    done = subprocess.run(command, env=flags, capture_output=True, text=True, check=False, timeout=120)
+    command = [sys.executable, "-c", program, str(tmp_path / "model"), str(tmp_path / "saved")]
+    done = subprocess.run(command, env=virtual_devices(4), capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_weights_are_placed_on_a_mesh(tmp_path):
+    on_four_devices(MESH, tmp_path)
+
+
+@pytest.mark.slow
+def test_key_value_heads_that_are_repeated_write_the_same_text(tmp_path):
+    on_four_devices(MESH_TEXT, tmp_path)

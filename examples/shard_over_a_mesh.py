@@ -4,8 +4,8 @@
     python examples/shard_over_a_mesh.py --source=SOURCE --model=4
 
 The devices are virtual ones on the CPU, so it runs anywhere; without the two lines of `jax.config.update`, real ones
-are used.
-`--model` has to divide the key/value heads (3 for SmolLM2-135M), or be a multiple of them.
+are used. `--model` has to divide the vocabulary and the key/value heads (3 for SmolLM2-135M), or the error says what
+to do instead.
 """
 
 import argparse

@@ -17,12 +17,13 @@ PROMPT = "the cat sat on the cat sat on the cat"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
-    return save_tiny_decoder(tmp_path_factory.mktemp("model"), 0)
+    # One word more makes 18 tokens, which two devices can split.
+    return save_tiny_decoder(tmp_path_factory.mktemp("model"), 0, ["stop"])
 
 
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory) -> str:
-    return save_tiny_decoder(tmp_path_factory.mktemp("draft"), 1)
+    return save_tiny_decoder(tmp_path_factory.mktemp("draft"), 1, ["stop"])
 
 
 def example(name: str) -> dict:

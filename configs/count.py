@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.min_count = 1  # n-grams of two tokens or more that are seen less often are dropped.
     config.max_successors = 64  # Of one context, the most frequent ones.
     config.max_entries = 2_000_000  # n-grams of two tokens or more, the most frequent ones.
-    # kind=retrieval. 8 bytes a token.
+    # kind=retrieval. 8 bytes per token.
     config.depth = 16  # How many tokens texts are ordered by: the longest match that can be looked up.
     config.max_tokens = 50_000_000  # Texts are left out beyond so many tokens.
 

@@ -13,7 +13,7 @@ A FILE has one JSON object a line, with `input` and `target`, or, for a language
 hub:NAME or hub:NAME:SPLIT is a hub data set (pip install datasets). The extra `train` of the package trains
 vocabularies. Ctrl-C saves, and the same command goes on, with the losses that it would have had.
 
-Hardware: whatever JAX runs on; parameters, gradient and moments take 16 bytes a parameter. Several devices:
+Hardware: whatever JAX runs on; parameters, gradient and moments take 16 bytes per parameter. Several devices:
 --config.mesh_data and --config.mesh_model. Expected: a loss curve (train.jsonl, loss.png), summary.md, and model/,
 which `specjax.load` reads: the parameters of least validation loss.
 """
@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     config.target_length = 256  # Tokens of a row, which several texts share; longer texts are cut.
     config.source_length = 256  # Tokens of its source, for kind=t5.
     config.batch_size = 16  # Rows of a step, ...
-    # ... in so many parts, to save memory. CPUs are fastest with one or two rows a part; accelerators want all in one.
+    # ... in so many parts, to save memory. CPUs are fastest with one or two rows per part; accelerators want all in one.
     config.num_microbatches = 8
 
     config.num_steps = 4000  # Of the optimizer.

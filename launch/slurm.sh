@@ -55,7 +55,7 @@ for flag in "$@"; do
 done
 
 flags=$(printf ' %q' "$@")
-# One process a node: JAX asks SLURM who it is.
+# One process per node: JAX asks SLURM who it is.
 distributed=$([[ $nodes == 1 ]] || echo ' --distributed')
 script=$(
   cat <<END

@@ -208,7 +208,7 @@ def rows_of(cell: Cell, directory: pathlib.Path) -> list[Row]:
 
 
 def table(cells: Sequence[Cell], rows: Sequence[Row], finished: dict[str, float], failed: dict[str, str]) -> str:
-    """A line a row; a cell without rows has one too."""
+    """A line per row; a cell without rows has one too."""
     axes = list(cells[0].values)
     shown = {name: how for name, how in COLUMNS.items() if f"config.{name}" not in axes}
     lines = [[*(axis.removeprefix("config.") for axis in axes), *shown, "state"]]

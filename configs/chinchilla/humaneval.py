@@ -14,7 +14,7 @@ falls short, the run says what a program could do, and `--config.execute=unsafe`
 --config.num_timed=164`, on models of the size for which they are meant.
 
 Hardware: what holds the models (Qwen2.5-Coder, 1.5B with 0.5B: 4 GB in bfloat16). The paper, 70B with a draft of 4B on
-16 TPU v4 (K = 4, 16,400 texts): 45.1 -> 47.0 % solved, 14.1 -> 5.73 ms a token, 2.46x.
+16 TPU v4 (K = 4, 16,400 texts): 45.1 -> 47.0 % solved, 14.1 -> 5.73 ms per token, 2.46x.
 """
 
 import pathlib

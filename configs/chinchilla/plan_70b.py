@@ -9,7 +9,7 @@ with 32 layers, 4096 wide, stands beside it. Batch 1, K = 4. This is `configs/pl
 the same overrides. The paper measured 14.1 ms/token for the target and 1.8 for the draft (its section 5.1 and table 1).
 
 Hardware: any CPU, with libtpu (`pip install -e '.[tpu]'`); some minutes, nothing is run. Expected: it fits; two
-all-reduces a layer; no cache is copied, and the state is written in place; predictions of 60 % of the paper's target
+all-reduces per layer; no cache is copied, and the state is written in place; predictions of 60 % of the paper's target
 and a third of its draft, since they are lower bounds; the narrow draft costs twice the wide one, half of it latency.
 """
 

@@ -10,7 +10,7 @@ few minutes, with models that have hardly learnt anything: it shows that everyth
 
 A T5 of 7.6M parameters with a deep decoder is the target; drafts are T5s of 1.7M and 0.4M, each about four times
 smaller than the one before, a bigram and a unigram table. Hardware: two CPU cores. On one of an AMD EPYC the target
-learnt 3,300 tokens a second, so its 8.4M take about 42 minutes, and the draft of 1.7M 13,000, so about 11. What came of
+learnt 3,300 tokens per second, so its 8.4M take about 42 minutes, and the draft of 1.7M 13,000, so about 11. What came of
 it is in docs/results/leviathan.md. The paper's row, T5-XXL with T5-small on WMT EnDe (TPU v4): alpha .75 and 3.4x at
 temperature 0, .62 and 2.6x at temperature 1.
 """

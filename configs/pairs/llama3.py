@@ -1,6 +1,6 @@
 """Llama 3.1 70B drafted by its 8B sibling, on your prompts.
 
-Command, on a TPU VM or a machine with GPUs, one process a host:
+Command, on a TPU VM or a machine with GPUs, one process per host:
 
     python -m specjax.launch --config=configs/pairs/llama3.py --config.data=prompts.jsonl --config.mesh_model=8 \\
         --workdir=runs/llama3 [--distributed]

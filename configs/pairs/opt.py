@@ -1,6 +1,6 @@
 """OPT 66B, the largest that is published but for the 175B, drafted by OPT 125M, on your prompts.
 
-Command, on a TPU VM or a machine with GPUs, one process a host:
+Command, on a TPU VM or a machine with GPUs, one process per host:
 
     python -m specjax.launch --config=configs/pairs/opt.py --config.data=prompts.jsonl --config.mesh_model=8 \\
         --workdir=runs/opt [--distributed]

@@ -19,11 +19,11 @@ from specjax.parallel import sharding
 from specjax.types import Batch, Inputs, Model, ModelOutput, Tree
 
 PREFILL_CHUNK = 512
-"""Prompts are read at most so many tokens at a time: the scores of a whole one would grow with its square."""
+"""The most tokens of a prompt that are read at a time: attention scores of a whole prompt grow with its square."""
 
 
 Views = Mapping[bool, layers.View]
-"""What layers without and with a window know of the tokens' places."""
+"""What layers without and with a window know of the tokens' positions."""
 
 
 class Decoder(nnx.Module):
@@ -46,10 +46,10 @@ class Decoder(nnx.Module):
             self.head_bias = layers.parameter(rngs, (c.vocab_size,), ("vocab",), c.dtype)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks tokens up, and learned positions.
+        """Looks up the embeddings of tokens, and learned positions.
 
-        Ids beyond the table read its last row (a draft may know fewer tokens than its target), and so do positions: no
-        text stands there, but padding may, and drafts beyond a text's limit.
+        Ids beyond the table read its last row (a draft may know fewer tokens than its target), and so do positions:
+        only padding, and drafts beyond the limit of a sequence, are at such positions.
         """
         c = self.config
         name = "head" if c.tie_embeddings else "embedding"
@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
     def view(
         self, windowed: bool, places: Int[Array, "B T"], positions: Int[Array, "B T"], size: int, packed: Batch | None
     ) -> layers.View:
-        """What layers with or without a window know of the tokens' places, in a cache of that size."""
+        """What layers with or without a window know of the tokens' positions, in a cache of that size."""
         c, rope = self.config, None
         if c.positions == "rotary":
             angles = positions[:, :, None] * layers.rope_frequencies(c, windowed=windowed)
@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
         start: Int[Array, " B"] | None,
         packed: Batch | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The last hidden states of T tokens that stand at `start ..` of each row, and the cache with them in it.
+        """The last hidden states of T tokens at positions `start ..` of each row, and the cache with them in it.
 
         In a training batch, which fills the cache as a prefill does, the segments of a row do not see each other.
         """
@@ -130,7 +130,7 @@ class Decoder(nnx.Module):
 
         empty = jnp.zeros((rows, width, self.config.hidden_size), jnp.float32)
         found, cache = jax.lax.scan(read_chunk, (empty, cache), starts)[0]
-        # NaN does not pass from a chunk to the next through the cache, but it must not be overlooked.
+        # NaN does not pass from one chunk to the next through the cache, but it has to reach the result.
         broken = jnp.cumsum(jnp.isnan(jnp.sum(found, axis=-1)), axis=1) > 0
         return jnp.where(broken[..., None], jnp.nan, found), cache
 

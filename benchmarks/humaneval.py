@@ -35,7 +35,7 @@ from specjax.types import Drafter
 
 _TARGET = flags.DEFINE_string("target", None, "Source of the target.", required=True)
 _DRAFT = flags.DEFINE_string("draft", None, "Source of the draft.", required=True)
-_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 20, "How many problems of HumanEval to measure, from the first on.", lower_bound=1)
+_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 20, "Problems of HumanEval, from the first on.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per problem.", lower_bound=1)
 _DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 7, "K of specjax.", lower_bound=1)
 _CONFIDENCE = flags.DEFINE_float("min_confidence", 0.6, "Where specjax stops drafting before K; 0: never.")

@@ -112,9 +112,7 @@ def main(argv: list[str]) -> None:
         for size in _SIZES.value:
             rows, length = map(int, size.split("x"))
             table += [row(name, heads, rows, length, topology, mesh) for name in LAYOUTS]
-    print(
-        f"{_TARGET.value} on {topology.name}, {_TOKENS.value} tokens per row, cost of a layer on each chip; ", end=""
-    )
+    print(f"{_TARGET.value} on {topology.name}, {_TOKENS.value} tokens per row, cost of a layer on each chip; ", end="")
     print(f"jax {jax.__version__}, {datetime.date.today()}\n\n{report.markdown(table)}")
 
 

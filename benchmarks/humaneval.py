@@ -44,7 +44,7 @@ _FIXED_SHAPE = flags.DEFINE_boolean("fixed_shape", False, "Every call of specjax
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of everything.")
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Timed calls per problem and mode; medians count.", lower_bound=1)
 _TRANSFORMERS = flags.DEFINE_boolean("transformers", True, "Measure transformers too, on GGUF files or directories.")
-_OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; where it exists, the run goes on from it.")
+_OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; where it exists, the run resumes from it.")
 
 PLAIN, SPECULATIVE, INT8 = "specjax plain", "specjax speculative", "specjax speculative, int8 draft"
 
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> None:
     if any(problem.name not in rows for problem in chosen):
         target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
         draft = specjax.load(_DRAFT.value, dtype=_DTYPE.value)
-        # Of all problems, so that a run over more of them goes on with the same buffer.
+        # Of all problems, so that a run over more of them resumes with the same buffer.
         longest = max(map(len, api.encode(target, [problem.prompt for problem in human_eval.problems()])))
         plain = specjax.drafters.none(num_draft_tokens=_DRAFT_TOKENS.value if _FIXED_SHAPE.value else 0)
         runs = {

@@ -284,7 +284,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     record.path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Measurements go to {record.path}; after an interrupt the same command goes on.", file=sys.stderr)
+    print(f"Measurements go to {record.path}; after an interrupt the same command resumes.", file=sys.stderr)
     target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
     drafter = specjax.drafters.ngram(num_draft_tokens=_DRAFT_TOKENS.value)
     encoded = [api.encode(target, [question.text], chat=True)[0] for question in chosen]

@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
         drafter = specjax.drafters.model(specjax.load(arguments.draft), num_draft_tokens=4)
     else:
         drafter = specjax.drafters.ngram(num_draft_tokens=7)
-    assert target.tokenizer is not None, "The target has no tokenizer, so it cannot read a prompt."
+    tokenizer = target.tokenizer
+    if tokenizer is None:
+        raise SystemExit(f"{arguments.target} has no tokenizer, so it cannot read a prompt.")
     sides = {"plain": specjax.drafters.none(), "speculative": drafter}
 
     def decode(side: str) -> specjax.Generation:
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
             [arguments.prompt],
             drafter=sides[side],
             max_new_tokens=arguments.max_new_tokens,
-            chat=target.tokenizer.has_chat_template,
+            chat=tokenizer.has_chat_template,
         )
 
     out = {side: decode(side) for side in sides}  # The first call compiles; it is not timed.
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             seconds[side].append(time.perf_counter() - start)
 
     plain, speculative = (statistics.median(seconds[side]) for side in ("plain", "speculative"))
-    print(out["speculative"].text[0])
+    print(tokenizer.decode(out["speculative"].tokens[0]))
     print(out["speculative"].stats)
     print(f"plain {plain:.3f} s, speculative {speculative:.3f} s: speedup {plain / speculative:.2f}x")
     print(f"identical text: {out['plain'].tokens == out['speculative'].tokens}")

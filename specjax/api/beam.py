@@ -9,7 +9,7 @@ the draft says. Plain beam search is the same loop with K = 0.
 **The draft's tree in rows.** The u beams that the draft keeps at each depth make a tree, most of whose branches die out
 before depth K. They must be scored nevertheless, since the target's beams die out too, but later. A `Model` reads
 chains, so the tree is laid out in R = w + K (u - 1) rows of the target's cache, each holding one path from the text: a
-node's first child goes on in its row, and every other child begins a row of its own with a copy of the path. (The paper
+node's first child goes on in its row, and every other child starts a new row with a copy of the path. (The paper
 counts w + u K positions; rows feed what paths share once a path. Attention over a tree would save that.)
 
 **Who holds what.** All w beams of a text have the same length n. Between steps both caches have w rows per text; the

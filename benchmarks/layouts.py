@@ -1,10 +1,10 @@
-"""Layouts of the cache where there are fewer key/value heads than chips, compiled for TPUs that are not here.
+"""Layouts of the cache where there are fewer key/value heads than chips, compiled for TPUs that you don't have.
 
     python benchmarks/layouts.py --topology=v5e:4x4 --target=llama3_70b
 
-compiles a target call of two and of three layers in each layout, with libtpu, and gives what a layer more takes on each
-chip: the bytes of its parameters and cache, its collectives, and the time at the roofline, which is those bytes at the
-memory's rate and then the collectives (`chips`, every kind as an all-reduce). Nothing is run.
+compiles a target call of two and of three layers in each layout, with libtpu, and prints the cost of one more layer on
+each chip: the bytes of its parameters and cache, its collectives, and the time at the roofline, which is those bytes at
+the memory's rate and then the collectives (`chips`, every kind as an all-reduce). Nothing is run.
 
 - repeated: each key/value head on as many chips as share it (`families.repeat_kv_heads`, what `specjax.load` does).
 - whole: every chip has all heads, of queries too (`override(RULES, kv_heads=None)`).
@@ -112,9 +112,7 @@ def main(argv: list[str]) -> None:
         for size in _SIZES.value:
             rows, length = map(int, size.split("x"))
             table += [row(name, heads, rows, length, topology, mesh) for name in LAYOUTS]
-    print(
-        f"{_TARGET.value} on {topology.name}, {_TOKENS.value} tokens a row, what each chip takes for a layer; ", end=""
-    )
+    print(f"{_TARGET.value} on {topology.name}, {_TOKENS.value} tokens per row, cost of a layer on each chip; ", end="")
     print(f"jax {jax.__version__}, {datetime.date.today()}\n\n{report.markdown(table)}")
 
 

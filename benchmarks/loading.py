@@ -1,12 +1,12 @@
-"""How much memory of a host loading takes: one process with the whole model, and several that share it.
+"""The host memory that loading takes: one process with the whole model, and several that share it.
 
     python benchmarks/loading.py --num_layers=16
 
 writes a random Llama in bfloat16 to a temporary directory, and loads it in processes of their own: one with one device,
-then two and four that split it over `model`. Reported is the most memory that each process had at a time over what it
-had before, looked at every millisecond, and the seconds. Pages of the files that are mapped do not count: the system
-takes them back when it needs them. On a CPU the devices' memory is the host's, so a process cannot stay under its part
-of the parameters; what it takes beyond is what loading itself needs. Linux only.
+then two and four that split it over `model`. Reported are the peak memory of each process above what it had before,
+sampled every millisecond, and the seconds. Mapped pages of the files do not count: the system reclaims them when it
+needs them. On a CPU the devices' memory is the host's, so a process cannot stay below its part of the parameters; what
+it takes beyond that is what loading itself needs. Linux only.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from specjax.models.config import DecoderConfig
 from specjax.models.weights import mapping
 
 _LAYERS = flags.DEFINE_integer("num_layers", 16, "Layers of 100 MB.", lower_bound=1)
-_PROCESSES = flags.DEFINE_list("processes", ["1", "2", "4"], "In how many processes it is loaded.")
+_PROCESSES = flags.DEFINE_list("processes", ["1", "2", "4"], "Numbers of processes to load it in.")
 
 CONFIG = DecoderConfig(
     vocab_size=32768,
@@ -42,7 +42,7 @@ CONFIG = DecoderConfig(
 
 
 def write(directory: pathlib.Path, config: DecoderConfig) -> int:
-    """Writes the model, a file a layer, and returns its size in bytes."""
+    """Writes the model, a file per layer, and returns its size in bytes."""
     import ml_dtypes
     import numpy as np
     from safetensors.numpy import save_file
@@ -88,7 +88,7 @@ class Peak(threading.Thread):
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) * 1024
 
     def run(self) -> None:
-        """What the thread does."""
+        """The body of the thread."""
         while not self.done.wait(0.001):
             self.most = max(self.most, self.now())
 
@@ -100,7 +100,7 @@ class Peak(threading.Thread):
 
 
 def load(directory: str, processes: int, index: int, port: str) -> None:
-    """What each process does; prints its figures."""
+    """The program of each process, which prints its figures."""
     import jax
 
     from specjax.api import pretrained

@@ -4,12 +4,12 @@
 
 The data is a JSONL file with a `question_id`, a `category` and the `turns` of each prompt, as Spec-Bench has them. The
 prompts are the first turns of the first `--prompts_per_category` questions of every category, in the order of their
-`question_id`: a rule that knows nothing of how fast they are. Both sides decode the same token ids with the same
-weights on the same threads. Per prompt and mode the median of `--repeats` calls counts; a shape that is new is compiled
-by a call before. Reported are milliseconds per new token (the texts may differ in bfloat16) and ratios, as geometric
-means by category and over all prompts, the latter with a bootstrap interval, and what specjax's loop costs.
+`question_id`, so that they are not chosen by how fast they are. Both sides decode the same token ids with the same
+weights on the same threads. Per prompt and mode the median of `--repeats` calls counts; a new shape is compiled by a
+call before. Reported are milliseconds per new token (the texts may differ in bfloat16) and ratios, as geometric means
+by category and over all prompts, the latter with a bootstrap interval, and the overhead of specjax's loop.
 
-Every prompt is written to `--out` as soon as it is measured; the same command goes on from there.
+Every prompt is written to `--out` as soon as it is measured; the same command resumes from there.
 """
 
 import importlib.metadata
@@ -60,7 +60,7 @@ def questions(path: str, number: int, categories: list[str] | None = None) -> li
     """The first questions of each category by `question_id`; the categories in the order of their first questions.
 
     Raises:
-      ValueError: where a category is not there, or has fewer questions.
+      ValueError: where a category is missing, or has fewer questions.
     """
     lines = [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line]
     found: dict[str, list[Question]] = {}
@@ -181,7 +181,7 @@ def measure(runs: dict[str, Run], question: Question, prompt: list[int]) -> dict
 
 
 def settings() -> dict[str, Any]:
-    """What measurements that are to be compared have in common."""
+    """The settings that measurements have to share to be comparable."""
     versions = ("jax", "torch", "transformers") if _TRANSFORMERS.value else ("jax",)
     return {
         "target": _TARGET.value,
@@ -222,7 +222,7 @@ class Record:
             )
 
     def keep(self, key: str, compute: Callable[[], Any]) -> Any:
-        """What the record has under a key, computed and written where it is not there."""
+        """What the record has under a key; computed and written where it is missing."""
         if key not in self.content:
             self.content[key] = compute()
             self.write()
@@ -234,14 +234,14 @@ class Record:
 
 
 def _remaining(spent: list[float], left: int) -> str:
-    """How long the prompts that are left will take, by those that were measured."""
+    """An estimate of the remaining time, from the prompts that were measured."""
     return f"about {max(1, round(left * float(np.mean(spent)) / 60))} min left" if left else "done"
 
 
 def measure_all(
     record: Record, runs: dict[str, Run], target: specjax.Pretrained, chosen: list[Question], encoded: list[list[int]]
 ) -> list[dict[str, Any]]:
-    """Measures what the record lacks, prompt by prompt, and says how far it is."""
+    """Measures what the record lacks, prompt by prompt, and prints its progress."""
     rows: dict[str, dict[str, Any]] = record.content["prompts"]
     finished = sum(str(question.id) in rows for question in chosen)
     if finished:
@@ -284,7 +284,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     record.path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Measurements go to {record.path}; after an interrupt the same command goes on.", file=sys.stderr)
+    print(f"Measurements go to {record.path}; after an interrupt the same command resumes.", file=sys.stderr)
     target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
     drafter = specjax.drafters.ngram(num_draft_tokens=_DRAFT_TOKENS.value)
     encoded = [api.encode(target, [question.text], chat=True)[0] for question in chosen]

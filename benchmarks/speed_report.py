@@ -1,4 +1,4 @@
-"""The Markdown of `speed.py`: a line a category, means over all prompts with their intervals, and what is notable."""
+"""The Markdown of `speed.py`: a line per category, means over all prompts with their intervals, and what is notable."""
 
 import datetime
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def _share(rows: Sequence[Measured], key: str) -> str:
 
 
 def notes(rows: Sequence[Measured], modes: Sequence[str], costs: Costs, overhead: dict[str, float]) -> list[str]:
-    """What the table does not say."""
+    """The notes below the table."""
     gains = ratios(rows, PLAIN, NGRAM)
     worst = min(range(len(rows)), key=lambda i: gains[i])
     later = [row for some in by_category(rows).values() for row in some[1:]]
@@ -100,7 +100,7 @@ def markdown(
     """The whole report.
 
     Args:
-      rows: one a prompt, those of a category in the order of their `question_id`.
+      rows: one per prompt, those of a category in the order of their `question_id`.
       modes: the keys of their `milliseconds`.
       settings: of the record.
       costs: of a step.

@@ -25,12 +25,12 @@ from specjax.models.weights import t5_mapping
 from specjax.types import AnyDrafter
 
 _TARGET = flags.DEFINE_string("target", None, "Source of a T5.", required=True)
-_DRAFT = flags.DEFINE_string("draft", None, "Source of a smaller one.", required=True)
+_DRAFT = flags.DEFINE_string("draft", None, "Source of a smaller model.", required=True)
 _DATA = flags.DEFINE_string("data", None, "JSONL file of inputs.", required=True)
 _NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 12, "Inputs, evenly spread over the file.")
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "New tokens of each; no stop token ends a text.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of both sides.")
-_DRAFT_TOKENS = flags.DEFINE_list("num_draft_tokens", ["1", "2", "3", "5"], "K of the draft, each measured.")
+_DRAFT_TOKENS = flags.DEFINE_list("num_draft_tokens", ["1", "2", "3", "5"], "Values of K to measure.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls of each prompt and mode.")
 
 Run = Callable[[list[int]], list[int]]

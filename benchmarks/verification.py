@@ -1,10 +1,10 @@
-"""What sampling and verification cost beside a target step, at a large vocabulary.
+"""The cost of sampling and verification relative to a target step, at a large vocabulary.
 
     python benchmarks/verification.py --vocab_size=151936 --num_draft_tokens=4 --target=SOURCE
 
 Times, in turn, one call of the target that scores K + 1 tokens, and each rule with the probabilities that it needs, on
 random logits of the same shape; medians, and the ratio of each to the target's step. Without a target, the step is
-taken as reading `--weight_bytes` at the machine's own rate of reading memory, which is measured.
+taken to be reading `--weight_bytes` at the machine's memory bandwidth, which is measured.
 """
 
 import datetime
@@ -22,10 +22,10 @@ from specjax import decoding, sampling
 from specjax.decoding import verify
 from specjax.types import Block, History, Proposal
 
-_TARGET = flags.DEFINE_string("target", None, "Source of a model whose step is the measure.")
+_TARGET = flags.DEFINE_string("target", None, "Source of a model whose step is the reference.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the target.")
 _WEIGHT_BYTES = flags.DEFINE_float("weight_bytes", 3.1e9, "Without a target: bytes that its step reads.")
-_VOCAB = flags.DEFINE_integer("vocab_size", 151936, "V, where no target says it.")
+_VOCAB = flags.DEFINE_integer("vocab_size", 151936, "V, without a target.")
 _K = flags.DEFINE_integer("num_draft_tokens", 4, "K.")
 _BATCH = flags.DEFINE_integer("batch_size", 1, "Rows.")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Timed calls of each; the median counts.")

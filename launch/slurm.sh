@@ -5,16 +5,16 @@
 #     --config=configs/chinchilla/xsum.py --config.data=xsum.test.jsonl --config.mesh_model=8
 #
 #   --out=DIR            where the results go, on a file system that all nodes see; log.txt is there too
-#   --nodes=N            1 by default; several run together, a process on each
-#   --gpus=N             of each node, 1 by default
-#   --time=TIME          the longest that it may take, 04:00:00 by default
-#   --partition=NAME     the cluster's own by default
-#   --account=NAME       likewise
+#   --nodes=N            1 by default; several run together, one process on each
+#   --gpus=N             GPUs per node, 1 by default
+#   --time=TIME          the time limit of the job, 04:00:00 by default
+#   --partition=NAME     the cluster's default partition, if not given
+#   --account=NAME       your default account, if not given
 #   --venv=DIR           a virtual environment (pip install -e '.[cuda,experiments]'), .venv by default
 #   --dry-run            print the batch script, and submit nothing
 #
-# It waits until the job ends; Ctrl-C leaves the job, which scancel ends. A job that ran out of time goes on with the
-# same command.
+# It waits until the job ends; Ctrl-C leaves the job running, and scancel ends it. A job that ran out of time resumes
+# with the same command.
 set -euo pipefail
 
 die() {
@@ -41,7 +41,7 @@ while (($#)); do
       shift
       break
       ;;
-    *) die "unknown argument $1: --help lists them; flags of the run come behind --" ;;
+    *) die "unknown argument $1: --help lists them; flags of the run come after --" ;;
   esac
   shift
 done
@@ -49,13 +49,13 @@ done
 for number in nodes gpus; do
   [[ ${!number} =~ ^[1-9][0-9]*$ ]] || die "--$number=${!number}: give a number, at least 1"
 done
-(($#)) || die "no run: give the flags of specjax.launch behind --, such as -- --config=configs/compare.py"
+(($#)) || die "no run: give the flags of specjax.launch after --, such as -- --config=configs/compare.py"
 for flag in "$@"; do
   [[ $flag != --workdir* ]] || die "$flag: --out says where the results go"
 done
 
 flags=$(printf ' %q' "$@")
-# One process a node: JAX asks SLURM who it is.
+# One process per node: JAX learns its rank from SLURM.
 distributed=$([[ $nodes == 1 ]] || echo ' --distributed')
 script=$(
   cat <<END
@@ -78,7 +78,7 @@ if ((dry)); then
   echo "$script"
   exit 0
 fi
-command -v sbatch >/dev/null || die "sbatch is not here: run this on a login node of the cluster"
+command -v sbatch >/dev/null || die "sbatch is not installed: run this on a login node of the cluster"
 mkdir -p "$out"
 code=0
 sbatch --wait <<<"$script" || code=$?

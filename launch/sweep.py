@@ -1,11 +1,11 @@
-"""Runs `specjax.launch` for every combination of some flags' values, and gathers one table and plot.
+"""Runs `specjax.launch` for every combination of some flags' values, and collects one table and plot.
 
     python launch/sweep.py --sweep=config.num_draft_tokens=1,2,4,8 --sweep=config.temperature=0,1 \\
         --workdir=runs/sweep --config=configs/compare.py --config.target=SOURCE --config.data=FILE
 
 Every other flag is passed on. Each combination is a cell: a run of its own, in a process of its own, with the directory
-WORKDIR/cells/NAME, where log.txt has what it printed. The same command skips finished cells, so an interrupted sweep
-goes on; a cell that fails is reported at the end, with exit code 1, and does not stop the others. A value may hold
+WORKDIR/cells/NAME, whose log.txt has the output. The same command skips finished cells, so an interrupted sweep
+resumes; a cell that fails is reported at the end, with exit code 1, and does not stop the others. A value may contain
 commas inside brackets or quotes: --sweep='config.num_draft_tokens=(1,2),(4,8)'.
 """
 
@@ -49,7 +49,7 @@ COLUMNS = {
 """Fields of a row that the table shows, and how."""
 
 _SHORT = {"draft": "draft", "temperature": "T", "num_draft_tokens": "K", "batch_size": "batch"}
-"""Fields by which the rows of one run differ, and what the plot calls them."""
+"""Fields by which the rows of one run differ, and their labels in the plot."""
 
 _GRACE = 60
 """Seconds that a run may take to end after Ctrl-C."""
@@ -73,7 +73,7 @@ class Cell(NamedTuple):
 
 
 def split_values(text: str) -> list[str]:
-    """The values between commas; commas within brackets or quotes part nothing."""
+    """The values between commas; commas within brackets or quotes do not separate."""
     found, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -193,7 +193,7 @@ def run_cell(argv: Sequence[str], directory: pathlib.Path) -> int:
 
 
 def last_line(path: pathlib.Path) -> str:
-    """The last line of a file that says something; errors end a run's log."""
+    """The last line of a file that is not empty; errors end a run's log."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "it said nothing")
 
@@ -208,7 +208,7 @@ def rows_of(cell: Cell, directory: pathlib.Path) -> list[Row]:
 
 
 def table(cells: Sequence[Cell], rows: Sequence[Row], finished: dict[str, float], failed: dict[str, str]) -> str:
-    """A line a row; a cell without rows has one too."""
+    """A line per row; a cell without rows has one too."""
     axes = list(cells[0].values)
     shown = {name: how for name, how in COLUMNS.items() if f"config.{name}" not in axes}
     lines = [[*(axis.removeprefix("config.") for axis in axes), *shown, "state"]]
@@ -228,7 +228,7 @@ def plot(axes: Sequence[tuple[str, list[str]]], rows: Sequence[Row]) -> Figure:
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
         parts = [f"{name.removeprefix('config.')}={row['flags'][name]}" for name, _ in axes[1:]]
-        # A run may have swept something by itself.
+        # A run may have swept a key by itself.
         parts += [
             f"{short} {row[name]}"
             for name, short in _SHORT.items()
@@ -300,7 +300,7 @@ def progress(taken: Sequence[float], elapsed: float, left: int) -> str:
 
 
 def outcome_of(row: Row) -> str:
-    """What a finished cell came to."""
+    """The result of a finished cell, for a line of progress."""
     return ", ".join(
         f"{name} {COLUMNS[key].format(row[key])}"
         for key, name in (("measured_speedup", "speedup"), ("acceptance_rate", "acceptance"))
@@ -315,7 +315,7 @@ def run_all(
     directory: pathlib.Path,
     record: Record,
 ) -> int:
-    """Runs the cells that are not finished, and says how far it is.
+    """Runs the cells that are not finished, and prints its progress.
 
     Returns:
       the exit code, see `main`.

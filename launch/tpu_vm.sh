@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Creates a TPU VM slice, installs specjax on all of its hosts, runs one experiment on it, fetches the results and
-# deletes the slice, also where a step fails or Ctrl-C ends it. What follows -- are the flags of specjax.launch.
+# deletes the slice, even if a step fails or Ctrl-C interrupts it. The flags of specjax.launch follow --.
 #
 #   launch/tpu_vm.sh --name=spec --zone=us-east5-b --type=v6e-8 --out=runs/xsum --data=xsum.test.jsonl -- \
 #     --config=configs/chinchilla/xsum.py --config.data=xsum.test.jsonl --config.mesh_model=8
 #
 #   --name=NAME          of the slice
-#   --zone=ZONE          where
-#   --type=TYPE          accelerator type as gcloud has it: v6e-8 and v5litepod-16 count chips, v5p-8 and v4-8 cores;
+#   --zone=ZONE          of Google Cloud
+#   --type=TYPE          accelerator type as gcloud names it: v6e-8 and v5litepod-16 count chips, v5p-8 and v4-8 cores;
 #                        the hosts of a large slice run together
 #   --out=DIR            where the results go on this machine
 #   --project=PROJECT    the Google Cloud project; gcloud's own by default
@@ -15,12 +15,12 @@
 #                        v2-alpha-tpuv5 (v5p) or tpu-ubuntu2204-base (v4 and older)
 #   --data=FILE          is copied to every host, into the directory in which the run starts; may be repeated. The run
 #                        names it without its directories: --data=texts/a.jsonl, --config.data=a.jsonl
-#   --spot               spot capacity, which may be taken away at any time
-#   --keep               leave the slice as it is; the same command uses it again
+#   --spot               spot capacity, which may be preempted at any time
+#   --keep               do not delete the slice; the same command uses it again
 #   --dry-run            print every command, and run none
 #
-# Flags and files are checked before anything is rented, those of the run too where python has specjax. What DIR holds
-# of an earlier run is sent to the slice first, so that the same command goes on with it.
+# Flags and files are checked before anything is rented, those of the run too if python has specjax's packages. What DIR
+# holds of an earlier run is sent to the slice first, so that the same command resumes it.
 set -euo pipefail
 
 die() {
@@ -50,14 +50,14 @@ while (($#)); do
       shift
       break
       ;;
-    *) die "unknown argument $1: --help lists them; flags of the run come behind --" ;;
+    *) die "unknown argument $1: --help lists them; flags of the run come after --" ;;
   esac
   shift
 done
 for needed in name zone type out; do
   [[ -n ${!needed} ]] || die "--$needed is missing: --help lists what is needed"
 done
-(($#)) || die "no run: give the flags of specjax.launch behind --, such as -- --config=configs/compare.py"
+(($#)) || die "no run: give the flags of specjax.launch after --, such as -- --config=configs/compare.py"
 for flag in "$@"; do
   [[ $flag != --workdir* ]] || die "$flag: --out says where the results go"
 done
@@ -66,7 +66,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 case $type in
   v5e-*) die "--type=$type: gcloud calls it v5litepod-${type#*-}" ;;
   v6e-* | v5litepod-* | v5p-* | v4-* | v3-* | v2-*)
-    [[ ${type#*-} =~ ^[1-9][0-9]*$ ]] || die "--type=$type: behind the - is a number, as in v6e-8"
+    [[ ${type#*-} =~ ^[1-9][0-9]*$ ]] || die "--type=$type: a number follows the -, as in v6e-8"
     ;;
   *) die "--type=$type: give one of v6e-N, v5litepod-N, v5p-N, v4-N, v3-N and v2-N, such as v6e-8" ;;
 esac
@@ -108,13 +108,13 @@ for flag in "$@"; do
       [[ $value != /* && -f $root/$value ]] && found=1
       if ((!found)) && [[ -f $value ]]; then
         key=${flag%%=*}
-        die "$flag: is not sent: give --data=$value before --, and $key=$(basename "$value") behind it"
+        die "$flag: is not sent: give --data=$value before --, and $key=$(basename "$value") after it"
       fi
       ((found)) || die "$flag: no file of that name is sent: give it by --data=FILE"
       ;;
   esac
 done
-# The names and types of the run's keys; without the packages of specjax here, the run itself says so.
+# Checks the names and types of the run's keys; without specjax's packages on this machine, the run itself does.
 for python in python3 "$root/.venv/bin/python"; do
   if "$python" -c 'import absl, ml_collections' 2>/dev/null; then
     said=$(cd "$root" && "$python" - "$@" 2>&1 <<'END'
@@ -132,7 +132,7 @@ done
 ((dry)) || command -v gcloud >/dev/null || die "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
 where=(--zone="$zone" ${project:+--project="$project"})
 
-# Shown as it could be typed.
+# Printed so that it can be pasted into a shell.
 run() {
   printf '+'
   printf ' %q' "$@"
@@ -144,7 +144,7 @@ on_hosts() {
   run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"
 }
 
-# The first host alone writes results.
+# Only the first host writes results.
 fetch() {
   run mkdir -p "$out"
   run gcloud compute tpus tpu-vm scp --recurse "$name:specjax/runs/out/*" "$out" "${where[@]}" --worker=0
@@ -158,7 +158,7 @@ finish() {
   # Ctrl-C again does not stop the deletion.
   trap '' INT TERM
   [[ -z $archive ]] || rm -f "$archive"
-  # Whatever is finished, after a failure too.
+  # After a failure, too: whatever is finished.
   if ((started)) && ! fetch; then
     echo "error: the results could not be fetched" >&2
     code=$((code ? code : 1))
@@ -166,14 +166,14 @@ finish() {
   if ((keep)); then
     echo "The slice $name is kept: gcloud compute tpus tpu-vm delete $name ${where[*]}" >&2
   elif ! run gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet; then
-    echo "error: the slice $name could not be deleted, and costs money: delete it by hand" >&2
+    echo "error: the slice $name could not be deleted, and costs money: delete it yourself" >&2
     code=1
   fi
   exit "$code"
 }
 
 if ((dry)) || ! gcloud compute tpus tpu-vm describe "$name" "${where[@]}" >/dev/null 2>&1; then
-  # From here on: a creation that fails half-way may leave a slice behind.
+  # From here on, since a creation that fails half-way may leave a slice behind.
   trap finish EXIT
   trap 'exit 130' INT TERM
   run gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type="$type" --version="$version" \

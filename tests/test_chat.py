@@ -197,7 +197,7 @@ def test_threads_render_at_once_and_a_hostile_one_harms_nobody():
 
 
 def test_messages_that_are_no_json():
-    with pytest.raises(ValueError, match="not what JSON knows"):
+    with pytest.raises(ValueError, match="not JSON values"):
         chat.render("x", [{"role": "user", "content": object()}], name="It", variables={})
     assert chat.render("x", [], name="It", variables={}) == "x"
 

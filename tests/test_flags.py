@@ -50,7 +50,7 @@ WRONG = [
     ("", ["--config=bad.py"], ["bad.py is no config (SyntaxError"]),
     ("", ["--config=exits.py"], ["exits.py is no config (SystemExit"]),
     ("", ["--config=list.py"], ["has to return a ConfigDict"]),
-    ("chinchilla/xsum", ["--config={config}:huge"], ["is no variant"]),
+    ("chinchilla/xsum", ["--config={config}:huge"], ["is not a variant"]),
     (Q, ["--nope"], ["Unknown flag --nope"]),
     (Q, ["--workdri=x"], ["Did you mean --workdir?"]),
     (Q, ["--overwrit"], ["Did you mean --overwrite?"]),

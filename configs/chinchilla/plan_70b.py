@@ -5,12 +5,14 @@ Command:
     python -m specjax.launch --config=configs/chinchilla/plan_70b.py
 
 The target has 80 layers, 8192 wide, 64 heads; the draft 8 layers, 6144 wide, 48 heads: wide and shallow. A draft of 7B
-with 32 layers, 4096 wide, stands beside it. Batch 1, K = 4. This is `configs/plan.py` with values filled in, and takes
-the same overrides. The paper measured 14.1 ms/token for the target and 1.8 for the draft (its section 5.1 and table 1).
+with 32 layers, 4096 wide, is planned for comparison. Batch 1, K = 4. This is `configs/plan.py` with values filled in,
+and takes the same overrides. The paper measured 14.1 ms/token for the target and 1.8 for the draft (its section 5.1 and
+table 1).
 
-Hardware: any CPU, with libtpu (`pip install -e '.[tpu]'`); some minutes, nothing is run. Expected: it fits; two
-all-reduces a layer; no cache is copied, and the state is written in place; predictions of 60 % of the paper's target
-and a third of its draft, since they are lower bounds; the narrow draft costs twice the wide one, half of it latency.
+Hardware: any CPU, with libtpu (`pip install -e '.[tpu]'`); a few minutes, nothing is run. Expected: it fits; two
+all-reduces per layer; no cache is copied, and the state is written in place; predictions of 60 % of the paper's target
+and a third of its draft, since they are lower bounds; the narrow draft takes twice as long as the wide one, half of it
+latency.
 """
 
 import pathlib

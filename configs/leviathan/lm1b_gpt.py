@@ -1,17 +1,17 @@
-"""Leviathan et al. 2022, Table 3, the first line: a language model of 97M parameters on lm1b, and a draft of 6M.
+"""Leviathan et al. 2022, Table 3, the first row: a language model of 97M parameters on lm1b, and a draft of 6M.
 
 Command:
 
     python -m specjax.launch --config=configs/leviathan/lm1b_gpt.py --config.train=train.jsonl \\
         --config.valid=valid.jsonl --config.test=test.jsonl --workdir=runs/lm1b_gpt
 
-The files have one JSON object a line with `input`, the first words of a sentence of lm1b, and `target`, the rest of it.
-Both models are trained here. They are decoders with the paper's numbers (target: 12 layers of width 768, 12 heads,
-inner 3072; draft: 2 layers of width 256, 4 heads, inner 1024; an 8k vocabulary), with rotary positions, RMSNorm and
-SwiGLU in the place of GPT's, which makes them a little larger.
+The files have one JSON object per line with `input`, the first words of a sentence of lm1b, and `target`, the rest of
+it. Both models are trained by this run. They are decoders with the paper's sizes (target: 12 layers of width 768, 12
+heads, inner 3072; draft: 2 layers of width 256, 4 heads, inner 1024; an 8k vocabulary), with rotary positions, RMSNorm
+and SwiGLU instead of GPT's, which makes them a little larger.
 
-Hardware: a TPU VM or a GPU; training the target takes many hours on less. The paper's line: alpha .88 at temperature 0
-and .89 at temperature 1 for the draft, .03 for unigrams, .05 for bigrams. Not run by us at this size.
+Hardware: a TPU VM or a GPU; training the target takes many hours on less. The paper's row: alpha .88 at temperature 0
+and .89 at temperature 1 for the draft, .03 for unigrams, .05 for bigrams. We have not run it at this size.
 """
 
 import pathlib

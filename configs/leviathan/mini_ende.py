@@ -1,18 +1,18 @@
-"""Leviathan et al. 2022 in small: English to German, everything trained here on two CPU cores.
+"""Leviathan et al. 2022 at small scale: English to German, everything trained by this run on two CPU cores.
 
 Command:
 
     python -m specjax.launch --config=configs/leviathan/mini_ende.py --config.train=ende.train.jsonl.xz \\
         --config.valid=ende.valid.jsonl.xz --config.test=ende.test.jsonl.xz --workdir=runs/mini_ende
 
-The files have one JSON object a line with `input` (English) and `target` (German). `mini_ende.py:tiny` is the same in a
-few minutes, with models that have hardly learnt anything: it shows that everything works, and nothing else.
+The files have one JSON object per line with `input` (English) and `target` (German). `mini_ende.py:tiny` is the same in
+a few minutes, with models that have hardly learnt anything: it shows that everything works, and nothing else.
 
 A T5 of 7.6M parameters with a deep decoder is the target; drafts are T5s of 1.7M and 0.4M, each about four times
-smaller than the one before, a bigram and a unigram table. Hardware: two CPU cores. On one of an AMD EPYC the target
-learnt 3,300 tokens a second, so its 8.4M take about 42 minutes, and the draft of 1.7M 13,000, so about 11. What came of
-it is in docs/results/leviathan.md. The paper's row, T5-XXL with T5-small on WMT EnDe (TPU v4): alpha .75 and 3.4x at
-temperature 0, .62 and 2.6x at temperature 1.
+smaller than the one before, a bigram and a unigram table. Hardware: two CPU cores. On one core of an AMD EPYC the
+target trained on 3,300 tokens per second, so its 8.4M tokens take about 42 minutes, and the draft of 1.7M on 13,000, so
+about 11. The results are in docs/results/leviathan.md. The paper's row, T5-XXL with T5-small on WMT EnDe (TPU v4):
+alpha .75 and 3.4x at temperature 0, .62 and 2.6x at temperature 1.
 """
 
 import pathlib
@@ -52,7 +52,7 @@ SHAPES = {
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "tiny"):
-        raise ValueError(f"{variant!r} is no variant: write mini_ende.py, or mini_ende.py:tiny.")
+        raise ValueError(f"{variant!r} is not a variant: write mini_ende.py, or mini_ende.py:tiny.")
     config = _BASE["get_config"]("0")
     config.name = "mini_ende"
     config.paper = "ende"
@@ -60,7 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.models[name] = _BASE["model"]()
         config.models[name].model.update(shape)
         config.models[name].num_steps = 1100
-    # CPUs learn faster from a row at a time: its logits stay in their cache.
+    # CPUs train faster with one row at a time: its logits stay in the CPU's cache.
     config.training.update(vocab_size=8192, batch_size=16, num_microbatches=16)
     if variant == "tiny":
         config.name = "mini_ende:tiny"

@@ -10,12 +10,12 @@ XXL to LARGE are T5 v1.1 models that were fine-tuned on WMT EnDe, as in the pape
 safetensors, or hub ids. The defaults name the pre-trained ones, which have not learnt to translate: with them speed and
 c are those of the experiment, text and alpha are not. A repository or directory without safetensors is converted by
 transformers' `save_pretrained`, a t5x checkpoint before that by the script `convert_t5x_checkpoint_to_pytorch.py` of
-transformers 4. The files have one JSON object a line with `input` (English) and `target` (German); n-gram tables are
+transformers 4. The files have one JSON object per line with `input` (English) and `target` (German); n-gram tables are
 counted from `train`.
 
 Hardware: the paper's was one TPU v4, batch 1. Its rows, gamma / alpha / measured speedup, at temperature 0: small 7 /
 .75 / 3.4x, base 7 / .80 / 2.8x, large 7 / .82 / 1.7x; at temperature 1: small 7 / .62 / 2.6x, base 5 / .68 / 2.4x,
-large 3 / .71 / 1.4x. Not run by us on that hardware.
+large 3 / .71 / 1.4x. We have not run it on that hardware.
 """
 
 import pathlib

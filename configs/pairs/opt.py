@@ -1,18 +1,18 @@
-"""OPT 66B, the largest that is published but for the 175B, drafted by OPT 125M, on your prompts.
+"""OPT 66B, the largest published OPT except the 175B, drafted by OPT 125M, on your prompts.
 
-Command, on a TPU VM or a machine with GPUs, one process a host:
+Command, on a TPU VM or a machine with GPUs, one process per host:
 
     python -m specjax.launch --config=configs/pairs/opt.py --config.data=prompts.jsonl --config.mesh_model=8 \\
         --workdir=runs/opt [--distributed]
 
 This is `configs/compare.py` with values filled in. The draft has 12 heads, which do not divide over eight devices, and
 is small: every device has all of it. A hub repository without safetensors has to be converted first (transformers'
-`save_pretrained`). Hardware: 140 GB of device memory for weights in bfloat16. What to expect on it, without it:
+`save_pretrained`). Hardware: 140 GB of device memory for weights in bfloat16. To predict its speed without it:
 
     python -m specjax.launch --config=configs/plan.py --config.target=opt_66b --config.draft=opt_125m \\
         --config.draft_sharding=replicated --config.topology=v5p:2x2x2
 
-It was not run by us.
+We have not run it.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""The front door: texts in, texts out."""
+"""The public API: prompts in, generated text out."""
 
 from specjax.api.beam import beam_search
 from specjax.api.generate import Generation, finish, generate, readable, run, run_in_steps, stream

@@ -1,4 +1,4 @@
-"""Beam search, plain and speculative (Leviathan et al. 2022, arXiv 2211.17192, appendix A.4), and its front door.
+"""Beam search, plain and speculative (Leviathan et al. 2022, arXiv 2211.17192, appendix A.4), and its public API.
 
 The draft searches K steps ahead with u >= w beams, the target scores in one call every beam that the draft kept on the
 way, and the target's own search of width w then walks through those scores. A step of the search is free while the
@@ -7,12 +7,12 @@ the same. So a call of the target gives 1 to K + 1 steps, whose beams and scores
 the draft says. Plain beam search is the same loop with K = 0.
 
 **The draft's tree in rows.** The u beams that the draft keeps at each depth make a tree, most of whose branches die out
-before depth K. They must be scored nevertheless: the target's beams die out likewise, later. A `Model` reads chains,
-so the tree is laid out in R = w + K (u - 1) rows of the target's cache, each holding one path from the text on: a
-node's first child goes on in its row, and every other child begins a row of its own with a copy of the path. (The paper
+before depth K. They must be scored nevertheless, since the target's beams die out too, but later. A `Model` reads
+chains, so the tree is laid out in R = w + K (u - 1) rows of the target's cache, each holding one path from the text: a
+node's first child goes on in its row, and every other child starts a new row with a copy of the path. (The paper
 counts w + u K positions; rows feed what paths share once a path. Attention over a tree would save that.)
 
-**Who holds what.** All w beams of a text have the same length n. Between steps both caches have w rows a text; the
+**Who holds what.** All w beams of a text have the same length n. Between steps both caches have w rows per text; the
 target's hold the first n - 1 tokens of each beam, the draft's at least the first n - K - 1.
 """
 
@@ -80,7 +80,7 @@ class _Request(NamedTuple):
 
 
 class _Pool(NamedTuple):
-    """The best finished texts so far, best first; an empty place has the score -inf.
+    """The best finished texts so far, best first; an empty slot has the score -inf.
 
     Attributes:
       tokens: `[B, W, L]`.
@@ -98,11 +98,11 @@ class _Search(NamedTuple):
 
     Attributes:
       tokens: `[B, W, L]` the live beams, best first; what lies beyond `length` is stale.
-      score: `[B, W]` the sum of the log-probabilities of their new tokens; -inf: a dead beam, which only fills a place.
+      score: `[B, W]` the sum of the log-probabilities of their new tokens; -inf: a dead beam, which only fills a slot.
       length: `[B]` of every live beam of a row.
       pool: the finished texts.
       done: `[B]`.
-      failed_at: `[B]` the position whose logits were not numbers, or -1.
+      failed_at: `[B]` the position whose logits were NaN, or -1.
       row: `[B, W]` the row of the scored tree that each beam's path lies in.
       walking: `[B]` whether all live beams are in the scored tree, so that another step needs no call of the target.
     """
@@ -118,7 +118,7 @@ class _Search(NamedTuple):
 
 
 class _Tree(NamedTuple):
-    """The draft's beams of all depths, a path a row.
+    """The draft's beams of all depths, a path per row.
 
     Attributes:
       root: `[B, R]` the live beam that the path continues. Rows 0 .. w - 1 continue beams 0 .. w - 1.
@@ -139,7 +139,7 @@ class _Front(NamedTuple):
       row: `[B, N]` where in the tree each is.
       token: `[B, N]` the last token of each.
       tree: the tree so far.
-      failed_at: `[B]` the depth at which the draft's logits were not numbers, or -1.
+      failed_at: `[B]` the depth at which the draft's logits were NaN, or -1.
     """
 
     score: Float[Array, "B N"]
@@ -154,9 +154,9 @@ class _State(NamedTuple):
 
     Attributes:
       search: the beams.
-      cache: the target's cache, w rows a text.
-      draft_cache: the draft's, likewise; empty without a draft.
-      draft_failed: `[B]` whether it was the draft whose logits were not numbers.
+      cache: the target's cache, w rows per text.
+      draft_cache: the draft's cache, w rows per text; empty without a draft.
+      draft_failed: `[B]` whether it was the draft whose logits were NaN.
       target_calls: `[B]`.
       histogram: `[B, K + 1]`.
     """
@@ -184,7 +184,7 @@ def expand(
       of the beams that are continued, and the tokens.
     """
     size = log_probs.shape[-1]
-    # What follows a dead beam may not be numbers: nobody chose that text.
+    # The logits that follow a dead beam may be NaN; no text depends on them.
     total = jnp.where(score[..., None] > -jnp.inf, score[..., None] + log_probs, -jnp.inf)
     best, index = jax.lax.top_k(total.reshape(score.shape[0], -1), width)
     return best, index // size, index % size
@@ -276,7 +276,7 @@ def _draft(
 
     Returns:
       The tree; the cache with all tokens of the live beams and none of the drafts; and the depth at which logits were
-      not numbers, or -1.
+      NaN, or -1.
     """
     rows, width, num_draft_tokens = *search.score.shape, tree.tokens.shape[2]
 
@@ -322,10 +322,10 @@ def _draft(
 def _score(
     target: Model, params: Tree, search: _Search, cache: Tree, tree: _Tree
 ) -> tuple[Float[Array, "B R T V"], Tree]:
-    """One call of the target for the whole tree: T = K + 1 tokens a path, the first the last token of its live beam.
+    """One call of the target for the whole tree: T = K + 1 tokens per path, the first the last token of its live beam.
 
     Returns:
-      The logits, and the cache, R rows a text.
+      The logits, and the cache, R rows per text.
     """
     rows, num_paths, num_draft_tokens = tree.tokens.shape
     last = search.tokens[jnp.arange(rows), :, search.length - 1]
@@ -359,12 +359,12 @@ def _find(
 
 
 def _divisor(request: _Request, length: Int[Array, " B"]) -> Float[Array, " B"]:
-    """What the length penalty divides the score of a text of that length by."""
+    """The number that the length penalty divides the score of a text of that length by."""
     return (length - request.prompt_length).astype(jnp.float32) ** request.length_penalty
 
 
 def _keep_best(pool: _Pool, tokens: Int[Array, "B W L"], length: Int[Array, " B"], score: Float[Array, "B W"]) -> _Pool:
-    """The pool with new texts of one length in it, in so far as they are better; of equals the older stays."""
+    """The pool after adding those new texts, all of one length, that are better; of equals the older stays."""
     best, index = jax.lax.top_k(jnp.concatenate([pool.score, score], axis=1), score.shape[1])
     lengths = jnp.concatenate([pool.length, jnp.broadcast_to(length[:, None], score.shape)], axis=1)
     return _Pool(_take(jnp.concatenate([pool.tokens, tokens], axis=1), index), _take(lengths, index), best)
@@ -583,7 +583,7 @@ def search(
       num_beams: w, at least 1.
       num_draft_tokens: K, how many steps the draft searches ahead; 0: plain beam search.
       draft_beams: u, the width of the draft's search; by default w.
-      max_new_tokens: how many tokens each text may add; one number, or one a row.
+      max_new_tokens: how many tokens each text may add; one number, or one per row.
       stop_tokens: token ids that end a text.
       length_penalty: p: texts are ranked by the sum of their log-probabilities over `length ** p` of the new tokens.
         Above 0, long texts gain.
@@ -597,7 +597,7 @@ def search(
 
     Raises:
       ValueError: where a text does not fit the buffer or a model, or an option makes no sense.
-      FloatingPointError: for logits that are not numbers.
+      FloatingPointError: for NaN logits.
     """
     draft_beams = num_beams if draft_beams is None else draft_beams
     k = num_draft_tokens
@@ -631,7 +631,7 @@ def search(
     for row in np.flatnonzero(failed_at >= 0):
         side = "draft" if draft_failed[row] else "target"
         raise FloatingPointError(
-            f"The {side}'s logits are not numbers (NaN) at position {failed_at[row]} of a beam of row {row}. Check the "
+            f"The {side}'s logits are NaN at position {failed_at[row]} of a beam of row {row}. Check the "
             "weights, or decode in float32."
         )
     pool = state.search.pool
@@ -640,7 +640,7 @@ def search(
 
 
 class BeamGeneration(NamedTuple):
-    """What `beam_search` returns. Lists have one entry a prompt, and in it one a text, best first.
+    """What `beam_search` returns. Lists have one entry per prompt, and in it one per text, best first.
 
     Attributes:
       text: the new text, special tokens left out; None where the target has no tokenizer.
@@ -684,13 +684,13 @@ def beam_search(
       draft: a smaller model with the target's tokenizer; None searches plainly.
       num_beams: w.
       draft_beams: u, the width of the draft's search; by default w.
-      num_draft_tokens: K, how many steps the draft searches ahead; without a draft it means nothing.
-      max_new_tokens: one number, or one a prompt.
+      num_draft_tokens: K, how many steps the draft searches ahead; unused without a draft.
+      max_new_tokens: one number, or one per prompt.
       length_penalty: above 0, long texts gain (see `search`).
       early_stopping: when to stop looking for better texts (see `search`).
-      stop_tokens: ids that end a text; by default what the tokenizer ends a text with.
-      num_return_sequences: how many of the w texts to return of each prompt, fewer where there are fewer of a
-        probability above 0.
+      stop_tokens: ids that end a text; by default the tokenizer's end-of-sequence tokens.
+      num_return_sequences: how many of the w texts to return for each prompt; fewer where fewer have a probability
+        above 0.
       chat: put each text into the model's chat template.
 
     Returns:
@@ -698,7 +698,7 @@ def beam_search(
 
     Raises:
       ValueError: for options that make no sense, texts that do not fit, vocabularies that do not match.
-      FloatingPointError: for logits that are not numbers.
+      FloatingPointError: for NaN logits.
     """
     if not 1 <= num_return_sequences <= max(num_beams, 1):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The front door: texts in, texts out. Below it lies `decode`, over pytrees."""
+"""The public API: prompts in, generated text out. Below it lies `decode`, which works on pytrees."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from specjax.types import DecodeState
 
 
 class Generation(NamedTuple):
-    """What `generate` returns. Lists have one entry a text; the texts of a prompt stand side by side.
+    """What `generate` returns. Lists have one entry per sequence; the sequences of a prompt are adjacent.
 
     Attributes:
       text: the new text, special tokens left out; None where the target has no tokenizer.
@@ -21,9 +21,10 @@ class Generation(NamedTuple):
       from_draft: whether each new token was an accepted draft token.
       finish_reason: "stop", "length", or "unfinished" while streaming.
       logprobs: the log-probability of each new token under the target, before any option; None where not asked for.
-      top_logprobs: for each new token the most probable tokens of its place and their log-probabilities, likewise.
-      stats: the counters of all rows added up.
-      row_stats: those of each row.
+      top_logprobs: for each new token, the most probable tokens at its position and their log-probabilities; None where
+        not asked for.
+      stats: the counters, summed over all rows.
+      row_stats: the counters of each row.
     """
 
     text: list[str] | None
@@ -37,7 +38,7 @@ class Generation(NamedTuple):
 
 
 def finish(request: Request, state: DecodeState) -> Generation:
-    """Reads the texts of a state."""
+    """Reads the sequences out of a state."""
     tokens, from_draft, begin, end = (
         np.asarray(x) for x in (state.rows.tokens, state.rows.from_draft, state.rows.prompt_length, state.rows.length)
     )
@@ -85,24 +86,24 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
         drafter: what proposes (`specjax.drafters`); None decodes plainly.
         verify: the acceptance rule (`specjax.verify`) or its name, such as "lenient:0.3"; `rejection` by default, which
           is exact at any temperature.
-        max_new_tokens: 128; one number, or one a prompt.
-        temperature: 0 (greedy); top_k, top_p, min_p, typical_p, epsilon_cutoff: off. Each one number, or one a prompt;
-          `sampling.options` says what they mean.
+        max_new_tokens: 128; one number, or one per prompt.
+        temperature: 0 (greedy); top_k, top_p, min_p, typical_p, epsilon_cutoff: off. Each takes one number, or one per
+          prompt; `sampling.options` says what they mean.
         repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias,
           suppress_tokens: off; see `processors.penalties`.
-        seed: 0, a whole number in [0, 2^32); text i uses `seed + i`. Or one a text: a text depends on its own seed, not
-          on its neighbours. With `verify.coupled` it does not depend on the drafter either.
-        num_return_sequences: 1; how many texts of each prompt, from one prefill.
-        stop_tokens: ids that end a text; by default what the tokenizer ends a text with.
-        stop_strings: one string or several that end a text, wherever in it they end; they are part of it, as in
-          transformers.
-        grammar: what the text may be (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) a
+        seed: 0, an integer in [0, 2^32); sequence i uses `seed + i`. Or one per sequence: a sequence depends on its own
+          seed, not on its neighbours in the batch. With `verify.coupled` it does not depend on the drafter either.
+        num_return_sequences: 1; how many sequences to generate for each prompt, from one prefill.
+        stop_tokens: ids that end a sequence; by default the tokenizer's end-of-sequence tokens.
+        stop_strings: one string or several that end a sequence, at whatever position they end; the sequence includes
+          them, as in transformers.
+        grammar: what the text may be (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) per
           prompt.
         logprobs: None; a number n keeps the log-probability of every new token, and of the n most probable ones.
-        step_cost: time of a drafting step over that of a plain step, which drafts have to win back, or a row stops
-          drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
+        step_cost: the time of a drafting step divided by that of a plain step. A row whose drafts do not win it back
+          stops drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
         max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
-        prompt_width: the length that prompts are padded to; by default the next of few lengths.
+        prompt_width: the length that prompts are padded to; by default the next of a few fixed lengths.
         fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding
           (`docs/exactness.md`). Plain decoding then needs `drafters.none(num_draft_tokens=K)` with the same K.
         chat: False; True puts each text into the model's chat template.
@@ -111,9 +112,9 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
       The texts and the counters.
 
     Raises:
-      ValueError: for options that make no sense, texts that do not fit, vocabularies that do not match.
-      TypeError: for options that do not exist or are of another type.
-      FloatingPointError: for logits that are not numbers, or options that forbid every token.
+      ValueError: for options that make no sense, sequences that do not fit, vocabularies that do not match.
+      TypeError: for options that do not exist or have the wrong type.
+      FloatingPointError: for NaN logits, or options that forbid every token.
     """
     request = prepare(target, prompts, **options)
     return finish(request, run(request))
@@ -144,16 +145,16 @@ def readable(request: Request, state: DecodeState) -> DecodeState:
 def stream(
     target: Pretrained, prompts: Sequence[str | Sequence[int]], *, steps: int = 4, **options: Any
 ) -> Iterator[Generation]:
-    """Generates like `generate`, and yields what there is every few steps.
+    """Generates like `generate`, and yields the text so far every few steps.
 
     Args:
       target: the model whose distribution the text has.
       prompts: texts, or lists of token ids.
-      steps: how many steps lie between two yields.
+      steps: the number of decoding steps between two yields.
       **options: those of `generate`.
 
     Yields:
-      the texts so far, whole; the last is what `generate` returns.
+      the whole sequences so far; the last is what `generate` returns.
     """
     request = prepare(target, prompts, **options)
     for state in run_in_steps(request, steps):

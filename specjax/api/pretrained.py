@@ -103,9 +103,9 @@ def load(
       mesh: where to place the parameters, split by `rules`; None for the default device. Each process reads only what
         its own devices hold. Where the mesh splits key/value heads over more devices than there are, each head is
         stored on several (`families.repeat_kv_heads`), and the configuration says so.
-      rules: logical to mesh axes; a draft may have others than its target, such as `sharding.REPLICATED`.
-      int8: round the matrices of a decoder-only model to eight bits (`families.quantise`): a draft in half the memory,
-        whose target's text stays exact.
+      rules: logical to mesh axes; a draft may use other rules than its target, such as `sharding.REPLICATED`.
+      int8: round the matrices of a decoder-only model to eight bits (`families.quantise`). A draft then takes half the
+        memory, and the target's text stays exact.
       scan_layers: compile one layer's program for all layers of a decoder-only model (`DecoderConfig.scan_layers`).
 
     Returns:
@@ -114,7 +114,7 @@ def load(
     Raises:
       FileNotFoundError: where a file or directory is missing.
       OSError: where a download fails.
-      ValueError: for files that are broken or hold what specjax does not know.
+      ValueError: for files that are broken or that specjax does not support.
     """
     path = _resolve(source)
     if path.is_file():
@@ -142,7 +142,7 @@ def load(
 
 
 def save(pretrained: Pretrained, directory: str | pathlib.Path) -> None:
-    """Writes a model so that `load` reads it back bit by bit.
+    """Writes a model so that `load` reads it back bit for bit.
 
     Args:
       pretrained: the model.

@@ -1,4 +1,4 @@
-"""A request to the front door: checked, tokenised and brought to the device."""
+"""A call of `generate`: checked, tokenised and moved to the device."""
 
 import functools
 import warnings
@@ -23,7 +23,7 @@ from specjax.types import Automaton, DecodeState, Drafter, Inputs, Model, Params
 
 
 class Request(NamedTuple):
-    """A call of `generate`, checked and brought to the device: what `decode` needs.
+    """A call of `generate`, checked and moved to the device: what `decode` needs.
 
     Attributes:
       target: the target.
@@ -54,10 +54,10 @@ def encode(target: Pretrained, prompts: Sequence[str | Sequence[int]], *, chat: 
 
     Raises:
       ValueError: for a text without a tokenizer, or a chat without a template, or an empty prompt.
-      TypeError: for one text in the place of a list of texts.
+      TypeError: for a single text instead of a list of texts.
     """
     if isinstance(prompts, str):
-        raise TypeError(f"prompts is the text {prompts[:40]!r}: give a list of texts.")
+        raise TypeError(f"prompts is a single string, {prompts[:40]!r}: give a list of strings.")
     encoded = []
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
@@ -95,7 +95,7 @@ def check_vocabularies(target: Pretrained, draft: Any) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _stopping(strings: tuple[str, ...], tokenizer: Tokenizer, vocab_size: int) -> Automaton:
-    """Kept, for a large vocabulary takes a second or two."""
+    """Cached: a large vocabulary takes a second or two."""
     return automaton.stop_strings(strings, tokenizer, vocab_size=vocab_size)
 
 
@@ -111,7 +111,7 @@ def _vocabulary_conflict(target: Tokenizer, draft: Tokenizer) -> str:
 
 
 def place(mesh: Mesh | None, params: Params, inputs: Inputs) -> tuple[Params, Inputs]:
-    """Parameters and prompts where a program of the target's mesh reads them.
+    """Parameters and prompts, placed on the target's mesh.
 
     The prompts are split over the mesh by rows, and what the draft has on other devices is copied to all of the mesh.
     """
@@ -144,7 +144,7 @@ def prepare(
 ) -> Request:
     """Checks a request and reads the prompts into the caches. The arguments are those of `generate`.
 
-    Those annotated as Any may be anything that a user writes, and are checked here.
+    Arguments annotated as Any may be anything that a user passes, and are checked here.
     """
     draft = contract.check(drafter if drafter is not None else drafters.none())
     drafter = draft.drafter

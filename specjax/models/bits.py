@@ -1,4 +1,4 @@
-"""bfloat16 arrays are moved as bits on CPUs, which have no other way to do it in place."""
+"""On CPUs, bfloat16 arrays are moved as integers, the only way to update them in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,15 @@ from jaxtyping import Array
 
 
 def moved(move: Callable[..., Array], arrays: tuple[Array, ...], *places: Array | None) -> Array:
-    """`move(*arrays, *places)`, where `move` puts numbers elsewhere and computes none.
+    """`move(*arrays, *places)`, where `move` moves numbers and computes none.
 
-    XLA:CPU looks up, cuts and updates no bfloat16 array: it converts all of it to float32 and back, in every step of a
-    loop. So bfloat16 is moved as integers there.
+    XLA:CPU has no gather, slice or update of bfloat16 arrays: it converts the whole array to float32 and back, in every
+    step of a loop. So bfloat16 is moved as integers there.
 
     Args:
       move: such as `jnp.take` or an update of a slice; linear in `arrays`.
       arrays: of one dtype.
-      *places: integers that say where, or None.
+      *places: integers that say where to, or None.
     """
     if arrays[0].dtype != jnp.bfloat16:
         return move(*arrays, *places)
@@ -29,7 +29,7 @@ def moved(move: Callable[..., Array], arrays: tuple[Array, ...], *places: Array 
 
     @as_bits.defjvp
     def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        # Bits have no derivative: without this rule, training would not move what is looked up.
+        # Integers have no derivative: without this rule, training would not update what is looked up.
         return as_bits(*primals), move(*tangents[0], *primals[1])
 
     return jax.lax.platform_dependent(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax.models import bits
 from specjax.parallel import sharding
 
-# Above this many rows, a write is one batched scatter instead of one slice update a row: the compiled program
+# Above this many rows, a write is one batched scatter instead of one slice update per row: the compiled program
 # would grow with rows x layers.
 MAX_UNROLLED_ROWS = 8
 
@@ -35,7 +35,7 @@ class Cache(NamedTuple):
 
     Attributes:
       keys: one `[B, kv_heads, S, head_dim]` array per layer, or a single `[B, layers, kv_heads, S, head_dim]`.
-      values: likewise.
+      values: in the same layout as `keys`.
       length: `[B]` the number of valid entries of each row.
     """
 
@@ -59,7 +59,7 @@ def stack(cache: Cache) -> Cache:
 
 
 def axes_of(num_axes: int) -> tuple[str, ...]:
-    """The logical axes of an array of a cache, of any family, which has so many of them: else it is lengths."""
+    """The logical axes of one array of a cache of any family; an array of any other rank holds lengths."""
     return {len(AXES): AXES, len(STACKED_AXES): STACKED_AXES}.get(num_axes, ("batch",))
 
 
@@ -71,22 +71,22 @@ def write(
 ) -> Float[Array, "B *L H S D"]:
     """Writes T new entries of each row at that row's own position (None: all rows at 0, as in a prefill).
 
-    The caller sees to it that `start + T < S`: XLA would shift a write that does not fit, over valid entries. (A lone
-    token of a lone row is written twice, the second time beyond the length.)
+    The caller ensures that `start + T < S`: XLA would shift a write that does not fit, over valid entries. (With one
+    row and one token, the token is written twice, the second time beyond the length.)
 
     Args:
       buffer: keys or values of a layer, or of all.
       new: what is written.
       start: where.
-      layer: into which layer, of all.
+      layer: which layer to write, where the buffer holds all of them.
     """
     new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
     if layer is not None:
         new = new[:, None]
     rows = buffer.shape[0]
     if rows == 1 and new.shape[-2] == 1 and start is not None:
-        # One entry more, beyond the length: XLA:CPU computes a lone entry twice, for the result and for attention, and
-        # copies the cache to do so.
+        # One entry more, beyond the length: XLA:CPU computes a single entry twice, for the result and for attention,
+        # and copies the cache to do so.
         new = jnp.concatenate([new, new], axis=-2)
     # With one key/value head (multi-query attention), XLA:CPU copies the cache around each of several row updates.
     one_head = rows > 1 and buffer.shape[-3] == 1
@@ -103,16 +103,17 @@ def write(
         return buffer
 
     if rows == 1:
-        # Updated as bits, a lone row is computed twice, too, and copied. Its conversions are small.
+        # Updated as integers, a single row is computed twice too, and copied. Its conversions are small.
         return update(buffer, new, start, layer)
     return bits.moved(update, (buffer, new), start, layer)
 
 
 def contain(values: Float[Array, "B T H D"]) -> tuple[Float[Array, "B T H D"], Bool[Array, "B T H D"]]:
-    """New values as they are cached, 0 where they are not finite, and where that is.
+    """New values as they are cached, with 0 for what is not finite, and a mask of where that was.
 
     Entries that a query does not see have a weight of 0, but 0 * NaN is NaN: one draft token whose embedding is NaN
-    would spoil the tokens before it. What attends to its own such entry must become NaN, by the second result.
+    would spoil the tokens before it. A token that attends to such an entry of its own has to become NaN; the mask says
+    which.
     """
     broken = ~jnp.isfinite(values)
     return jnp.where(broken, 0.0, values), broken

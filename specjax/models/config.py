@@ -45,7 +45,7 @@ ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
 """What a feed-forward may compute: "gelu" is the exact one, "gelu_new" its approximation by tanh."""
 
 POSITIONS = ("rotary", "learned")
-"""How a decoder tells places apart: it turns queries and keys, or adds a learned table to the embeddings."""
+"""How a decoder encodes positions: it rotates queries and keys, or adds a learned table to the embeddings."""
 
 NORMS = ("rms", "rms_plus_one", "layer")
 """What a decoder normalises by: the root mean square (times w, or times 1 + w), or LayerNorm with a bias."""
@@ -130,15 +130,15 @@ class DecoderConfig:
       scale_embeddings: whether embeddings are multiplied by the root of `hidden_size`, rounded to `dtype` (Gemma).
       query_scale: what queries are multiplied by; None for `head_dim ** -0.5`.
       attention_softcap: c of the `c tanh(x / c)` that bounds attention's scores (Gemma 2); None for no bound.
-      logit_softcap: likewise, of the logits.
+      logit_softcap: the same bound, of the logits.
       global_layers: the layers, counted from 0, that `sliding_window` leaves alone.
       local_rope_theta: the base of the rotary angles, unstretched, of the layers with a window (Gemma 3); None for the
         same angles as the others.
       int8: whether matrices are stored in eight bits, with a scale for each output, and multiplied as integers on CPUs
         (`families.quantise`); everything else stays in `dtype`. Not for training.
       scan_layers: whether one layer's program is compiled and run for every layer, whose parameters then are one array
-        each (`families.stack_layers`), else all layers' one after the other. The text is the same; compiling takes
-        less, a step more (docs/results/layers.md).
+        each (`families.stack_layers`); else every layer is compiled. The text is the same; compiling takes less time, a
+        step takes more (docs/results/layers.md).
     """
 
     vocab_size: int
@@ -241,7 +241,7 @@ class T5Config:
         if self.num_buckets < 4 or self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
             raise ValueError(
                 f"num_buckets={self.num_buckets} and max_distance={self.max_distance}: the buckets are halved twice, "
-                "and the greatest distance has to lie beyond those that have a bucket of their own."
+                "and the greatest distance has to be larger than those that have a bucket of their own."
             )
 
 

@@ -19,11 +19,11 @@ from specjax.parallel import sharding
 from specjax.types import Batch, Block, Inputs, Model, ModelOutput, Tree
 
 PREFILL_CHUNK = 512
-"""Prompts are read at most so many tokens at a time: the scores of a whole one would grow with its square."""
+"""The most tokens of a prompt that are read at a time: attention scores of a whole prompt grow with its square."""
 
 
 Views = Mapping[bool, layers.View]
-"""What layers without and with a window know of the tokens' places."""
+"""What layers without and with a window know of the tokens' positions."""
 
 
 class Decoder(nnx.Module):
@@ -49,10 +49,10 @@ class Decoder(nnx.Module):
             self.head_bias = layers.parameter(rngs, (c.vocab_size,), ("vocab",), c.dtype)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks tokens up, and learned positions.
+        """Looks up the embeddings of tokens, and learned positions.
 
-        Ids beyond the table read its last row (a draft may know fewer tokens than its target), and so do positions: no
-        text stands there, but padding may, and drafts beyond a text's limit.
+        Ids beyond the table read its last row (a draft may know fewer tokens than its target), and so do positions:
+        only padding, and drafts beyond the limit of a sequence, are at such positions.
         """
         c = self.config
         name = "head" if c.tie_embeddings else "embedding"

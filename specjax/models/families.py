@@ -31,17 +31,17 @@ def _module(config: ModelConfig) -> graph.Build:
 
 
 def abstract_params(config: ModelConfig) -> Tree:
-    """The parameter tree with a `jax.ShapeDtypeStruct` in each array's place: nested dicts, layers keyed by number."""
+    """The parameter tree with each array replaced by a `jax.ShapeDtypeStruct`: nested dicts, layers keyed by number."""
     return graph.abstract(_module(config), config)
 
 
 def param_axes(config: ModelConfig) -> Tree:
-    """The parameter tree with its logical axes in each array's place."""
+    """The parameter tree with each array replaced by its logical axes."""
     return graph.metadata(_module(config), config, "axes")
 
 
 def num_contracted(config: ModelConfig) -> Tree:
-    """The parameter tree with the number of inputs' dimensions in each array's place; 0 for what is no matrix."""
+    """The parameter tree with each array replaced by the number of its input dimensions; 0 if it is not a matrix."""
     return graph.metadata(_module(config), config, "num_contracted")
 
 
@@ -51,7 +51,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Tree:
 
 
 def num_params(config: ModelConfig) -> int:
-    """How many numbers the parameters are."""
+    """The number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 

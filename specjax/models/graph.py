@@ -34,12 +34,12 @@ def merge(build: Build, config: Any, rules: sharding.Rules, params: Tree) -> Any
 
 
 def abstract(build: Build, config: Any) -> Tree:
-    """The parameter tree with a `jax.ShapeDtypeStruct` in each array's place: nested dicts, layers keyed by number."""
+    """The parameter tree with each array replaced by a `jax.ShapeDtypeStruct`: nested dicts, layers keyed by number."""
     return nnx.to_pure_dict(_split(build, config, sharding.RULES)[1])
 
 
 def metadata(build: Build, config: Any, name: str) -> Tree:
-    """The parameter tree with what `layers.parameter` noted under that name in each array's place."""
+    """The parameter tree with each array replaced by what `layers.parameter` noted under that name."""
     flat = nnx.to_flat_state(_split(build, config, sharding.RULES)[1])
     return nnx.traversals.unflatten_mapping({path: variable.get_metadata()[name] for path, variable in flat})
 

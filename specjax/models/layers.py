@@ -26,7 +26,7 @@ ACTIVATIONS = {
 }
 
 View = tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None, Bool[Array, "B T S"]]
-"""What a layer knows of places: cosine and sine of the rotary angles (None: no rotation), and what each token sees."""
+"""What a layer knows of positions: cosine and sine of the rotary angles (None: no rotation), and the attention mask."""
 
 
 def parameter(
@@ -43,10 +43,10 @@ def parameter(
     Args:
       rngs: random numbers.
       shape: of a matrix, the inputs' dimensions, then the outputs'; `stored` says how they lie in memory.
-      axes: the logical axes, likewise.
+      axes: the logical axes, in the order of `shape`.
       dtype: of the parameter.
       init: by default normal with deviation 0.02.
-      num_contracted: how many dimensions are the inputs' that `linear` multiplies; 0: it is no matrix.
+      num_contracted: how many dimensions are inputs, which `linear` contracts; 0: it is not a matrix.
     """
     if len(shape) != len(axes):
         raise ValueError(f"A parameter of shape {tuple(shape)} needs as many logical axes, not {tuple(axes)}.")
@@ -162,7 +162,7 @@ def linear_int8(
 
     CPUs multiply int8 by int8: every x is rounded to 15 bits of its row's largest, and its upper and lower seven make
     two rows, of which no fewer are multiplied anyway (`linear`). Sums of integers are exact, so a result does not
-    depend on how many rows there are. Elsewhere the weights are brought to bfloat16 as they are read.
+    depend on how many rows there are. Elsewhere the weights are converted to bfloat16 as they are read.
     """
     kept, outputs = x.shape[: x.ndim - num_contracted], scale.shape
     rows, matrix = x.reshape(math.prod(kept), -1).astype(jnp.float32), weight.reshape(math.prod(outputs), -1)
@@ -331,7 +331,7 @@ def attend(
     Args:
       query: of T tokens, scaled.
       keys: of S tokens.
-      values: likewise.
+      values: of the same S tokens.
       mask: which tokens each sees.
       bias: what is added to the scores.
       cap: what bounds the scores, see `softcap`.

@@ -21,7 +21,7 @@ from specjax.parallel import sharding
 from specjax.types import Batch, Block, Inputs, Model, ModelOutput, Tree
 
 NO_LIMIT = 2**31 - 1
-"""Relative positions go on for ever."""
+"""Relative positions have no end."""
 
 
 class Cache(NamedTuple):
@@ -31,10 +31,10 @@ class Cache(NamedTuple):
 
     Attributes:
       keys: of the text, one `[B, heads, L, head_dim]` array per layer.
-      values: likewise.
+      values: in the same layout as `keys`.
       length: `[B]` the number of valid entries of each row.
       source_keys: of the encoder's output, one `[B, heads, S, head_dim]` array per layer; S = 0 before the prefill.
-      source_values: likewise.
+      source_values: in the same layout as `source_keys`.
       source_length: `[B]` how many of them the row's source has.
     """
 
@@ -78,7 +78,7 @@ def relative_bias(
     *,
     bidirectional: bool,
 ) -> Float[Array, "B H T S"]:
-    """What attention scores gain by position.
+    """What is added to the attention scores by position.
 
     Args:
       config: the shape.
@@ -304,7 +304,7 @@ class T5(nnx.Module):
         sees = jnp.arange(size) < cache.source_length[:, None, None]
         sees = jnp.broadcast_to(sees, (*tokens.shape, size))
         if packed is not None:
-            assert packed.source_segments is not None  # `score` has seen to it.
+            assert packed.source_segments is not None  # `score` has checked it.
             mask &= layers.same_segment(packed.segments, packed.segments)
             sees = layers.same_segment(packed.segments, packed.source_segments)
         x, bias, states = self.embed(tokens), None, {}

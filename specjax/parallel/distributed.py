@@ -1,4 +1,4 @@
-"""Several processes that run one program, each with some of the devices: what they have to agree on."""
+"""Several processes that run one program, each with some of the devices, and what they have to agree on."""
 
 import contextlib
 import functools
@@ -21,21 +21,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _SHARED = (".json", ".jsonl")
-"""Files of a workdir by which a run goes on."""
+"""Files of a work directory from which a run resumes."""
 
 _ADDRESS, _NUMBER, _PLACE = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _TIMEOUT = "SPECJAX_JOIN_TIMEOUT"
 _REMEDY = f"set {_ADDRESS}=HOST:PORT, {_NUMBER} and {_PLACE}, or leave --distributed out."
 
 _WAIT = 300.0
-"""Seconds that the other processes may take to come."""
+"""Seconds that the other processes may take to join."""
 
 _PAUSE = 10.0
 """Seconds between two lines that say whom a process waits for."""
 
 
 class _Process(NamedTuple):
-    """What a process is told of the others; None where the cluster knows.
+    """What a process is told about the others; None where the cluster knows.
 
     Attributes:
       address: HOST:PORT of the first process.
@@ -158,9 +158,9 @@ def is_first() -> bool:
 
 
 def from_first(value: Any) -> Any:
-    """What the first process has in the place of `value`, which is made of JSON's types.
+    """The first process's `value`, on every process; it consists of JSON types.
 
-    Decisions that rest on a clock have to be taken so: processes that decide differently wait for each other for ever.
+    Decisions that depend on a clock have to be shared like this: processes that decide differently deadlock.
     """
     if jax.process_count() == 1:
         return value
@@ -172,7 +172,7 @@ def from_first(value: Any) -> Any:
 
 
 def mirror(workdir: pathlib.Path) -> pathlib.Path:
-    """The workdir of this process: that of the first, or a temporary copy of what goes on from there."""
+    """The work directory of this process: that of the first, or a temporary copy of the files to resume from."""
     found = sorted(workdir.glob("*")) if is_first() else []
     texts = {path.name: path.read_text(encoding="utf-8") for path in found if path.suffix in _SHARED}
     texts = from_first(texts)
@@ -185,7 +185,7 @@ def mirror(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def to_host(x: Any) -> np.ndarray:
-    """An array on the host, of which other processes may hold parts: then all of them have to ask for it."""
+    """An array on the host. Where other processes hold parts of it, all of them have to call this."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)

@@ -32,7 +32,7 @@ RULES: Rules = (
     ("buckets", None),
     ("tokens", None),
 )
-"""Megatron-style tensor parallelism over `model`, rows over `data`: two all-reduces a layer."""
+"""Megatron-style tensor parallelism over `model`, rows over `data`: two all-reduces per layer."""
 
 
 def override(rules: Rules, **changes: str | None) -> Rules:
@@ -52,7 +52,7 @@ def with_whole(names: str) -> Rules:
     """`RULES`, but every device holds the named axes whole.
 
     Args:
-      names: such as "kv_heads", with commas between them; none: the rules as they are.
+      names: such as "kv_heads", separated by commas; empty: the rules as they are.
 
     Raises:
       ValueError: for a name that the rules lack, or one that they do not split.
@@ -140,8 +140,8 @@ def shard(tree: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
     Args:
       tree: a pytree of arrays.
-      axes: the same pytree with a tuple of axis names in each array's place.
-      mesh: where to.
+      axes: the same pytree with each array replaced by a tuple of axis names.
+      mesh: where to place them.
       rules: logical to mesh axes.
     """
     leaves, treedef = jax.tree.flatten(tree)
@@ -178,9 +178,9 @@ def abstract(tree: Any, axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = RUL
 
 
 def fitting(tree: Any, axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Rules:
-    """The rules, but what does not divide over its mesh axis in some array of `tree` is replicated in all.
+    """The rules, except that an axis that does not divide over its mesh axis in some array is replicated in all.
 
-    For plans and reports, which say so: whoever places arrays decides that for himself (`override`).
+    For plans and reports, which say so. When arrays are really placed, the caller decides (`override`).
 
     Args:
       tree: a pytree of arrays or shapes.

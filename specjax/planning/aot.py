@@ -1,4 +1,4 @@
-"""Compiles the decode step for TPUs that are not here, and reads what XLA made of it.
+"""Compiles the decode step for TPUs that you don't have, and reads what XLA made of it.
 
 libtpu compiles for a topology by name; nothing is run. Compiling dozens of unrolled layers takes minutes, so a step is
 compiled with few layers, twice, and what is per layer is extrapolated (`extrapolate`): every layer is the same program.
@@ -38,7 +38,7 @@ _MACHINE = {
 }
 
 FEW, MORE = 2, 4
-"""Layers that are compiled in the place of many."""
+"""The numbers of layers that are compiled, instead of all of them."""
 
 PARTS = ("target_call", "draft_call", "drafting", "")
 """Scopes that `plan.shard` names, the innermost first; the last is everything else: verification and commit."""
@@ -53,7 +53,7 @@ def is_available() -> bool:
 
 
 def make_mesh(topology: Topology, data: int) -> Mesh:
-    """The mesh of a topology that is not here, `data` times `model`.
+    """The mesh of a topology that this machine does not have, `data` times `model`.
 
     Raises:
       ValueError: where libtpu is not installed, does not know the topology, or cannot be loaded.
@@ -97,7 +97,8 @@ class Program(NamedTuple):
       temporary_bytes: beside.
       code_bytes: of the program itself.
       flops: counted by XLA; bodies of loops once.
-      bytes_accessed: likewise, on-chip memories and all; None where extrapolated, since it depends on what fits there.
+      bytes_accessed: counted in the same way, on-chip memories included; None where extrapolated, since it depends on
+        what fits into them.
       optimal_seconds: XLA's own estimate; None where it has none (it is not positive), or where extrapolated.
       collectives: as they stand in the program, each once.
       cache_copies: instructions that copy a layer's keys or values.
@@ -181,7 +182,7 @@ def _constant(numbers: dict[str, tuple[Any, Any]], rows: int) -> SamplingOptions
 
 
 def _no_history(rows: int, tokens: int) -> History:
-    """Without penalties and grammar, nobody looks at it."""
+    """Without penalties and grammar, it is not read."""
     none = jnp.zeros(rows, jnp.int32)
     nothing = jnp.zeros((rows, tokens), jnp.int32)
     return History(none[:, None], none, none, nothing[:, :0], None, nothing)
@@ -235,7 +236,7 @@ def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0,
 
 
 def _combine(programs: list[tuple[float, Program]]) -> Program:
-    """The sum of programs, each so many times."""
+    """The weighted sum of programs."""
     if len(programs) == 1:
         return programs[0][1]
 

@@ -1,4 +1,4 @@
-"""What accelerators can do, by their makers' data sheets: one table, each figure with its source.
+"""The specifications of accelerators, from their makers' data sheets: one table, each figure with its source.
 
 Rates are peaks that no program quite reaches; a time computed from them is a lower bound. Megabytes and the like are
 decimal where the maker writes GB, binary where it writes GiB.
@@ -22,15 +22,15 @@ class Chip:
       name: as a topology names it, such as "v5e" of "v5e:2x4" or "H100" of "H100:8".
       flops: bfloat16 multiplications and additions a second, dense.
       memory: bytes of its main memory.
-      bandwidth: bytes a second between that memory and the chip.
-      interconnect: bytes a second to and from other chips, both directions added up.
+      bandwidth: bytes per second between that memory and the chip.
+      interconnect: bytes per second to and from other chips, both directions added up.
       source: of those figures.
       base_latency: seconds that a collective takes before its first hop.
       hop_latency: seconds that a collective takes for each chip that data passes.
       latency_source: of those two figures. They are the least certain of all.
       tpu: whether it is a TPU, for which programs can be compiled ahead of time.
       devices: how many JAX devices a chip is.
-      dimensions: of the network of TPUs; 1 for GPUs, of which each reaches each.
+      dimensions: of the network of TPUs; 1 for GPUs, which are all connected to each other.
       wraps_at: the dimensions of a slice close to rings where all are multiples of this; 0: never.
       most: how many reach each other directly: a TPU pod, or GPUs by NVLink.
       compiler_name: what libtpu calls it.
@@ -76,7 +76,7 @@ CHIPS = {
         _tpu("v4", 275, 32 * _GIB, 1200, 600, source=f"{_TPU}/v4; interconnect: arXiv 2304.01433, 6 links of 50 GB/s"),
         _tpu("v5e", 197, 16 * _GB, 819, 400, **_FLAT),
         _tpu("v5p", 459, 95 * _GIB, 2765, 1200, source=f"{_TPU}/tpu7x, which has all three"),
-        _tpu("v6e", 918, 32 * _GIB, 1638, 800, source=f"{_TPU}/tpu7x, likewise", **_FLAT),
+        _tpu("v6e", 918, 32 * _GIB, 1638, 800, source=f"{_TPU}/tpu7x, which has all three", **_FLAT),
         _tpu("v7x", 2307, 192 * _GIB, 7380, 1200, source=f"{_TPU}/tpu7x", compiler_name="tpu7x", devices=2),
         _gpu("A100", 312, 80 * _GB, 2039, 600, f"{_NVIDIA}/a100 (80 GB SXM)"),
         _gpu("H100", 989, 80 * _GB, 3350, 900, f"{_NVIDIA}/h100 (SXM; half of the sparse rate)"),

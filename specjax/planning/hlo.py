@@ -111,7 +111,7 @@ def collectives(program: str) -> list[Collective]:
 def copies(program: str, shapes: Sequence[Sequence[int]]) -> list[str]:
     """The instructions that copy an array of one of these shapes within the main memory.
 
-    What is brought into an on-chip memory, and back from it, is no copy: it is read and written there anyway.
+    A move into an on-chip memory, or back from it, does not count: the data is read and written there anyway.
 
     Args:
       program: as `compiled.as_text()` gives it.

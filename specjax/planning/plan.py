@@ -1,4 +1,4 @@
-"""What a decode step takes on chips that are not here: memory, arithmetic, collectives, and the time at the roofline.
+"""The cost of a decode step on chips that you don't have: memory, arithmetic, collectives, and time at the roofline.
 
 Everything here is computed from shapes: a model call is traced, its matrix products are counted, and what they read is
 divided by the shardings that the rules give it. `aot` compiles the same step for TPUs and reads what XLA made of it.
@@ -220,8 +220,8 @@ class Memory(NamedTuple):
     Attributes:
       target_parameters: of the target.
       draft_parameters: of the draft.
-      target_cache: keys and values.
-      draft_cache: likewise.
+      target_cache: the target's keys and values.
+      draft_cache: the draft's keys and values.
       other: the rest of the loop's state.
     """
 
@@ -254,7 +254,7 @@ def unrolled(setup: Setup) -> Setup:
 def memory(setup: Setup) -> Memory:
     """What lies in each device's memory, temporaries not counted."""
     setup, mesh = unrolled(setup), abstract_mesh(setup)
-    # Caches are traced with one layer: all are alike, and there may be many.
+    # Caches are traced with one layer: all layers are the same, and there may be many.
     state = shard(with_layers(setup, 1, 1), mesh).state
 
     def cache(tree: Tree, side: str) -> int:
@@ -393,7 +393,7 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
 
 
 def with_collectives(cost: Callable[[int], Cost], seen: dict[int, tuple[float, float]]) -> Callable[[int], Cost]:
-    """Costs with the collectives that a compiled program has in the place of those that were computed.
+    """Costs with the collectives of a compiled program instead of those that were computed.
 
     Args:
       cost: by number of tokens.
@@ -441,15 +441,15 @@ def times(setup: Setup, cost: Cost) -> Times:
 
 
 class Forecast(NamedTuple):
-    """What speculation should bring, of times at the roofline.
+    """The speedup that speculation should give, from times at the roofline.
 
     Attributes:
       target: seconds of a target call that scores T = 1, 2 ... tokens.
       draft: seconds of a draft call of one token.
       cost_ratio: c.
       alpha: the acceptance rate that is assumed.
-      milliseconds: per token with K = 0, 1, 2 ... draft tokens a step, all rows together writing one each.
-      best: the K of the fewest.
+      milliseconds: per token with K = 0, 1, 2 ... draft tokens per step, all rows together writing one each.
+      best: the K with the fewest milliseconds.
     """
 
     target: list[float]
@@ -483,7 +483,7 @@ class Fit(NamedTuple):
 
     Attributes:
       needed: bytes on each device.
-      available: likewise.
+      available: bytes on each device.
       remedies: where it does not fit, what would, each computed; else nothing.
     """
 
@@ -493,7 +493,7 @@ class Fit(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether there is as much as it takes."""
+        """Whether the plan needs no more than is available."""
         return self.needed <= self.available
 
 

@@ -86,7 +86,7 @@ def allowed(automaton: Automaton, state: Int[Array, "*B"]) -> Bool[Array, "*B V"
 
 
 class _Columns:
-    """The distinct columns of a table, numbered as they come."""
+    """The distinct columns of a table, numbered in order of appearance."""
 
     def __init__(self, num_states: int):
         self.num_states = num_states
@@ -132,10 +132,10 @@ def from_table(next_state: Int[np.ndarray, "S V"]) -> Automaton:
         start. Every state allows a token: the one after a stop token, say, again the stop tokens.
 
     Raises:
-      ValueError: for a table that is not such, or is too large (`MAX_ENTRIES`) even where equal columns are merged.
+      ValueError: for a table that does not have this form, or is too large (`MAX_ENTRIES`) with equal columns merged.
     """
     if next_state.ndim != 2 or not next_state.size:
-        raise ValueError(f"A table of shape {next_state.shape} is none of states by tokens, [S, V].")
+        raise ValueError(f"A table of shape {next_state.shape} is not states by tokens, [S, V].")
     low, high = int(next_state.min()), int(next_state.max())
     if low < DEAD or high >= len(next_state):
         wrong = low if low < DEAD else high

@@ -1,10 +1,11 @@
 """What changes logits before they become a distribution: penalties, bias, forbidden tokens, grammars.
 
-Each processor is written for one place of one text: `(logits[V], tokens[L], length, options...) -> logits[V]`, the
-logits of the token at place `length`, given `tokens[:length]`. `process` maps them over the rows and over the places of
-a draft block, where the tokens before a place are the drafts before it: so plain decoding, drafting, verification and
-the token that follows them all see the same distribution. Names, meaning and order are those of transformers (presence
-and frequency penalties, which it lacks: of the OpenAI and vLLM interfaces, on the new text alone).
+Each processor is written for one position of one sequence: `(logits[V], tokens[L], length, options...) -> logits[V]`,
+the logits of the token at position `length`, given `tokens[:length]`. `process` maps them over the rows and over the
+positions of a draft block, where the draft tokens count as text for the positions after them. So plain decoding,
+drafting, verification and the bonus token all see the same distribution. Names, meaning and order are those of
+transformers. Presence and frequency penalties, which transformers lacks, are those of the OpenAI and vLLM interfaces,
+on the new text alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +26,13 @@ _NO_TOKEN = 2**31 - 1
 def spread(
     name: str, value: Any, batch_size: int, dtype: Any, low: float, high: float, *, above: bool = False
 ) -> Array:
-    """One value a row, from one value or a list of them.
+    """One value per row, from one value or a list of them.
 
     Numbers that float32 would round to 0 are rounded away from it instead: 0 is often the value that means "off".
 
     Raises:
       ValueError: for a value outside [low, high] (with `above`: (low, high]), or too few or many of them.
-      TypeError: for what is not a number.
+      TypeError: for a value that is not a number.
     """
     try:
         values = np.asarray(value, np.float64)
@@ -60,7 +61,7 @@ def penalties(
     logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
     suppress_tokens: Sequence[int] | None = None,
 ) -> Penalties | None:
-    """Checks the options and spreads them over the rows.
+    """Checks the options and broadcasts them to the rows.
 
     Args:
       batch_size: B.
@@ -69,11 +70,11 @@ def penalties(
       frequency_penalty: any number; 0 is none.
       no_repeat_ngram_size: at least 0; 0 is none.
       min_new_tokens: at least 0.
-      logit_bias: what to add to which tokens' logits, one mapping for all rows or one a row; -inf forbids a token.
+      logit_bias: what to add to which tokens' logits, one mapping for all rows or one per row; -inf forbids a token.
       suppress_tokens: tokens that are forbidden in every row.
 
     Returns:
-      the options, or None where no row asks for anything.
+      the options, or None where no row uses any.
 
     Raises:
       ValueError: naming the option and its value.
@@ -103,7 +104,7 @@ def penalties(
     idle = all(bool(jnp.all(x == (name == "repetition_penalty"))) for name, x in arrays.items())
     if idle and not any(rows):
         return None
-    # Padded, so that another few of them compile nothing.
+    # Padded, so that a few more or fewer of them do not recompile.
     width = -(-max(map(len, rows)) // 8) * 8
     tokens, bias = np.full((batch_size, width), _NO_TOKEN, np.int32), np.zeros((batch_size, width), np.float32)
     for i, row in enumerate(rows):
@@ -112,7 +113,7 @@ def penalties(
 
 
 def unknown_tokens(options: Penalties, vocab_size: int) -> list[int]:
-    """Tokens of `bias_tokens` that a vocabulary lacks."""
+    """Tokens of `bias_tokens` that are not in the vocabulary."""
     tokens = np.unique(np.asarray(options.bias_tokens))
     return tokens[(tokens >= vocab_size) & (tokens != _NO_TOKEN)].tolist()
 
@@ -153,7 +154,7 @@ def no_repeat_ngram(
     place = jnp.arange(tokens.shape[0])
 
     def match(back: Array, running: Bool[Array, " L"]) -> Bool[Array, " L"]:
-        # The token `back` before the next one, against the token `back` before every place.
+        # The token `back` before the next one, compared with the token `back` before every position.
         return running & (jnp.roll(tokens, back) == tokens[jnp.maximum(length - back, 0)])
 
     running = (place < length) & (place >= size - 1) & (size > 0) & (length >= size - 1)
@@ -241,8 +242,8 @@ def follow(history: History, tokens: Int[Array, "B K"], options: Penalties | Non
 
     Args:
       history: before the first (T = 1).
-      tokens: `[B, K]` the tokens that stand there.
-      options: the penalties, or None, where nobody will look at the tokens.
+      tokens: `[B, K]` the tokens at the following positions.
+      options: the penalties, or None, in which case the tokens are not read.
     """
     state = history.grammar_state
     if history.grammar is not None:

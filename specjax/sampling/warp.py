@@ -29,7 +29,7 @@ def options(
     epsilon_cutoff: float | Sequence[float] = 0.0,
     **penalties: Any,
 ) -> SamplingOptions:
-    """Checks the options and spreads them over the rows.
+    """Checks the options and broadcasts them to the rows.
 
     Args:
       batch_size: B.
@@ -97,7 +97,7 @@ def threshold(
 
 
 def _order(logits: Float[Array, "B T V"]) -> UInt32[Array, "B T V"]:
-    """Whole numbers that are ordered as the logits are."""
+    """Integers in the same order as the logits."""
     bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)  # -0 equals 0.
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
@@ -138,7 +138,7 @@ def _epsilon(weights: Float[Array, "B T V"], epsilon: Float[Array, " B"]) -> Flo
 
 
 def argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """The index of the largest value, the first of equals; any index where one is not a number.
+    """The index of the largest value, the first of equals; any index where a value is NaN.
 
     By two reductions that XLA:CPU vectorises: `jnp.argmax`, which it does not, takes five times as long.
     """
@@ -148,14 +148,14 @@ def argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
 
 
 def greedy(logits: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
-    """One-hot at the argmax, the first of equals; not a number where the logits are not, or all are -inf."""
+    """One-hot at the argmax, the first of equals; NaN where logits are NaN or all are -inf."""
     one_hot = jax.nn.one_hot(argmax(logits), logits.shape[-1], dtype=jnp.float32)
     broken = jnp.isnan(logits) | (jnp.max(logits, axis=-1, keepdims=True) == -jnp.inf)
     return jnp.where(broken, jnp.nan, one_hot)
 
 
 def warp(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Array, "B T V"]:
-    """The distribution that temperature and truncations make of logits.
+    """The distribution that results from the logits by temperature and truncation.
 
     Ties at a cut are all kept. A row of temperature 0 is one-hot at its argmax. What no row of the batch asks for is
     skipped at run time.
@@ -165,7 +165,7 @@ def warp(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Arra
       sampling: `[B]` options, whose penalties have been applied.
 
     Returns:
-      `[B, T, V]` float32, each row summing to 1; not a number where the logits are not, or all tokens are forbidden.
+      `[B, T, V]` float32, each row summing to 1; NaN where logits are NaN or all tokens are forbidden.
     """
 
     def when(used: Array, cut: Any, option: Array, weights: Array) -> Array:
@@ -202,7 +202,7 @@ def match_vocab(logits: Float[Array, "B T V"], vocab_size: int) -> Float[Array, 
 
 
 def probabilities(logits: Float[Array, "B T V"], sampling: SamplingOptions, history: History) -> Float[Array, "B T V"]:
-    """The distribution that a row's options make of its logits: penalties, then `warp`.
+    """The distribution that a row's options turn its logits into: penalties, then `warp`.
 
     Args:
       logits: `[B, T, V]`.
@@ -210,7 +210,7 @@ def probabilities(logits: Float[Array, "B T V"], sampling: SamplingOptions, hist
       history: the text before each of the T tokens.
 
     Returns:
-      `[B, T, V]` float32, each row summing to 1; not a number where the logits are not, or all tokens are forbidden.
+      `[B, T, V]` float32, each row summing to 1; NaN where logits are NaN or all tokens are forbidden.
     """
     return warp(processors.process(logits.astype(jnp.float32), sampling.penalties, history), sampling)
 
@@ -231,7 +231,7 @@ def categorical(key: PRNGKey, probs: Float[Array, " V"]) -> Int[Array, ""]:
 
 
 def sample(keys: Array, probs: Float[Array, "B V"], sampling: SamplingOptions) -> Int[Array, " B"]:
-    """Draws one token a row; where every row is greedy, takes the argmax and makes no noise."""
+    """Draws one token per row; where every row is greedy, takes the argmax and draws no noise."""
     return jax.lax.cond(
         jnp.any(sampling.temperature > 0),
         lambda: jax.vmap(categorical)(keys, probs),

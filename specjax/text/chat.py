@@ -1,7 +1,7 @@
-"""Chat templates, rendered by a process of its own within bounds of time, memory and output.
+"""Chat templates, rendered by a separate process within bounds of time, memory and output.
 
-The process (`chat_worker`) is started at the first template, waits for more, and ends with this one. One that exceeds a
-bound is ended, and the next template starts another.
+The process (`chat_worker`) is started at the first template, waits for more, and ends with this process. A worker that
+exceeds a bound is killed, and the next template starts another.
 """
 
 import atexit
@@ -21,13 +21,13 @@ MAX_SECONDS = 10.0
 """How long a conversation may take to render."""
 
 MAX_MEMORY = 2**30
-"""How many bytes that may take."""
+"""How many bytes rendering may take."""
 
 MAX_TEMPLATE = 2**20
 """The longest template, in characters; the longest that are published have some ten thousand."""
 
 MAX_LENGTH = 2**24
-"""The longest text that a template may make of a conversation, in characters."""
+"""The longest text that a template may render, in characters."""
 
 _START_SECONDS = 120.0
 
@@ -129,13 +129,13 @@ def render(
     variables: Mapping[str, str],
     max_seconds: float | None = None,
 ) -> str:
-    """The text that a chat template makes of a conversation, up to where the assistant's answer begins.
+    """Renders a conversation with a chat template, up to where the assistant's answer begins.
 
-    It is what transformers' `apply_chat_template` gives.
+    The result is that of transformers' `apply_chat_template`.
 
     Args:
       template: a Jinja template in the style of transformers.
-      messages: dictionaries with "role" and "content", of what JSON knows.
+      messages: dictionaries with "role" and "content", whose values are JSON values.
       name: what to call the template in an error.
       variables: what the template may name, such as "bos_token".
       max_seconds: how long it may take; `MAX_SECONDS` where it is None.
@@ -143,7 +143,7 @@ def render(
     Raises:
       OSError: where no process can be started.
       ValueError: for a template that refuses the messages, fails, or exceeds `MAX_SECONDS`, `MAX_MEMORY`,
-        `MAX_TEMPLATE` or `MAX_LENGTH`, and for messages that are no JSON.
+        `MAX_TEMPLATE` or `MAX_LENGTH`, and for messages that are not JSON.
     """
     remedy = "decode without the template, or give another one"
     if len(template) > MAX_TEMPLATE:
@@ -157,7 +157,7 @@ def render(
     try:
         answer = _ask(request, MAX_SECONDS if max_seconds is None else max_seconds)
     except (TypeError, RecursionError) as error:
-        raise ValueError(f"The messages are not what JSON knows ({error}): give texts.") from error
+        raise ValueError(f"The messages are not JSON values ({error}): give strings.") from error
     if "text" in answer:
         return answer["text"]
     if "error" in answer:
@@ -167,6 +167,6 @@ def render(
     elif "length" in answer:
         reason = f"makes a text of {answer['length']} characters, more than {MAX_LENGTH}"
     else:
-        # A process that cannot have more memory says so, or crashes.
+        # A process that gets no more memory says so, or crashes.
         reason = f"takes more than {MAX_MEMORY >> 20} MiB of memory, or more time than there is"
     raise ValueError(f"{name} {reason}: {remedy}.")

@@ -1,8 +1,8 @@
-"""The process that renders chat templates; `specjax.chat` starts it.
+"""The process that renders chat templates; `specjax.text.chat` starts it.
 
-A template comes with a model's files and may be anything. Jinja's sandbox keeps it from the outside, but one operation
-of it can take any time and memory, in code that no signal interrupts; so a process of its own renders it, under limits
-that the operating system holds. Requests and answers are lines of JSON.
+A template comes with a model's files and may contain anything. Jinja's sandbox isolates it, but a single operation can
+take unbounded time and memory, in code that no signal interrupts; so a separate process renders it, under limits that
+the operating system enforces. Requests and answers are lines of JSON.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ except ImportError:  # Windows, where only the time is bounded, by the process t
 
 
 def _limit_memory(extra: int) -> None:
-    """Bounds the address space to what is in use and so many bytes."""
+    """Bounds the address space to what is in use plus that many bytes."""
     if resource is not None:
         with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as file:
             most = int(file.read().split()[0]) * resource.getpagesize() + extra
@@ -25,7 +25,7 @@ def _limit_memory(extra: int) -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    """Ends this process once it has computed for so long from now on, even if nobody waits for it any more."""
+    """Ends this process after that many seconds of CPU time from now on, even if nothing waits for it any more."""
     if resource is not None:
         used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)

@@ -1,4 +1,4 @@
-"""Tokenizers of the `tokenizers` package from what GGUF files and SentencePiece models say of them."""
+"""Rebuilds tokenizers of the `tokenizers` package from the metadata of GGUF files and SentencePiece models."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ PRE_TOKENIZERS = {
 
 
 def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
-    """Ids by token, without the padding that fills a table up at its end."""
+    """Ids by token, without the padding at the end of the table."""
     tokens, types = fields["tokens"], fields.get("token_type")
     end = len(tokens)
     while types is not None and end and types[end - 1] == _UNUSED:
@@ -65,7 +65,7 @@ def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
 def _byte_level_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """GPT-2's tokenizer and its descendants."""
     pre = fields.get("pre", "default")
-    # A token may begin with a space only as "Ġ", so the first space from the second character on parts the two.
+    # A token may begin with a space only as "Ġ", so the first space from the second character on separates the two.
     merges = [(m[: (cut := m.index(" ", 1))], m[cut + 1 :]) for m in fields["merges"]]
     # Llama 3 takes a word that is a token as it stands, even where the merges do not lead to it.
     whole = pre in ("llama-bpe", "llama3")
@@ -78,7 +78,7 @@ def _byte_level_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece_merges(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece BPE model's scores stand for: every way to part a token, best tokens first."""
+    """The merges that a SentencePiece BPE model's scores imply: every way to split a token, best tokens first."""
     merges = []
     for token in sorted(vocab, key=lambda token: -scores[vocab[token]]):
         if len(token) > MAX_TOKEN:
@@ -115,7 +115,7 @@ GGUF_MODELS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
 
 
 def check_gguf_fields(fields: Mapping[str, Any], path: str | pathlib.Path) -> None:
-    """Checks that what a tokenizer is rebuilt from is there, and of its kind."""
+    """Checks that the entries that a tokenizer is rebuilt from exist and have the right type."""
     kind, pre = fields.get("model"), fields.get("pre", "default")
     needed = ["model", "tokens", *(["merges"] if kind == "gpt2" else ["scores"] if kind == "llama" else [])]
     if missing := [name for name in needed if name not in fields]:
@@ -162,7 +162,7 @@ def unigram(model: sentencepiece_file.Model) -> tokenizers.Tokenizer:
     if model.add_prefix:
         steps.append(normalizers.Prepend("▁"))
     backend.normalizer = normalizers.Sequence(steps)
-    # No piece of most models goes on after a space; then each word can be parted on its own, which is faster.
+    # In most models no piece continues after a space; then each word can be segmented on its own, which is faster.
     words = not any("▁" in text[1:] for text in texts)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=words)
     spaces = decoders.Metaspace(prepend_scheme="always" if model.add_prefix else "never")

@@ -1,7 +1,7 @@
 """SentencePiece model files, read and extended without the library that trains them.
 
-Such a file is a protocol buffer (`sentencepiece_model.proto`); what is read here are the few of its fields that say how
-a text is encoded.
+Such a file is a protocol buffer (`sentencepiece_model.proto`), of which the fields are read that say how a text is
+encoded.
 """
 
 import pathlib
@@ -29,7 +29,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class Piece(NamedTuple):
-    """One entry of the vocabulary; its place is its id.
+    """One entry of the vocabulary; its index is its id.
 
     Attributes:
       text: with "▁" for a space.
@@ -50,7 +50,7 @@ class Model(NamedTuple):
       roles: the special pieces by role, "eos_token" and the like, of those that the vocabulary has.
       byte_fallback: whether a character without a piece is spelt in bytes.
       charsmap: the normalisation of characters, in SentencePiece's own format; empty for none.
-      add_prefix: whether a text begins with a space that it has not.
+      add_prefix: whether a space is put in front of a text.
       strip: whether spaces are removed from both ends, and runs of them become one.
     """
 
@@ -63,7 +63,7 @@ class Model(NamedTuple):
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """A number of variable length, and the place behind it."""
+    """A number of variable length, and the offset after it."""
     value = shift = 0
     while True:
         byte = data[place]
@@ -99,13 +99,13 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _message(value: int | bytes) -> dict[int, int | bytes]:
     """A message whose fields occur once."""
     if isinstance(value, int):
-        raise ValueError("a number in the place of a message")
+        raise ValueError("a number instead of a message")
     return dict(_fields(value))
 
 
 def _text(value: int | bytes) -> str:
     if isinstance(value, int):
-        raise ValueError("a number in the place of a text")
+        raise ValueError("a number instead of a string")
     return value.decode()
 
 

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, decoders
 from specjax import files, limits
 from specjax.text import chat, rebuild, sentencepiece_file
 
-# Tokens that end a text or a turn. Files name one of them, often the other one than a chat ends with; a model stops at
-# every one that its vocabulary has as a control token (so does llama.cpp).
+# Tokens that end a text or a turn. Files name one of them, often not the one that a chat ends with; a model stops at
+# every one that its vocabulary has as a control token (as llama.cpp does).
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 SPIECE = "spiece.model"
@@ -79,14 +79,14 @@ class Tokenizer:
         return self.backend.get_vocab(with_added_tokens=True)
 
     def token_bytes(self) -> dict[int, bytes]:
-        """What each token adds to a text, by id: `decode` before it reads the bytes as UTF-8.
+        """The bytes that each token adds to a text, by id: `decode` before it reads the bytes as UTF-8.
 
-        A character may be spread over several tokens, so a token alone need not be text. Special tokens add nothing and
-        are left out. SentencePiece's tokens begin words with a space; that `decode` strips it from the first word of a
-        text is not heeded here, since no token is by itself the first.
+        A character may be spread over several tokens, so a single token need not be valid UTF-8. Special tokens add
+        nothing and are left out. SentencePiece's tokens begin words with a space; `decode` strips it from the first
+        word of a text, which is ignored here, since any token may come first.
 
         Raises:
-          ValueError: where what a token adds depends on its neighbours (WordPiece), or the decoder is not known.
+          ValueError: where the bytes of a token depend on its neighbours (WordPiece), or the decoder is unknown.
         """
         special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         spell = _spelling(self.backend.decoder)
@@ -98,7 +98,7 @@ class Tokenizer:
 
         Args:
           text: the text; special tokens written out in it become those tokens.
-          add_special_tokens: whether to add what the family puts around a text, such as a begin token.
+          add_special_tokens: whether to add the family's special tokens around a text, such as a begin token.
 
         Raises:
           ValueError: for a text with half of a surrogate pair.
@@ -108,7 +108,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"The text has \\u{ord(text[error.start]):04x} at its character {error.start}, half of a surrogate "
-                "pair, which is no character: remove it."
+                "pair, which is not a character: remove it."
             ) from error
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -159,11 +159,11 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "Tokenizer":
-        """Reads `tokenizer.json` and what lies beside it, as transformers 4 or 5 or `save` wrote it.
+        """Reads `tokenizer.json` and the files next to it, as transformers 4 or 5 or `save` wrote them.
 
-        What is put around a text is what tokenizer.json says: as in transformers 5, `add_bos_token` and
-        `add_eos_token` of tokenizer_config.json count for nothing beside it. Where there is none, `spiece.model` is
-        read, which is all that the repositories of T5 v1.1 have.
+        The special tokens around a text are those of tokenizer.json: as in transformers 5, `add_bos_token` and
+        `add_eos_token` of tokenizer_config.json are ignored. Without a tokenizer.json, `spiece.model` is read, which is
+        all that the repositories of T5 v1.1 have.
 
         Raises:
           FileNotFoundError: where there is neither tokenizer.json nor spiece.model.
@@ -198,7 +198,7 @@ class Tokenizer:
 
     @classmethod
     def from_sentencepiece(cls, path: str | pathlib.Path, *, extra_ids: int = 0) -> "Tokenizer":
-        """Rebuilds the tokenizer of a SentencePiece unigram model; as T5 does, it puts the end token behind a text.
+        """Rebuilds the tokenizer of a SentencePiece unigram model; as T5 does, it appends the end token to a text.
 
         It gives the ids of the `sentencepiece` library, with three exceptions. Special tokens written out in a text
         become those tokens. Of two equally probable segmentations, such as those of ")))" into "))" and ")", either may
@@ -335,7 +335,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _naming(what: str, remedy: str) -> Iterator[None]:
-    """Makes one sentence of whatever the tokenizers package raises, panics of its Rust code included."""
+    """Turns whatever the tokenizers package raises into one sentence, panics of its Rust code included."""
     try:
         yield
     except (FileNotFoundError, ImportError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -345,7 +345,7 @@ def _naming(what: str, remedy: str) -> Iterator[None]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The tokens by role; transformers writes them as texts or as objects with a "content"."""
+    """The tokens by role; transformers writes them as strings or as objects with a "content"."""
     roles = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
     values = {role: config.get(role) for role in roles}
     texts = {role: value.get("content") if isinstance(value, Mapping) else value for role, value in values.items()}
@@ -360,7 +360,7 @@ def _add_named_tokens(backend: tokenizers.Tokenizer, special: Mapping[str, str])
 
 
 def _template(directory: pathlib.Path, config: Mapping[str, Any]) -> Any:
-    """The chat template: one text, or several with names of which "default" is for chats."""
+    """The chat template: one string, or several with names, of which "default" is for chats."""
     path = directory / "chat_template.jinja"
     if path.is_file():
         if path.stat().st_size > 4 * chat.MAX_TEMPLATE:
@@ -383,7 +383,7 @@ def _text(value: Any, name: str) -> str | None:
 
 
 def _eos_ids(directory: pathlib.Path) -> list[int]:
-    """What generation_config.json, or else config.json, says ends a text: one id or several."""
+    """The end-of-sequence ids of generation_config.json, or else of config.json: one or several."""
     for name in ("generation_config.json", "config.json"):
         value = _read_json(directory / name).get("eos_token_id")
         if value is not None:

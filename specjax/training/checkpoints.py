@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by orbax, and what they belong to.
+"""Checkpoints of a run, by orbax, and the identity of the run that they belong to.
 
 Each has a directory, named by its step, with the state, the run's identity, and `checksums.json`, written last.
 """
@@ -50,12 +50,12 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self.identity = json.loads(json.dumps(dict(identity)))
         self.directory.mkdir(parents=True, exist_ok=True)
-        # Steps donate the state, so a save has to have read it when it returns.
+        # Steps donate the state, so a save has to finish reading it before it returns.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "identity"))
 
     def close(self) -> None:
-        """Lets go of the directory."""
+        """Closes the directory."""
         self._manager.close()
 
     def save(self, state: TrainState) -> int:
@@ -90,7 +90,7 @@ class Checkpoints:
         if step is None:
             return None
         directory = self.directory / str(step)
-        remedy = f"delete {directory} to go on from the checkpoint before it, if there is one, or give --overwrite."
+        remedy = f"delete {directory} to resume from the checkpoint before it, if there is one, or give --overwrite."
         self._check_files(directory, remedy)
         try:
             items = ocp.args.Composite(identity=ocp.args.JsonRestore())  # pyright: ignore[reportCallIssue]

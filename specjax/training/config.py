@@ -1,4 +1,4 @@
-"""What a run of training is told."""
+"""The configuration of a training run."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,14 +16,14 @@ class TrainConfig:
     """How a model is trained.
 
     Attributes:
-      num_steps: of the optimiser.
+      num_steps: how many steps the optimiser takes.
       batch_size: rows of a step, over all devices and microbatches.
       num_microbatches: parts of a batch whose gradients are added up, to save memory.
       optimizer: a name of `OPTIMIZERS`, or a function `(schedule, config) -> optax.GradientTransformation`.
       learning_rate: the peak of the schedule.
       schedule: a name of `SCHEDULES`: what follows the warm-up.
-      warmup_steps: in which the learning rate grows linearly.
-      final_fraction: of the peak, where a cosine ends.
+      warmup_steps: steps in which the learning rate grows linearly.
+      final_fraction: the learning rate at the end of a cosine, as a fraction of the peak.
       weight_decay: of matrices and tables, times the learning rate.
       beta1: decay of AdamW's mean of gradients.
       beta2: decay of its mean of their squares.
@@ -31,7 +31,7 @@ class TrainConfig:
       z_loss: weight of the squared log-normaliser in the loss, which keeps logits small (arXiv 2204.02311, section 5).
       dtype: of the matrix products, "float32" or "bfloat16". Parameters and loss are float32 in both.
       seed: of the parameters and of the order of the texts.
-      eval_every: steps between two looks at the validation loss.
+      eval_every: steps between two validations.
       save_every: steps between two checkpoints.
       log_every: steps between two reports.
       keep: how many checkpoints are kept.
@@ -76,7 +76,7 @@ class TrainConfig:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What a run cannot be continued without, as JSON values: all that decides about the parameters."""
+        """Everything that determines the parameters, as JSON values; a run resumes only if it is unchanged."""
         values = dataclasses.asdict(self)
         if not isinstance(self.optimizer, str):
             values["optimizer"] = getattr(self.optimizer, "__qualname__", repr(self.optimizer))

@@ -1,4 +1,4 @@
-"""The loss curve: `train.jsonl`, a line for every step and every look at the validation loss."""
+"""The loss curve: `train.jsonl`, a line for every step and every validation."""
 
 import json
 import pathlib
@@ -37,7 +37,7 @@ class Curve:
     """
 
     def __init__(self, path: str | pathlib.Path, step: int):
-        """Opens the file of a run that goes on after a step: what was written of later ones will be written again.
+        """Opens the file of a run that resumes after a step: lines of later steps are dropped, and written again.
 
         Args:
           path: the file; an empty one is made.
@@ -92,5 +92,5 @@ class Curve:
 
     @property
     def best(self) -> Line | None:
-        """The validation of least loss, the first of equal ones."""
+        """The validation with the least loss, the first of equal ones."""
         return min(self.valid, key=lambda line: line["valid_loss"], default=None)

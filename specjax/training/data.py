@@ -1,8 +1,8 @@
-"""Texts from files to packed batches.
+"""From files of texts to packed batches.
 
 Texts share rows: they are packed once, first-fit, longest first, in windows of a shuffled order; every epoch then
-brings the rows in an order of its own. What step n reads follows from the seed and n alone, so that a run that is
-continued reads what it would have read.
+shuffles the rows anew. The batch of step n is determined by the seed and n, so that a resumed run reads the batches of
+an uninterrupted one.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ WINDOW = 8192
 
 
 class Text(NamedTuple):
-    """One text to learn.
+    """One training example.
 
     Attributes:
-      input: what it answers, or None.
-      target: what is learnt.
+      input: the text that the target answers, or None.
+      target: the text to learn.
     """
 
     input: str | None
@@ -45,7 +45,7 @@ class Example(NamedTuple):
 
     Attributes:
       text: `[n + 1]` the n tokens that a decoder reads, each followed by its target.
-      num_given: how many of the n targets are given, not learnt.
+      num_given: how many of the n targets have no loss.
       source: `[m]` what an encoder reads; empty for a language model.
     """
 
@@ -60,12 +60,12 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Tokenised texts, and what was lost.
+    """Tokenised texts, and how many were cut or dropped.
 
     Attributes:
       examples: the texts.
-      num_cut: how many were cut, on either side.
-      num_dropped: how many were left out, since nothing of what is learnt was left.
+      num_cut: how many were truncated, on either side.
+      num_dropped: how many were left out, since truncation left no targets.
     """
 
     examples: list[Example]
@@ -154,18 +154,18 @@ def encode(
     """Tokenises texts, and cuts those that do not fit into a row.
 
     An encoder-decoder reads the input as the tokenizer encodes a prompt, and learns the target and the end token after
-    its start token. A language model reads the input, likewise, and the target in one text, of which it learns the
-    target; of a `text` it learns everything, after the begin token where the vocabulary has one.
+    its start token. A language model reads the input, encoded in the same way, and the target as one sequence, of which
+    it learns the target; of a `text` it learns everything, after the begin token where the vocabulary has one.
 
     Args:
       texts: of an encoder-decoder, all with an input.
       tokenizer: the vocabulary.
-      start_token: what an encoder-decoder's texts begin with; None for a language model.
+      start_token: the start token of an encoder-decoder's decoder; None for a language model.
       target_length: T, the most tokens that a decoder reads.
       source_length: S, the most that an encoder reads.
 
     Raises:
-      ValueError: for a text that the model has no use for, or a vocabulary without an end token.
+      ValueError: for a text that the model cannot use, or a vocabulary without an end token.
     """
     end = end_token(tokenizer)
     if start_token is not None:
@@ -318,7 +318,7 @@ def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 
 
 def place(batch: Batch, mesh: Mesh | None) -> Batch:
-    """Brings a batch to the devices of a mesh, or to the default one."""
+    """Moves a batch to the devices of a mesh, or to the default device."""
     if mesh is None:
         return jax.device_put(batch)
     axes: Any = [None if array is None else ("batch", "tokens") for array in batch]

@@ -1,4 +1,4 @@
-"""The loop: steps, reports, validation, checkpoints, the model that comes of it."""
+"""The training loop: steps, reports, validation, checkpoints, and the resulting model."""
 
 import contextlib
 import math
@@ -39,7 +39,7 @@ Report = Callable[[list[Line]], None]
 
 
 class Run(NamedTuple):
-    """What is trained, and on what.
+    """A training run: the model and its data.
 
     Attributes:
       model_config: the shape, float32.
@@ -86,7 +86,7 @@ def check(run: Run) -> None:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """What a run cannot be continued without, as JSON values."""
+    """What has to be unchanged for a run to resume, as JSON values."""
     return {
         "train": run.config.identity(),
         "model": checkpoint.config_to_json(run.model_config),
@@ -167,7 +167,7 @@ class _Loop:
         return train.init(run.model_config, run.config, run.mesh) if state is None else state
 
     def _check_beginning(self) -> None:
-        """Refuses to begin anew beside the curve of a run that had made a checkpoint."""
+        """Refuses to start over next to the curve of a run that had made a checkpoint."""
         with (self.directory / CURVE).open("rb") as file:
             made = sum(1 for line in file if b'"loss"' in line)
         if made > self.run.config.save_every:

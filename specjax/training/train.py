@@ -51,7 +51,7 @@ class Sums(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step tells.
+    """The metrics of a step.
 
     Attributes:
       loss: cross-entropy in nats a target, before the step.
@@ -153,7 +153,7 @@ def sums(model_config: ModelConfig, params: Tree, batch: Batch) -> Sums:
     assert score is not None  # Every family trains.
     logits = score(params, batch)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    # Not a gather, which would bring logits that are split over the vocabulary together.
+    # Not a gather, which would collect logits that are split over the vocabulary.
     is_target = jnp.arange(logits.shape[-1]) == batch.targets[:, :, None]
     loss = normaliser - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
     weight = batch.weights
@@ -169,7 +169,7 @@ def _objective(
 
 
 def _microbatches(batch: Batch, number: int) -> Batch:
-    """`[number, B / number, ...]`, parted so that each microbatch has rows on every device without moving any."""
+    """`[number, B / number, ...]`, split so that each microbatch has rows on every device without moving any."""
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch)
 
 

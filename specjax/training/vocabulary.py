@@ -18,7 +18,7 @@ MULTIPLE = 128
 _LONGEST = 1 << 16
 """Bytes; the library leaves longer texts out."""
 _THREADS = 8
-"""Fixed, since how sums are parted among threads decides how they are rounded."""
+"""Fixed, since rounding depends on how sums are split among threads."""
 
 
 def padded(size: int) -> int:
@@ -40,7 +40,7 @@ def train(
     Padding is 0, the end token 1, the unknown token 2; equal texts in equal order give an equal vocabulary.
 
     Args:
-      texts: what it is trained on, inputs and targets alike.
+      texts: what it is trained on, both inputs and targets.
       path: the file to write.
       vocab_size: the number of tokens, all of them counted.
       extra_ids: how many of these are T5's `<extra_id_0>`, ...; they are the last ones, the first at the very end.
@@ -81,8 +81,8 @@ def train(
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(
-            f"No vocabulary of vocab_size={vocab_size} tokens comes of these texts ({reason}): choose another size, or "
-            "give more text."
+            f"These texts do not give a vocabulary of vocab_size={vocab_size} tokens ({reason}): choose another size, "
+            "or give more text."
         ) from error
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
                       written last, so that a directory with it was written to the end
       params/         orbax
 
-The checksums are looked at before the shape is believed, and before orbax reads: a `rope_theta` that was edited would
+The checksums are checked before the shape is used, and before orbax reads: a `rope_theta` that was edited would
 give another text, a size that was edited would be allocated, and orbax takes a flipped byte for data and reports a
 missing file from a dozen threads.
 """

@@ -1,7 +1,7 @@
 """The `config.json` of each decoder-only family, as transformers 4 or 5 wrote it, to the fields of `DecoderConfig`.
 
-A parser raises ValueError for an option that the decoder does not compute, KeyError for a missing entry, and whatever
-Python does for one of another kind; `naming_errors` makes sentences of these.
+A parser raises ValueError for an option that the decoder does not compute, KeyError for a missing entry, and any Python
+error for one of the wrong type; `naming_errors` turns these into sentences.
 """
 
 import contextlib
@@ -50,13 +50,13 @@ _FLAGS += ("scale_attn_weights", "scale_decoder_outputs")
 
 @contextlib.contextmanager
 def naming_errors(raw: Raw) -> Iterator[None]:
-    """Checks the entries of a `config.json` before something is made of them, and names what is wrong with it.
+    """Checks the entries of a `config.json` before anything is computed from them, and names what is wrong.
 
     Args:
       raw: the parsed file.
 
     Raises:
-      ValueError: for an entry that is missing, of another kind or out of range.
+      ValueError: for an entry that is missing, of the wrong type or out of range.
     """
     for name in _NUMBERS:
         if raw.get(name) is not None:
@@ -284,7 +284,7 @@ def _gptj(raw: Raw) -> Fields:
 
 
 def _opt(raw: Raw) -> Fields:
-    """OPT (arXiv 2205.01068), all but OPT-350M, whose norms stand behind its layers."""
+    """OPT (arXiv 2205.01068), all but OPT-350M, whose norms come after its layers."""
     hidden, heads = raw["hidden_size"], raw["num_attention_heads"]
     _require(
         raw,

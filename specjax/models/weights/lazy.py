@@ -40,7 +40,7 @@ class LazyArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All numbers."""
-        del copy  # they come from the disk: nobody else has them
+        del copy  # from the disk: nothing else refers to them
         return np.asarray(self.read(tuple(slice(0, size) for size in self.shape)), dtype)
 
     def __getitem__(self, index: Any) -> "LazyArray":
@@ -116,7 +116,7 @@ class LazyArray:
         return LazyArray(new, self.dtype, read)
 
     def __array_function__(self, func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
-        """numpy's functions that only move numbers about."""
+        """numpy's functions that only rearrange numbers."""
         del types
         if func not in _FUNCTIONS:
             return NotImplemented

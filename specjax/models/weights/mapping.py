@@ -31,14 +31,14 @@ HARMLESS = (
     ".attn.bias",
     ".attn.masked_bias",
 )
-"""How the names of tensors end that some files hold although no model reads them: copies, and leftovers."""
+"""Endings of the names of tensors that some files hold although no model reads them: copies, and leftovers."""
 
 Place = Callable[..., jax.Array]
 """`(array, axes, num_contracted=0)`: puts one array, whose inputs' axes come first, where its logical axes say."""
 
 
 def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Place:
-    """A function that brings an array into the order and the dtype in which the model stores it, and places it."""
+    """A function that converts an array to the order and dtype in which the model stores it, and places it."""
     dtype = jnp.dtype(config.dtype)
 
     def place(array: Tensor, axes: sharding.Axes, inputs: int = 0) -> jax.Array:
@@ -60,7 +60,7 @@ def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Pla
 
 
 def unpermute(rows: Tensor, num_heads: int, rotated: int | None = None) -> Tensor:
-    """Brings rows of a query or key projection that rotate as neighbours into the order of `layers.rotate`.
+    """Reorders the rows of a query or key projection that rotate as neighbours to the order of `layers.rotate`.
 
     llama.cpp and GPT-J rotate neighbouring rows (2 i, 2 i + 1) of a head; `layers.rotate`, as Hugging Face's Llama,
     rotates rows (i, i + rotated / 2). This separates the interleaved halves.

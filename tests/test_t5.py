@@ -1,5 +1,6 @@
 """The T5 family against transformers (torch, float32), and through the loop that knows nothing of encoders."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -247,6 +248,32 @@ def test_an_encoder_decoder_draft_needs_an_encoder_decoder_target(tmp_path):
     target = specjax.Pretrained(families.model(config), families.init_params(config, jax.random.key(3)), None, config)
     with pytest.raises(ValueError, match="encoder-decoder target"):
         specjax.generate(target, [[1, 2]], drafter=specjax.drafters.model(draft, num_draft_tokens=2))
+
+
+@pytest.mark.parametrize("name", ["t5", "t5-v1.1"])
+def test_an_int8_t5_computes_nearly_the_same_and_drafts_exactly(name, tmp_path):
+    _, target = load(tmp_path, name)
+    small = specjax.load(tmp_path / f"{name}-0", int8=True)
+    assert isinstance(small.config, T5Config)
+    assert dataclasses.replace(small.config, int8=False) == target.config
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), small.params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), families.abstract_params(small.config)
+    )
+    inputs = decoding.read_inputs(target.model, SOURCES)
+    wanted, found = (
+        model.model.prefill(model.params, inputs, model.model.init_cache(3, 16))[0].logits for model in (target, small)
+    )
+    assert 0 < float(jnp.max(jnp.abs(found - wanted))) < 0.1 * float(jnp.std(wanted))
+    plain = specjax.generate(target, SOURCES, drafter=specjax.drafters.none(), max_new_tokens=8)
+    drafter = specjax.drafters.model(small, num_draft_tokens=3)
+    drafted = specjax.generate(target, SOURCES, drafter=drafter, max_new_tokens=8)
+    assert drafted.tokens == plain.tokens
+    specjax.save(small, tmp_path / "saved")
+    again = specjax.load(tmp_path / "saved")
+    assert again.config == small.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, small.params)
+    with pytest.raises(ValueError, match="int8 T5"):
+        t5_mapping.to_huggingface(small.config, small.params)
 
 
 def test_a_checkpoint_of_specjax_holds_a_t5(tmp_path):

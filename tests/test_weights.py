@@ -67,19 +67,20 @@ def test_mapping_puts_every_projection_in_its_place():
         prefix = f"model.layers.1.{name}_proj"
         return tensors[f"{prefix}.weight"] @ x + tensors[f"{prefix}.bias"]
 
-    fused = np.einsum("d,dhge->hge", x, attention["qkv"]) + attention["qkv_bias"]
+    fused = np.einsum("d,dhge->hge", x, attention["qkv"]["values"]) + attention["qkv_bias"]
     queries = linear("self_attn.q", x).reshape(4, 6)
     for head in range(4):
         np.testing.assert_allclose(fused[head // 2, head % 2], queries[head], atol=1e-5)
     np.testing.assert_allclose(fused[:, 2], linear("self_attn.k", x).reshape(2, 6), atol=1e-5)
     np.testing.assert_allclose(fused[:, 3], linear("self_attn.v", x).reshape(2, 6), atol=1e-5)
-    out = np.einsum("hge,hged->d", queries.reshape(2, 2, 6), attention["out"]) + attention["out_bias"]
+    out = np.einsum("hge,hged->d", queries.reshape(2, 2, 6), attention["out"]["values"]) + attention["out_bias"]
     np.testing.assert_allclose(out, linear("self_attn.o", queries.reshape(-1)), atol=1e-5)
-    gate_up = np.einsum("d,dgf->gf", x, mlp["gate_up"]) + mlp["gate_up_bias"]
+    gate_up = np.einsum("d,dgf->gf", x, mlp["gate_up"]["values"]) + mlp["gate_up_bias"]
     np.testing.assert_allclose(gate_up[0], linear("mlp.gate", x), atol=1e-5)
     np.testing.assert_allclose(gate_up[1], linear("mlp.up", x), atol=1e-5)
-    np.testing.assert_allclose(gate_up[1] @ mlp["down"] + mlp["down_bias"], linear("mlp.down", gate_up[1]), atol=1e-5)
-    np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"].T)
+    down = gate_up[1] @ mlp["down"]["values"] + mlp["down_bias"]
+    np.testing.assert_allclose(down, linear("mlp.down", gate_up[1]), atol=1e-5)
+    np.testing.assert_array_equal(params["head"]["values"], tensors["lm_head.weight"].T)
 
 
 def test_mapping_names_the_tensor_that_is_wrong():
@@ -441,7 +442,7 @@ def test_every_gguf_type(name, tmp_path):
         bound = ERRORS[name] * np.abs(wanted.reshape(-1, 32)).max(1, keepdims=True)
         assert (np.abs(values - wanted).reshape(-1, 32) <= bound * (1 + 1e-6)).all()
     _, params = gguf.load(file)
-    np.testing.assert_array_equal(params["layers"][0]["mlp"]["down"], values.T)
+    np.testing.assert_array_equal(params["layers"][0]["mlp"]["down"]["values"], values.T)
 
 
 def test_gguf_of_an_unknown_type(tmp_path):
@@ -721,7 +722,7 @@ for tree in (placed.params, again.params):
 for options in ({"int8": True, "dtype": "bfloat16"}, {"scan_layers": True}):
     whole, split = (pretrained.load(sys.argv[1], **options, **at) for at in ({}, {"mesh": mesh, "rules": rules}))
     jax.tree.map(check, whole.params, split.params, families.param_axes(whole.config))
-assert again.params["layers"][0]["mlp"]["down"].addressable_shards[0].data.shape == (10, 16)
+assert again.params["layers"][0]["mlp"]["down"]["values"].addressable_shards[0].data.shape == (10, 16)
 
 # A checkpoint on meshes other than the one that wrote it.
 for sizes in ({"model": 4}, {"data": 4}, {"data": 2, "width": 2}):

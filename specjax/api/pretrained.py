@@ -104,8 +104,8 @@ def load(
         its own devices hold. Where the mesh splits key/value heads over more devices than there are, each head is
         stored on several (`families.repeat_kv_heads`), and the configuration says so.
       rules: logical to mesh axes; a draft may have others than its target, such as `sharding.REPLICATED`.
-      int8: round the matrices of a decoder-only model to eight bits (`families.quantise`): a draft in half the memory,
-        whose target's text stays exact.
+      int8: round the matrices to eight bits (`families.quantise`): a draft in half the memory, whose target's text
+        stays exact.
       scan_layers: compile one layer's program for all layers of a decoder-only model (`DecoderConfig.scan_layers`).
 
     Returns:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.models import bits
+from specjax.models import bfloat16
 from specjax.parallel import sharding
 
 # Above this many rows, a write is one batched scatter instead of one slice update a row: the compiled program
@@ -103,7 +103,7 @@ def write(
     if rows == 1:
         # Updated as bits, a lone row is computed twice, too, and copied. Its conversions are small.
         return update(buffer, new, start, layer)
-    return bits.moved(update, (buffer, new), start, layer)
+    return bfloat16.moved(update, (buffer, new), start, layer)
 
 
 def contain(values: Float[Array, "B T H D"]) -> tuple[Float[Array, "B T H D"], Bool[Array, "B T H D"]]:
@@ -120,7 +120,7 @@ def of_layer(buffer: Float[Array, "B *L H S D"], layer: Int[Array, ""] | None) -
     """The keys or values of one layer: all of the buffer, or that layer of all."""
     if layer is None:
         return buffer
-    return bits.moved(lambda b, i: jax.lax.dynamic_index_in_dim(b, i, axis=1, keepdims=False), (buffer,), layer)
+    return bfloat16.moved(lambda b, i: jax.lax.dynamic_index_in_dim(b, i, axis=1, keepdims=False), (buffer,), layer)
 
 
 def constrain(buffer: Float[Array, "B *L H S D"], rules: sharding.Rules) -> Float[Array, "B *L H S D"]:

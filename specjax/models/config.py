@@ -214,7 +214,7 @@ class T5Config:
 
     `bias_per_layer` gives every layer relative positions of its own (umT5), where T5's layers share the first's.
     `scale_outputs` divides the decoder's last hidden state by the root of the width before the head (T5 v1.0). `dtype`
-    is as in `DecoderConfig`.
+    and `int8` are as in `DecoderConfig`.
     """
 
     vocab_size: int
@@ -234,6 +234,7 @@ class T5Config:
     bias_per_layer: bool = False
     start_token: int = 0
     dtype: str = "float32"
+    int8: bool = False
 
     def __post_init__(self):
         _check_fields(self)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from specjax.models import cache as cache_lib
-from specjax.models import graph, layers
+from specjax.models import layers, linear, modules
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
 from specjax.parallel import sharding
@@ -27,23 +27,24 @@ Views = Mapping[bool, layers.View]
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm, head. The table of a tied model is stored as the head is: `D -> V`."""
+    """Embedding, blocks, final norm, head. The table of a tied model is the head, `D -> V`."""
 
     def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
         c = config
         self.config, self.rules = config, rules
         if not c.tie_embeddings:
-            self.embedding = layers.parameter(rngs, (c.vocab_size, c.hidden_size), ("vocab", "embed"), c.dtype)
+            self.embedding = modules.parameter(rngs, (c.vocab_size, c.hidden_size), ("vocab", "embed"), c.dtype)
         if c.positions == "learned":
             table = (c.max_position, c.hidden_size)
-            self.position_embedding = layers.parameter(rngs, table, ("positions", "embed"), c.dtype)
+            self.position_embedding = modules.parameter(rngs, table, ("positions", "embed"), c.dtype)
         blocks = [layers.Block(c, rules, rngs) for _ in range(c.num_layers)]
         self.layers: Any = _stack(blocks) if c.scan_layers else nnx.List(blocks)
         layers.declare_norm(self, "norm", c, rngs)
-        layers.declare_matrix(self, "head", c, rngs, (c.hidden_size, c.vocab_size), ("embed", "vocab"))
+        head = (c.hidden_size, c.vocab_size)
+        self.head = linear.Matrix(rngs, head, ("embed", "vocab"), c.dtype, int8=c.int8)
         if c.head_bias:
-            self.head_bias = layers.parameter(rngs, (c.vocab_size,), ("vocab",), c.dtype)
+            self.head_bias = modules.parameter(rngs, (c.vocab_size,), ("vocab",), c.dtype)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up, and learned positions.
@@ -52,14 +53,11 @@ class Decoder(nnx.Module):
         text stands there, but padding may, and drafts beyond a text's limit.
         """
         c = self.config
-        name = "head" if c.tie_embeddings else "embedding"
-        table, scale = getattr(self, name)[...], getattr(self, f"{name}_scale", None)
-        scale = None if scale is None else scale[...]
-        x = layers.look_up(table, tokens, transposed=c.tie_embeddings, scale=scale)
+        x = self.head.look_up(tokens) if c.tie_embeddings else linear.look_up(self.embedding[...], tokens)
         if c.scale_embeddings:
             x = x * np.asarray(math.sqrt(c.hidden_size), jnp.dtype(c.dtype)).astype(np.float32)
         if c.positions == "learned":
-            x = x + layers.look_up(self.position_embedding[...], positions, transposed=False)
+            x = x + linear.look_up(self.position_embedding[...], positions)
         return x
 
     def view(
@@ -136,7 +134,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head, in float32."""
-        logits = layers.multiply(self, "head", hidden)
+        logits = self.head(hidden)
         if self.config.head_bias:
             logits = logits + self.head_bias[...].astype(jnp.float32)
         logits = layers.softcap(logits, self.config.logit_softcap)
@@ -188,7 +186,7 @@ def model(config: DecoderConfig, rules: sharding.Rules) -> Model:
     """
 
     def bind(params: Tree) -> Decoder:
-        return graph.merge(module(config), config, rules, params)
+        return modules.merge(module(config), config, rules, params)
 
     def init_cache(batch_size: int, max_len: int) -> Cache:
         empty = cache_lib.init(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from specjax.models import decoder, graph, layers, t5
+from specjax.models import decoder, linear, modules, t5
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
 from specjax.parallel import sharding
 from specjax.types import Model, Tree
@@ -26,28 +26,28 @@ def model(config: ModelConfig, rules: sharding.Rules = sharding.RULES) -> Model:
     return build(config, rules)
 
 
-def _module(config: ModelConfig) -> graph.Build:
+def _module(config: ModelConfig) -> modules.Build:
     return decoder.module(config) if isinstance(config, DecoderConfig) else t5.T5
 
 
 def abstract_params(config: ModelConfig) -> Tree:
     """The parameter tree with a `jax.ShapeDtypeStruct` in each array's place: nested dicts, layers keyed by number."""
-    return graph.abstract(_module(config), config)
+    return modules.abstract(_module(config), config)
 
 
 def param_axes(config: ModelConfig) -> Tree:
     """The parameter tree with its logical axes in each array's place."""
-    return graph.metadata(_module(config), config, "axes")
+    return modules.metadata(_module(config), config, "axes")
 
 
 def num_contracted(config: ModelConfig) -> Tree:
     """The parameter tree with the number of inputs' dimensions in each array's place; 0 for what is no matrix."""
-    return graph.metadata(_module(config), config, "num_contracted")
+    return modules.metadata(_module(config), config, "num_contracted")
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Tree:
     """Random parameters, as each layer declares them."""
-    return graph.initial(_module(config), config, key)
+    return modules.initial(_module(config), config, key)
 
 
 def num_params(config: ModelConfig) -> int:
@@ -85,13 +85,13 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
     Raises:
       ValueError: for a model whose matrices are int8.
     """
-    if isinstance(config, DecoderConfig) and config.int8:
+    if config.int8:
         raise ValueError(f"dtype={dtype!r}: this model is int8 in {config.dtype}; choose that, or quantise it anew.")
 
     def convert(x: jax.Array, inputs: int) -> jax.Array:
-        if layers.outputs_first(config.dtype):
-            x = jnp.transpose(x, layers.rotated(x.ndim, x.ndim - inputs))
-        return jnp.transpose(x, layers.stored(x.ndim, inputs, dtype)).astype(dtype)
+        if linear.outputs_first(config.dtype):
+            x = jnp.transpose(x, linear.rotated(x.ndim, x.ndim - inputs))
+        return jnp.transpose(x, linear.stored(x.ndim, inputs, dtype)).astype(dtype)
 
     def convert_stacked(x: jax.Array, inputs: int) -> jax.Array:
         return jax.vmap(lambda layer: convert(layer, inputs))(x)
@@ -110,29 +110,25 @@ def quantise(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
     target it is another model.
 
     Args:
-      config: of a decoder-only model.
+      config: of a model whose layers are not scanned yet.
       params: its parameters.
 
     Raises:
-      ValueError: for an encoder-decoder, or layers that are scanned already.
+      ValueError: for layers that are scanned already.
     """
-    if not isinstance(config, DecoderConfig) or config.scan_layers:
-        what = "its layers are scanned already" if isinstance(config, DecoderConfig) else "it is an encoder-decoder"
-        raise ValueError(f"int8=True: only decoder-only models are quantised, before they are scanned, but {what}.")
     if config.int8:
         return config, params
-    quantised = jax.jit(layers.quantise, static_argnums=1)
+    if isinstance(config, DecoderConfig) and config.scan_layers:
+        raise ValueError("int8=True: layers are quantised before they are scanned, and these are scanned already.")
+    quantised = jax.jit(linear.quantise, static_argnums=1)
 
-    def walk(tree: Tree, contracted: Tree) -> Tree:
-        found: Tree = {}
-        for name, x in tree.items():
-            if isinstance(x, dict):
-                found[name] = walk(x, contracted[name])
-            elif contracted[name]:
-                found[name], found[f"{name}_scale"] = quantised(x, contracted[name])
-            else:
-                found[name] = x
-        return found
+    def walk(tree: Any, contracted: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if linear.is_matrix(contracted):
+            values, scale = quantised(tree["values"], contracted["values"])
+            return {"values": values, "scale": scale}
+        return {name: walk(x, contracted[name]) for name, x in tree.items()}
 
     return dataclasses.replace(config, int8=True), walk(params, num_contracted(config))
 

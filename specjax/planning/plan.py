@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from specjax import decoding, drafters, sampling, theory
 from specjax.models import cache as cache_lib
-from specjax.models import families, layers
+from specjax.models import families, linear
 from specjax.models.config import DecoderConfig, ModelConfig
 from specjax.parallel import sharding
 from specjax.planning import chips
@@ -344,7 +344,7 @@ def _reduced(config: ModelConfig, params: Tree, read: set[int], looked_up: set[i
     contracted, axes = (treedef.flatten_up_to(f(config)) for f in (families.num_contracted, families.param_axes))
     for i, (leaf, number, names) in enumerate(zip(leaves, contracted, axes, strict=True)):
         split = [axis is not None for axis in (*leaf.sharding.spec, *[None] * leaf.ndim)]
-        outputs_first = layers.outputs_first(leaf.dtype)
+        outputs_first = linear.outputs_first(leaf.dtype)
         inputs = range(leaf.ndim - number, leaf.ndim) if outputs_first else range(number)
         if i in read and any(split[axis] for axis in inputs):
             yield leaf.size // math.prod(leaf.shape[axis] for axis in inputs)

@@ -28,7 +28,7 @@ from specjax.parallel import sharding
 from specjax.types import Tree
 
 CONFIG_FILE = "specjax.json"
-FORMAT = 3
+FORMAT = 4
 """The version that this code writes, and the only one that it reads."""
 
 _PARAMS = "params"

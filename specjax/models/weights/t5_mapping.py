@@ -7,11 +7,10 @@ and fuses what reads the same input.
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax.models import families, layers
+from specjax.models import families, linear
 from specjax.models.config import ACTIVATIONS, T5Config
 from specjax.models.weights import decoder_configs, mapping
 from specjax.models.weights.lazy import Tensor
@@ -205,15 +204,24 @@ def to_huggingface(config: T5Config, params: Tree) -> dict[str, np.ndarray]:
     Args:
       config: the shape.
       params: the parameters.
+
+    Raises:
+      ValueError: for a model whose matrices are int8.
     """
-    c, contracted = config, families.num_contracted(config)
+    if config.int8:
+        raise ValueError("An int8 T5 has no tensors under Hugging Face's names: convert the model that it was.")
+    c = config
 
-    def logical(x: Any, inputs: int) -> np.ndarray:
+    def logical(x: Any, contracted: Any) -> Any:
         """In the order of the axes in which the layers declare them, inputs first."""
+        if linear.is_matrix(contracted):
+            return logical(x["values"], contracted["values"])
+        if isinstance(x, dict):
+            return {name: logical(part, contracted[name]) for name, part in x.items()}
         array = np.asarray(x, np.float32)
-        return array.transpose(np.argsort(layers.stored(array.ndim, inputs, c.dtype)))
+        return array.transpose(np.argsort(linear.stored(array.ndim, contracted, c.dtype)))
 
-    tree = jax.tree.map(logical, params, contracted)
+    tree = logical(params, families.num_contracted(config))
     tensors = {
         "shared.weight": tree["head"].T if c.tie_embeddings else tree["embedding"],
         "encoder.final_layer_norm.weight": tree["encoder_norm"],

@@ -21,7 +21,7 @@ from gguf.constants import GGMLQuantizationType
 from specjax.api import pretrained
 from specjax.models import families
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
-from specjax.models.weights import checkpoint, gguf, huggingface, mapping, naming, wheel
+from specjax.models.weights import checkpoint, decoder_configs, gguf, huggingface, mapping, naming, wheel
 from specjax.parallel import sharding
 from specjax.text.tokenizer import Tokenizer
 
@@ -182,7 +182,7 @@ def test_models_that_are_not_computed_are_refused(changes, message):
 
 def test_sliding_windows_of_configs():
     def window(**changes):
-        return huggingface.parse_config(hf_config(**changes)).sliding_window
+        return decoder_configs.parse_config(hf_config(**changes)).sliding_window
 
     assert window(model_type="mistral") == 4096
     assert window(model_type="mistral", sliding_window=None) is None
@@ -191,18 +191,18 @@ def test_sliding_windows_of_configs():
     assert window(**qwen2) is None  # by default only layers from 28 on slide
     assert window(**qwen2, max_window_layers=0) == 8
     assert window(**qwen2, layer_types=["sliding_attention"] * 2) == 8
-    mixed = huggingface.parse_config(hf_config(**qwen2, max_window_layers=1))
+    mixed = decoder_configs.parse_config(hf_config(**qwen2, max_window_layers=1))
     assert (mixed.sliding_window, mixed.global_layers) == (8, (0,))
 
 
 def test_gemma_configs_of_transformers_4():
     """Neither `layer_types` nor nested `rope_parameters`."""
-    gemma2 = huggingface.parse_config(hf_config(model_type="gemma2", sliding_window=8))
+    gemma2 = decoder_configs.parse_config(hf_config(model_type="gemma2", sliding_window=8))
     assert (gemma2.sliding_window, gemma2.global_layers) == (8, (1,))
     assert (gemma2.attention_softcap, gemma2.logit_softcap, gemma2.tie_embeddings) == (50.0, 30.0, True)
     old = {"sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 100.0, "sliding_window": 8}
     scaling = {"rope_type": "linear", "factor": 8.0}
-    gemma3 = huggingface.parse_config(hf_config(model_type="gemma3_text", rope_scaling=scaling, **old))
+    gemma3 = decoder_configs.parse_config(hf_config(model_type="gemma3_text", rope_scaling=scaling, **old))
     assert (gemma3.rope_theta, gemma3.local_rope_theta, gemma3.global_layers) == (1e6, 100.0, (1,))
     assert gemma3.rope_scaling == LinearRopeScaling(8.0)
 
@@ -210,7 +210,7 @@ def test_gemma_configs_of_transformers_4():
 def test_published_gpt2_files(tmp_path):
     """Their names lack the model's prefix, and the causal mask lies among the weights."""
     raw = {**GPT2, "vocab_size": 23, "n_inner": 20}
-    config = huggingface.parse_config(raw)
+    config = decoder_configs.parse_config(raw)
     sources = naming.sources("gpt2", config, ["wte.weight"])
     rng = np.random.default_rng(0)
     tensors = {s.name: rng.normal(size=s.shape).astype(np.float32) for s in sources.values()}

@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from specjax.limits import check_flag, check_number, check_size
 
@@ -176,6 +176,8 @@ class DecoderConfig:
     int8: bool = False
     scan_layers: bool = False
 
+    start_token: ClassVar[None] = None
+
     def __post_init__(self):
         _check_fields(self)
         if self.num_heads % self.num_kv_heads:
@@ -235,6 +237,8 @@ class T5Config:
     start_token: int = 0
     dtype: str = "float32"
     int8: bool = False
+
+    scan_layers: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_fields(self)

@@ -1,5 +1,6 @@
 """Decoder-only language models as `Model`s: one decoder, whose `DecoderConfig` says what it computes."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from specjax.models import cache as cache_lib
@@ -174,6 +176,30 @@ class ScannedDecoder(Decoder):
 def module(config: DecoderConfig) -> type[Decoder]:
     """The module that computes a configuration."""
     return ScannedDecoder if config.scan_layers else Decoder
+
+
+def repeat_kv_heads(config: DecoderConfig, mesh: Mesh | AbstractMesh | None, rules: sharding.Rules) -> DecoderConfig:
+    """The shape with every key/value head as often as devices have to share it.
+
+    Where a mesh splits the heads over more devices than there are, but no more than there are query heads, each device
+    gets one head with the queries that are its own: weights and queries stay split, no product needs another
+    all-reduce, and no device's cache is larger than it would be with that head whole.
+
+    Args:
+      config: the shape.
+      mesh: where the parameters will be, or None.
+      rules: logical to mesh axes.
+
+    Returns:
+      the shape, unchanged where the heads divide, or repeating does not help.
+    """
+    axis = dict(rules)["kv_heads"]
+    if mesh is None or axis is None:
+        return config
+    devices = dict(mesh.shape).get(axis, 1)
+    if config.num_kv_heads % devices == 0 or devices % config.num_kv_heads or config.num_heads % devices:
+        return config
+    return dataclasses.replace(config, num_kv_heads=devices)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from specjax import decoding, drafters, sampling
 from specjax.models import cache as cache_lib
 from specjax.models import families
-from specjax.models.config import DecoderConfig, ModelConfig
+from specjax.models.config import ModelConfig
 from specjax.parallel import sharding
 from specjax.planning.chips import Topology
 from specjax.types import DecodeState, Drafter, Model, Params, Tree
@@ -89,7 +89,7 @@ def unrolled(setup: Setup) -> Setup:
     """The same plan with no layers scanned, which holds, reads and computes the same."""
 
     def side(config: ModelConfig) -> ModelConfig:
-        return dataclasses.replace(config, scan_layers=False) if isinstance(config, DecoderConfig) else config
+        return dataclasses.replace(config, scan_layers=False) if config.scan_layers else config
 
     return dataclasses.replace(setup, target=side(setup.target), draft=side(setup.draft))
 
@@ -124,10 +124,7 @@ def _wanted_rules(setup: Setup, side: str) -> sharding.Rules:
 
 def placed_config(setup: Setup, side: str) -> ModelConfig:
     """The shape of one side as it lies on the mesh: its key/value heads repeated, where more devices share them."""
-    config = setup.side(side)
-    if not isinstance(config, DecoderConfig):
-        return config
-    return families.repeat_kv_heads(config, abstract_mesh(setup), _wanted_rules(setup, side))
+    return families.placed(setup.side(side), abstract_mesh(setup), _wanted_rules(setup, side))
 
 
 def rules_of(setup: Setup, side: str, mesh: Mesh | AbstractMesh) -> sharding.Rules:

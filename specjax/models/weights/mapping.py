@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax.models import families, linear
+from specjax.models import decoder, linear, modules
 from specjax.models.config import DecoderConfig, ModelConfig
 from specjax.models.weights.lazy import Tensor
 from specjax.parallel import sharding
@@ -176,7 +176,7 @@ def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable
 def repeat_kv_heads(
     config: DecoderConfig, repeated: DecoderConfig, tensors: Callable[[str], Tensor]
 ) -> Callable[[str], Tensor]:
-    """The tensors of `families.repeat_kv_heads`.
+    """The tensors of `decoder.repeat_kv_heads`.
 
     Args:
       config: the shape of the tensors.
@@ -241,8 +241,8 @@ def from_huggingface(
       ValueError: for a tensor that is missing or has another shape, naming it.
     """
     get = checked(tensors, tensor_shapes(config))
-    axes = families.param_axes(config)
-    contracted = families.num_contracted(config)
+    module = decoder.module(config)
+    axes, contracted = (modules.metadata(module, config, name) for name in ("axes", "num_contracted"))
     place = placer(config, mesh, rules)
 
     def part(prefix: str) -> Callable[[str], Tensor]:

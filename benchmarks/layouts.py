@@ -6,7 +6,7 @@ compiles a target call of two and of three layers in each layout, with libtpu, a
 each chip: the bytes of its parameters and cache, its collectives, and the time at the roofline, which is those bytes at
 the memory's rate and then the collectives (`chips`, every kind as an all-reduce). Nothing is run.
 
-- repeated: each key/value head on as many chips as share it (`families.repeat_kv_heads`, what `specjax.load` does).
+- repeated: each key/value head on as many chips as share it (`decoder.repeat_kv_heads`, what `specjax.load` does).
 - whole: every chip has all heads, of queries too (`override(RULES, kv_heads=None)`).
 - head_dim: each head is cut across its width (`override(RULES, kv_heads=None, head_dim="model")`).
 - length: the cache is cut across its positions, the parameters as in head_dim.
@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax.experiments import report
 from specjax.models import cache as cache_lib
-from specjax.models import families, presets
+from specjax.models import decoder, families, presets
 from specjax.models.config import DecoderConfig
 from specjax.parallel import sharding
 from specjax.parallel.sharding import RULES, Rules, override
@@ -80,7 +80,7 @@ def row(name: str, heads: int, rows: int, size: int, topology: chips.Topology, m
     layout = LAYOUTS[name]
     config = dataclasses.replace(presets.get(_TARGET.value), num_kv_heads=heads, max_position=max(size, 8192))
     if layout.repeat:
-        config = families.repeat_kv_heads(config, mesh, layout.params)
+        config = decoder.repeat_kv_heads(config, mesh, layout.params)
     two, three = (compiled(dataclasses.replace(config, num_layers=n), layout, mesh, rows, size) for n in (2, 3))
     params, cache = three[0] - two[0], three[1] - two[1]
     kinds = {kind: [b - a for a, b in zip(two[2].get(kind, (0, 0)), n, strict=True)] for kind, n in three[2].items()}

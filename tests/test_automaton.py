@@ -305,7 +305,7 @@ def test_combining_nothing_needs_a_vocabulary():
 
 def test_too_large_tables_are_refused(byte_level, monkeypatch):
     small = automaton.from_table(random_table(0, 3, 20))
-    monkeypatch.setattr(automaton, "MAX_ENTRIES", 100)
+    monkeypatch.setattr("specjax.sampling.tables.MAX_ENTRIES", 100)
     automaton.combine([small] * 50)
     with pytest.raises(ValueError, match=r"a table may have 100 entries. Lower the bounds"):
         automaton.regex("[a-z]{3,20}", byte_level)

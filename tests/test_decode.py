@@ -177,7 +177,7 @@ def test_the_compiled_loop_updates_caches_in_place_and_sorts_nothing(drafter: st
     copies = hlo.copies(text, [state.rows.cache.keys[0].shape])
     assert not copies, f"{len(copies)} copies of a cache, such as {copies[0][:200]}"
     if rows > 1:
-        # XLA:CPU would convert a whole bfloat16 cache in every write; see `models.bits`.
+        # XLA:CPU would convert a whole bfloat16 cache in every write; see `models.bfloat16`.
         shape = ",".join(map(str, state.rows.cache.keys[0].shape))
         assert dtype == "float32" or f"f32[{shape}]" not in text
     assert not re.findall(r"\bsort\(", text)

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 import specjax
 from specjax import decoding, drafters, sampling
 from specjax.decoding import verify
-from specjax.models import families, layers, presets
+from specjax.models import families, layers, linear, presets
 from specjax.models.config import DecoderConfig, LinearRopeScaling, T5Config
 from specjax.parallel import sharding
 from specjax.planning import hlo
@@ -149,7 +149,7 @@ def test_scanned_layers_are_cast_and_split_as_they_are():
 
     def down(config):
         tree = sharding.abstract(families.abstract_params(config), families.param_axes(config), mesh, rules)["layers"]
-        return (tree if config.scan_layers else tree[0])["mlp"]["down"].sharding.spec
+        return (tree if config.scan_layers else tree[0])["mlp"]["down"]["values"].sharding.spec
 
     assert "model" in down(CONFIGS["gemma3"])
     assert tuple(down(config)) == (None, *down(CONFIGS["gemma3"]))
@@ -170,11 +170,11 @@ def test_a_model_is_loaded_with_scanned_layers_and_saved_with_them(tmp_path):
 def test_an_int8_product_is_that_of_the_rounded_matrix(dtype, shape, num_contracted):
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal(shape) * np.exp(rng.standard_normal(shape[num_contracted:]))
-    weight = jnp.transpose(jnp.asarray(matrix, dtype), layers.stored(3, num_contracted, dtype))
+    weight = jnp.transpose(jnp.asarray(matrix, dtype), linear.stored(3, num_contracted, dtype))
     sizes = (10.0 ** np.arange(-1, 2)).reshape(3, *[1] * num_contracted)
     x = jnp.asarray(rng.standard_normal((2, 3, *shape[:num_contracted])) * sizes, jnp.float32)
     x = x.at[0, 0].set(0.0)
-    values, scale = layers.quantise(weight, num_contracted)
+    values, scale = linear.quantise(weight, num_contracted)
     rounded = values.astype(jnp.float32) * jnp.expand_dims(scale, tuple(range(-num_contracted, 0)))
     exact = jnp.moveaxis(
         jnp.asarray(matrix, dtype).astype(jnp.float32), range(num_contracted), range(-num_contracted, 0)
@@ -182,14 +182,14 @@ def test_an_int8_product_is_that_of_the_rounded_matrix(dtype, shape, num_contrac
     # Half a step of the largest weight of each output.
     assert jnp.all(jnp.abs(rounded - exact) <= 0.501 * jnp.expand_dims(scale, tuple(range(-num_contracted, 0))))
     assert int(jnp.max(jnp.abs(values))) == 127
-    got = layers.linear_int8(x, values, scale, num_contracted)
+    got = linear.product_int8(x, values, scale, num_contracted)
     axes = (tuple(range(2, 2 + num_contracted)), tuple(range(rounded.ndim - num_contracted, rounded.ndim)))
     wanted = jax.lax.dot_general(x, rounded, (axes, ((), ())), precision="highest")
     size = jnp.max(jnp.abs(wanted), axis=tuple(range(2, wanted.ndim)), keepdims=True)
     # 15 bits of each input, of which at most 24 are added up.
     assert jnp.all(jnp.abs(got - wanted) <= 24 * 2.0**-14 * size)
     # The same for every number of rows, to the last bit.
-    np.testing.assert_array_equal(got[1:, 2:], layers.linear_int8(x[1:, 2:], values, scale, num_contracted))
+    np.testing.assert_array_equal(got[1:, 2:], linear.product_int8(x[1:, 2:], values, scale, num_contracted))
 
 
 @pytest.mark.parametrize("scanned", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -217,8 +217,9 @@ def test_an_int8_model_is_saved_and_loaded_and_stays_what_it_is(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, small.params)
     with pytest.raises(ValueError, match=r"dtype='float32'.*int8 in bfloat16"):
         specjax.load(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"int8=True.*encoder-decoder"):
-        families.quantise(T5Config(8, 8, 4, 8, 1, 1, 2), {})
+    config, params = families.stack_layers(CONFIGS["gpt2"], tiny("gpt2")[1])
+    with pytest.raises(ValueError, match=r"int8=True.*scanned already"):
+        families.quantise(config, params)
 
 
 def test_an_encoder_decoder_is_not_scanned():

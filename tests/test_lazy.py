@@ -86,7 +86,9 @@ def test_a_device_reads_its_own_part():
     mesh = jax.sharding.AbstractMesh((1, 4), ("data", "model"))
     read: dict[str, np.ndarray] = {}
 
-    def place(array, axes, inputs=0):
+    def place(array, axes, contracted):
+        if isinstance(axes, dict):
+            return {"values": place(array, axes["values"], contracted["values"])}
         shape = sharding.named_sharding(mesh, array.shape, axes).shard_shape(array.shape)
         region = tuple(slice(size - part, size) for size, part in zip(array.shape, shape, strict=True))
         read[str(len(read))] = np.asarray(array[region])

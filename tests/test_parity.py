@@ -14,7 +14,7 @@ from specjax import files
 from specjax.api import pretrained
 from specjax.models import families
 from specjax.models.config import LinearRopeScaling, Llama3RopeScaling
-from specjax.models.weights import huggingface, wheel
+from specjax.models.weights import decoder_configs, huggingface, wheel
 from specjax.types import Inputs
 
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
@@ -153,7 +153,7 @@ def test_tiny_models_match_transformers(name, tmp_path):
 def test_the_cases_cover_what_they_name(tmp_path):
     for name, (model_type, changes) in CASES.items():
         tiny(model_type, **changes).config.save_pretrained(tmp_path / name)
-    configs = {name: huggingface.parse_config(files.read_json(tmp_path / name / "config.json")) for name in CASES}
+    configs = {name: decoder_configs.parse_config(files.read_json(tmp_path / name / "config.json")) for name in CASES}
     assert configs["llama-linear"].rope_scaling == LinearRopeScaling(4.0)
     assert configs["llama-llama3"].rope_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 16)
     assert configs["llama-llama3"].rope_theta == 5e5
@@ -227,9 +227,9 @@ def test_config_of_transformers_4(tmp_path):
     new = json.loads((tmp_path / "config.json").read_text())
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
     old |= {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
-    assert huggingface.parse_config(old) == huggingface.parse_config(new)
+    assert decoder_configs.parse_config(old) == decoder_configs.parse_config(new)
     del old["head_dim"], old["num_key_value_heads"]
-    assert huggingface.parse_config(old | {"rope_scaling": None}).num_kv_heads == 4
+    assert decoder_configs.parse_config(old | {"rope_scaling": None}).num_kv_heads == 4
 
 
 @pytest.fixture(scope="module")

@@ -488,7 +488,7 @@ def test_a_slice_that_libtpu_does_not_know_is_one_line(tmp_path, capsys):
 
 
 def test_without_libtpu_the_error_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(aot, "is_available", lambda: False)
+    monkeypatch.setattr("specjax.planning.libtpu.is_available", lambda: False)
     with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
         aot.make_mesh(chips.parse("v5e:2x2"), 1)
 

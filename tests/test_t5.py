@@ -1,5 +1,6 @@
 """The T5 family against transformers (torch, float32), and through the loop that knows nothing of encoders."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -14,7 +15,7 @@ import specjax
 from specjax import decoding
 from specjax.decoding import verify
 from specjax.drafters import contract
-from specjax.models import families, t5
+from specjax.models import families, linear, t5
 from specjax.models.config import T5Config
 from specjax.models.weights import huggingface, t5_mapping
 from specjax.planning import hlo
@@ -261,6 +262,46 @@ def test_an_encoder_decoder_draft_needs_an_encoder_decoder_target(tmp_path):
     target = specjax.Pretrained(families.model(config), families.init_params(config, jax.random.key(3)), None, config)
     with pytest.raises(ValueError, match="encoder-decoder target"):
         specjax.generate(target, [[1, 2]], drafter=specjax.drafters.model(draft, num_draft_tokens=2))
+
+
+def in_floats(tree, contracted):
+    """The parameters with every int8 matrix as the float32 matrix that it stands for."""
+    if not isinstance(tree, dict):
+        return tree
+    if not linear.is_matrix(contracted):
+        return {name: in_floats(x, contracted[name]) for name, x in tree.items()}
+    values, number = tree["values"], contracted["values"]
+    scale = jnp.expand_dims(tree["scale"], tuple(range(-number, 0)))
+    return {"values": jnp.transpose(values * scale, linear.rotated(values.ndim, values.ndim - number))}
+
+
+@pytest.mark.parametrize("name", ["t5", "t5-v1.1"])
+def test_an_int8_t5_computes_with_the_rounded_matrices_and_drafts_exactly(name, tmp_path):
+    _, target = load(tmp_path, name)
+    small = specjax.load(tmp_path / f"{name}-0", int8=True)
+    assert isinstance(small.config, T5Config)
+    assert dataclasses.replace(small.config, int8=False) == target.config
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), small.params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), families.abstract_params(small.config)
+    )
+    # The same numbers in float32, to which activations are rounded on CPUs.
+    rounded = in_floats(small.params, families.num_contracted(small.config))
+    inputs = decoding.read_inputs(target.model, SOURCES)
+    wanted, found = (
+        model.prefill(params, inputs, model.init_cache(3, 16))[0].logits
+        for model, params in ((target.model, rounded), (small.model, small.params))
+    )
+    assert float(jnp.max(jnp.abs(found - wanted))) < 0.01 * float(jnp.std(wanted))
+    plain = specjax.generate(target, SOURCES, drafter=specjax.drafters.none(), max_new_tokens=8)
+    drafter = specjax.drafters.model(small, num_draft_tokens=3)
+    drafted = specjax.generate(target, SOURCES, drafter=drafter, max_new_tokens=8)
+    assert drafted.tokens == plain.tokens
+    specjax.save(small, tmp_path / "saved")
+    again = specjax.load(tmp_path / "saved")
+    assert again.config == small.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, small.params)
+    with pytest.raises(ValueError, match="int8 T5"):
+        t5_mapping.to_huggingface(small.config, small.params)
 
 
 def test_a_checkpoint_of_specjax_holds_a_t5(tmp_path):

@@ -22,7 +22,7 @@ from helpers import virtual_devices
 from specjax.api import pretrained
 from specjax.models import families
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
-from specjax.models.weights import checkpoint, gguf, huggingface, mapping, naming, wheel
+from specjax.models.weights import checkpoint, decoder_configs, gguf, huggingface, mapping, naming, wheel
 from specjax.parallel import sharding
 from specjax.text.tokenizer import Tokenizer
 
@@ -68,19 +68,20 @@ def test_mapping_puts_every_projection_in_its_place():
         prefix = f"model.layers.1.{name}_proj"
         return tensors[f"{prefix}.weight"] @ x + tensors[f"{prefix}.bias"]
 
-    fused = np.einsum("d,dhge->hge", x, attention["qkv"]) + attention["qkv_bias"]
+    fused = np.einsum("d,dhge->hge", x, attention["qkv"]["values"]) + attention["qkv_bias"]
     queries = linear("self_attn.q", x).reshape(4, 6)
     for head in range(4):
         np.testing.assert_allclose(fused[head // 2, head % 2], queries[head], atol=1e-5)
     np.testing.assert_allclose(fused[:, 2], linear("self_attn.k", x).reshape(2, 6), atol=1e-5)
     np.testing.assert_allclose(fused[:, 3], linear("self_attn.v", x).reshape(2, 6), atol=1e-5)
-    out = np.einsum("hge,hged->d", queries.reshape(2, 2, 6), attention["out"]) + attention["out_bias"]
+    out = np.einsum("hge,hged->d", queries.reshape(2, 2, 6), attention["out"]["values"]) + attention["out_bias"]
     np.testing.assert_allclose(out, linear("self_attn.o", queries.reshape(-1)), atol=1e-5)
-    gate_up = np.einsum("d,dgf->gf", x, mlp["gate_up"]) + mlp["gate_up_bias"]
+    gate_up = np.einsum("d,dgf->gf", x, mlp["gate_up"]["values"]) + mlp["gate_up_bias"]
     np.testing.assert_allclose(gate_up[0], linear("mlp.gate", x), atol=1e-5)
     np.testing.assert_allclose(gate_up[1], linear("mlp.up", x), atol=1e-5)
-    np.testing.assert_allclose(gate_up[1] @ mlp["down"] + mlp["down_bias"], linear("mlp.down", gate_up[1]), atol=1e-5)
-    np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"].T)
+    down = gate_up[1] @ mlp["down"]["values"] + mlp["down_bias"]
+    np.testing.assert_allclose(down, linear("mlp.down", gate_up[1]), atol=1e-5)
+    np.testing.assert_array_equal(params["head"]["values"], tensors["lm_head.weight"].T)
 
 
 def test_mapping_names_the_tensor_that_is_wrong():
@@ -182,7 +183,7 @@ def test_models_that_are_not_computed_are_refused(changes, message):
 
 def test_sliding_windows_of_configs():
     def window(**changes):
-        return huggingface.parse_config(hf_config(**changes)).sliding_window
+        return decoder_configs.parse_config(hf_config(**changes)).sliding_window
 
     assert window(model_type="mistral") == 4096
     assert window(model_type="mistral", sliding_window=None) is None
@@ -191,18 +192,18 @@ def test_sliding_windows_of_configs():
     assert window(**qwen2) is None  # by default only layers from 28 on slide
     assert window(**qwen2, max_window_layers=0) == 8
     assert window(**qwen2, layer_types=["sliding_attention"] * 2) == 8
-    mixed = huggingface.parse_config(hf_config(**qwen2, max_window_layers=1))
+    mixed = decoder_configs.parse_config(hf_config(**qwen2, max_window_layers=1))
     assert (mixed.sliding_window, mixed.global_layers) == (8, (0,))
 
 
 def test_gemma_configs_of_transformers_4():
     """Neither `layer_types` nor nested `rope_parameters`."""
-    gemma2 = huggingface.parse_config(hf_config(model_type="gemma2", sliding_window=8))
+    gemma2 = decoder_configs.parse_config(hf_config(model_type="gemma2", sliding_window=8))
     assert (gemma2.sliding_window, gemma2.global_layers) == (8, (1,))
     assert (gemma2.attention_softcap, gemma2.logit_softcap, gemma2.tie_embeddings) == (50.0, 30.0, True)
     old = {"sliding_window_pattern": 2, "rope_theta": 1e6, "rope_local_base_freq": 100.0, "sliding_window": 8}
     scaling = {"rope_type": "linear", "factor": 8.0}
-    gemma3 = huggingface.parse_config(hf_config(model_type="gemma3_text", rope_scaling=scaling, **old))
+    gemma3 = decoder_configs.parse_config(hf_config(model_type="gemma3_text", rope_scaling=scaling, **old))
     assert (gemma3.rope_theta, gemma3.local_rope_theta, gemma3.global_layers) == (1e6, 100.0, (1,))
     assert gemma3.rope_scaling == LinearRopeScaling(8.0)
 
@@ -210,7 +211,7 @@ def test_gemma_configs_of_transformers_4():
 def test_published_gpt2_files(tmp_path):
     """Their names lack the model's prefix, and the causal mask lies among the weights."""
     raw = {**GPT2, "vocab_size": 23, "n_inner": 20}
-    config = huggingface.parse_config(raw)
+    config = decoder_configs.parse_config(raw)
     sources = naming.sources("gpt2", config, ["wte.weight"])
     rng = np.random.default_rng(0)
     tensors = {s.name: rng.normal(size=s.shape).astype(np.float32) for s in sources.values()}
@@ -442,7 +443,7 @@ def test_every_gguf_type(name, tmp_path):
         bound = ERRORS[name] * np.abs(wanted.reshape(-1, 32)).max(1, keepdims=True)
         assert (np.abs(values - wanted).reshape(-1, 32) <= bound * (1 + 1e-6)).all()
     _, params = gguf.load(file)
-    np.testing.assert_array_equal(params["layers"][0]["mlp"]["down"], values.T)
+    np.testing.assert_array_equal(params["layers"][0]["mlp"]["down"]["values"], values.T)
 
 
 def test_gguf_of_an_unknown_type(tmp_path):
@@ -722,7 +723,7 @@ for tree in (placed.params, again.params):
 for options in ({"int8": True, "dtype": "bfloat16"}, {"scan_layers": True}):
     whole, split = (pretrained.load(sys.argv[1], **options, **at) for at in ({}, {"mesh": mesh, "rules": rules}))
     jax.tree.map(check, whole.params, split.params, families.param_axes(whole.config))
-assert again.params["layers"][0]["mlp"]["down"].addressable_shards[0].data.shape == (10, 16)
+assert again.params["layers"][0]["mlp"]["down"]["values"].addressable_shards[0].data.shape == (10, 16)
 
 # A checkpoint on meshes other than the one that wrote it.
 for sizes in ({"model": 4}, {"data": 4}, {"data": 2, "width": 2}):

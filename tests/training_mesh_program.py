@@ -53,13 +53,13 @@ def main() -> None:
     _, resumed = steps(program, restored, 2, 4, mesh)
     batch = make_dataset(copies(60)).batch(0, CONFIG.batch_size, mesh)
     text = program.as_text() or ""
-    moments = [x for x in jax.tree.leaves(state.optimizer) if x.shape == state.params["head"].shape]
+    moments = [x for x in jax.tree.leaves(state.optimizer) if x.shape == state.params["head"]["values"].shape]
     report = {
         "devices": jax.device_count(),
         "one": one,
         "mesh": first + second,
         "resumed": resumed,
-        "head": shapes(state.params["head"]),
+        "head": shapes(state.params["head"]["values"]),
         "moment": shapes(moments[0]),
         "tokens": shapes(batch.tokens),
         "all_to_all": len(re.findall(r" all-to-all(?:-start)?\(", text)),

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax import api, decoding, sampling
 from specjax.api.pretrained import Pretrained
 from specjax.limits import check_num_draft_tokens
-from specjax.models import bits
+from specjax.models import bfloat16
 from specjax.parallel import distributed, sharding
 from specjax.types import Block, Inputs, Model, Params, Tree
 
@@ -199,7 +199,7 @@ def _gather(cache: Tree, rows: Int[Array, "B M"]) -> Tree:
     """A cache with the given M of each text's rows. All that a cache holds leads with the batch axis."""
     batch = rows.shape[0]
     index = (rows + jnp.arange(batch)[:, None] * (cache.length.shape[0] // batch)).reshape(-1)
-    return jax.tree.map(lambda x: bits.moved(lambda x, index: x[index], (x,), index), cache)
+    return jax.tree.map(lambda x: bfloat16.moved(lambda x, index: x[index], (x,), index), cache)
 
 
 def _set_length(model: Model, cache: Any, length: Int[Array, " B"]) -> Any:

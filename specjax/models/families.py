@@ -1,18 +1,96 @@
-"""What can be done with a model of any family, given its configuration."""
+"""The families of models: one table of what each of them is, and what can be done with a model of any.
+
+A family is a class of shapes, a module that declares parameters, pure functions over these, and a reader of published
+weights.
+"""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from specjax.models import decoder, graph, layers, t5
+from specjax.models import decoder, linear, modules, t5
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
+from specjax.models.weights import decoder_configs, naming, t5_mapping
 from specjax.parallel import sharding
 from specjax.types import Model, Tree
 
-_MODELS = {DecoderConfig: decoder.model, T5Config: t5.model}
+
+class Family(NamedTuple):
+    """All that is known of one kind of model apart from its shape.
+
+    Attributes:
+      config: the class of its shapes.
+      module: `config -> module class`, which declares the parameters.
+      model: `(config, rules) -> Model`.
+      placed: `(config, mesh, rules) -> config`, the shape as it lies on a mesh or None.
+      can_scan: whether its layers can be scanned (`stack_layers`).
+      model_types: those of the `config.json` of published models that `parse` takes.
+      parse: `(config.json, names of the tensors or None, dtype) -> config`.
+      read: the parameters from published tensors, `weights.naming.read` for one.
+    """
+
+    config: type[Any]
+    module: Callable[[Any], modules.Build]
+    model: Callable[[Any, sharding.Rules], Model]
+    placed: Callable[[Any, Mesh | AbstractMesh | None, sharding.Rules], Any]
+    can_scan: bool
+    model_types: tuple[str, ...]
+    parse: Callable[[Mapping[str, Any], Collection[str] | None, str], Any]
+    read: Callable[..., tuple[Any, Tree]]
+
+
+FAMILIES = {
+    "decoder": Family(
+        config=DecoderConfig,
+        module=decoder.module,
+        model=decoder.model,
+        placed=decoder.repeat_kv_heads,
+        can_scan=True,
+        model_types=tuple(decoder_configs.PARSERS),
+        parse=decoder_configs.parse_config,
+        read=naming.read,
+    ),
+    "t5": Family(
+        config=T5Config,
+        module=lambda config: t5.T5,
+        model=t5.model,
+        placed=lambda config, mesh, rules: config,
+        can_scan=False,
+        model_types=t5_mapping.MODEL_TYPES,
+        parse=t5_mapping.parse_config,
+        read=t5_mapping.read,
+    ),
+}
+"""By the name that checkpoints and training runs have for it. Whoever adds a family adds it here, and nowhere else."""
+
+_BY_CONFIG = {family.config: name for name, family in FAMILIES.items()}
+
+
+def name_of(config: ModelConfig) -> str:
+    """The family of a shape, a name of `FAMILIES`."""
+    return _BY_CONFIG[type(config)]
+
+
+def of(config: ModelConfig) -> Family:
+    """The family of a shape."""
+    return FAMILIES[name_of(config)]
+
+
+def published(model_type: Any) -> Family:
+    """The family of a `model_type` of `config.json`.
+
+    Raises:
+      ValueError: for one that no family computes.
+    """
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
+    raise ValueError(f"model_type {model_type!r} is not supported: specjax loads {known}.")
 
 
 def model(config: ModelConfig, rules: sharding.Rules = sharding.RULES) -> Model:
@@ -22,61 +100,41 @@ def model(config: ModelConfig, rules: sharding.Rules = sharding.RULES) -> Model:
       config: the shape.
       rules: logical to mesh axes, for its activations and cache under `jax.set_mesh`.
     """
-    build: Any = _MODELS[type(config)]
-    return build(config, rules)
+    return of(config).model(config, rules)
 
 
-def _module(config: ModelConfig) -> graph.Build:
-    return decoder.module(config) if isinstance(config, DecoderConfig) else t5.T5
+def placed(config: ModelConfig, mesh: Mesh | AbstractMesh | None, rules: sharding.Rules) -> ModelConfig:
+    """The shape of a model as it lies on a mesh, where its key/value heads may be repeated (`decoder`)."""
+    return of(config).placed(config, mesh, rules)
+
+
+def _module(config: ModelConfig) -> modules.Build:
+    return of(config).module(config)
 
 
 def abstract_params(config: ModelConfig) -> Tree:
     """The parameter tree with each array replaced by a `jax.ShapeDtypeStruct`: nested dicts, layers keyed by number."""
-    return graph.abstract(_module(config), config)
+    return modules.abstract(_module(config), config)
 
 
 def param_axes(config: ModelConfig) -> Tree:
     """The parameter tree with each array replaced by its logical axes."""
-    return graph.metadata(_module(config), config, "axes")
+    return modules.metadata(_module(config), config, "axes")
 
 
 def num_contracted(config: ModelConfig) -> Tree:
     """The parameter tree with each array replaced by the number of its input dimensions; 0 if it is not a matrix."""
-    return graph.metadata(_module(config), config, "num_contracted")
+    return modules.metadata(_module(config), config, "num_contracted")
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Tree:
     """Random parameters, as each layer declares them."""
-    return graph.initial(_module(config), config, key)
+    return modules.initial(_module(config), config, key)
 
 
 def num_params(config: ModelConfig) -> int:
     """The number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
-
-
-def repeat_kv_heads(config: DecoderConfig, mesh: Mesh | AbstractMesh | None, rules: sharding.Rules) -> DecoderConfig:
-    """The shape with every key/value head as often as devices have to share it.
-
-    Where a mesh splits the heads over more devices than there are, but no more than there are query heads, each device
-    gets one head with the queries that are its own: weights and queries stay split, no product needs another
-    all-reduce, and no device's cache is larger than it would be with that head whole.
-
-    Args:
-      config: the shape.
-      mesh: where the parameters will be, or None.
-      rules: logical to mesh axes.
-
-    Returns:
-      the shape, unchanged where the heads divide, or repeating does not help.
-    """
-    axis = dict(rules)["kv_heads"]
-    if mesh is None or axis is None:
-        return config
-    devices = dict(mesh.shape).get(axis, 1)
-    if config.num_kv_heads % devices == 0 or devices % config.num_kv_heads or config.num_heads % devices:
-        return config
-    return dataclasses.replace(config, num_kv_heads=devices)
 
 
 def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tree]:
@@ -85,18 +143,18 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
     Raises:
       ValueError: for a model whose matrices are int8.
     """
-    if isinstance(config, DecoderConfig) and config.int8:
+    if config.int8:
         raise ValueError(f"dtype={dtype!r}: this model is int8 in {config.dtype}; choose that, or quantise it anew.")
 
     def convert(x: jax.Array, inputs: int) -> jax.Array:
-        if layers.outputs_first(config.dtype):
-            x = jnp.transpose(x, layers.rotated(x.ndim, x.ndim - inputs))
-        return jnp.transpose(x, layers.stored(x.ndim, inputs, dtype)).astype(dtype)
+        if linear.outputs_first(config.dtype):
+            x = jnp.transpose(x, linear.rotated(x.ndim, x.ndim - inputs))
+        return jnp.transpose(x, linear.stored(x.ndim, inputs, dtype)).astype(dtype)
 
     def convert_stacked(x: jax.Array, inputs: int) -> jax.Array:
         return jax.vmap(lambda layer: convert(layer, inputs))(x)
 
-    inputs, scanned = num_contracted(config), isinstance(config, DecoderConfig) and config.scan_layers
+    inputs, scanned = num_contracted(config), config.scan_layers
     converters = {"layers": convert_stacked} if scanned else {}
     return dataclasses.replace(config, dtype=dtype), {
         name: jax.tree.map(converters.get(name, convert), part, inputs[name]) for name, part in params.items()
@@ -110,29 +168,25 @@ def quantise(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
     target it is another model.
 
     Args:
-      config: of a decoder-only model.
+      config: of a model whose layers are not scanned yet.
       params: its parameters.
 
     Raises:
-      ValueError: for an encoder-decoder, or layers that are scanned already.
+      ValueError: for layers that are scanned already.
     """
-    if not isinstance(config, DecoderConfig) or config.scan_layers:
-        what = "its layers are scanned already" if isinstance(config, DecoderConfig) else "it is an encoder-decoder"
-        raise ValueError(f"int8=True: only decoder-only models are quantised, before they are scanned, but {what}.")
     if config.int8:
         return config, params
-    quantised = jax.jit(layers.quantise, static_argnums=1)
+    if config.scan_layers:
+        raise ValueError("int8=True: layers are quantised before they are scanned, and these are scanned already.")
+    quantised = jax.jit(linear.quantise, static_argnums=1)
 
-    def walk(tree: Tree, contracted: Tree) -> Tree:
-        found: Tree = {}
-        for name, x in tree.items():
-            if isinstance(x, dict):
-                found[name] = walk(x, contracted[name])
-            elif contracted[name]:
-                found[name], found[f"{name}_scale"] = quantised(x, contracted[name])
-            else:
-                found[name] = x
-        return found
+    def walk(tree: Any, contracted: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if linear.is_matrix(contracted):
+            values, scale = quantised(tree["values"], contracted["values"])
+            return {"values": values, "scale": scale}
+        return {name: walk(x, contracted[name]) for name, x in tree.items()}
 
     return dataclasses.replace(config, int8=True), walk(params, num_contracted(config))
 
@@ -149,7 +203,7 @@ def stack_layers(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
     Raises:
       ValueError: for an encoder-decoder.
     """
-    if not isinstance(config, DecoderConfig):
+    if not of(config).can_scan:
         raise ValueError("scan_layers=True: only decoder-only models are scanned; leave it out for an encoder-decoder.")
     if config.scan_layers:
         return config, params

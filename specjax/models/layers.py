@@ -1,21 +1,19 @@
-"""The layers of the decoder-only models, as Flax NNX modules, and what all models share.
+"""The layers of the decoder-only models, as Flax NNX modules, and the norms and the attention that all models share.
 
-Every parameter names its logical axes beside its shape.
+Every parameter names its logical axes beside its shape; matrices are those of `linear`.
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.models import bits
 from specjax.models import cache as cache_lib
 from specjax.models.config import DecoderConfig, LinearRopeScaling
+from specjax.models.linear import Matrix
+from specjax.models.modules import parameter
 from specjax.parallel import sharding
 
 ACTIVATIONS = {
@@ -27,159 +25,6 @@ ACTIVATIONS = {
 
 View = tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None, Bool[Array, "B T S"]]
 """What a layer knows of positions: cosine and sine of the rotary angles (None: no rotation), and the attention mask."""
-
-
-def parameter(
-    rngs: nnx.Rngs,
-    shape: Sequence[int],
-    axes: sharding.Axes,
-    dtype: str,
-    *,
-    init: Callable | None = None,
-    num_contracted: int = 0,
-) -> nnx.Param:
-    """One parameter: its shape, logical axes, dtype and initialiser in one place.
-
-    Args:
-      rngs: random numbers.
-      shape: of a matrix, the inputs' dimensions, then the outputs'; `stored` says how they lie in memory.
-      axes: the logical axes, in the order of `shape`.
-      dtype: of the parameter.
-      init: by default normal with deviation 0.02.
-      num_contracted: how many dimensions are inputs, which `linear` contracts; 0: it is not a matrix.
-    """
-    if len(shape) != len(axes):
-        raise ValueError(f"A parameter of shape {tuple(shape)} needs as many logical axes, not {tuple(axes)}.")
-    order = stored(len(shape), num_contracted, dtype)
-    make = init or nnx.initializers.normal(0.02)
-    value = jnp.transpose(make(rngs.params(), tuple(shape), jnp.dtype(dtype)), order)
-    return nnx.Param(value, axes=tuple(axes[i] for i in order), num_contracted=num_contracted)
-
-
-def outputs_first(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether a matrix of this dtype is stored `[out, in]`.
-
-    CPUs multiply bfloat16 and int8 up to three times faster where the weights of one output lie together, and float32
-    where those of one input do. TPUs and GPUs do not mind.
-    """
-    return jnp.dtype(dtype).itemsize <= 2
-
-
-def rotated(num_axes: int, first: int) -> tuple[int, ...]:
-    """The axes from `first` on, then those before it."""
-    return (*range(first, num_axes), *range(first))
-
-
-def stored(num_axes: int, num_contracted: int, dtype: jax.typing.DTypeLike) -> tuple[int, ...]:
-    """The order in which the axes of a matrix, inputs before outputs, lie in memory."""
-    return rotated(num_axes, num_contracted if outputs_first(dtype) else 0)
-
-
-def _dot(x: Array, weight: Array, num_contracted: int) -> Array:
-    if not outputs_first(weight.dtype):
-        contracted = (tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted)))
-        return jax.lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=jnp.float32)
-    # As matrices: XLA would bring a weight of more axes into the order `[in, out]`, by a copy in every call.
-    kept, outputs = x.shape[: x.ndim - num_contracted], weight.shape[: weight.ndim - num_contracted]
-    rows, matrix = x.reshape(math.prod(kept), -1), weight.reshape(math.prod(outputs), -1)
-
-    def product(a: Array, b: Array) -> Array:
-        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-    # XLA:CPU multiplies few rows by a tall matrix up to 1.4 times faster where the matrix is on the left.
-    out = jax.lax.platform_dependent(rows, matrix, cpu=lambda rows, matrix: product(matrix, rows).T, default=product)
-    return out.reshape(*kept, *outputs)
-
-
-def linear(x: Float[Array, "B T *i"], weight: Float[Array, "..."], num_contracted: int = 1) -> Float[Array, "B T *o"]:
-    """The product over the last `num_contracted` axes of x, in the weight's dtype, accumulated in float32."""
-    x = x.astype(weight.dtype)
-    if weight.dtype != jnp.bfloat16 or x.shape[0] * x.shape[1] > 1:
-        return _dot(x, weight, num_contracted)
-
-    # XLA:CPU turns a one-row bf16 product into a vector kernel that converts every weight to float32 first, six
-    # times slower than two rows.
-    def two_rows(x: Array, weight: Array) -> Array:
-        padded = jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
-        return _dot(padded, weight, num_contracted)[:, :1]
-
-    return jax.lax.platform_dependent(
-        x, weight, cpu=two_rows, default=lambda x, weight: _dot(x, weight, num_contracted)
-    )
-
-
-def _integers(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    return jnp.clip(jnp.round(42 * jax.random.normal(key, shape)), -127, 127).astype(dtype)
-
-
-def declare_matrix(
-    module: nnx.Module,
-    name: str,
-    config: DecoderConfig,
-    rngs: nnx.Rngs,
-    shape: Sequence[int],
-    axes: sharding.Axes,
-    num_contracted: int = 1,
-) -> None:
-    """Declares a matrix, `name`, and if the configuration has int8 matrices its outputs' scales, `name_scale`."""
-    dtype, init = ("int8", _integers) if config.int8 else (config.dtype, None)
-    setattr(module, name, parameter(rngs, shape, axes, dtype, init=init, num_contracted=num_contracted))
-    if config.int8:
-        outputs, init = shape[num_contracted:], nnx.initializers.constant(0.02 / 42)
-        setattr(module, f"{name}_scale", parameter(rngs, outputs, axes[num_contracted:], "float32", init=init))
-
-
-def multiply(
-    module: nnx.Module, name: str, x: Float[Array, "B T *i"], num_contracted: int = 1
-) -> Float[Array, "B T *o"]:
-    """The product with the matrix that `declare_matrix` declared, in float32."""
-    weight, scale = getattr(module, name)[...], getattr(module, f"{name}_scale", None)
-    if scale is None:
-        return linear(x, weight, num_contracted)
-    return linear_int8(x, weight, scale[...], num_contracted)
-
-
-def quantise(weight: Float[Array, "..."], num_contracted: int) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
-    """A matrix in int8, `[out, in]`, and the float32 scale of each output: the largest weight is 127 of them.
-
-    Args:
-      weight: as `stored` says.
-      num_contracted: how many of its axes are the inputs'.
-    """
-    if not outputs_first(weight.dtype):
-        weight = jnp.transpose(weight, rotated(weight.ndim, num_contracted))
-    inputs = tuple(range(weight.ndim - num_contracted, weight.ndim))
-    weight = weight.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(weight), axis=inputs)
-    scale = jnp.where(largest > 0, largest, 1.0) / 127
-    return jnp.round(weight / jnp.expand_dims(scale, inputs)).astype(jnp.int8), scale
-
-
-def linear_int8(
-    x: Float[Array, "B T *i"], weight: Int[Array, "..."], scale: Float[Array, "*o"], num_contracted: int = 1
-) -> Float[Array, "B T *o"]:
-    """The product with a matrix of `quantise`, in float32.
-
-    CPUs multiply int8 by int8: every x is rounded to 15 bits of its row's largest, and its upper and lower seven make
-    two rows, of which no fewer are multiplied anyway (`linear`). Sums of integers are exact, so a result does not
-    depend on how many rows there are. Elsewhere the weights are converted to bfloat16 as they are read.
-    """
-    kept, outputs = x.shape[: x.ndim - num_contracted], scale.shape
-    rows, matrix = x.reshape(math.prod(kept), -1).astype(jnp.float32), weight.reshape(math.prod(outputs), -1)
-
-    def integers(rows: Array, matrix: Array) -> Array:
-        step = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-30) / (127 * 128)
-        whole = jnp.round(rows / step).astype(jnp.int32)
-        both = jnp.concatenate([whole >> 7, whole & 127]).astype(jnp.int8)
-        product = jax.lax.dot_general(matrix, both, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-        upper, lower = jnp.split(product.T.astype(jnp.float32), 2)
-        return (128 * upper + lower) * step
-
-    def floats(rows: Array, matrix: Array) -> Array:
-        return _dot(rows.astype(jnp.bfloat16), matrix.astype(jnp.bfloat16), 1)
-
-    out = jax.lax.platform_dependent(rows, matrix, cpu=integers, default=floats)
-    return (out * scale.reshape(-1)).reshape(*kept, *outputs)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
@@ -246,29 +91,6 @@ def rotate(
     a, b = jnp.split(x if size == x.shape[-1] else x[..., :size], 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
-
-
-def look_up(
-    table: Float[Array, "..."] | Int[Array, "V D"],
-    tokens: Int[Array, "B T"],
-    *,
-    transposed: bool,
-    scale: Float[Array, " V"] | None = None,
-) -> Float[Array, "B T D"]:
-    """The embeddings of tokens, in float32; ids beyond the table read its last row.
-
-    Args:
-      table: `[V, D]`; or, transposed, a head `D -> V`, stored as `stored` says.
-      tokens: a draft may know fewer of them than its target.
-      transposed: whether the table is a head.
-      scale: of an int8 head's outputs.
-    """
-    outputs_last = transposed and not outputs_first(table.dtype)
-    tokens = jnp.minimum(tokens, table.shape[1 if outputs_last else 0] - 1)
-    if outputs_last:
-        return jnp.moveaxis(jnp.take(table, tokens, axis=1), 0, -1).astype(jnp.float32)
-    found = bits.moved(lambda table, tokens: jnp.take(table, tokens, axis=0), (table,), tokens).astype(jnp.float32)
-    return found if scale is None else found * jnp.take(scale, tokens, axis=0)[..., None]
 
 
 def visible(
@@ -363,9 +185,9 @@ class Attention(nnx.Module):
         self.config, self.rules = config, rules
         heads = (c.num_kv_heads, group + 2, c.head_dim)
         head_axes = ("kv_heads", "heads_per_group", "head_dim")
-        declare_matrix(self, "qkv", c, rngs, (c.hidden_size, *heads), ("embed", *head_axes))
+        self.qkv = Matrix(rngs, (c.hidden_size, *heads), ("embed", *head_axes), c.dtype, int8=c.int8)
         out = (c.num_kv_heads, group, c.head_dim, c.hidden_size)
-        declare_matrix(self, "out", c, rngs, out, (*head_axes, "embed"), num_contracted=3)
+        self.out = Matrix(rngs, out, (*head_axes, "embed"), c.dtype, int8=c.int8, num_contracted=3)
         if c.qkv_bias:
             self.qkv_bias = parameter(rngs, heads, head_axes, c.dtype)
         if c.output_bias:
@@ -390,7 +212,7 @@ class Attention(nnx.Module):
         """
         c, (rope, mask) = self.config, view
         group = c.num_heads // c.num_kv_heads
-        qkv = multiply(self, "qkv", x)
+        qkv = self.qkv(x)
         if c.qkv_bias:
             qkv = qkv + self.qkv_bias[...].astype(jnp.float32)
         query_key = qkv[:, :, :, : group + 1]
@@ -410,7 +232,7 @@ class Attention(nnx.Module):
         mixed = attend(query.astype(keys.dtype), own_keys, own_values, mask, cap=c.attention_softcap)
         if broken is not None:
             mixed = jnp.where(broken[:, :, :, None], jnp.nan, mixed)
-        out = multiply(self, "out", mixed, num_contracted=3)
+        out = self.out(mixed)
         if c.output_bias:
             out = out + self.out_bias[...].astype(jnp.float32)
         return out, keys, values
@@ -424,19 +246,21 @@ class FeedForward(nnx.Module):
         c = config
         self.config = config
         inner = (2 if c.gated else 1, c.intermediate_size)
-        declare_matrix(self, "gate_up", c, rngs, (c.hidden_size, *inner), ("embed", "gate_up", "mlp"))
-        declare_matrix(self, "down", c, rngs, (c.intermediate_size, c.hidden_size), ("mlp", "embed"))
+        up, up_axes = (c.hidden_size, *inner), ("embed", "gate_up", "mlp")
+        self.gate_up = Matrix(rngs, up, up_axes, c.dtype, int8=c.int8)
+        down = (c.intermediate_size, c.hidden_size)
+        self.down = Matrix(rngs, down, ("mlp", "embed"), c.dtype, int8=c.int8)
         if c.mlp_bias:
             self.gate_up_bias = parameter(rngs, inner, ("gate_up", "mlp"), c.dtype)
             self.down_bias = parameter(rngs, (c.hidden_size,), ("embed",), c.dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))`."""
-        gate_up = multiply(self, "gate_up", x)
+        gate_up = self.gate_up(x)
         if self.config.mlp_bias:
             gate_up = gate_up + self.gate_up_bias[...].astype(jnp.float32)
         inner = ACTIVATIONS[self.config.activation](gate_up[:, :, 0])
-        out = multiply(self, "down", inner * gate_up[:, :, 1] if self.config.gated else inner)
+        out = self.down(inner * gate_up[:, :, 1] if self.config.gated else inner)
         if self.config.mlp_bias:
             out = out + self.down_bias[...].astype(jnp.float32)
         return out

@@ -15,8 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
-from specjax.models import graph, layers
+from specjax.models import layers, linear, modules
 from specjax.models.config import T5Config
+from specjax.models.linear import Matrix
 from specjax.parallel import sharding
 from specjax.types import Batch, Block, Inputs, Model, ModelOutput, Tree
 
@@ -108,18 +109,18 @@ class SelfAttention(nnx.Module):
         """Declares the parameters; the deviations are those that T5 trains from."""
         c, self.rules = config, rules
         heads, deviation = (c.num_heads, 3, c.head_dim), c.hidden_size**-0.5
-        self.qkv = layers.parameter(
+        self.qkv = Matrix(
             rngs,
             (c.hidden_size, *heads),
             ("embed", "kv_heads", "qkv", "head_dim"),
             c.dtype,
+            int8=c.int8,
             init=_normal(deviation * c.head_dim**-0.5, deviation, deviation),
-            num_contracted=1,
         )
         self.out = _out(c, rngs)
         if has_bias:
             shape = (c.num_buckets, c.num_heads)
-            self.bias = layers.parameter(rngs, shape, ("buckets", "kv_heads"), c.dtype, init=_normal(deviation))
+            self.bias = modules.parameter(rngs, shape, ("buckets", "kv_heads"), c.dtype, init=_normal(deviation))
 
     def __call__(
         self,
@@ -131,7 +132,7 @@ class SelfAttention(nnx.Module):
         start: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H S E"], Float[Array, "B H S E"]]:
         """Writes the tokens' keys and values into the cache and attends to all that `mask` lets through."""
-        qkv = layers.linear(x, self.qkv[...])
+        qkv = self.qkv(x)
         keys = cache_lib.constrain(cache_lib.write(keys, qkv[:, :, :, 1], start), self.rules)
         new_values, broken = qkv[:, :, :, 2], None
         if start is not None:
@@ -140,7 +141,7 @@ class SelfAttention(nnx.Module):
         mixed = layers.attend(qkv[:, :, :, :1].astype(keys.dtype), keys, values, mask, bias)
         if broken is not None:
             mixed = jnp.where(broken[:, :, :, None], jnp.nan, mixed)
-        return layers.linear(mixed[:, :, :, 0], self.out[...], num_contracted=2), keys, values
+        return self.out(mixed[:, :, :, 0]), keys, values
 
 
 class CrossAttention(nnx.Module):
@@ -149,28 +150,28 @@ class CrossAttention(nnx.Module):
     def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
         c, self.rules, deviation = config, rules, config.hidden_size**-0.5
-        self.query = layers.parameter(
+        self.dtype = c.dtype
+        self.query = Matrix(
             rngs,
             (c.hidden_size, c.num_heads, c.head_dim),
             ("embed", "kv_heads", "head_dim"),
             c.dtype,
+            int8=c.int8,
             init=_normal(deviation * c.head_dim**-0.5),
-            num_contracted=1,
         )
-        self.key_value = layers.parameter(
+        self.key_value = Matrix(
             rngs,
             (c.hidden_size, c.num_heads, 2, c.head_dim),
             ("embed", "kv_heads", "qkv", "head_dim"),
             c.dtype,
+            int8=c.int8,
             init=_normal(deviation),
-            num_contracted=1,
         )
         self.out = _out(c, rngs)
 
     def read(self, encoded: Float[Array, "B S D"]) -> tuple[Float[Array, "B H S E"], Float[Array, "B H S E"]]:
         """The keys and values of the encoder's output."""
-        weight = self.key_value[...]
-        both = jnp.swapaxes(layers.linear(encoded, weight).astype(weight.dtype), 1, 2)
+        both = jnp.swapaxes(self.key_value(encoded).astype(self.dtype), 1, 2)
         keys, values = both[:, :, :, 0], both[:, :, :, 1]
         return cache_lib.constrain(keys, self.rules), cache_lib.constrain(values, self.rules)
 
@@ -182,16 +183,16 @@ class CrossAttention(nnx.Module):
         values: Float[Array, "B H S E"],
     ) -> Float[Array, "B T D"]:
         """Attends to the source."""
-        query = layers.linear(x, self.query[...])[:, :, :, None].astype(keys.dtype)
+        query = self.query(x)[:, :, :, None].astype(keys.dtype)
         mixed = layers.attend(query, keys, values, mask)
-        return layers.linear(mixed[:, :, :, 0], self.out[...], num_contracted=2)
+        return self.out(mixed[:, :, :, 0])
 
 
-def _out(c: T5Config, rngs: nnx.Rngs) -> nnx.Param:
+def _out(c: T5Config, rngs: nnx.Rngs) -> Matrix:
     """The projection from the heads back to the residual."""
     init = _normal((c.num_heads * c.head_dim) ** -0.5)
     shape, axes = (c.num_heads, c.head_dim, c.hidden_size), ("kv_heads", "head_dim", "embed")
-    return layers.parameter(rngs, shape, axes, c.dtype, init=init, num_contracted=2)
+    return Matrix(rngs, shape, axes, c.dtype, int8=c.int8, init=init, num_contracted=2)
 
 
 class FeedForward(nnx.Module):
@@ -203,15 +204,15 @@ class FeedForward(nnx.Module):
         self.activation = c.activation
         up = (c.hidden_size, 2 if c.gated else 1, c.intermediate_size)
         init = _normal(c.hidden_size**-0.5)
-        self.up = layers.parameter(rngs, up, ("embed", "gate_up", "mlp"), c.dtype, init=init, num_contracted=1)
+        self.up = Matrix(rngs, up, ("embed", "gate_up", "mlp"), c.dtype, int8=c.int8, init=init)
         down, init = (c.intermediate_size, c.hidden_size), _normal(c.intermediate_size**-0.5)
-        self.down = layers.parameter(rngs, down, ("mlp", "embed"), c.dtype, init=init, num_contracted=1)
+        self.down = Matrix(rngs, down, ("mlp", "embed"), c.dtype, int8=c.int8, init=init)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's contribution to the residual."""
-        up = layers.linear(x, self.up[...])
+        up = self.up(x)
         inner = layers.ACTIVATIONS[self.activation](up[:, :, 0])
-        return layers.linear(inner * up[:, :, 1] if up.shape[2] == 2 else inner, self.down[...])
+        return self.down(inner * up[:, :, 1] if up.shape[2] == 2 else inner)
 
 
 class Layer(nnx.Module):
@@ -242,11 +243,11 @@ class Layer(nnx.Module):
 
 
 def _norm(c: T5Config, rngs: nnx.Rngs) -> nnx.Param:
-    return layers.parameter(rngs, (c.hidden_size,), ("embed",), c.dtype, init=nnx.initializers.ones_init())
+    return modules.parameter(rngs, (c.hidden_size,), ("embed",), c.dtype, init=nnx.initializers.ones_init())
 
 
 class T5(nnx.Module):
-    """Embedding, encoder, decoder, head. The table of a tied model is stored as the head is: `D -> V`."""
+    """Embedding, encoder, decoder, head. The table of a tied model is the head, `D -> V`."""
 
     taps: tuple[int, ...] = ()
     """The decoder's hidden states that are the features of its outputs (`types.Model.with_taps`)."""
@@ -257,7 +258,7 @@ class T5(nnx.Module):
         self.config, self.rules = config, rules
         if not c.tie_embeddings:
             table = (c.vocab_size, c.hidden_size)
-            self.embedding = layers.parameter(rngs, table, ("vocab", "embed"), c.dtype, init=_normal(1.0))
+            self.embedding = modules.parameter(rngs, table, ("vocab", "embed"), c.dtype, init=_normal(1.0))
 
         def stack(number: int, is_decoder: bool) -> Any:
             bias = [i == 0 or c.bias_per_layer for i in range(number)]
@@ -267,12 +268,11 @@ class T5(nnx.Module):
         self.decoder, self.norm = stack(c.num_layers, True), _norm(c, rngs)
         init = _normal(1.0 if c.tie_embeddings and c.scale_outputs else c.hidden_size**-0.5)
         head, axes = (c.hidden_size, c.vocab_size), ("embed", "vocab")
-        self.head = layers.parameter(rngs, head, axes, c.dtype, init=init, num_contracted=1)
+        self.head = Matrix(rngs, head, axes, c.dtype, int8=c.int8, init=init)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up; ids beyond the table read its last row (a draft may know fewer tokens than its target)."""
-        table = self.head[...] if self.config.tie_embeddings else self.embedding[...]
-        return layers.look_up(table, tokens, transposed=self.config.tie_embeddings)
+        return self.head.look_up(tokens) if self.config.tie_embeddings else linear.look_up(self.embedding[...], tokens)
 
     def encode(self, source: Int[Array, "B S"], mask: Bool[Array, "B S S"]) -> Float[Array, "B S D"]:
         """The encoder's output; each token sees those of its own source that `mask` lets through."""
@@ -330,8 +330,7 @@ class T5(nnx.Module):
         """The head, in float32."""
         if self.config.scale_outputs:
             hidden = hidden * self.config.hidden_size**-0.5
-        axes = ("batch", "tokens", "vocab")
-        return sharding.constrain(layers.linear(hidden, self.head[...]), axes, self.rules)
+        return sharding.constrain(self.head(hidden), ("batch", "tokens", "vocab"), self.rules)
 
 
 @functools.cache
@@ -345,7 +344,7 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = ()) -
     """
 
     def module(params: Tree) -> T5:
-        t5 = graph.merge(T5, config, rules, params)
+        t5 = modules.merge(T5, config, rules, params)
         t5.taps = taps
         return t5
 

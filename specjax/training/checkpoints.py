@@ -12,6 +12,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from specjax import files
+from specjax.models.weights.checkpoint import FORMAT
 from specjax.training.train import TrainState
 
 CHECKSUMS = "checksums.json"
@@ -48,7 +49,7 @@ class Checkpoints:
           keep: how many checkpoints are kept, the newest.
         """
         self.directory = pathlib.Path(directory).absolute()
-        self.identity = json.loads(json.dumps(dict(identity)))
+        self.identity = json.loads(json.dumps({"format": FORMAT, **identity}))
         self.directory.mkdir(parents=True, exist_ok=True)
         # Steps donate the state, so a save has to finish reading it before it returns.
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from specjax.models.config import DecoderConfig, ModelConfig, T5Config
+from specjax.models.config import ModelConfig
+from specjax.models.families import FAMILIES
 
 
 def _t5(width: int, head: int, inner: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
@@ -44,8 +45,6 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """By kind and name. Numbers are parameters with a vocabulary of 8192; "small" to "large" are T5 v1.1's."""
 
-_FAMILIES = {"t5": T5Config, "decoder": DecoderConfig}
-
 
 def model_config(kind: str, size: str, vocab_size: int, changes: Mapping[str, int] | None = None) -> ModelConfig:
     """The shape of a model.
@@ -64,10 +63,11 @@ def model_config(kind: str, size: str, vocab_size: int, changes: Mapping[str, in
     if size not in SIZES[kind]:
         raise ValueError(f"size={size!r} is no {kind}: choose one of {', '.join(SIZES[kind])}.")
     given = {name: value for name, value in (changes or {}).items() if value}
-    known = {field.name for field in dataclasses.fields(_FAMILIES[kind])}
+    config = FAMILIES[kind].config
+    known = {field.name for field in dataclasses.fields(config)}
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"model.{name}={value} is of no use to a {kind}: leave it 0.")
         if value < 0:
             raise ValueError(f"model.{name}={value}: at least 1, or 0 for that of the size.")
-    return _FAMILIES[kind](vocab_size=vocab_size, **SIZES[kind][size] | given)
+    return config(vocab_size=vocab_size, **SIZES[kind][size] | given)

@@ -3,6 +3,7 @@
 import io
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 from specjax import files
 from specjax.text import sentencepiece_file
@@ -24,6 +25,17 @@ _THREADS = 8
 def padded(size: int) -> int:
     """The width of the logits of a model with a vocabulary of that size."""
     return -(-size // MULTIPLE) * MULTIPLE
+
+
+def _sentencepiece() -> Any:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ImportError(
+            "Training a vocabulary needs the sentencepiece package: pip install -e '.[train]', or give the "
+            "spiece.model of another one."
+        ) from error
+    return sentencepiece
 
 
 def train(
@@ -54,16 +66,9 @@ def train(
       ImportError: without the `sentencepiece` package.
       ValueError: where the texts do not give a vocabulary of that size.
     """
+    written, sentencepiece = io.BytesIO(), _sentencepiece()
     try:
-        import sentencepiece
-    except ImportError as error:
-        raise ImportError(
-            "Training a vocabulary needs the sentencepiece package: pip install -e '.[train]', or give the "
-            "spiece.model of another one."
-        ) from error
-    written = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=written,
             model_type="unigram",

@@ -23,27 +23,25 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from specjax import files
 from specjax.models import families
-from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling, ModelConfig, T5Config
+from specjax.models.config import LinearRopeScaling, Llama3RopeScaling, ModelConfig
 from specjax.parallel import sharding
 from specjax.types import Tree
 
 CONFIG_FILE = "specjax.json"
-FORMAT = 3
+FORMAT = 4
 """The version that this code writes, and the only one that it reads."""
 
 _PARAMS = "params"
 _SCALINGS = {"llama3": Llama3RopeScaling, "linear": LinearRopeScaling}
-_FAMILIES = {"decoder": DecoderConfig, "t5": T5Config}
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """The shape as JSON values."""
     values = dataclasses.asdict(config)
     for kind, scaling in _SCALINGS.items():
-        if isinstance(config, DecoderConfig) and isinstance(config.rope_scaling, scaling):
+        if isinstance(getattr(config, "rope_scaling", None), scaling):
             values["rope_scaling"] = {"type": kind, **values["rope_scaling"]}
-    (family,) = (name for name, cls in _FAMILIES.items() if isinstance(config, cls))
-    return {"family": family, **values}
+    return {"family": families.name_of(config), **values}
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
@@ -54,14 +52,14 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     """
     values = dict(values)
     family = values.pop("family", None)
-    if family not in _FAMILIES:
-        raise ValueError(f"family {family!r} is unknown: specjax reads {', '.join(_FAMILIES)}")
+    if family not in families.FAMILIES:
+        raise ValueError(f"family {family!r} is unknown: specjax reads {', '.join(families.FAMILIES)}")
     if scaling := values.get("rope_scaling"):
         entries = dict(scaling)
         values["rope_scaling"] = _SCALINGS[entries.pop("type")](**entries)
     if "global_layers" in values:  # JSON knows no tuples
         values["global_layers"] = tuple(values["global_layers"])
-    return _FAMILIES[family](**values)
+    return families.FAMILIES[family].config(**values)
 
 
 def _crc32(path: pathlib.Path) -> int:

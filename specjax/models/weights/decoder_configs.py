@@ -5,11 +5,11 @@ error for one of the wrong type; `naming_errors` turns these into sentences.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from specjax.limits import check_flag, check_number, check_size
-from specjax.models.config import LIMITS, LinearRopeScaling, Llama3RopeScaling
+from specjax.models.config import LIMITS, DecoderConfig, LinearRopeScaling, Llama3RopeScaling
 
 Raw = Mapping[str, Any]
 """The parsed file."""
@@ -327,3 +327,19 @@ PARSERS = {
     "opt": _opt,
 }
 """By `model_type`."""
+
+
+def parse_config(raw: Raw, names: Collection[str] | None = None, dtype: str = "float32") -> DecoderConfig:
+    """The shape of a decoder-only model.
+
+    Args:
+      raw: the parsed file.
+      names: the tensors of its weights, which nothing depends on.
+      dtype: "float32" or "bfloat16", that of the weights once loaded.
+
+    Raises:
+      ValueError: for an option that the decoder does not compute, or a missing entry.
+    """
+    del names
+    with naming_errors(raw):
+        return DecoderConfig(**PARSERS[raw["model_type"]](raw), dtype=dtype)

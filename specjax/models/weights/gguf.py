@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from specjax import files
 from specjax.limits import check_number, check_size
-from specjax.models import families
+from specjax.models import decoder
 from specjax.models.config import LIMITS, DecoderConfig, LinearRopeScaling, Llama3RopeScaling
 from specjax.models.weights import mapping
 from specjax.parallel import sharding
@@ -316,7 +316,7 @@ def load(
         heads = permuted.get(name.split(".")[-2])
         return array if heads is None else mapping.unpermute(array, heads)
 
-    placed = families.repeat_kv_heads(config, mesh, rules)
+    placed = decoder.repeat_kv_heads(config, mesh, rules)
     return placed, mapping.from_huggingface(
         placed, mapping.repeat_kv_heads(config, placed, get), mesh=mesh, rules=rules
     )

@@ -1,7 +1,7 @@
 """Reads a Hugging Face model, decoder-only or T5: a directory with `config.json` and safetensors, or a hub id."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,13 +10,10 @@ from jax.sharding import Mesh
 
 from specjax import files
 from specjax.models import families
-from specjax.models.config import DecoderConfig, ModelConfig
-from specjax.models.weights import decoder_configs, lazy, mapping, naming, t5_mapping
+from specjax.models.config import ModelConfig
+from specjax.models.weights import lazy
 from specjax.parallel import sharding
 from specjax.types import Tree
-
-MODEL_TYPES = tuple(decoder_configs.PARSERS)
-"""The `model_type`s of `config.json` that `models.decoder` computes."""
 
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -35,27 +32,24 @@ HUB_FILES = (
 """What is downloaded of a hub repository."""
 
 
-def parse_config(raw: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
-    """The shape of a decoder-only model from its `config.json`, as transformers 4 or 5 wrote it.
+def parse_config(raw: Mapping[str, Any], dtype: str = "float32", names: Collection[str] | None = None) -> ModelConfig:
+    """The shape of a model from its `config.json`, as transformers 4 or 5 wrote it.
 
     Args:
       raw: the parsed file.
       dtype: "float32" or "bfloat16", that of the weights once loaded; the file's own is ignored.
+      names: the tensors of its weights, where they are there.
 
     Raises:
-      ValueError: for a model type, rope type or option that the decoder does not compute.
+      ValueError: for a model type, rope type or option that no family computes.
     """
-    kind = raw.get("model_type")
-    if kind not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES + t5_mapping.MODEL_TYPES)
-        raise ValueError(f"model_type {kind!r} is not supported: specjax loads {known}.")
+    family = families.published(raw.get("model_type"))
     if quantized := raw.get("quantization_config"):
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else "unknown"
         raise ValueError(
             f"The weights are quantised ({method}): load the original model, or a GGUF file, which specjax dequantises."
         )
-    with decoder_configs.naming_errors(raw):
-        return DecoderConfig(**decoder_configs.PARSERS[kind](raw), dtype=dtype)
+    return family.parse(raw, names, dtype)
 
 
 class _Shards:
@@ -155,18 +149,11 @@ def load(
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory: give one that holds config.json.")
     raw, shards = files.read_json(directory / "config.json"), _Shards(directory)
-    if raw.get("model_type") in t5_mapping.MODEL_TYPES:
-        with files.naming(directory / "config.json"):
-            t5_config = t5_mapping.parse_config(raw, shards.names(), dtype)
-        mapping.check_names(t5_mapping.tensor_shapes(t5_config), shards.names(), str(directory))
-        return t5_config, t5_mapping.from_huggingface(t5_config, shards.get, mesh=mesh, rules=rules)
     with files.naming(directory / "config.json"):
-        config = parse_config(raw, dtype)
-    sources = naming.sources(raw["model_type"], config, shards.names())
-    mapping.check_names({source.name for source in sources.values()}, shards.names(), str(directory))
-    placed = families.repeat_kv_heads(config, mesh, rules)
-    tensors = mapping.repeat_kv_heads(config, placed, naming.reader(sources, shards.get))
-    return placed, mapping.from_huggingface(placed, tensors, mesh=mesh, rules=rules)
+        config = parse_config(raw, dtype, shards.names())
+    return families.of(config).read(
+        config, raw["model_type"], shards.names(), shards.get, source=str(directory), mesh=mesh, rules=rules
+    )
 
 
 def is_cached(repo_id: str) -> bool:

@@ -2,7 +2,7 @@
 
 The names are those of Llama, and of Gemma for what Llama lacks; `naming` says where other families hold the same.
 Hugging Face stores a projection as `[out, in]`, with the heads' dimensions flattened; the decoder keeps heads apart,
-fuses what reads the same input, and stores it as `layers.stored` says. One array is read, fused, cast and placed at a
+fuses what reads the same input, and stores it as `linear.stored` says. One array is read, fused, cast and placed at a
 time, and of that only what this process's devices hold.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax.models import families, layers
+from specjax.models import decoder, linear, modules
 from specjax.models.config import DecoderConfig, ModelConfig
 from specjax.models.weights.lazy import Tensor
 from specjax.parallel import sharding
@@ -33,16 +33,22 @@ HARMLESS = (
 )
 """Endings of the names of tensors that some files hold although no model reads them: copies, and leftovers."""
 
-Place = Callable[..., jax.Array]
-"""`(array, axes, num_contracted=0)`: puts one array, whose inputs' axes come first, where its logical axes say."""
+Place = Callable[[Tensor, Any, Any], Any]
+"""`(array, axes, contracted)`: puts one array, whose inputs' axes come first, where its logical axes say.
+
+The last two are its parts of `families.param_axes` and `families.num_contracted`; of a matrix they are dicts, and so is
+what comes back.
+"""
 
 
 def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Place:
     """A function that converts an array to the order and dtype in which the model stores it, and places it."""
     dtype = jnp.dtype(config.dtype)
 
-    def place(array: Tensor, axes: sharding.Axes, inputs: int = 0) -> jax.Array:
-        array = np.transpose(array, layers.stored(array.ndim, inputs, dtype))
+    def place(array: Tensor, axes: Any, contracted: Any) -> Any:
+        if linear.is_matrix(contracted):
+            return {"values": place(array, axes["values"], contracted["values"])}
+        array = np.transpose(array, linear.stored(array.ndim, contracted, dtype))
         # Copies of their own: on CPU, JAX may keep the very buffer, which could be a view of a mapped file.
         if mesh is None:
             return jax.device_put(np.array(array, dtype=dtype, order="C"))
@@ -170,7 +176,7 @@ def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable
 def repeat_kv_heads(
     config: DecoderConfig, repeated: DecoderConfig, tensors: Callable[[str], Tensor]
 ) -> Callable[[str], Tensor]:
-    """The tensors of `families.repeat_kv_heads`.
+    """The tensors of `decoder.repeat_kv_heads`.
 
     Args:
       config: the shape of the tensors.
@@ -235,8 +241,8 @@ def from_huggingface(
       ValueError: for a tensor that is missing or has another shape, naming it.
     """
     get = checked(tensors, tensor_shapes(config))
-    axes = families.param_axes(config)
-    contracted = families.num_contracted(config)
+    module = decoder.module(config)
+    axes, contracted = (modules.metadata(module, config, name) for name in ("axes", "num_contracted"))
     place = placer(config, mesh, rules)
 
     def part(prefix: str) -> Callable[[str], Tensor]:
@@ -244,13 +250,16 @@ def from_huggingface(
 
     def norm(prefix: str, name: str, axes: Tree) -> Tree:
         parts = _norm_parts(config).items()
-        return {f"{name}{end}": place(get(f"{prefix}.{kind}"), axes[f"{name}{end}"]) for kind, end in parts}
+        return {f"{name}{end}": place(get(f"{prefix}.{kind}"), axes[f"{name}{end}"], 0) for kind, end in parts}
+
+    def top(name: str, tensor: Tensor) -> Any:
+        return place(tensor, axes[name], contracted[name])
 
     params: Tree = {}
     if not config.tie_embeddings:
-        params["embedding"] = place(get("model.embed_tokens.weight"), axes["embedding"])
+        params["embedding"] = top("embedding", get("model.embed_tokens.weight"))
     if config.positions == "learned":
-        params["position_embedding"] = place(get("model.embed_positions.weight"), axes["position_embedding"])
+        params["position_embedding"] = top("position_embedding", get("model.embed_positions.weight"))
     params["layers"] = {}
     for layer in range(config.num_layers):
         block, inputs, prefix = axes["layers"][layer], contracted["layers"][layer], f"model.layers.{layer}."
@@ -264,7 +273,7 @@ def from_huggingface(
             params["layers"][layer] |= norm(prefix + stem, name, block)
     params |= norm("model.norm", "norm", axes)
     head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-    params["head"] = place(get(head).T, axes["head"], contracted["head"])
+    params["head"] = top("head", get(head).T)
     if config.head_bias:
-        params["head_bias"] = place(get("lm_head.bias"), axes["head_bias"])
+        params["head_bias"] = top("head_bias", get("lm_head.bias"))
     return params

@@ -3,9 +3,14 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
+from specjax.models import decoder
 from specjax.models.config import DecoderConfig
 from specjax.models.weights import mapping
 from specjax.models.weights.lazy import Tensor
+from specjax.parallel import sharding
+from specjax.types import Tree
 
 
 class Source(NamedTuple):
@@ -165,3 +170,34 @@ def reader(sources: Mapping[str, Source], tensors: mapping.Tensors) -> Callable[
         return source.read(stored(source.name))
 
     return get
+
+
+def read(
+    config: DecoderConfig,
+    model_type: str,
+    names: Collection[str],
+    tensors: Callable[[str], Tensor],
+    *,
+    source: str,
+    mesh: Mesh | None,
+    rules: sharding.Rules,
+) -> tuple[DecoderConfig, Tree]:
+    """The parameters of a published decoder, and its shape as it lies on the mesh.
+
+    Args:
+      config: the shape of the tensors.
+      model_type: of `config.json`.
+      names: of all tensors.
+      tensors: by name.
+      source: what to call the files in an error.
+      mesh: where to place the parameters; None for the default device.
+      rules: logical to mesh axes.
+
+    Raises:
+      ValueError: for tensors that are not those of the model.
+    """
+    found = sources(model_type, config, names)
+    mapping.check_names({source.name for source in found.values()}, names, source)
+    placed = decoder.repeat_kv_heads(config, mesh, rules)
+    repeated = mapping.repeat_kv_heads(config, placed, reader(found, tensors))
+    return placed, mapping.from_huggingface(placed, repeated, mesh=mesh, rules=rules)

@@ -6,7 +6,7 @@ import pathlib
 from specjax import files
 from specjax.models import presets
 from specjax.models.config import ModelConfig
-from specjax.models.weights import checkpoint, huggingface, t5_mapping
+from specjax.models.weights import checkpoint, huggingface
 
 
 def _download(repo_id: str) -> pathlib.Path:
@@ -45,9 +45,4 @@ def read(source: str | pathlib.Path, dtype: str = "bfloat16") -> ModelConfig:
     if (path / checkpoint.CONFIG_FILE).is_file():
         config = checkpoint.read_description(path)[0]
         return dataclasses.replace(config, dtype=dtype)
-    raw = files.read_json(path / "config.json")
-    if raw.get("model_type") in t5_mapping.MODEL_TYPES:
-        # The weights would tell; transformers ties the two unless told otherwise.
-        names = () if raw.get("tie_word_embeddings", True) else (t5_mapping.HEAD,)
-        return t5_mapping.parse_config(raw, names, dtype)
-    return huggingface.parse_config(raw, dtype)
+    return huggingface.parse_config(files.read_json(path / "config.json"), dtype)

@@ -7,11 +7,10 @@ and fuses what reads the same input.
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from specjax.models import families, layers
+from specjax.models import linear, modules, t5
 from specjax.models.config import ACTIVATIONS, T5Config
 from specjax.models.weights import decoder_configs, mapping
 from specjax.models.weights.lazy import Tensor
@@ -50,12 +49,13 @@ def _feed_forward(raw: Mapping[str, Any]) -> tuple[str, bool]:
     return activation, gated
 
 
-def parse_config(raw: Mapping[str, Any], names: Collection[str], dtype: str = "float32") -> T5Config:
+def parse_config(raw: Mapping[str, Any], names: Collection[str] | None, dtype: str = "float32") -> T5Config:
     """The shape of a model from its `config.json`, as transformers 4 or 5 wrote it.
 
     Args:
       raw: the parsed file.
-      names: the tensors of its weights, which say whether the head is the embedding's table.
+      names: the tensors of its weights, which say whether the head is the embedding's table; None where they are not
+        there, and the file has to (transformers ties the two unless told otherwise).
       dtype: "float32" or "bfloat16", that of the weights once loaded.
 
     Raises:
@@ -63,6 +63,7 @@ def parse_config(raw: Mapping[str, Any], names: Collection[str], dtype: str = "f
     """
     with decoder_configs.naming_errors(raw):
         activation, gated = _feed_forward(raw)
+        tied = raw.get("tie_word_embeddings", True) if names is None else HEAD not in names
         return T5Config(
             vocab_size=raw["vocab_size"],
             hidden_size=raw["d_model"],
@@ -76,7 +77,7 @@ def parse_config(raw: Mapping[str, Any], names: Collection[str], dtype: str = "f
             norm_eps=raw.get("layer_norm_epsilon", 1e-6),
             activation=activation,
             gated=gated,
-            tie_embeddings=HEAD not in names,
+            tie_embeddings=bool(tied),
             scale_outputs=_scales_outputs(raw),
             bias_per_layer=raw["model_type"] == "umt5",
             start_token=_start_token(raw),
@@ -128,6 +129,38 @@ def tensor_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _heads(c: T5Config, get: Callable[[str], Tensor], prefix: str, names: str) -> Tensor:
+    """Projections `D -> heads, one for each name, head_dim`."""
+    parts = [get(f"{prefix}{name}.weight").T.reshape(-1, c.num_heads, c.head_dim) for name in names]
+    return np.stack(parts, axis=2)
+
+
+def _out(c: T5Config, get: Callable[[str], Tensor], prefix: str) -> Tensor:
+    """The projection `heads, head_dim -> D`."""
+    return get(f"{prefix}o.weight").T.reshape(c.num_heads, c.head_dim, c.hidden_size)
+
+
+def _block(c: T5Config, get: Callable[[str], Tensor], prefix: str, is_decoder: bool, has_bias: bool) -> Tree:
+    """The arrays of a layer, inputs before outputs."""
+    own, cross = f"{prefix}0.SelfAttention.", f"{prefix}1.EncDecAttention."
+    last = 2 if is_decoder else 1
+    mlp = f"{prefix}{last}.DenseReluDense."
+    up = [get(f"{mlp}{name}.weight").T for name in (("wi_0", "wi_1") if c.gated else ("wi",))]
+    tree: Tree = {
+        "attention_norm": get(f"{prefix}0.layer_norm.weight"),
+        "attention": {"qkv": _heads(c, get, own, "qkv"), "out": _out(c, get, own)},
+        "mlp_norm": get(f"{prefix}{last}.layer_norm.weight"),
+        "mlp": {"up": np.stack(up, axis=1), "down": get(f"{mlp}wo.weight").T},
+    }
+    if has_bias:
+        tree["attention"]["bias"] = get(f"{own}relative_attention_bias.weight")
+    if is_decoder:
+        tree["cross_norm"] = get(f"{prefix}1.layer_norm.weight")
+        query = _heads(c, get, cross, "q")[:, :, 0]
+        tree["cross"] = {"query": query, "key_value": _heads(c, get, cross, "kv"), "out": _out(c, get, cross)}
+    return tree
+
+
 def from_huggingface(
     config: T5Config, tensors: mapping.Tensors, *, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
 ) -> Tree:
@@ -147,31 +180,8 @@ def from_huggingface(
     """
     get = mapping.checked(tensors, tensor_shapes(config))
     put = mapping.placer(config, mesh, rules)
-    c, axes, contracted = config, families.param_axes(config), families.num_contracted(config)
-
-    def heads(prefix: str, names: str) -> Tensor:
-        """Projections `D -> heads, one for each name, head_dim`."""
-        parts = [get(f"{prefix}{name}.weight").T.reshape(-1, c.num_heads, c.head_dim) for name in names]
-        return np.stack(parts, axis=2)
-
-    def block(prefix: str, is_decoder: bool, has_bias: bool) -> Tree:
-        own, cross = f"{prefix}0.SelfAttention.", f"{prefix}1.EncDecAttention."
-        last = 2 if is_decoder else 1
-        mlp = f"{prefix}{last}.DenseReluDense."
-        up = [get(f"{mlp}{name}.weight").T for name in (("wi_0", "wi_1") if c.gated else ("wi",))]
-        tree: Tree = {
-            "attention_norm": get(f"{prefix}0.layer_norm.weight"),
-            "attention": {"qkv": heads(own, "qkv"), "out": _out(c, get, own)},
-            "mlp_norm": get(f"{prefix}{last}.layer_norm.weight"),
-            "mlp": {"up": np.stack(up, axis=1), "down": get(f"{mlp}wo.weight").T},
-        }
-        if has_bias:
-            tree["attention"]["bias"] = get(f"{own}relative_attention_bias.weight")
-        if is_decoder:
-            tree["cross_norm"] = get(f"{prefix}1.layer_norm.weight")
-            query = heads(cross, "q")[:, :, 0]
-            tree["cross"] = {"query": query, "key_value": heads(cross, "kv"), "out": _out(c, get, cross)}
-        return tree
+    c = config
+    axes, contracted = (modules.metadata(t5.T5, config, name) for name in ("axes", "num_contracted"))
 
     def place(tree: Tree, axes: Tree, contracted: Tree) -> Tree:
         if isinstance(tree, dict):
@@ -182,7 +192,7 @@ def from_huggingface(
     for side, number in (("encoder", c.num_encoder_layers), ("decoder", c.num_layers)):
         params[side] = {}
         for i in range(number):
-            tree = block(f"{side}.block.{i}.layer.", side == "decoder", i == 0 or c.bias_per_layer)
+            tree = _block(c, get, f"{side}.block.{i}.layer.", side == "decoder", i == 0 or c.bias_per_layer)
             params[side][i] = place(tree, axes[side][i], contracted[side][i])
     top = {
         "encoder_norm": get("encoder.final_layer_norm.weight"),
@@ -194,9 +204,20 @@ def from_huggingface(
     return params | place(top, axes, contracted)
 
 
-def _out(c: T5Config, get: Callable[[str], Tensor], prefix: str) -> Tensor:
-    """The projection `heads, head_dim -> D`."""
-    return get(f"{prefix}o.weight").T.reshape(c.num_heads, c.head_dim, c.hidden_size)
+def read(
+    config: T5Config,
+    model_type: str,
+    names: Collection[str],
+    tensors: Callable[[str], Tensor],
+    *,
+    source: str,
+    mesh: Mesh | None,
+    rules: sharding.Rules,
+) -> tuple[T5Config, Tree]:
+    """As `naming.read`, of an encoder-decoder."""
+    del model_type  # they all have the same names
+    mapping.check_names(tensor_shapes(config), names, source)
+    return config, from_huggingface(config, tensors, mesh=mesh, rules=rules)
 
 
 def to_huggingface(config: T5Config, params: Tree) -> dict[str, np.ndarray]:
@@ -205,15 +226,24 @@ def to_huggingface(config: T5Config, params: Tree) -> dict[str, np.ndarray]:
     Args:
       config: the shape.
       params: the parameters.
+
+    Raises:
+      ValueError: for a model whose matrices are int8.
     """
-    c, contracted = config, families.num_contracted(config)
+    if config.int8:
+        raise ValueError("An int8 T5 has no tensors under Hugging Face's names: convert the model that it was.")
+    c = config
 
-    def logical(x: Any, inputs: int) -> np.ndarray:
+    def logical(x: Any, contracted: Any) -> Any:
         """In the order of the axes in which the layers declare them, inputs first."""
+        if linear.is_matrix(contracted):
+            return logical(x["values"], contracted["values"])
+        if isinstance(x, dict):
+            return {name: logical(part, contracted[name]) for name, part in x.items()}
         array = np.asarray(x, np.float32)
-        return array.transpose(np.argsort(layers.stored(array.ndim, inputs, c.dtype)))
+        return array.transpose(np.argsort(linear.stored(array.ndim, contracted, c.dtype)))
 
-    tree = jax.tree.map(logical, params, contracted)
+    tree = logical(params, modules.metadata(t5.T5, config, "num_contracted"))
     tensors = {
         "shared.weight": tree["head"].T if c.tie_embeddings else tree["embedding"],
         "encoder.final_layer_norm.weight": tree["encoder_norm"],

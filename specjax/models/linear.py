@@ -1,0 +1,189 @@
+"""The matrices of all models: how one is stored, in float32, bfloat16 or int8, and the product with it.
+
+A model declares a `Matrix` by its shape and logical axes, and calls it; in which precision it is stored is known here
+alone.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from specjax.models import bfloat16, modules
+from specjax.parallel import sharding
+
+
+def outputs_first(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether a matrix of this dtype is stored `[out, in]`.
+
+    CPUs multiply bfloat16 and int8 up to three times faster where the weights of one output lie together, and float32
+    where those of one input do. TPUs and GPUs do not mind.
+    """
+    return jnp.dtype(dtype).itemsize <= 2
+
+
+def rotated(num_axes: int, first: int) -> tuple[int, ...]:
+    """The axes from `first` on, then those before it."""
+    return (*range(first, num_axes), *range(first))
+
+
+def stored(num_axes: int, num_contracted: int, dtype: jax.typing.DTypeLike) -> tuple[int, ...]:
+    """The order in which the axes of a matrix, inputs before outputs, lie in memory."""
+    return rotated(num_axes, num_contracted if outputs_first(dtype) else 0)
+
+
+class Matrix(nnx.Module):
+    """A linear map from the last axes of its argument to new ones.
+
+    Attributes:
+      values: the weights, in the order that `stored` gives for their dtype.
+      scale: what each output of an int8 matrix is multiplied by, in float32; None where the weights are floats.
+      num_contracted: how many axes of the argument are inputs.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        shape: Sequence[int],
+        axes: sharding.Axes,
+        dtype: str,
+        *,
+        int8: bool = False,
+        init: nnx.Initializer | None = None,
+        num_contracted: int = 1,
+    ):
+        """Declares the parameters.
+
+        Args:
+          rngs: random numbers.
+          shape: the inputs' dimensions, then the outputs'.
+          axes: the logical axes, likewise.
+          dtype: of the weights where they are floats.
+          int8: whether they are rounded to eight bits (`quantise`).
+          init: by default normal with deviation 0.02.
+          num_contracted: how many dimensions are the inputs'.
+        """
+        make = init or nnx.initializers.normal(0.02)
+        order = stored(len(shape), num_contracted, "int8" if int8 else dtype)
+        weight = make(rngs.params(), tuple(shape), jnp.dtype(dtype))
+        weight = jnp.transpose(weight, stored(len(shape), num_contracted, dtype))
+        values, scale = quantise(weight, num_contracted) if int8 else (weight, None)
+        self.num_contracted = num_contracted
+        self.values = modules.variable(values, [axes[i] for i in order], num_contracted=num_contracted)
+        self.scale = None if scale is None else modules.variable(scale, axes[num_contracted:])
+
+    def __call__(self, x: Float[Array, "B T *i"]) -> Float[Array, "B T *o"]:
+        """The product, in float32."""
+        if self.scale is None:
+            return product(x, self.values[...], self.num_contracted)
+        return product_int8(x, self.values[...], self.scale[...], self.num_contracted)
+
+    def look_up(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The weights of the outputs with these numbers: a head `D -> V` read as a table of embeddings.
+
+        As `look_up`, in float32, and numbers beyond the last output read the last.
+        """
+        values = self.values[...]
+        if not outputs_first(values.dtype):
+            tokens = jnp.minimum(tokens, values.shape[1] - 1)
+            return jnp.moveaxis(jnp.take(values, tokens, axis=1), 0, -1).astype(jnp.float32)
+        found = look_up(values, tokens)
+        if self.scale is None:
+            return found
+        return found * look_up(self.scale[...][:, None], tokens)
+
+
+def is_matrix(contracted: Any) -> bool:
+    """Whether a part of the tree `families.num_contracted` is that of a `Matrix`."""
+    return isinstance(contracted, dict) and bool(contracted.get("values"))
+
+
+def look_up(table: Float[Array, "V D"] | Int[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The embeddings of tokens, in float32.
+
+    Ids beyond the table read its last row, since a draft may know fewer tokens than its target.
+    """
+    tokens = jnp.minimum(tokens, table.shape[0] - 1)
+    return bfloat16.moved(lambda table, tokens: jnp.take(table, tokens, axis=0), (table,), tokens).astype(jnp.float32)
+
+
+def _dot(x: Array, weight: Array, num_contracted: int) -> Array:
+    if not outputs_first(weight.dtype):
+        contracted = (tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted)))
+        return jax.lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=jnp.float32)
+    # As matrices: XLA would bring a weight of more axes into the order `[in, out]`, by a copy in every call.
+    kept, outputs = x.shape[: x.ndim - num_contracted], weight.shape[: weight.ndim - num_contracted]
+    rows, matrix = x.reshape(math.prod(kept), -1), weight.reshape(math.prod(outputs), -1)
+
+    def multiplied(a: Array, b: Array) -> Array:
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    # XLA:CPU multiplies few rows by a tall matrix up to 1.4 times faster where the matrix is on the left.
+    out = jax.lax.platform_dependent(
+        rows, matrix, cpu=lambda rows, matrix: multiplied(matrix, rows).T, default=multiplied
+    )
+    return out.reshape(*kept, *outputs)
+
+
+def product(x: Float[Array, "B T *i"], weight: Float[Array, "..."], num_contracted: int = 1) -> Float[Array, "B T *o"]:
+    """The product over the last `num_contracted` axes of x, in the weight's dtype, accumulated in float32."""
+    x = x.astype(weight.dtype)
+    if weight.dtype != jnp.bfloat16 or x.shape[0] * x.shape[1] > 1:
+        return _dot(x, weight, num_contracted)
+
+    # XLA:CPU turns a one-row bf16 product into a vector kernel that converts every weight to float32 first, six
+    # times slower than two rows.
+    def two_rows(x: Array, weight: Array) -> Array:
+        padded = jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
+        return _dot(padded, weight, num_contracted)[:, :1]
+
+    return jax.lax.platform_dependent(
+        x, weight, cpu=two_rows, default=lambda x, weight: _dot(x, weight, num_contracted)
+    )
+
+
+def quantise(weight: Float[Array, "..."], num_contracted: int) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+    """A matrix in int8, `[out, in]`, and the float32 scale of each output: the largest weight is 127 of them.
+
+    Args:
+      weight: as `stored` says.
+      num_contracted: how many of its axes are the inputs'.
+    """
+    if not outputs_first(weight.dtype):
+        weight = jnp.transpose(weight, rotated(weight.ndim, num_contracted))
+    inputs = tuple(range(weight.ndim - num_contracted, weight.ndim))
+    weight = weight.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(weight), axis=inputs)
+    scale = jnp.where(largest > 0, largest, 1.0) / 127
+    return jnp.round(weight / jnp.expand_dims(scale, inputs)).astype(jnp.int8), scale
+
+
+def product_int8(
+    x: Float[Array, "B T *i"], weight: Int[Array, "..."], scale: Float[Array, "*o"], num_contracted: int = 1
+) -> Float[Array, "B T *o"]:
+    """The product with a matrix of `quantise`, in float32.
+
+    CPUs multiply int8 by int8: every x is rounded to 15 bits of its row's largest, and its upper and lower seven make
+    two rows, of which no fewer are multiplied anyway (`product`). Sums of integers are exact, so a result does not
+    depend on how many rows there are. Elsewhere the weights are brought to bfloat16 as they are read.
+    """
+    kept, outputs = x.shape[: x.ndim - num_contracted], scale.shape
+    rows, matrix = x.reshape(math.prod(kept), -1).astype(jnp.float32), weight.reshape(math.prod(outputs), -1)
+
+    def integers(rows: Array, matrix: Array) -> Array:
+        step = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-30) / (127 * 128)
+        whole = jnp.round(rows / step).astype(jnp.int32)
+        both = jnp.concatenate([whole >> 7, whole & 127]).astype(jnp.int8)
+        product = jax.lax.dot_general(matrix, both, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        upper, lower = jnp.split(product.T.astype(jnp.float32), 2)
+        return (128 * upper + lower) * step
+
+    def floats(rows: Array, matrix: Array) -> Array:
+        return _dot(rows.astype(jnp.bfloat16), matrix.astype(jnp.bfloat16), 1)
+
+    out = jax.lax.platform_dependent(rows, matrix, cpu=integers, default=floats)
+    return (out * scale.reshape(-1)).reshape(*kept, *outputs)

@@ -1,0 +1,163 @@
+"""What a model call computes, reads and sends on each device, counted in its traced program.
+
+A model call is traced, its matrix products are counted, and what they read is divided by the shardings that the rules
+give it. `aot` compiles the same step for TPUs and reads what XLA made of it.
+"""
+
+import math
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specjax.models import families, linear
+from specjax.models.config import ModelConfig
+from specjax.planning.setup import SIDES, Setup, abstract_mesh, local_bytes, local_shape, placed_config, shard, unrolled
+from specjax.types import Tree
+
+
+class Cost(NamedTuple):
+    """What one model call takes on each device.
+
+    Attributes:
+      flops: multiplications and additions of its matrix products.
+      parameter_bytes: of the parameters that it reads.
+      cache_bytes: of the keys and values that it reads, which is the whole buffer.
+      all_reduces: how many.
+      all_reduce_bytes: of all of them.
+    """
+
+    flops: float
+    parameter_bytes: float
+    cache_bytes: float
+    all_reduces: float
+    all_reduce_bytes: float
+
+
+_SAME_DATA = frozenset(
+    ("reshape", "transpose", "convert_element_type", "broadcast_in_dim", "squeeze", "slice", "sharding_constraint")
+)
+"""Primitives whose result is their first argument in another form: what reads it reads that argument."""
+
+
+_UPDATES = frozenset(("dynamic_update_slice", "scatter"))
+
+
+_LOOKUPS = frozenset(("gather", "dynamic_slice"))
+
+
+class _Product(NamedTuple):
+    """A matrix product: its operations, and which argument of the program its operands stem from, or -1."""
+
+    flops: int
+    arguments: tuple[int, int]
+
+
+def _inner(eqn: Any) -> Any:
+    """The program that an equation calls, if it does: of a branch, that for accelerators, which is the last."""
+    params = eqn.params
+    found = params.get("jaxpr", params.get("call_jaxpr", (params.get("branches") or [None])[-1]))
+    return getattr(found, "jaxpr", found)
+
+
+def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -> Generator[_Product, None, list[int]]:
+    """The matrix products of a program, noting which of its arguments are read, and which are only looked up in.
+
+    Returns:
+      which argument each result is another form of, or -1.
+    """
+    origin: dict[Any, int] = dict(zip(jaxpr.invars, origins, strict=True))
+
+    def of(x: Any) -> int:
+        return -1 if hasattr(x, "val") else origin.get(x, -1)
+
+    for eqn in jaxpr.eqns:
+        name, sources = eqn.primitive.name, [of(x) for x in eqn.invars]
+        inner = _inner(eqn)
+        if name in _SAME_DATA or name in _UPDATES:
+            origin[eqn.outvars[0]] = sources[0]
+        elif inner is not None:
+            results = yield from _walk(inner, sources[len(sources) - len(inner.invars) :], read, looked_up)
+            origin.update(zip(eqn.outvars, results, strict=True))
+        elif name in _LOOKUPS:
+            looked_up.update({sources[0]} - {-1})
+        else:
+            read.update(source for source in sources if source >= 0)
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            size = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            yield _Product(2 * size * math.prod(eqn.outvars[0].aval.shape), (sources[0], sources[1]))
+    return [of(x) for x in jaxpr.outvars]
+
+
+def _reduced(config: ModelConfig, params: Tree, read: set[int], looked_up: set[int]) -> Iterator[int]:
+    """Numbers a token of each all-reduce: products whose contracted axes are split, lookups in a split vocabulary."""
+    leaves, treedef = jax.tree.flatten(params)
+    contracted, axes = (treedef.flatten_up_to(f(config)) for f in (families.num_contracted, families.param_axes))
+    for i, (leaf, number, names) in enumerate(zip(leaves, contracted, axes, strict=True)):
+        split = [axis is not None for axis in (*leaf.sharding.spec, *[None] * leaf.ndim)]
+        outputs_first = linear.outputs_first(leaf.dtype)
+        inputs = range(leaf.ndim - number, leaf.ndim) if outputs_first else range(number)
+        if i in read and any(split[axis] for axis in inputs):
+            yield leaf.size // math.prod(leaf.shape[axis] for axis in inputs)
+        if i in looked_up and "vocab" in names and split[names.index("vocab")]:
+            yield leaf.size // leaf.shape[names.index("vocab")]
+
+
+def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
+    """What a call of one side takes on each device, by the number of tokens that it reads of each row.
+
+    Two calls are traced, of two and three tokens; every cost grows by as much with each further token.
+    """
+    setup = unrolled(setup)
+    placed = shard(setup, abstract_mesh(setup))
+    index = SIDES.index(side)
+    params, cache = placed.params[index], (placed.state.rows.cache, placed.state.rows.drafter)[index]
+    arguments = jax.tree.leaves((params, cache))
+    shards = [x.size // math.prod(local_shape(x)) for x in arguments]
+    num_params = len(jax.tree.leaves(params))
+    rows = setup.batch_size // setup.data
+
+    def traced(tokens: int) -> Cost:
+        block = jax.ShapeDtypeStruct((setup.batch_size, tokens), jnp.int32)
+        apply = placed.models[side].apply
+        jaxpr = jax.make_jaxpr(lambda params, cache, tokens: apply(params, tokens, cache))(params, cache, block).jaxpr
+        read: set[int] = set()
+        looked_up: set[int] = set()
+        flops = 0.0
+        for product in _walk(jaxpr, [*range(len(arguments)), -1], read, looked_up):
+            known = [i for i in product.arguments if i >= 0]
+            # A product with the cache has its rows split already; one with a parameter runs for the device's own rows.
+            divisors = [shards[i] * (setup.data if i < num_params else 1) for i in known]
+            flops += product.flops / max(divisors, default=setup.data)
+        reduced = list(_reduced(placed_config(setup, side), params, read, looked_up)) if setup.mesh_shape[1] > 1 else []
+        return Cost(
+            flops,
+            local_bytes([arguments[i] for i in read if i < num_params]),
+            local_bytes([arguments[i] for i in read if i >= num_params]),
+            len(reduced),
+            # Partial sums are float32.
+            4.0 * rows * tokens * sum(reduced),
+        )
+
+    two, three = traced(2), traced(3)
+    return lambda tokens: Cost(*(a + (tokens - 2) * (b - a) for a, b in zip(two, three, strict=True)))
+
+
+def with_collectives(cost: Callable[[int], Cost], seen: dict[int, tuple[float, float]]) -> Callable[[int], Cost]:
+    """Costs with the collectives that a compiled program has in the place of those that were computed.
+
+    Args:
+      cost: by number of tokens.
+      seen: how many, and the bytes of all, by number of tokens; in between and beyond, the line through the first and
+        the last.
+    """
+    first, last = min(seen), max(seen)
+
+    def at(tokens: int) -> Cost:
+        share = (tokens - first) / (last - first) if last > first else 0.0
+        number, size = (a + share * (b - a) for a, b in zip(seen[first], seen[last], strict=True))
+        return cost(tokens)._replace(all_reduces=number, all_reduce_bytes=size)
+
+    return at

@@ -1,0 +1,80 @@
+"""What XLA made of one program: its memory, its operations, and what it sends between devices."""
+
+import collections
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from specjax.models import cache as cache_lib
+from specjax.planning import hlo
+
+PARTS = ("target_call", "draft_call", "drafting", "")
+"""Scopes that `plan.shard` names, the innermost first; the last is everything else: verification and commit."""
+
+Counts = Mapping[tuple[str, str], tuple[float, float, float]]
+"""By part and kind of collective: how many, the bytes of all, and those of the largest."""
+
+
+class Program(NamedTuple):
+    """What XLA made of a program, of one device.
+
+    Attributes:
+      argument_bytes: of what goes in, as it lies in memory, padding and all.
+      output_bytes: of what comes out.
+      alias_bytes: of those outputs that are written in place of an argument.
+      temporary_bytes: beside.
+      code_bytes: of the program itself.
+      flops: counted by XLA; bodies of loops once.
+      bytes_accessed: likewise, on-chip memories and all; None where extrapolated, since it depends on what fits there.
+      optimal_seconds: XLA's own estimate; None where it has none (it is not positive), or where extrapolated.
+      collectives: as they stand in the program, each once.
+      cache_copies: instructions that copy a layer's keys or values.
+    """
+
+    argument_bytes: float
+    output_bytes: float
+    alias_bytes: float
+    temporary_bytes: float
+    code_bytes: float
+    flops: float
+    bytes_accessed: float | None
+    optimal_seconds: float | None
+    collectives: Counts
+    cache_copies: float
+
+
+def _part(op_name: str) -> str:
+    return next(part for part in PARTS if part in op_name)
+
+
+def read(compiled: Any, cache_shapes: set[tuple[int, ...]]) -> Program:
+    """Reads a compiled program.
+
+    Args:
+      compiled: as `lowered.compile()` gives it.
+      cache_shapes: of the layers' keys and values on one device.
+    """
+    text, cost, stats = compiled.as_text(), compiled.cost_analysis() or {}, compiled.memory_analysis()
+    found: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
+    for collective in hlo.collectives(text):
+        found[_part(collective.op_name), collective.kind].append(collective.size_in_bytes)
+    seconds = float(cost.get("optimal_seconds", -1.0))
+    return Program(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+        float(cost.get("flops", 0.0)),
+        float(cost.get("bytes accessed", 0.0)),
+        seconds if seconds > 0 else None,
+        {key: (len(sizes), sum(sizes), max(sizes)) for key, sizes in sorted(found.items())},
+        len(hlo.copies(text, sorted(cache_shapes))),
+    )
+
+
+def cache_shapes(*caches: Any) -> set[tuple[int, ...]]:
+    """The shapes of the layers' keys and values on one device, of abstract caches (`plan.shard`)."""
+    leaves = jax.tree.leaves(caches)
+    return {x.sharding.shard_shape(x.shape) for x in leaves if len(cache_lib.axes_of(x.ndim)) > 1}

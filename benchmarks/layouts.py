@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specjax.experiments import report
+from specjax.experiments.reports import tables
 from specjax.models import cache as cache_lib
 from specjax.models import families, presets
 from specjax.models.config import DecoderConfig
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
     print(
         f"{_TARGET.value} on {topology.name}, {_TOKENS.value} tokens a row, what each chip takes for a layer; ", end=""
     )
-    print(f"jax {jax.__version__}, {datetime.date.today()}\n\n{report.markdown(table)}")
+    print(f"jax {jax.__version__}, {datetime.date.today()}\n\n{tables.markdown(table)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from test_experiments import row
 
 from specjax import files
 from specjax.api import pretrained
-from specjax.experiments import report, results
+from specjax.experiments import results
+from specjax.experiments.reports import compare as report
 from specjax.experiments.store import Store
 from specjax.models.weights import checkpoint
 from specjax.training.curve import Curve

@@ -8,8 +8,11 @@ import tokenizers
 from rich.console import Console
 from tokenizers import decoders, models, pre_tokenizers
 
-from specjax.experiments import marks, plots, prompts, report, results
-from specjax.experiments.display import MARKS, View, shorten
+from specjax.experiments import prompts, results
+from specjax.experiments.reports import accepted_text as marks
+from specjax.experiments.reports import compare as report
+from specjax.experiments.reports import plots
+from specjax.experiments.reports.display import MARKS, View, shorten
 from specjax.text.tokenizer import Tokenizer
 
 

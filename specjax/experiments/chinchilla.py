@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from specjax import drafters, files
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
-from specjax.experiments import cells, choices, compare, report, results, texts
-from specjax.experiments.chinchilla_report import Measured, Sampling, findings, write_report
-from specjax.experiments.display import View
+from specjax.experiments import cells, choices, compare, results, texts
 from specjax.experiments.prompts import Prompt
+from specjax.experiments.reports import plots, tables
+from specjax.experiments.reports.chinchilla import Measured, Sampling, figures, findings, summary
+from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
 from specjax.experiments.store import Store
 from specjax.experiments.tasks import human_eval, prompting, quality, sandbox
@@ -248,10 +249,12 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     files.write(directory / "config.json", results.to_json(config.to_dict()))
     lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
     files.write(directory / "samples.jsonl", "".join(f"{line}\n" for line in lines))
-    written = write_report(directory, measured)
+    files.write(directory / "results.json", results.to_json(measured.rows))
+    images = plots.save(directory, figures(measured))
+    files.write(directory / "summary.md", summary(measured))
     for text in findings(measured):
         view.line(text.replace("**", ""), "bold")
-    view.line(f"{', '.join(written)} are in {directory}.")
+    view.line(f"{', '.join(('results.json', 'summary.md', *images))} are in {directory}.")
 
 
 def _measure(config: Config, store: Store, view: View) -> tuple[Measured, list[Row]]:
@@ -293,7 +296,7 @@ def _measure(config: Config, store: Store, view: View) -> tuple[Measured, list[R
                     drafter = drafter_of(draft_tokens) if draft_tokens else drafters.none()
                     row = store.get(key, lambda d=drafter, s=sampling, b=batch_size: _timed(config, setting, d, s, b))
                     rows.append(row)
-                    view.line(f"{key}: {report.speedup(row)}, {row['block_efficiency']:.2f} tokens a call")
+                    view.line(f"{key}: {tables.speedup(row)}, {row['block_efficiency']:.2f} tokens a call")
                     bar.advance(bar.task_ids[0])
             for side, drafter in sides.items():
                 key = f"{side}, {sampling.name}"

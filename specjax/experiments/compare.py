@@ -19,10 +19,12 @@ import numpy as np
 from specjax import api, decoding, drafters, files, metrics
 from specjax.api import pretrained
 from specjax.api.pretrained import Pretrained
-from specjax.experiments import choices, plots, prompts, report, results
-from specjax.experiments.display import View
-from specjax.experiments.marks import segments
+from specjax.experiments import choices, prompts, results
 from specjax.experiments.prompts import Prompt
+from specjax.experiments.reports import compare as report
+from specjax.experiments.reports import plots
+from specjax.experiments.reports.accepted_text import segments
+from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
 from specjax.parallel import distributed, sharding
 from specjax.sampling import automaton

@@ -17,7 +17,7 @@ from specjax.drafters import store
 from specjax.drafters.retrieval import Datastore, histogram, lookup, occurrences
 from specjax.drafters.table import Table, distribution
 from specjax.experiments import results, texts
-from specjax.experiments.display import View
+from specjax.experiments.reports.display import View
 from specjax.text.tokenizer import Tokenizer
 
 Config = Any

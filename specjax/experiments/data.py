@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from specjax import files
 from specjax.experiments import download, prompts, stdlib_texts
-from specjax.experiments.display import View
+from specjax.experiments.reports.display import View
 
 Config = Any
 """An `ml_collections.ConfigDict` with the keys of `configs/data.py`."""

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from specjax.experiments.display import View
+from specjax.experiments.reports.display import View
 
 _CHUNK = 1 << 18
 _SECONDS = 30.0

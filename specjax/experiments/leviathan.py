@@ -21,9 +21,10 @@ from specjax import drafters, files
 from specjax.api import pretrained
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
-from specjax.experiments import cells, compare, prompts, report, results, tasks, texts, train
-from specjax.experiments.display import View
-from specjax.experiments.leviathan_report import Measured, findings, write_report
+from specjax.experiments import cells, compare, prompts, results, tasks, texts, train
+from specjax.experiments.reports import plots, tables
+from specjax.experiments.reports.display import View
+from specjax.experiments.reports.leviathan import Measured, figures, findings, summary
 from specjax.experiments.results import Row
 from specjax.experiments.store import Store
 from specjax.text.tokenizer import SPIECE
@@ -201,7 +202,7 @@ def _measure(
                         ),
                     )
                     rows.append(row)
-                    view.line(f"{key}: {report.speedup(row)} (c {row['cost_ratio']:.2f})")
+                    view.line(f"{key}: {tables.speedup(row)} (c {row['cost_ratio']:.2f})")
         for t in temperatures:
             quality[t]["plain"] = get(
                 f"{config.metric}, plain, T={t:g}",
@@ -297,7 +298,9 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         lenience,
         spent,
     )
-    written = write_report(directory, measured)
+    files.write(directory / "results.json", results.to_json(measured.rows))
+    images = plots.save(directory, figures(measured))
+    files.write(directory / "summary.md", summary(measured))
     for text in findings(measured):
         view.line(text.replace("**", ""), "bold")
-    view.line(f"{', '.join(written)} are in {directory}.")
+    view.line(f"{', '.join(('results.json', 'summary.md', *images))} are in {directory}.")

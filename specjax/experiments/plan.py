@@ -11,8 +11,10 @@ from typing import Any
 import jax
 
 from specjax import files
-from specjax.experiments import choices, plan_report, plots, results
-from specjax.experiments.display import View
+from specjax.experiments import choices, results
+from specjax.experiments.reports import plan as report
+from specjax.experiments.reports import plots
+from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
 from specjax.models import families
 from specjax.models.weights import shapes
@@ -259,9 +261,9 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         rows.append(make_row(name, setup, config, compiled, exhausted=compiles and compiled is None))
     workdir.mkdir(parents=True, exist_ok=True)
     files.write(workdir / "config.json", results.to_json(config.to_dict()))
-    files.write(workdir / "summary.md", plan_report.markdown(config.name, rows))
-    plots.plan(rows).savefig(workdir / "plan.png", dpi=130)
+    files.write(workdir / "summary.md", report.summary(config.name, rows))
+    plots.save(workdir, {"plan.png": report.figure(rows)})
     files.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
-    for line in plan_report.headlines(rows):
+    for line in report.headlines(rows):
         view.line(line)
     view.line(f"Results: {workdir}{os.sep} ({', '.join(FILES)})", "bold")

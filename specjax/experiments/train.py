@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import math
 import os
 import pathlib
 import shutil
@@ -15,8 +14,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from specjax import files
-from specjax.experiments import plots, results
-from specjax.experiments.display import View
+from specjax.experiments import results
+from specjax.experiments.reports import plots
+from specjax.experiments.reports import train as report
+from specjax.experiments.reports.display import View
 from specjax.models import families
 from specjax.models.config import ModelConfig, T5Config
 from specjax.parallel import sharding
@@ -35,8 +36,6 @@ FILES = (*fit.FILES, SPIECE, "config.json", "summary.md", "loss.png")
 
 _LINE_EVERY = 20.0
 """Seconds between two lines of progress where there is no terminal."""
-_RECENT = 50
-"""Steps that the displayed loss is the mean of."""
 
 
 def check(config: Config) -> TrainConfig:
@@ -131,7 +130,7 @@ class _Progress:
 
     def __init__(self, view: View, run: Run, bar: Any):
         self.view, self.run, self.bar = view, run, bar
-        self.losses: collections.deque[float] = collections.deque(maxlen=_RECENT)
+        self.losses: collections.deque[float] = collections.deque(maxlen=report.RECENT)
         self.shown = time.monotonic()
         self.is_first = True
 
@@ -149,7 +148,9 @@ class _Progress:
         for line in lines:
             if "valid_loss" in line:
                 loss = line["valid_loss"]
-                self.view.line(f"Step {line['step']}: validation loss {loss:.4f}, perplexity {_perplexity(loss):.2f}.")
+                self.view.line(
+                    f"Step {line['step']}: validation loss {loss:.4f}, perplexity {report.perplexity(loss):.2f}."
+                )
 
     def _step(self, line: Line) -> None:
         loss = sum(self.losses) / len(self.losses)
@@ -164,47 +165,15 @@ class _Progress:
             )
 
 
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def facts(run: Run, curve: Curve) -> list[tuple[str, str]]:
-    """What a finished run comes to, by name."""
-    steps, c = curve.steps, run.model_config
-    seconds, tokens = sum(line["seconds"] for line in steps), sum(line["num_tokens"] for line in steps)
-    rows = run.config.batch_size * run.config.num_steps
-    found = [
-        ("parameters", f"{families.num_params(c)} ({c.vocab_size} logits)"),
-        ("steps", f"{len(steps)} of {run.config.batch_size} rows, {rows / len(run.data.rows):.1f} epochs"),
-        ("tokens", f"{tokens:.0f}, of which {sum(line['num_targets'] for line in steps):.0f} targets"),
-        ("time", f"{seconds / 60:.1f} minutes of steps, compiling included; {tokens / seconds:.0f} tokens/s"),
-        (
-            f"training loss (last {min(_RECENT, len(steps))} steps)",
-            f"{_mean([s['loss'] for s in steps[-_RECENT:]]):.4f}",
-        ),
-    ]
-    if curve.best is not None:
-        last, best = curve.valid[-1]["valid_loss"], curve.best
-        found.append(("validation loss (last)", f"{last:.4f}, perplexity {_perplexity(last):.2f}"))
-        found.append(
-            ("validation loss (least)", f"{best['valid_loss']:.4f} at step {best['step']}, which `model/` is of")
-        )
-    return found
-
-
 def _finish(config: Config, run: Run, curve: Curve, workdir: pathlib.Path, view: View) -> None:
-    found = facts(run, curve)
+    shape = {"batch_size": run.config.batch_size, "data": len(run.data.rows), "logits": run.model_config.vocab_size}
+    shape["parameters"] = families.num_params(run.model_config)
+    found = report.facts(shape, curve.steps, curve.valid)
     for name, value in found:
         view.line(f"{name}: {value.replace('`', '')}", "bold")
     with view.status("Plotting"):
-        plots.losses(curve.steps, curve.valid).savefig(workdir / "loss.png", dpi=130)
-    table = "".join(f"| {name} | {value} |\n" for name, value in found)
-    summary = f"# {config.name}\n\n| what | value |\n|---|---|\n{table}\n![Loss by step](loss.png)\n"
-    files.write(workdir / "summary.md", summary)
+        plots.save(workdir, {"loss.png": report.figure(curve.steps, curve.valid)})
+    files.write(workdir / "summary.md", report.summary(config.name, found))
     view.line(f"Results: {workdir}{os.sep} ({', '.join(('summary.md', 'loss.png', *fit.FILES[1:]))})")
     view.line(f"The model: specjax.load({str(workdir / fit.MODEL)!r})")
 

@@ -1,15 +1,15 @@
-"""The table and plots of the experiment of Chen et al. 2023, the paper's figures beside the measured ones."""
+"""The tables and plots of the experiment of Chen et al. 2023, with the paper's figures beside the measured ones."""
 
-import pathlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from specjax import files
-from specjax.experiments import noise, results
-from specjax.experiments.report import markdown, speedup
+from specjax.experiments import noise
+from specjax.experiments.reports import plots
+from specjax.experiments.reports.tables import bullets, markdown, number, page, speedup, table
 from specjax.experiments.results import Row
 
 TOKENS = 128
@@ -63,8 +63,6 @@ DIFFERENT = (
     "Ours are of decoding alone, without reading the prompt."
 )
 """What lies between the two columns."""
-
-_COLORS = ("#3b6ea5", "#c8553d", "#5b8c5a", "#8a6bb0", "#b08a3e", "#666666")
 
 
 class Measured(NamedTuple):
@@ -174,98 +172,86 @@ def _scored(measured: Measured, side: str, sampling: Sampling) -> str:
 
 def table_1(measured: Measured) -> list[list[str]]:
     """Every sampling and batch size at the K of the judged texts and at the best K, the paper's line beside it."""
-    head = "sampling, batch, K, quality plain, speculative, ms/token plain, speculative, speedup"
-    table = [[*head.split(", "), "paper: quality", "paper: ms/token", "paper: speedup"]]
-    for line in lines(measured.rows):
-        best = _best(line)
+
+    def paper(line: Line, shown: Callable[[Published], str]) -> str:
+        found = PAPER.get(measured.paper, {}).get(line.sampling) if line.batch_size == 1 else None
+        return shown(found) if found else "-"
+
+    def cells(line: Line) -> list[tuple[Line, Row]]:
         judged = [row for row in line.rows if row["num_draft_tokens"] == measured.quality_draft_tokens]
-        paper = PAPER.get(measured.paper, {}).get(line.sampling) if line.batch_size == 1 else None
-        for row in [*judged, best] if best not in judged else judged:
-            table.append(
-                [
-                    line.sampling.name,
-                    str(line.batch_size),
-                    f"{row['num_draft_tokens']}{' (best)' if row is best else ''}",
-                    _scored(measured, "plain", line.sampling),
-                    _scored(measured, "speculative", line.sampling),
-                    f"{ms_per_token(row, 'baseline_'):.2f}",
-                    f"{ms_per_token(row):.2f}",
-                    speedup(row),
-                    f"{paper.plain} -> {paper.speculative}" if paper else "-",
-                    f"{paper.plain_ms:g} -> {paper.speculative_ms:.2f}" if paper else "-",
-                    f"{paper.speedup:.2f}x" if paper else "-",
-                ]
-            )
-    return table
+        best = _best(line)
+        return [(line, row) for row in ([*judged, best] if best not in judged else judged)]
+
+    columns = (
+        ("sampling", lambda cell: cell[0].sampling.name),
+        ("batch", lambda cell: cell[0].batch_size),
+        ("K", lambda cell: f"{cell[1]['num_draft_tokens']}{' (best)' if cell[1] is _best(cell[0]) else ''}"),
+        ("quality plain", lambda cell: _scored(measured, "plain", cell[0].sampling)),
+        ("speculative", lambda cell: _scored(measured, "speculative", cell[0].sampling)),
+        ("ms/token plain", lambda cell: f"{ms_per_token(cell[1], 'baseline_'):.2f}"),
+        ("speculative", lambda cell: f"{ms_per_token(cell[1]):.2f}"),
+        ("speedup", lambda cell: speedup(cell[1])),
+        ("paper: quality", lambda cell: paper(cell[0], lambda p: f"{p.plain} -> {p.speculative}")),
+        ("paper: ms/token", lambda cell: paper(cell[0], lambda p: f"{p.plain_ms:g} -> {p.speculative_ms:.2f}")),
+        ("paper: speedup", lambda cell: paper(cell[0], lambda p: f"{p.speedup:.2f}x")),
+    )
+    return table(columns, itertools.chain.from_iterable(map(cells, lines(measured.rows))))
 
 
 def table_sweep(measured: Measured) -> list[list[str]]:
     """Every timed cell: what Figure 1 shows."""
-    head = "sampling, batch, K, alpha, tokens/loop, tokens/(K+1), loop ms"
-    table = [[*head.split(", "), f"{TOKENS} tokens: P50", "P90", "P99", "plain: P50", "P90", "P99", "speedup", "same"]]
-    for line in lines(measured.rows):
-        for row in line.rows:
-            spreads = [spread([row], side) for side in ("", "baseline_")]
-            identical = row["identical"]
-            table.append(
-                [
-                    line.sampling.name,
-                    str(line.batch_size),
-                    str(row["num_draft_tokens"]),
-                    "-" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}",
-                    f"{row['block_efficiency']:.2f}",
-                    f"{efficiency(row):.2f}",
-                    f"{loop_ms(row):.1f}",
-                    *(f"{value:.0f}" for side in spreads for value in side),
-                    speedup(row),
-                    "-" if identical is None else f"{identical:.0%}",
-                ]
-            )
-    return table
+    spreads = [
+        (f"{name}P{percent}", lambda cell, side=side, i=i: f"{spread([cell[1]], side)[i]:.0f}")
+        for side, first in (("", f"{TOKENS} tokens: "), ("baseline_", "plain: "))
+        for i, (name, percent) in enumerate(((first, 50), ("", 90), ("", 99)))
+    ]
+    columns = (
+        ("sampling", lambda cell: cell[0].sampling.name),
+        ("batch", lambda cell: cell[0].batch_size),
+        ("K", lambda cell: cell[1]["num_draft_tokens"]),
+        ("alpha", lambda cell: number(cell[1]["acceptance_rate"], ".2f")),
+        ("tokens/loop", lambda cell: f"{cell[1]['block_efficiency']:.2f}"),
+        ("tokens/(K+1)", lambda cell: f"{efficiency(cell[1]):.2f}"),
+        ("loop ms", lambda cell: f"{loop_ms(cell[1]):.1f}"),
+        *spreads,
+        ("speedup", lambda cell: speedup(cell[1])),
+        ("same", lambda cell: number(cell[1]["identical"], ".0%")),
+    )
+    return table(columns, [(line, row) for line in lines(measured.rows) for row in line.rows])
 
 
 def figure_1(measured: Measured) -> Figure:
     """The paper's Figure 1: time for 128 tokens, acceptance and loop time against K."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    counts = sorted({row["num_draft_tokens"] for row in measured.rows})
-    panels = figure.subplots(1, 3)
+    figure, panels = plots.panels(3, 13 / 3, 4)
     shown = (
         (f"time for {TOKENS} tokens", "ms", lambda row: TOKENS * ms_per_token(row)),
         ("acceptance: tokens of a loop / (K + 1)", "", efficiency),
         ("time of a loop", "ms", loop_ms),
     )
     for axes, (title, unit, value) in zip(panels, shown, strict=True):
-        for line, color in zip(lines(measured.rows), _COLORS * 9, strict=False):
+        for line, color in zip(lines(measured.rows), itertools.cycle(plots.COLORS), strict=False):
             k = [row["num_draft_tokens"] for row in line.rows]
             axes.plot(k, [value(row) for row in line.rows], "o-", color=color, label=line.label)
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xticks(counts)
-        axes.set_xlabel("draft tokens a step, K")
-        axes.set_ylabel(unit)
+        axes.set_xticks(sorted({row["num_draft_tokens"] for row in measured.rows}))
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=8)
+        plots.finish(axes, title, "draft tokens a step, K", unit, legend=axes is panels[0])
     return figure
 
 
 def spread_plot(measured: Measured) -> Figure:
     """P50, P90 and P99 of the texts' times against K, those of plain decoding dotted."""
     swept = lines(measured.rows)
-    figure = Figure(figsize=(4.6 * len(swept), 3.8), layout="constrained")
-    for axes, line in zip(np.atleast_1d(figure.subplots(1, len(swept))), swept, strict=True):
+    figure, panels = plots.panels(len(swept), 4.6, 3.8)
+    for axes, line in zip(panels, swept, strict=True):
         k = [row["num_draft_tokens"] for row in line.rows]
         plain = spread(line.rows, "baseline_")
         measured_ms = zip(*(spread([row]) for row in line.rows), strict=True)
-        for percent, values, dotted, color in zip((50, 90, 99), measured_ms, plain, _COLORS, strict=False):
+        for percent, values, dotted, color in zip((50, 90, 99), measured_ms, plain, plots.COLORS, strict=False):
             axes.plot(k, values, "o-", color=color, label=f"P{percent}")
             axes.axhline(dotted, color=color, linewidth=0.8, linestyle=":")
-        axes.set_title(line.label, loc="left", fontsize=10)
         axes.set_xticks(k)
-        axes.set_xlabel("draft tokens a step, K")
-        axes.set_ylabel(f"ms for {TOKENS} tokens")
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        plots.finish(axes, line.label, "draft tokens a step, K", f"ms for {TOKENS} tokens", legend=True)
     return figure
 
 
@@ -312,10 +298,10 @@ LEGEND = f"""\
 
 def summary(measured: Measured) -> str:
     """The text of `summary.md`."""
-    parts = [
+    return page(
         f"# {measured.name}",
         measured.about,
-        "\n".join(f"- {text}" for text in findings(measured)),
+        bullets(findings(measured)),
         "## Speed and quality (the paper's Table 1)",
         markdown(table_1(measured)),
         DIFFERENT if measured.paper else "",
@@ -325,18 +311,9 @@ def summary(measured: Measured) -> str:
         markdown(table_sweep(measured)),
         LEGEND,
         f"Measuring took {measured.seconds / 60:.1f} min.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    )
 
 
-def write_report(directory: pathlib.Path, measured: Measured) -> Sequence[str]:
-    """Writes `results.json`, `summary.md` and the plots.
-
-    Returns:
-      the files' names.
-    """
-    files.write(directory / "results.json", results.to_json(measured.rows))
-    figure_1(measured).savefig(directory / "figure1.png", dpi=130)
-    spread_plot(measured).savefig(directory / "spread.png", dpi=130)
-    files.write(directory / "summary.md", summary(measured))
-    return "results.json", "summary.md", "figure1.png", "spread.png"
+def figures(measured: Measured) -> dict[str, Figure]:
+    """The plots by the names of their files."""
+    return {"figure1.png": figure_1(measured), "spread.png": spread_plot(measured)}

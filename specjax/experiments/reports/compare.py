@@ -1,40 +1,13 @@
-"""What the rows of a run say: the table, the findings in words, and `summary.md`."""
+"""What the rows of a comparison say: the table, the findings in words, and `summary.md`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from specjax import theory
-from specjax.experiments import noise, printable, prompts, results
+from specjax.experiments import noise, prompts, results
+from specjax.experiments.reports import printable
+from specjax.experiments.reports.tables import bullets, markdown, page, speedup
 from specjax.experiments.results import Row
-
-HEADER = (
-    "prompt",
-    "tokens",
-    "plain tok/s",
-    "spec. tok/s",
-    "alpha",
-    "tok/call",
-    "c",
-    "predicted",
-    "accounted",
-    "measured",
-    "identical",
-)
-
-TERMINAL_HEADER = (
-    "prompt",
-    "tokens",
-    "plain\ntok/s",
-    "spec.\ntok/s",
-    "alpha",
-    "tok/\ncall",
-    "c",
-    "pre-\ndicted",
-    "ac-\ncounted",
-    "mea-\nsured",
-    "iden-\ntical",
-)
-"""`HEADER` in two lines, so that the table fits 80 columns."""
 
 TERMINAL_LEGEND = (
     "alpha: expected share of draft tokens accepted. c: time of a draft token over that of a target call.",
@@ -69,32 +42,33 @@ def _share(row: Row) -> str:
     return f"{row['num_identical']} of {row['num_prompts']}"
 
 
-def speedup(row: Row) -> str:
-    """The measured speedup, marked where it is not to be believed."""
-    return f"{row['measured_speedup']:.2f}x{noise.MARKS[row['verdict']]}"
-
-
 def between(row: Row) -> str:
     """The interval of the measured speedup."""
     return f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
 
 
+COLUMNS = (
+    ("prompt", label),
+    ("tokens", lambda row: row["num_tokens"]),
+    ("plain\ntok/s", lambda row: f"{row['baseline_tokens_per_second']:.1f}"),
+    ("spec.\ntok/s", lambda row: f"{row['tokens_per_second']:.1f}"),
+    ("alpha", lambda row: "none" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}"),
+    ("tok/\ncall", lambda row: f"{row['block_efficiency']:.2f}"),
+    ("c", lambda row: f"{row['cost_ratio']:.2g}" if row["cost_ratio"] >= 0.001 else "<.001"),
+    ("pre-\ndicted", lambda row: f"{row['predicted_speedup']:.2f}x"),
+    ("ac-\ncounted", lambda row: f"{row['accounted_speedup']:.2f}x"),
+    ("mea-\nsured", speedup),
+    ("iden-\ntical", _share),
+)
+"""The columns of the table, with headings in two lines, so that it fits 80 columns of a terminal."""
+
+TERMINAL_HEADER = tuple(heading for heading, _ in COLUMNS)
+HEADER = tuple(heading.replace("-\n", "").replace("/\n", "/").replace("\n", " ") for heading in TERMINAL_HEADER)
+
+
 def cells(row: Row) -> list[str]:
-    """One line of the table, as `HEADER` has it."""
-    alpha = "none" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}"
-    return [
-        label(row),
-        str(row["num_tokens"]),
-        f"{row['baseline_tokens_per_second']:.1f}",
-        f"{row['tokens_per_second']:.1f}",
-        alpha,
-        f"{row['block_efficiency']:.2f}",
-        f"{row['cost_ratio']:.2g}" if row["cost_ratio"] >= 0.001 else "<.001",
-        f"{row['predicted_speedup']:.2f}x",
-        f"{row['accounted_speedup']:.2f}x",
-        speedup(row),
-        _share(row),
-    ]
+    """The line of the table for a row."""
+    return [str(cell(row)) for _, cell in COLUMNS]
 
 
 def _better_k(row: Row) -> int:
@@ -204,12 +178,6 @@ def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     return found + _of_prompts(shown[:-1], total)
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its header."""
-    rows = ["| " + " | ".join(map(printable.markdown, row)) + " |" for row in table]
-    return "\n".join([rows[0], "|---" + "|---:" * (len(table[0]) - 1) + "|", *rows[1:]])
-
-
 LEGEND = """\
 - **tok/s**: new tokens a second while decoding, prefill and compilation excluded; median of the repeats.
 - **alpha**: mean of sum min(target, draft) over the judged draft tokens. **tok/call**: tokens per target call.
@@ -233,16 +201,15 @@ def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) 
     rule = f"rule `{total['verify']}` ({'exact' if total['exact'] else 'NOT exact'})"
     place = f"{total['dtype']} on {total['device']} with jax {total['jax_version']}"
     k, costs = total["num_draft_tokens"], results.costs_of(total)
-    parts = [
+    return page(
         f"# {printable.line(config['name'])}",
         f"{sides}, K = {k}, {rule}, temperature {total['temperature']:g}, batch {total['batch_size']}, {place}.",
         markdown([HEADER, *map(cells, shown)]),
-        "\n".join(f"- **{text}**" if bad else f"- {text}" for text, bad in findings(rows)),
+        bullets(f"**{text}**" if bad else text for text, bad in findings(rows)),
         f"Scoring {k + 1} tokens costs {costs.score_cost:.2f} plain steps, a whole drafting step {costs.step_cost:.2f} "
         f"(the run was told {total['step_cost']:.2f}). Compiling took {total['compile_seconds']:.1f} s for speculation "
         f"and {total['baseline_compile_seconds']:.1f} s for plain decoding; reading the prompts took "
         f"{total['prefill_seconds']:.2f} s and {total['baseline_prefill_seconds']:.2f} s.",
         "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in images),
         LEGEND,
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    )

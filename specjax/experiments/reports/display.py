@@ -17,8 +17,10 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from specjax.experiments import noise, printable, report
-from specjax.experiments.marks import Segment, merge, pieces
+from specjax.experiments import noise
+from specjax.experiments.reports import compare as report
+from specjax.experiments.reports import printable, tables
+from specjax.experiments.reports.accepted_text import Segment, merge, pieces
 from specjax.experiments.results import Row
 from specjax.text.tokenizer import Tokenizer
 
@@ -129,7 +131,7 @@ class View:
         same = {None: "", 1.0: ", identical text"}.get(row["identical"], ", text DIFFERS from plain decoding's")
         self.line(
             f"{report.label(row)}: {row['baseline_tokens_per_second']:.1f} tokens/s plain, "
-            f"{row['tokens_per_second']:.1f} speculative, {report.speedup(row)}{same}",
+            f"{row['tokens_per_second']:.1f} speculative, {tables.speedup(row)}{same}",
             "bold yellow" if row["verdict"] == noise.LOSS else "bold",
         )
 

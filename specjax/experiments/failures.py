@@ -1,4 +1,4 @@
-"""What ends a run, as one line for the user: what went wrong, and what to do about it."""
+"""The error that ends a run, as one line for the user: what went wrong, and what to do about it."""
 
 import errno
 import pathlib

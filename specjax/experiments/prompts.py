@@ -70,15 +70,12 @@ def _parse(fields: Any, number: int, where: str) -> Prompt:
 
 
 def read(path: str | pathlib.Path, num_prompts: int = 0) -> list[Prompt]:
-    """Reads the first prompts of a file; one that ends in `.xz` is unpacked. Empty lines are skipped.
+    """Reads the first prompts of a JSONL file, all where `num_prompts` is 0; one that ends in `.xz` is unpacked.
 
-    Args:
-      path: a JSONL file. A line's prompt is its `prompt`, its `input`, or the first of its `turns`.
-      num_prompts: how many; 0 reads all.
+    A line's prompt is its `prompt`, its `input`, or the first of its `turns`. Empty lines are skipped.
 
     Raises:
-      FileNotFoundError: where there is no such file.
-      OSError: where it is a directory, or cannot be read.
+      OSError: where it does not exist, is a directory, or cannot be read.
       ValueError: for a line that is not JSON or has no prompt, too few lines, or a file that is damaged.
     """
     path = pathlib.Path(path).expanduser()

@@ -13,7 +13,7 @@ from specjax.experiments.reports.tables import bullets, markdown, number, page, 
 from specjax.experiments.results import Row
 
 TOKENS = 128
-"""The paper's Figure 1 has the time in which a text grows by so many tokens."""
+"""The paper's Figure 1 has the time in which a text grows by this number of tokens."""
 
 
 class Sampling(NamedTuple):
@@ -56,7 +56,7 @@ PAPER: dict[str, dict[Sampling, Published]] = {
 """Table 1, by task and sampling. A target of 70B parameters and a draft of 4B on 16 TPU v4."""
 
 DIFFERENT = (
-    "The paper: Chinchilla, 70B parameters, with a draft of 4B and 8 layers, trained for it (1.8 ms a token against "
+    "The paper: Chinchilla, 70B parameters, with a draft of 4B and 8 layers, trained for it (1.8 ms per token against "
     "14.1), on 16 TPU v4, batch 1, K = 4; XSum: 11,305 texts of at most 128 tokens after one example; HumanEval: 100 "
     "texts of at most 512 tokens for each of 164 problems. Ours are the models, device and numbers of texts above: "
     "milliseconds and quality cannot be compared across, and a speedup only as far as the ratios of costs are alike. "
@@ -73,7 +73,7 @@ class Measured(NamedTuple):
       paper: which of the paper's tasks stands beside it: "xsum", "humaneval" or "".
       about: a sentence about models, data and machine.
       rows: the timed cells, with their `clock`.
-      scores: by side and sampling ("plain, greedy"), then metric: one score a problem, 0 to 100.
+      scores: by side and sampling ("plain, greedy"), then metric: one score per problem, 0 to 100.
       quality_draft_tokens: K of the texts that were judged.
       seconds: what measuring took.
     """
@@ -113,8 +113,8 @@ def lines(rows: Sequence[Row]) -> list[Line]:
 def spread(rows: Sequence[Row], side: str = "") -> list[float]:
     """P50, P90 and P99 of what `TOKENS` tokens of a text took; `side` "baseline_": without speculation.
 
-    A text that ends early is taken for one that goes on as fast, and so is a batch with such texts; each weighs as many
-    tokens as it wrote, or one that ended at once would count as if its start went on for `TOKENS` tokens.
+    A text that ends early is counted as if it went on as fast, and so is a batch with such texts. Each is weighted by
+    its tokens, so that one that ended at once counts little.
     """
     clock = [batch for row in rows for batch in row["clock"]]
     tokens = [batch[f"{side}tokens"] for batch in clock]
@@ -161,7 +161,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _best(line: Line) -> Row:
-    """The fastest cell; one that drafts, where there is one."""
+    """The fastest cell that drafts, or the fastest one where none drafts."""
     return max([row for row in line.rows if row["num_draft_tokens"]] or line.rows, key=lambda r: r["measured_speedup"])
 
 
@@ -234,7 +234,7 @@ def figure_1(measured: Measured) -> Figure:
             axes.plot(k, [value(row) for row in line.rows], "o-", color=color, label=line.label)
         axes.set_xticks(sorted({row["num_draft_tokens"] for row in measured.rows}))
         axes.set_ylim(bottom=0)
-        plots.finish(axes, title, "draft tokens a step, K", unit, legend=axes is panels[0])
+        plots.finish(axes, title, "draft tokens per step, K", unit, legend=axes is panels[0])
     return figure
 
 
@@ -251,7 +251,7 @@ def spread_plot(measured: Measured) -> Figure:
             axes.axhline(dotted, color=color, linewidth=0.8, linestyle=":")
         axes.set_xticks(k)
         axes.set_ylim(bottom=0)
-        plots.finish(axes, line.label, "draft tokens a step, K", f"ms for {TOKENS} tokens", legend=True)
+        plots.finish(axes, line.label, "draft tokens per step, K", f"ms for {TOKENS} tokens", legend=True)
     return figure
 
 
@@ -262,7 +262,7 @@ def findings(measured: Measured) -> list[str]:
         best = _best(line)
         found.append(
             f"{line.label}: fastest with K = {best['num_draft_tokens']}, {speedup(best)} plain decoding "
-            f"({ms_per_token(best, 'baseline_'):.2f} to {ms_per_token(best):.2f} ms a token)."
+            f"({ms_per_token(best, 'baseline_'):.2f} to {ms_per_token(best):.2f} ms per token)."
         )
         drafting = [row for row in line.rows if row["num_draft_tokens"]]
         slower = [row for row in drafting if row["measured_speedup"] < 1 and row["verdict"] != noise.NOISE]
@@ -286,7 +286,7 @@ def findings(measured: Measured) -> list[str]:
 
 LEGEND = f"""\
 - **quality**: mean and standard error over problems, 0 to 100; the texts of both sides are of the same prompts.
-- **ms/token**, **{TOKENS} tokens**: of decoding a row; a text that ends early is taken for one that goes on as fast.
+- **ms/token**, **{TOKENS} tokens**: of decoding a row; a text that ends early is counted as if it went on as fast.
   P50, P90, P99: over texts (over batches, where several texts are decoded together), each of the weight of its tokens.
 - **tokens/(K+1)**: the paper's acceptance, the token that the target adds among the tokens. **alpha**: mean of
   sum min(target, draft) over the judged draft tokens.

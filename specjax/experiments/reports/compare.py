@@ -16,7 +16,7 @@ TERMINAL_LEGEND = (
 )
 
 MANY = 12
-"""Above so many prompts, tables and plots have a line a task in the place of one a prompt."""
+"""With more prompts than this, tables and plots have a line per task instead of a line per prompt."""
 RARE = 0.05
 """Below this share of steps, drafting cannot have cost much."""
 
@@ -29,7 +29,7 @@ def label(row: Row) -> str:
 
 
 def lines(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a table or a plot shows: one a prompt, or one a task where there are many, and the sum of all."""
+    """The rows that a table or a plot shows: one per prompt, or one per task where there are many, and the total."""
     shown = results.judged(rows) if len(rows) <= MANY else results.by_task(rows)
     return [*shown, results.combine(rows, "all")]
 
@@ -72,7 +72,7 @@ def cells(row: Row) -> list[str]:
 
 
 def _better_k(row: Row) -> int:
-    """The number of draft tokens that alpha and the measured costs favour; 0 where none brings 5 % at least."""
+    """The number of draft tokens that alpha and the measured costs favour; 0 where none gains at least 5 %."""
     k, alpha, c = row["num_draft_tokens"], min(row["acceptance_rate"], 1.0), row["cost_ratio"]
 
     def score_cost(n: int) -> float:
@@ -117,7 +117,7 @@ def _identity(total: Row) -> str:
 
 
 def _overall(total: Row) -> tuple[str, bool]:
-    """What is to be believed of the speedup over all prompts, and whether that is bad news."""
+    """What is to be believed of the speedup over all prompts, and whether that deserves a warning."""
     speed, verdict = total["measured_speedup"], total["verdict"]
     if verdict == noise.NOISE:
         return (
@@ -151,7 +151,7 @@ def _names(rows: Sequence[Row]) -> str:
 
 
 def _of_prompts(shown: Sequence[Row], total: Row) -> list[tuple[str, bool]]:
-    """Which prompts lose, and which speedups are not to be believed."""
+    """Which prompts are slower, and which speedups are not to be believed."""
     found = []
     ordered = sorted(shown, key=lambda row: row["measured_speedup"])
     losses = [row for row in ordered if row["verdict"] == noise.LOSS]
@@ -166,7 +166,7 @@ def _of_prompts(shown: Sequence[Row], total: Row) -> list[tuple[str, bool]]:
 
 
 def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """What a run shows, in sentences, and whether each is bad news."""
+    """What a run shows, in sentences, and whether each deserves a warning."""
     shown = lines(rows)
     total = shown[-1]
     differs = total["identical"] is not None and total["identical"] < 1
@@ -199,11 +199,11 @@ def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) 
     if total["draft"]:
         sides += f" with `{total['draft']}`"
     rule = f"rule `{total['verify']}` ({'exact' if total['exact'] else 'NOT exact'})"
-    place = f"{total['dtype']} on {total['device']} with jax {total['jax_version']}"
+    device = f"{total['dtype']} on {total['device']} with jax {total['jax_version']}"
     k, costs = total["num_draft_tokens"], results.costs_of(total)
     return page(
         f"# {printable.line(config['name'])}",
-        f"{sides}, K = {k}, {rule}, temperature {total['temperature']:g}, batch {total['batch_size']}, {place}.",
+        f"{sides}, K = {k}, {rule}, temperature {total['temperature']:g}, batch {total['batch_size']}, {device}.",
         markdown([HEADER, *map(cells, shown)]),
         bullets(f"**{text}**" if bad else text for text, bad in findings(rows)),
         f"Scoring {k + 1} tokens costs {costs.score_cost:.2f} plain steps, a whole drafting step {costs.step_cost:.2f} "

@@ -116,7 +116,7 @@ def free_prediction(row: Row, alpha: float) -> float:
 
 
 def step_cost(row: Row) -> float:
-    """A drafting step over a plain one, by the clock: tokens per step over the speedup."""
+    """A drafting step over a plain one, as it was measured: tokens per step over the speedup."""
     return row["block_efficiency"] / row["measured_speedup"]
 
 
@@ -219,7 +219,7 @@ def speedup_plot(measured: Measured) -> Figure:
         clock = [row["measured_speedup"] for row in sweep.rows]
         axes.plot(k, clock, "o", color=color, label=printable.plot(sweep.draft))
 
-    figure = _by_temperature(measured, 4, "draft tokens a step, K", "speedup over plain decoding", draw)
+    figure = _by_temperature(measured, 4, "draft tokens per step, K", "speedup over plain decoding", draw)
     for axes in figure.axes:
         axes.axhline(1, color=plots.GREY, linewidth=0.8, linestyle=":")
     figure.suptitle("Points: measured. Lines: Theorem 3.8; dashed: with the measured cost of scoring.", fontsize=9)
@@ -280,7 +280,7 @@ LEGEND = """\
 - **alpha**: E[sum_x min(target, draft)] over all tokens of texts that the target generated (rule `observe`).
 - **c**: time of one draft token over that of one target call, measured. **scoring**: time of a target call that scores
   K + 1 tokens over that of a plain one; the paper takes it as 1.
-  **step**: a drafting step over a plain one, by the clock, everything in it.
+  **step**: the whole of a drafting step over a plain one, as it was measured.
 - **Thm 3.8**: (1 - alpha^(K+1)) / ((1 - alpha)(K c + 1)). **with scoring**: the same with the cost of scoring in the
   place of 1.
 - **measured**: wall clock of decoding, speculative over plain in turn in one process, batch 1, every step drafting.

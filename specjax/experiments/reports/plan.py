@@ -51,7 +51,7 @@ def _prediction(row: Row) -> str:
 
 
 def _references(row: Row) -> list[str]:
-    """Predictions beside times that somebody has published."""
+    """Predictions beside published times."""
     lines = []
     for side, known in row["reference_ms"].items():
         call = next(call for call in row["calls"] if call["side"] == side)
@@ -240,5 +240,5 @@ def figure(rows: Sequence[Row]) -> Figure:
     title = f"A call at the roofline of {first['topology']} (prediction)"
     plots.finish(left, title, "tokens T that it reads", "ms", legend=True)
     title = f"A token at alpha = {first['alpha']:g} (prediction)"
-    plots.finish(right, title, "draft tokens K a step", "ms", legend=True)
+    plots.finish(right, title, "draft tokens K per step", "ms", legend=True)
     return figure

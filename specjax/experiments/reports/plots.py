@@ -17,7 +17,7 @@ COLORS = (BLUE, ORANGE, "#5b8c5a", "#8a6bb0", "#b08a3e", GREY)
 
 
 def panels(number: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with panels side by side, each of so many inches."""
+    """A figure with panels side by side, each `width` by `height` inches."""
     figure = Figure(figsize=(number * width, height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(1, number)).tolist()
 

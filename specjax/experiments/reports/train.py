@@ -11,7 +11,7 @@ from specjax.experiments.reports import plots
 from specjax.experiments.reports.tables import page
 
 Line = dict[str, Any]
-"""A line of `train.jsonl`: of a step, or of a look at the validation loss."""
+"""A line of `train.jsonl`: of a step, or of a validation."""
 
 RECENT = 50
 """Steps that the reported training loss is the mean of."""
@@ -23,12 +23,9 @@ def perplexity(loss: float) -> float:
 
 
 def facts(shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line]) -> list[tuple[str, str]]:
-    """What a finished run comes to, by name.
+    """What a finished run comes to, by name, from the lines of its steps and validations.
 
-    Args:
-      shape: the numbers of `parameters`, of `logits`, of the `batch_size` and of the `data` (all its rows).
-      steps: the lines of steps.
-      valid: the lines of validations.
+    `shape` has the number of `parameters`, that of `logits`, the `batch_size`, and the number of rows in the `data`.
     """
     seconds, tokens = sum(line["seconds"] for line in steps), sum(line["num_tokens"] for line in steps)
     recent = [line["loss"] for line in steps[-RECENT:]]

@@ -134,7 +134,7 @@ def _receive(fd: int, seconds: float) -> object:
     """What the test says next.
 
     Raises:
-      TimeoutError: where it says nothing for so long.
+      TimeoutError: where it says nothing for this many seconds.
       EOFError: where it has ended.
     """
     end = time.monotonic() + seconds
@@ -150,12 +150,7 @@ def _receive(fd: int, seconds: float) -> object:
 
 
 def run(exam: Exam, limits: Limits, way: jail.Way) -> str:
-    """Tests a function.
-
-    Args:
-      exam: the program and its test.
-      limits: what they may use.
-      way: how each of them is started.
+    """Tests a function, its program and its test each in a process of its own that is started one way.
 
     Returns:
       `PASSED`, or why not: the error that the program or the test raised, "timed out", or "ended early".
@@ -256,10 +251,7 @@ def _check_start(way: jail.Way) -> None:
 
 @functools.cache
 def isolation(limits: Limits) -> tuple[Isolation, str]:
-    """The best jail of this machine: one that refuses everything that it should, or the one that refuses most.
-
-    Args:
-      limits: within which it has to run programs.
+    """The best jail in which programs run within these limits: one that refuses everything that it should, or the most.
 
     Returns:
       it, and why the jails before it were not taken; empty where there is none.
@@ -286,9 +278,7 @@ def isolation(limits: Limits) -> tuple[Isolation, str]:
 def judge(limits: Limits, *, unsafe: bool = False) -> Callable[[Exam, Limits], str]:
     """What tests programs within these limits on this machine: `run` in the best jail.
 
-    Args:
-      limits: of each process.
-      unsafe: take also a jail that does not refuse everything.
+    With `unsafe`, a jail is taken too that does not refuse everything.
 
     Raises:
       OSError: where no jail is whole, naming what is missing; or where these limits let no program run.

@@ -1,4 +1,4 @@
-"""Limits that a process sets itself before it runs what nobody trusts, and cannot lift again."""
+"""Limits that a process sets itself before it runs a program that is not trusted, and cannot lift again."""
 
 import contextlib
 import ctypes
@@ -27,12 +27,7 @@ _REFUSED = (
 
 
 def confine(seconds: float, memory: int) -> None:
-    """Gives up root, and limits this process for good.
-
-    Args:
-      seconds: of CPU time, rounded up.
-      memory: bytes of address space.
-    """
+    """Gives up root, and limits this process for good to seconds of CPU time and bytes of address space."""
     if os.geteuid() == 0:
         _give_up_root()
     limits = {

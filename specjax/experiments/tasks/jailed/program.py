@@ -26,7 +26,7 @@ def _raised(error: BaseException) -> list[Any]:
 
 
 def main() -> None:
-    """Defines the program's function, then answers until nobody asks."""
+    """Defines the program's function, then answers calls until there are no more."""
     requests, answers = _streams()
     source, name, seconds, memory = protocol.receive(requests)
     confine(seconds, memory)

@@ -1,4 +1,4 @@
-"""What a config runs. `config.experiment` names an entry of `EXPERIMENTS`."""
+"""Experiments, which configs run: `config.experiment` names an entry of `EXPERIMENTS`."""
 
 import importlib
 from collections.abc import Callable

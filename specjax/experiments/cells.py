@@ -75,7 +75,7 @@ def _bench(work: Workload, drafter: Drafter, temperature: float, top_p: float, r
 
 
 def _clock(num_texts: int, sides: dict[str, list[bench.Decoded]]) -> Row:
-    """What a batch took on both sides: seconds (median of its repeats), all new tokens, and steps."""
+    """The seconds (median of the repeats), all new tokens and the steps of a batch, for both sides."""
     clock: Row = {"rows": num_texts}
     for side, runs in sides.items():
         clock |= {

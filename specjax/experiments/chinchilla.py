@@ -30,7 +30,7 @@ from specjax.experiments.tasks import human_eval, prompting, quality, sandbox
 from specjax.types import Drafter
 
 SUMMARY_END = ("\n",)
-"""What ends a summary: it is one line."""
+"""The end of a summary, which is one line."""
 
 CHUNK = 4
 """Batches of texts that make one cell."""
@@ -75,11 +75,11 @@ class Settings(choices.Models):
 
     @property
     def limits(self) -> sandbox.Limits:
-        """What a program may use."""
+        """The limits of a program."""
         return sandbox.Limits(self.seconds, int(self.memory_gb * 2**30))
 
     def judge(self) -> Callable[[sandbox.Exam, sandbox.Limits], str]:
-        """What tests programs.
+        """The function that tests programs.
 
         Raises:
           OSError: where they cannot be isolated.
@@ -154,7 +154,7 @@ def _problems(chosen: Settings, task: Task, target: Pretrained) -> list[int]:
 
 
 class Sweep(NamedTuple):
-    """What the cells are of.
+    """The settings and prompts that the cells measure, and the finished cells.
 
     Attributes:
       chosen: the settings.
@@ -203,7 +203,7 @@ class Sweep(NamedTuple):
         return [text for cell in self.chunks(side, sampling) for text in self.store.cells[cell.key]]
 
     def scores(self, side: str, sampling: Sampling) -> Scores:
-        """How good one side's texts are."""
+        """The scores of one side's texts."""
         assert self.task.judge is not None
         decoded, number = self.decoded(side, sampling), len(self.problems)
         return self.task.judge({problem: decoded[i::number] for i, problem in enumerate(self.problems)})
@@ -257,7 +257,7 @@ def _about(chosen: Settings, num_problems: int) -> str:
 
 
 def _about_programs(chosen: Settings, number: int) -> str:
-    """What a run does, or would do, with programs that the model writes."""
+    """Says whether and how the programs are run that the model writes."""
     limits = f"each in a jail, {chosen.seconds:g} s and {chosen.memory_gb:g} GB"
     if chosen.execute == "False":
         return f"No program is run, so there is no pass@k: --config.execute=True would run {number}, {limits}."

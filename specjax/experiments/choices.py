@@ -1,4 +1,4 @@
-"""Which models a run takes: the drafters and rules that flags name, of specjax or a user's own (`own`).
+"""The models, drafters and rules that flags name; those of a user's own files are read by `own`.
 
 Everything that can be checked without a model is checked by `Models.check` and the other functions here.
 """
@@ -80,7 +80,7 @@ class Models:
 
 
 def name_of(text: str) -> str:
-    """What tables call a drafter: of a file, its name without its directories."""
+    """The name of a drafter in tables: for one in a file, without the directories."""
     if not own.is_own(text):
         return text
     file, _, name = text.partition(":")

@@ -177,7 +177,7 @@ def _megabytes(size: int) -> str:
 
 
 def describe(source: Table | Datastore) -> list[str]:
-    """What was made and what was left out, in lines."""
+    """The size of the draft, and the parts of the corpus that were left out, as lines of text."""
     info = source.info
     if isinstance(source, Datastore):
         left_out = info["dropped"]["max_tokens"]

@@ -112,7 +112,7 @@ def _models(config: Config, directory: pathlib.Path, view: View, overwrite: bool
 
 
 def _training_seconds(chosen: Settings, directory: pathlib.Path) -> dict[str, float]:
-    """What training took, by model."""
+    """The seconds of training, by model."""
     found = {}
     for name, model in chosen.models.items():
         if not model["source"]:
@@ -165,7 +165,7 @@ def _pairs(chosen: Settings, target: Pretrained) -> tuple[list[prompts.Prompt], 
 
 
 class Sweep(NamedTuple):
-    """What the cells are of."""
+    """The settings, prompts and drafts that the cells measure, and the finished cells."""
 
     chosen: Settings
     work: Workload

@@ -34,7 +34,7 @@ TOLERANCE = 1.25
 
 GAIN, LOSS, NOISE, UNEXPLAINED, UNKNOWN = "gain", "loss", "noise", "unexplained", "unknown"
 MARKS = {GAIN: "", LOSS: "", NOISE: " ~", UNEXPLAINED: " ?", UNKNOWN: " ?"}
-"""What tables put behind a speedup."""
+"""The mark behind a speedup in tables."""
 
 
 class Timings(NamedTuple):
@@ -52,7 +52,7 @@ class Timings(NamedTuple):
 
 
 class Scatter(NamedTuple):
-    """How the logarithms of timings scatter: their standard deviation and its degrees of freedom."""
+    """The scatter of the logarithms of timings: their standard deviation and its degrees of freedom."""
 
     deviation: float
     freedom: int

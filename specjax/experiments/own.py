@@ -52,7 +52,7 @@ def _words(error: BaseException) -> str:
 
 
 def _own(key: str, text: str) -> Any:
-    """What FILE.py:NAME stands for.
+    """The object that FILE.py:NAME names.
 
     Raises:
       FileNotFoundError: where there is no such file.

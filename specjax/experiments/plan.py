@@ -59,7 +59,7 @@ class Settings:
 
 
 def setups(chosen: Settings) -> dict[str, Setup]:
-    """What the settings ask for, by the name of the draft.
+    """The plans that the settings ask for, by the name of the draft.
 
     Raises:
       ValueError: for a topology or a model that is not known.
@@ -91,7 +91,7 @@ def _collectives(counts: aot.Counts) -> list[Row]:
 
 
 def _compiled(setup: Setup, chosen: Settings) -> aot.Compiled | None:
-    """What XLA makes of it; None where even the few layers that are compiled do not fit."""
+    """The compiled step; None where even the few layers that are compiled do not fit."""
     rule = choices.rule(chosen.verify)
     mesh = aot.make_mesh(setup.topology, setup.data)
     every = chosen.layers == "all"
@@ -138,7 +138,7 @@ def _with_compiled(cost: Callable[[int], Cost], side: str, compiled: aot.Compile
 
 
 def _memory(setup: Setup, compiled: aot.Compiled | None) -> tuple[Row, plan.Fit]:
-    """What lies in the memory of a device, and whether it fits."""
+    """The contents of the memory of a device, and whether they fit."""
     memory, step, overhead = plan.memory(setup), compiled.step if compiled else None, 0
     if step:
         # Arguments that no step reads, such as an encoder, are not the program's, but they are in memory.
@@ -180,7 +180,7 @@ def _times(setup: Setup, chosen: Settings, compiled: aot.Compiled | None) -> Row
 
 
 def _step(compiled: aot.Compiled) -> Row:
-    """What the compiled step sends and copies."""
+    """The collectives and copies of the compiled step."""
     step = compiled.step
     return {
         "collectives": _collectives(step.collectives),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from specjax import files
 
 KEYS = ("prompt", "input", "turns")
-"""Where a line keeps its prompt, the first of them that it has; of `turns`, the first is taken."""
+"""The keys of a line that may hold its prompt; the first that is present counts, and of `turns` the first entry."""
 
 MAX_PROMPT = 2**22
 """The longest prompt, in characters: about a million tokens, more than any supported model knows positions."""
@@ -29,12 +29,12 @@ class Prompt(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return name(self.task, self.id, self.number)
 
 
 def name(task: str, id: str, number: int) -> str:
-    """What tables call a prompt."""
+    """The name of a prompt in tables."""
     return f"{task} {id}".strip() or f"prompt {number}"
 
 

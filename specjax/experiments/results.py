@@ -1,4 +1,4 @@
-"""The rows of `results.json`: their fields, what is derived from counters and times, and what adds rows up."""
+"""The rows of `results.json`: their fields, values that are derived from counters and times, and sums of rows."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ FIRST = (
 """Fields that a row begins with; a row has more."""
 
 SIDES = ("", "baseline_")
-"""What the fields of a side begin with: speculative, and plain decoding."""
+"""The prefixes of the fields of speculative and of plain decoding."""
 
 OF_BATCH = tuple(
     f"{side}{name}" for name in ("batch_tokens", "seconds", "prefill_seconds", "compile_seconds") for side in SIDES

@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class Check(NamedTuple):
-    """What the value of a key has to be.
+    """A condition on the value of a key.
 
     Attributes:
       holds: whether a value is right.
-      remedy: what an error says behind the key and its value; KEY stands for the key.
+      remedy: the end of an error, after the key and its value; KEY stands for the key.
       each: the value is a tuple, and the check is one of each of its entries.
     """
 

@@ -19,7 +19,7 @@ _ASKED = {
     "question": "Read this passage, and name the three most important facts in it.\n\n{text}",
     "copy-edit": "Repeat this passage word for word, but write British English.\n\n{text}",
 }
-"""What prompts ask for, by category."""
+"""The instructions of prompts, by category."""
 
 _LENGTH = (300, 1500)
 """Characters of a passage."""

@@ -1,4 +1,4 @@
-"""What a run has finished, in its work directory: the same command with the same config goes on where it stopped.
+"""The finished parts of a run in its work directory, so that the same command with the same config continues it.
 
 Runs differ in what they finish: the cells of a sweep (`Store.get`), the rows of prompts (`RowStore.add`), or one thing
 as a whole (`Store.holds`). Every file is written at once, so that an interrupted run leaves whole files. What is read
@@ -90,7 +90,7 @@ class Store:
             self._check_config(before)
 
     def parse(self, name: str, parser: Callable[[pathlib.Path], Any]) -> Any:
-        """What a file of the run says.
+        """The content of a file of the run.
 
         Raises:
           ValueError: where it is broken, naming the remedy.

@@ -7,7 +7,7 @@ from typing import Any
 from specjax import files
 
 FIELDS = ("target", "text", "input", "prompt")
-"""Where a line of JSON keeps its text, the first of them that it has."""
+"""The keys of a JSON object that may hold its text; the first that is present counts."""
 
 _JSON = (".jsonl", ".json")
 

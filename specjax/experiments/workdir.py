@@ -69,7 +69,7 @@ def _self() -> dict[str, Any]:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """What a lock's file says; nothing where it says nothing that can be read."""
+    """The content of a lock's file; nothing where it cannot be read."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         found = json.loads(os.read(descriptor, 1 << 16).decode())

@@ -17,14 +17,14 @@ TOKENS = 128
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn."""
+    """Temperature and nucleus of sampling."""
 
     temperature: float
     top_p: float
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return "greedy" if self.temperature == 0 else f"nucleus {self.top_p:g}, T={self.temperature:g}"
 
 
@@ -62,7 +62,7 @@ DIFFERENT = (
     "milliseconds and quality cannot be compared across, and a speedup only as far as the ratios of costs are alike. "
     "Ours are of decoding alone, without reading the prompt."
 )
-"""What lies between the two columns."""
+"""The differences between the paper's setting and ours."""
 
 
 class Measured(NamedTuple):
@@ -96,7 +96,7 @@ class Line(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What a legend calls it."""
+        """Its name in legends."""
         return f"{self.sampling.name}, batch {self.batch_size}"
 
 
@@ -256,7 +256,7 @@ def spread_plot(measured: Measured) -> Figure:
 
 
 def findings(measured: Measured) -> list[str]:
-    """What the run shows, in sentences."""
+    """The findings of the run, in sentences."""
     found = []
     for line in lines(measured.rows):
         best = _best(line)

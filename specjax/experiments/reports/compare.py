@@ -1,4 +1,4 @@
-"""What the rows of a comparison say: the table, the findings in words, and `summary.md`."""
+"""The report of a comparison: the table, the findings in words, and `summary.md`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ RARE = 0.05
 
 
 def label(row: Row) -> str:
-    """What a table calls a row."""
+    """The name of a row in tables."""
     if row["prompt"] is None:
         return printable.line(row["task"])
     return printable.line(prompts.name(row["task"], row["id"], row["prompt"]))
@@ -84,7 +84,7 @@ def _better_k(row: Row) -> int:
 
 
 def remedy(row: Row) -> str:
-    """What to try where speculation was slower than plain decoding."""
+    """A remedy where speculation was slower than plain decoding."""
     if row["num_draft_tokens"] == 0:
         return "this drafter proposes nothing, so both sides are plain decoding and the difference is noise"
     if row["acceptance_rate"] is None:
@@ -117,7 +117,7 @@ def _identity(total: Row) -> str:
 
 
 def _overall(total: Row) -> tuple[str, bool]:
-    """What is to be believed of the speedup over all prompts, and whether that deserves a warning."""
+    """The verdict on the speedup over all prompts, and whether it deserves a warning."""
     speed, verdict = total["measured_speedup"], total["verdict"]
     if verdict == noise.NOISE:
         return (
@@ -166,7 +166,7 @@ def _of_prompts(shown: Sequence[Row], total: Row) -> list[tuple[str, bool]]:
 
 
 def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """What a run shows, in sentences, and whether each deserves a warning."""
+    """The findings of a run, in sentences, and whether each deserves a warning."""
     shown = lines(rows)
     total = shown[-1]
     differs = total["identical"] is not None and total["identical"] < 1

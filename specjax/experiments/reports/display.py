@@ -1,4 +1,4 @@
-"""What a run shows while it runs. On a terminal in colour, elsewhere as plain lines."""
+"""The output of a run while it runs: in colour on a terminal, elsewhere as plain lines."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from specjax.text.tokenizer import Tokenizer
 ACCEPTED = "underline green"
 """The style of accepted draft tokens on a terminal."""
 MARKS = ("\u2039", "\u203a")
-"""What they stand between elsewhere: single angle quotes."""
+"""The marks around them elsewhere: single angle quotes."""
 _PLAIN_WIDTH = 140
 
 

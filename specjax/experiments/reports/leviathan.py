@@ -237,7 +237,7 @@ def position_plot(measured: Measured) -> Figure:
 
 
 def findings(measured: Measured) -> list[str]:
-    """What the run shows, in sentences."""
+    """The findings of the run, in sentences."""
     cells = [(row, sweep.alpha) for sweep in sweeps(measured) for row in sweep.rows]
     errors = [row["measured_speedup"] / scored_prediction(row, alpha) - 1 for row, alpha in cells]
     inside = sum(abs(error) <= 0.15 for error in errors)

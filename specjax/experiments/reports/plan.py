@@ -1,4 +1,4 @@
-"""What a plan says, in words, tables and a plot."""
+"""The report of a plan: words, tables and a plot."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ def _ms(value: float | None) -> str:
 
 
 def _unit(row: Row) -> str:
-    """What figures are of."""
+    """The unit that figures are given for."""
     each = row["chip"]["devices"]
     return "chip" if each == 1 else f"device ({each} a chip)"
 
 
 def fit(row: Row) -> str:
-    """Whether it fits, in a sentence."""
+    """A sentence that says whether the models fit."""
     memory = row["memory"]
     sizes = f"{_gib(memory['needed'])} of {_gib(memory['available'])} GiB a {_unit(row)}"
     if not row["compiled"]:

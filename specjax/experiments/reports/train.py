@@ -1,4 +1,4 @@
-"""What a training came to: its facts, and the loss curve."""
+"""The report of a training: its facts, and the loss curve."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def perplexity(loss: float) -> float:
 
 
 def facts(shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line]) -> list[tuple[str, str]]:
-    """What a finished run comes to, by name, from the lines of its steps and validations.
+    """The facts of a finished run, by name, from the lines of its steps and validations.
 
     `shape` has the number of `parameters`, that of `logits`, the `batch_size`, and the number of rows in the `data`.
     """

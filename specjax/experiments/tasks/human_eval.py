@@ -12,7 +12,7 @@ from specjax.experiments.tasks import sandbox
 from specjax.experiments.tasks.prompting import truncate
 
 STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""What ends a function (section 2.2 of the paper)."""
+"""Strings that end a function (section 2.2 of the paper)."""
 
 
 class Problem(NamedTuple):

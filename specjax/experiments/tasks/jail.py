@@ -16,7 +16,7 @@ JAILED = pathlib.Path(__file__).parent / "jailed"
 """The modules that run in the jail."""
 
 FOLDER = "/tmp"
-"""What a jailed program may write."""
+"""The directory that a jailed program may write."""
 
 SIZE = 16 << 20
 """Bytes of the folder."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 INPUT, TARGET = "{input}", "{target}"
-"""What a template has in the places of a pair's two texts."""
+"""The placeholders of a template for the two texts of a pair."""
 
 
 def few_shot(template: str, shots: Sequence[tuple[str, str]], text: str) -> str:

@@ -1,4 +1,4 @@
-"""How good texts are, by the libraries that the field compares with. Both scales run from 0 to 100."""
+"""Metrics of the quality of texts, by the libraries that the field uses. Both scales run from 0 to 100."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType

@@ -32,7 +32,7 @@ TIMED_OUT = "timed out"
 
 
 class Limits(NamedTuple):
-    """What each of the two processes may use.
+    """The limits of each of the two processes.
 
     Attributes:
       seconds: of time on the clock, from when both are ready, and (rounded up) of CPU time.
@@ -131,7 +131,7 @@ def _pair(way: jail.Way) -> Iterator[tuple[int, int]]:
 
 
 def _receive(fd: int, seconds: float) -> object:
-    """What the test says next.
+    """Receives the next message of the test.
 
     Raises:
       TimeoutError: where it says nothing for this many seconds.
@@ -177,7 +177,7 @@ def run(exam: Exam, limits: Limits, way: jail.Way) -> str:
     return PASSED if passed else said
 
 
-# What a jail has to refuse. The names of what was not refused come back.
+# Each attempt has to be refused by a jail. The names of those that were not refused are returned.
 _PROBE = """
 import ctypes, os, socket, threading
 libc = ctypes.CDLL(None)
@@ -213,7 +213,7 @@ def probe():
 
 
 def _missing(way: jail.Way, limits: Limits) -> tuple[str, ...]:
-    """What a program could do that was started so.
+    """The attempts that succeed in a program that is started this way.
 
     Raises:
       OSError: where none can be started.
@@ -276,7 +276,7 @@ def isolation(limits: Limits) -> tuple[Isolation, str]:
 
 
 def judge(limits: Limits, *, unsafe: bool = False) -> Callable[[Exam, Limits], str]:
-    """What tests programs within these limits on this machine: `run` in the best jail.
+    """A function that tests programs within these limits on this machine: `run` in the best jail.
 
     With `unsafe`, a jail is taken too that does not refuse everything.
 

@@ -14,7 +14,7 @@ _NOBODY = 65534
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 
 # No second process or thread, no namespaces, no memory that RLIMIT_AS does not count, no way into other processes, and
-# none of the kernel's large and seldom used doors.
+# none of the kernel's large interfaces that programs seldom need.
 _REFUSED = (
     "fork vfork clone clone3 "
     "unshare setns mount umount2 pivot_root chroot fsopen fsconfig fsmount fspick open_tree move_mount mount_setattr "

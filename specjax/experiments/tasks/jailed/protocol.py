@@ -48,7 +48,7 @@ class Foreign:
 
 
 def _encode_object(value: Any) -> Any:
-    """What is no plain value."""
+    """A value that is not plain."""
     kind = type(value)
     if _WRITTEN.get(kind.__module__) == kind.__name__:
         return [kind.__module__, str(value)]
@@ -74,7 +74,7 @@ def _encode_items(values: Iterable[Any]) -> list[Any]:
 
 
 def encode(value: Any) -> Any:
-    """What JSON holds for a value; subclasses of a plain type are sent as that type, which they equal."""
+    """A value as JSON; instances of subclasses of a plain type are sent as that type, which they equal."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):

@@ -28,7 +28,7 @@ from absl import app, flags
 
 import specjax
 from specjax import api, decoding
-from specjax.experiments import report
+from specjax.experiments.reports import tables
 from specjax.experiments.tasks import human_eval
 from specjax.models.weights import wheel
 from specjax.types import AnyDrafter
@@ -171,7 +171,7 @@ def summarise(rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
                 " / ".join("yes" if row["tokens"][mode] == row["tokens"][PLAIN] else "NO" for mode in own),
             ]
         )
-    lines = [report.markdown(table), ""]
+    lines = [tables.markdown(table), ""]
     geometric = {
         mode: float(np.exp(np.mean([np.log(ms_per_token(row, mode)) for row in rows.values()]))) for mode in modes
     }

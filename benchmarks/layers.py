@@ -23,7 +23,7 @@ from absl import app, flags
 import specjax
 from specjax import decoding, drafters, metrics
 from specjax.decoding import verify
-from specjax.experiments import report
+from specjax.experiments.reports import tables
 from specjax.models import presets
 from specjax.models.config import DecoderConfig
 from specjax.planning import aot, chips, hlo, plan
@@ -112,14 +112,14 @@ def main(argv: list[str]) -> None:
         k = _K.value
         head = ["dtype", "layers", "compile, s", "1 token, ms", f"{k + 1} tokens, ms", "cache copies", "temporary, MB"]
         rows = [row for dtype in _DTYPE.value for row in here(_SOURCE.value, dtype)]
-        print(f"{_SOURCE.value}, batch 1\n\n{report.markdown([head, *rows])}\n")
+        print(f"{_SOURCE.value}, batch 1\n\n{tables.markdown([head, *rows])}\n")
     if _TOPOLOGY.value:
         topology = chips.parse(_TOPOLOGY.value)
         head = ["layers", "form", "compile, s", "code, MB", "temporary, MB", "a layer, MB"]
         cells = [(int(n), form) for n in _NUM_LAYERS.value for form in FORMS]
         cells += [(int(n), "scanned") for n in _SCANNED.value]
         rows = [elsewhere(topology, *cell) for cell in cells]
-        print(f"{_TARGET.value} on {topology.name}, {_K.value + 1} tokens\n\n{report.markdown([head, *rows])}")
+        print(f"{_TARGET.value} on {topology.name}, {_K.value + 1} tokens\n\n{tables.markdown([head, *rows])}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specjax.experiments import report
+from specjax.experiments.reports import tables
 from specjax.models import cache as cache_lib
 from specjax.models import decoder, families, presets
 from specjax.models.config import DecoderConfig
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
             rows, length = map(int, size.split("x"))
             table += [row(name, heads, rows, length, topology, mesh) for name in LAYOUTS]
     print(f"{_TARGET.value} on {topology.name}, {_TOKENS.value} tokens per row, cost of a layer on each chip; ", end="")
-    print(f"jax {jax.__version__}, {datetime.date.today()}\n\n{report.markdown(table)}")
+    print(f"jax {jax.__version__}, {datetime.date.today()}\n\n{tables.markdown(table)}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def questions(path: str, number: int, categories: list[str] | None = None) -> li
     Raises:
       ValueError: where a category is missing, or has fewer questions.
     """
-    lines = [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line]
+    lines = [line for _, line in files.read_json_lines(pathlib.Path(path))]
     found: dict[str, list[Question]] = {}
     for row in sorted(lines, key=lambda row: row["question_id"]):
         found.setdefault(row["category"], []).append(Question(row["question_id"], row["category"], row["turns"][0]))

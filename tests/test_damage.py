@@ -16,8 +16,8 @@ from test_experiments import row
 
 from specjax import files
 from specjax.api import pretrained
-from specjax.experiments import report, results
-from specjax.experiments.store import Store
+from specjax.experiments.reports import compare as report
+from specjax.experiments.store import RowStore, Store
 from specjax.models.weights import checkpoint
 from specjax.training.curve import Curve
 
@@ -65,14 +65,14 @@ def sound_or_refused(read: Callable[[], object], path: pathlib.Path) -> bool:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("finished")
-    store = results.Workdir(path, CONFIG)
+    store = RowStore(path, CONFIG)
     for i in range(3):
         store.add([row(i)], [{"prompt": f"p{i}", "text": "a é"}])
     return path
 
 
-def read_run(path: pathlib.Path) -> results.Workdir:
-    store = results.Workdir(path, CONFIG)
+def read_run(path: pathlib.Path) -> RowStore:
+    store = RowStore(path, CONFIG)
     store.check_resumable(["p0", "p1", "p2"], "")
     assert store.rows, "the run began anew"
     report.findings(store.rows)
@@ -122,8 +122,8 @@ def test_files_that_are_missing(finished, tmp_path):
         shutil.copytree(finished, tmp_path / name)
         (tmp_path / name / name).unlink()
         with pytest.raises(ValueError, match=f"{name}.*--overwrite"):
-            results.Workdir(tmp_path / name, CONFIG)
-        assert results.Workdir(tmp_path / name, CONFIG, overwrite=True).rows == []
+            RowStore(tmp_path / name, CONFIG)
+        assert RowStore(tmp_path / name, CONFIG, overwrite=True).rows == []
 
 
 # ---- the cells of a sweep

@@ -15,7 +15,7 @@ import pytest
 
 from specjax import launch
 from specjax.experiments import data, download, prompts, stdlib_texts, texts
-from specjax.experiments.display import View
+from specjax.experiments.reports.display import View
 
 CONFIG = str(pathlib.Path(__file__).parents[1] / "configs" / "data.py")
 CONTENT = b"".join(b'{"category": "qa", "turns": ["Question %d?"]}\n' % i for i in range(2000))

@@ -8,8 +8,12 @@ import tokenizers
 from rich.console import Console
 from tokenizers import decoders, models, pre_tokenizers
 
-from specjax.experiments import marks, plots, prompts, report, results
-from specjax.experiments.display import MARKS, View, shorten
+from specjax.experiments import prompts, results
+from specjax.experiments.reports import accepted_text as marks
+from specjax.experiments.reports import compare as report
+from specjax.experiments.reports import plots
+from specjax.experiments.reports.display import MARKS, View, shorten
+from specjax.experiments.store import RowStore
 from specjax.text.tokenizer import Tokenizer
 
 
@@ -180,9 +184,9 @@ class TestWorkdir:
     CONFIG = {"seed": 0, "target": "t"}  # noqa: RUF012
 
     def test_round_trip(self, tmp_path):
-        first = results.Workdir(tmp_path / "a" / "b", self.CONFIG)
+        first = RowStore(tmp_path / "a" / "b", self.CONFIG)
         first.add([row(0)], [{"prompt": "p"}])
-        again = results.Workdir(tmp_path / "a" / "b", self.CONFIG)
+        again = RowStore(tmp_path / "a" / "b", self.CONFIG)
         assert again.rows == results.judged([row(0)])
         assert again.rows[0]["verdict"] == "gain"
         assert again.samples == [{"prompt": "p"}]
@@ -193,21 +197,21 @@ class TestWorkdir:
             again.check_resumable(["p"], "moon")
 
     def test_another_config(self, tmp_path):
-        results.Workdir(tmp_path, self.CONFIG | {"seed": 1})
-        results.Workdir(tmp_path, self.CONFIG).add([row(0)], [{"prompt": "p"}])
+        RowStore(tmp_path, self.CONFIG | {"seed": 1})
+        RowStore(tmp_path, self.CONFIG).add([row(0)], [{"prompt": "p"}])
         with pytest.raises(ValueError, match="seed: 0 before, 1 now"):
-            results.Workdir(tmp_path, self.CONFIG | {"seed": 1})
-        assert results.Workdir(tmp_path, self.CONFIG | {"seed": 1}, overwrite=True).rows == []
+            RowStore(tmp_path, self.CONFIG | {"seed": 1})
+        assert RowStore(tmp_path, self.CONFIG | {"seed": 1}, overwrite=True).rows == []
 
     def test_a_sample_without_its_row_is_dropped(self, tmp_path):
-        results.Workdir(tmp_path, self.CONFIG).add([row(0)], [{"prompt": "p"}, {"prompt": "q"}])
-        assert results.Workdir(tmp_path, self.CONFIG).samples == [{"prompt": "p"}]
+        RowStore(tmp_path, self.CONFIG).add([row(0)], [{"prompt": "p"}, {"prompt": "q"}])
+        assert RowStore(tmp_path, self.CONFIG).samples == [{"prompt": "p"}]
 
     def test_a_broken_file(self, tmp_path):
         (tmp_path / "results.json").write_text("[")
         (tmp_path / "config.json").write_text(json.dumps(self.CONFIG))
         with pytest.raises(ValueError, match=r"results\.json is broken"):
-            results.Workdir(tmp_path, self.CONFIG)
+            RowStore(tmp_path, self.CONFIG)
 
     def test_what_is_not_finite_is_null(self):
         assert json.loads(results.to_json({"a": [float("nan"), 1.5], "b": (float("inf"),)})) == {

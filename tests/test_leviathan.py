@@ -7,8 +7,9 @@ import runpy
 import pytest
 
 from specjax import launch, theory
-from specjax.experiments import leviathan_report, results, tasks
-from specjax.experiments.leviathan_report import Measured
+from specjax.experiments import results, tasks
+from specjax.experiments.reports import leviathan as leviathan_report
+from specjax.experiments.reports.leviathan import Measured
 from specjax.experiments.store import Store
 
 WORDS = ["".join(random.Random(i).choices("abcdefghiklmnoprstu", k=3 + i % 5)) for i in range(80)]

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_experiments import row
 
-from specjax.experiments import plots, printable, report, results
-from specjax.experiments.display import View
+from specjax.experiments import results
+from specjax.experiments.reports import compare as report
+from specjax.experiments.reports import plots, printable
+from specjax.experiments.reports.display import View
 
 MARKUP = [
     "[/red]",

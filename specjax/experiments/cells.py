@@ -1,117 +1,82 @@
-"""One cell of a sweep: a drafter at one K and temperature against plain decoding, on the machinery of `compare`."""
+"""Experiments that are lists of cells. Each is measured once, so that an interrupted run continues after the last."""
 
-from collections.abc import Sequence
+import dataclasses
+import types
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from specjax import api, decoding
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
-from specjax.experiments import compare, results
-from specjax.experiments.prompts import Prompt
+from specjax.experiments import bench, results
+from specjax.experiments.bench import Bench, Workload
+from specjax.experiments.reports import plots
+from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
+from specjax.experiments.store import Store
 from specjax.types import AnyDrafter, Draft
 
-OFF: Row = {
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-}
-"""Sampling options that an experiment leaves out."""
 
-
-class Setting(NamedTuple):
-    """What all cells of a sweep share.
+class Cell(NamedTuple):
+    """One thing that a sweep measures.
 
     Attributes:
-      target: the target.
-      name: what results call it.
-      prompts: what is decoded.
-      encoded: their token ids.
-      max_new_tokens: of each text.
-      max_len: the length of the text buffer.
-      prompt_width: the length that prompts are padded to: one program reads them all.
-      repeats: how often each side decodes a batch; medians count.
-      seed: prompt i uses `seed + i`.
-      dtype: of the models.
-      stop_strings: strings that end a text.
+      key: what it measures, in words that no other cell has.
+      compute: measures it, to a value that JSON can hold; it may read the cells before it.
+      describe: from the value to what a line of the run says behind the key; None says nothing.
     """
 
-    target: Pretrained
-    name: str
-    prompts: list[Prompt]
-    encoded: list[list[int]]
-    max_new_tokens: int
-    max_len: int
-    prompt_width: int
-    repeats: int
-    seed: int
-    dtype: str
-    stop_strings: tuple[str, ...] = ()
+    key: str
+    compute: Callable[[], Any]
+    describe: Callable[[Any], str] | None = None
 
 
-def setting(
-    target: Pretrained, prompts: Sequence[Prompt], *, max_draft_tokens: int, max_new_tokens: int, **fields: Any
-) -> Setting:
-    """A setting in which all prompts fit.
+def run(cells: Sequence[Cell], store: Store, view: View) -> None:
+    """Measures the cells that the store does not have.
 
-    Args:
-      target: the target.
-      prompts: what is decoded.
-      max_draft_tokens: the largest K.
-      max_new_tokens: of each text.
-      **fields: the others of `Setting`.
+    Raises:
+      KeyboardInterrupt: saying what is finished.
     """
-    encoded = api.encode(target, [prompt.text for prompt in prompts])
-    inputs = decoding.read_inputs(target.model, encoded)
-    return Setting(
-        target=target,
-        prompts=list(prompts),
-        encoded=encoded,
-        max_new_tokens=max_new_tokens,
-        max_len=decoding.buffer_length(int(inputs.length.max()) + max_new_tokens, max_draft_tokens),
-        prompt_width=max(map(len, encoded)),
-        **fields,
-    )
+    try:
+        with view.progress(len(cells), what="cells") as bar:
+            for cell in cells:
+                found = store.get(cell.key, cell.compute)
+                if cell.describe is not None:
+                    view.line(f"{cell.key}: {cell.describe(found)}")
+                bar.advance(bar.task_ids[0])
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"{len(store.cells)} finished cells are in {store.path}") from error
 
 
-def _options(chosen: Setting, temperature: float, top_p: float, rule: verify.Rule) -> dict[str, Any]:
-    return {
-        "verify": rule,
-        "temperature": temperature,
-        **OFF,
-        "top_p": top_p,
-        "stop_strings": chosen.stop_strings,
-        "fixed_shape": False,
-        "max_len": chosen.max_len,
-        "prompt_width": chosen.prompt_width,
-        # As in the papers, every step drafts.
-        "step_cost": 0.0,
-    }
+def write_report(store: Store, measured: Any, report: types.ModuleType, view: View) -> None:
+    """Writes `results.json`, `summary.md` and the plots, and prints what the run shows.
+
+    The module `report` has `figures`, `summary` and `findings` of what was measured.
+    """
+    store.write("results.json", results.to_json(measured.rows))
+    images = plots.save(store.directory, report.figures(measured))
+    store.write("summary.md", report.summary(measured))
+    for text in report.findings(measured):
+        view.line(text.replace("**", ""), "bold")
+    view.line(f"{', '.join(('results.json', 'summary.md', *images))} are in {store.directory}.")
 
 
-def _batches(chosen: Setting, begin: int, end: int, batch_size: int) -> list[compare.Batch]:
-    return compare.batches(
-        chosen.prompts[begin:end],
-        chosen.encoded[begin:end],
-        batch_size=batch_size,
-        max_new_tokens=chosen.max_new_tokens,
-        seed=chosen.seed,
-    )
+def fitting(target: Pretrained, prompts: Iterable[str], max_tokens: int) -> list[int]:
+    """The numbers of the prompts that have at most `max_tokens` tokens."""
+    assert target.tokenizer is not None
+    return [i for i, text in enumerate(prompts) if len(target.tokenizer.encode(text)) <= max_tokens]
 
 
-def _clock(rows: int, sides: dict[str, list[compare.Decoded]]) -> Row:
-    """What a batch of `rows` texts took on both sides: seconds (median of its repeats), all new tokens, and steps."""
-    clock: Row = {"rows": rows}
+def _bench(work: Workload, drafter: AnyDrafter, temperature: float, top_p: float, rule: verify.Rule) -> Bench:
+    sampling = dataclasses.asdict(results.Sampling(temperature=temperature, top_p=top_p))
+    # As in the papers, every step drafts.
+    return Bench(work, drafter, {"verify": rule, **sampling, "fixed_shape": False, "step_cost": 0.0})
+
+
+def _clock(num_texts: int, sides: dict[str, list[bench.Decoded]]) -> Row:
+    """The seconds (median of the repeats), all new tokens and the steps of a batch, for both sides."""
+    clock: Row = {"rows": num_texts}
     for side, runs in sides.items():
         clock |= {
             f"{side}seconds": float(np.median([run.seconds for run in runs])),
@@ -122,114 +87,60 @@ def _clock(rows: int, sides: dict[str, list[compare.Decoded]]) -> Row:
 
 
 def timed(
-    chosen: Setting,
+    work: Workload,
     drafter: AnyDrafter,
     name: str,
     temperature: float,
     num_prompts: int,
-    rule: verify.Rule,
     *,
     top_p: float = 1.0,
     batch_size: int = 1,
 ) -> Row:
-    """The row of a cell: both sides decode every batch in turn.
+    """The row of a cell over the first prompts, which both sides decode in turn. `name` is that of the draft.
 
-    Args:
-      chosen: what all cells share.
-      drafter: the drafter.
-      name: what results call its draft.
-      temperature: of target and draft.
-      num_prompts: how many prompts.
-      rule: the acceptance rule.
-      top_p: of target and draft; 1 is off.
-      batch_size: prompts that are decoded together.
-
-    Returns:
-      the row of all prompts; under `clock` it has what each batch took.
+    Under `clock` it has what each batch took.
     """
-    bench = compare.Bench(chosen.target, drafter, _options(chosen, temperature, top_p, rule), chosen.repeats)
-    batches = _batches(chosen, 0, num_prompts, batch_size)
-    seconds = {"baseline_": bench.compile(bench.plain, batches[0]), "": bench.compile(drafter, batches[0])}
-    costs = bench.measure_costs(batches[0])
-    common = {
-        **OFF,
-        "temperature": temperature,
-        "top_p": top_p,
-        "target": chosen.name,
-        "draft": name,
-        "drafter": "model" if isinstance(drafter, Draft) and drafter.model is not None else "table",
-        "verify": rule.name,
-        "exact": rule.exact,
-        "fixed_shape": False,
-        "num_draft_tokens": drafter.num_draft_tokens,
-        "batch_size": batch_size,
-        "max_new_tokens": chosen.max_new_tokens,
-        "max_len": chosen.max_len,
-        "seed": chosen.seed,
-        "dtype": chosen.dtype,
-        "repeats": chosen.repeats,
-        "cost_ratio": costs.cost_ratio,
-        "score_cost": costs.score_cost,
-        "step_cost": 0.0,
-        "device": compare.device_name(),
-        "jax_version": jax.__version__,
-    }
+    side = _bench(work, drafter, temperature, top_p, verify.rejection)
+    batches = work.batches(batch_size, end=num_prompts)
+    seconds = side.compile_sides(batches[0])
+    kind = "model" if isinstance(drafter, Draft) and drafter.model is not None else "table"
+    names = {"draft": name, "drafter": kind, "batch_size": batch_size}
+    common = side.common(side.measure_costs(batches[0]), bench.device_name(), **names)
     rows: list[Row] = []
     clock: list[Row] = []
     for batch in batches:
-        sides = compare.measure(bench, batch)
-        rows += compare.rows_of(common, batch, sides, seconds)
+        sides = side.measure(batch)
+        rows += bench.rows_of(common, batch, sides, seconds)
         clock.append(_clock(len(batch.prompts), sides))
     return results.combine(rows, name) | {"clock": clock}
 
 
 class Texts(NamedTuple):
-    """Texts of many prompts and what was counted on the way.
-
-    Attributes:
-      text: one a prompt.
-      tokens: token ids, likewise.
-      acceptance_rate: alpha.
-      num_tokens: of all texts.
-    """
+    """The texts of prompts, in their order, and what was counted on the way: alpha, and the tokens of all texts."""
 
     text: list[str]
-    tokens: list[list[int]]
     acceptance_rate: float
     num_tokens: int
 
 
 def texts(
-    chosen: Setting,
+    work: Workload,
     drafter: AnyDrafter,
     temperature: float,
-    num_prompts: int,
-    rule: verify.Rule,
-    batch_size: int = 16,
+    prompts: range,
+    batch_size: int,
     *,
+    rule: verify.Rule = verify.rejection,
     top_p: float = 1.0,
-    begin: int = 0,
 ) -> Texts:
-    """Decodes prompts in batches, untimed; with the rule `observe`, alpha is that over the whole text of the target.
-
-    Args:
-      chosen: what all cells share.
-      drafter: the drafter.
-      temperature: of target and draft.
-      num_prompts: how many prompts.
-      rule: the acceptance rule.
-      batch_size: rows.
-      top_p: of target and draft; 1 is off.
-      begin: the first of the prompts.
-    """
-    bench = compare.Bench(chosen.target, drafter, _options(chosen, temperature, top_p, rule), 1)
+    """Decodes prompts in batches, untimed; with the rule `observe`, alpha is that over the whole text of the target."""
+    side = _bench(work, drafter, temperature, top_p, rule)
     text: list[str] = []
-    tokens: list[list[int]] = []
-    overlap = judged = 0.0
-    for batch in _batches(chosen, begin, begin + num_prompts, batch_size):
-        decoded, rows = bench.decode(drafter, batch), len(batch.prompts)
-        text += (decoded.generation.text or [])[:rows]
-        tokens += decoded.generation.tokens[:rows]
-        overlap += float(decoded.state.rows.stats.overlap[:rows].sum())
-        judged += float(decoded.state.rows.stats.proposed[:rows].sum())
-    return Texts(text, tokens, overlap / judged if judged else 0.0, sum(map(len, tokens)))
+    num_tokens, overlap, judged = 0, 0.0, 0.0
+    for batch in work.batches(batch_size, prompts.start, prompts.stop):
+        decoded, real = side.decode(drafter, batch), len(batch.prompts)
+        text += (decoded.generation.text or [])[:real]
+        num_tokens += sum(map(len, decoded.generation.tokens[:real]))
+        overlap += float(decoded.state.rows.stats.overlap[:real].sum())
+        judged += float(decoded.state.rows.stats.proposed[:real].sum())
+    return Texts(text, overlap / judged if judged else 0.0, num_tokens)

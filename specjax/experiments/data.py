@@ -1,18 +1,34 @@
 """Fetches or makes the files of prompts, texts and pairs that the README and the config files name."""
 
+import dataclasses
 import importlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple
 
 from specjax import files
 from specjax.experiments import download, prompts, stdlib_texts
-from specjax.experiments.display import View
+from specjax.experiments.reports.display import View
+from specjax.experiments.settings import Check, Config, at_least, parse
 
-Config = Any
-"""An `ml_collections.ConfigDict` with the keys of `configs/data.py`."""
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of `configs/data.py`."""
+
+    sets: tuple[str, ...]
+    num_prompts: Annotated[int, at_least(1)]
+    max_pairs: Annotated[int, at_least(1)]
+    mirror: str
+    sha256: Annotated[str, Check(lambda digits: len(digits) in (0, 64), "64 digits, or nothing")]
+
+    def check(self) -> None:
+        """Refuses names of sets that are not known."""
+        if not self.sets or not set(self.sets) <= set(SETS):
+            known = ", ".join(SETS)
+            raise ValueError(f"config.sets={self.sets}: choose from {known}, such as \"('prompts', 'corpus')\".")
 
 
 class Source(NamedTuple):
@@ -22,13 +38,13 @@ class Source(NamedTuple):
       files: their names.
       licence: under which they come.
       origin: where they come from.
-      make: writes them: `(config, directory, view)`.
+      make: writes them: `(settings, directory, view)`.
     """
 
     files: tuple[str, ...]
     licence: str
     origin: str
-    make: Callable[[Config, pathlib.Path, View], None]
+    make: Callable[[Settings, pathlib.Path, View], None]
 
 
 def _write(path: pathlib.Path, lines: Iterable[stdlib_texts.Line]) -> None:
@@ -36,18 +52,18 @@ def _write(path: pathlib.Path, lines: Iterable[stdlib_texts.Line]) -> None:
     files.write(path, text)
 
 
-def _prompts(config: Config, directory: pathlib.Path, view: View) -> None:
+def _prompts(chosen: Settings, directory: pathlib.Path, view: View) -> None:
     del view
-    _write(directory / "prompts.jsonl", stdlib_texts.prompts(config.num_prompts))
+    _write(directory / "prompts.jsonl", stdlib_texts.prompts(chosen.num_prompts))
 
 
-def _corpus(config: Config, directory: pathlib.Path, view: View) -> None:
-    del config, view
+def _corpus(chosen: Settings, directory: pathlib.Path, view: View) -> None:
+    del chosen, view
     _write(directory / "corpus.jsonl", stdlib_texts.corpus())
 
 
-def _pairs(config: Config, directory: pathlib.Path, view: View) -> None:
-    del config, view
+def _pairs(chosen: Settings, directory: pathlib.Path, view: View) -> None:
+    del chosen, view
     for split, lines in stdlib_texts.pairs().items():
         _write(directory / f"pairs.{split}.jsonl", lines)
 
@@ -55,10 +71,10 @@ def _pairs(config: Config, directory: pathlib.Path, view: View) -> None:
 SPEC_BENCH = "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl"
 
 
-def _spec_bench(config: Config, directory: pathlib.Path, view: View) -> None:
-    url = f"{config.mirror.rstrip('/')}/question.jsonl" if config.mirror else SPEC_BENCH
+def _spec_bench(chosen: Settings, directory: pathlib.Path, view: View) -> None:
+    url = f"{chosen.mirror.rstrip('/')}/question.jsonl" if chosen.mirror else SPEC_BENCH
     path = directory / "spec_bench.jsonl"
-    download.download(url, path, view, config.sha256)
+    download.download(url, path, view, chosen.sha256)
     try:
         prompts.read(path)
     except ValueError as error:
@@ -72,6 +88,8 @@ class _Hub(NamedTuple):
     name: str
     config: str | None
     pair: Callable[[dict[str, Any]], tuple[str, str]]
+    licence: str = "its data card states none"
+    splits: Mapping[str, str] = {"train": "train", "valid": "validation", "test": "test"}
 
 
 def _first_words(row: dict[str, Any]) -> tuple[str, str]:
@@ -79,11 +97,19 @@ def _first_words(row: dict[str, Any]) -> tuple[str, str]:
     return " ".join(words[:8]), " ".join(words[8:])
 
 
+_WMT = "no licence is stated; the WMT shared tasks gave it out for research"
 _HUB = {
-    "wmt14": _Hub("wmt/wmt14", "de-en", lambda row: (row["translation"]["en"], row["translation"]["de"])),
-    "cnn_dailymail": _Hub("abisee/cnn_dailymail", "3.0.0", lambda row: (row["article"], row["highlights"])),
-    "xsum": _Hub("EdinburghNLP/xsum", None, lambda row: (row["document"], row["summary"])),
-    "lm1b": _Hub("billion-word-benchmark/lm1b", None, _first_words),
+    "wmt14": _Hub("wmt/wmt14", "de-en", lambda row: (row["translation"]["en"], row["translation"]["de"]), _WMT),
+    "cnn_dailymail": _Hub(
+        "abisee/cnn_dailymail", "3.0.0", lambda row: (row["article"], row["highlights"]), "Apache-2.0 by its data card"
+    ),
+    "xsum": _Hub(
+        "EdinburghNLP/xsum",
+        None,
+        lambda row: (row["document"], row["summary"]),
+        "its data card states none; the articles are the BBC's",
+    ),
+    "lm1b": _Hub("billion-word-benchmark/lm1b", None, _first_words, splits={"train": "train", "test": "test"}),
 }
 
 
@@ -107,28 +133,15 @@ def _rows(hub: _Hub, split: str, limit: int) -> Iterator[stdlib_texts.Line]:
         ) from error
 
 
-def _from_hub(name: str) -> Callable[[Config, pathlib.Path, View], None]:
-    def make(config: Config, directory: pathlib.Path, view: View) -> None:
-        for split, theirs in {"train": "train", "valid": "validation", "test": "test"}.items():
-            if name == "lm1b" and split == "valid":
-                continue  # lm1b has two splits.
+def _from_hub(name: str, hub: _Hub) -> Source:
+    def make(chosen: Settings, directory: pathlib.Path, view: View) -> None:
+        for split, theirs in hub.splits.items():
             with view.status(f"Fetching {name}, {split}"):
-                _write(directory / f"{name}.{split}.jsonl", _rows(_HUB[name], theirs, config.max_pairs))
+                _write(directory / f"{name}.{split}.jsonl", _rows(hub, theirs, chosen.max_pairs))
 
-    return make
+    names = tuple(f"{name}.{split}.jsonl" for split in hub.splits)
+    return Source(names, hub.licence, f"https://huggingface.co/datasets/{hub.name}", make)
 
-
-def _hub_files(name: str) -> tuple[str, ...]:
-    splits = ("train", "test") if name == "lm1b" else ("train", "valid", "test")
-    return tuple(f"{name}.{split}.jsonl" for split in splits)
-
-
-_HUB_LICENCES = {
-    "wmt14": "no licence is stated; the WMT shared tasks gave it out for research",
-    "cnn_dailymail": "Apache-2.0 by its data card",
-    "xsum": "its data card states none; the articles are the BBC's",
-    "lm1b": "its data card states none",
-}
 
 _PSF = "PSF licence, as Python itself"
 
@@ -142,47 +155,16 @@ SETS: dict[str, Source] = {
         _pairs,
     ),
     "spec_bench": Source(("spec_bench.jsonl",), "Apache-2.0", SPEC_BENCH, _spec_bench),
-} | {
-    name: Source(_hub_files(name), _HUB_LICENCES[name], f"https://huggingface.co/datasets/{hub.name}", _from_hub(name))
-    for name, hub in _HUB.items()
-}
+} | {name: _from_hub(name, hub) for name, hub in _HUB.items()}
 """By name, what `config.sets` may hold."""
 
 
-def check(config: Config) -> None:
-    """Refuses values that make no sense, before anything is fetched.
-
-    Raises:
-      ValueError: naming the key, its value and the remedy.
-    """
-    sets = tuple(config.sets)
-    unknown = [name for name in sets if name not in SETS]
-    if unknown or not sets:
-        raise ValueError(f"config.sets={sets}: choose from {', '.join(SETS)}, such as \"('prompts', 'corpus')\".")
-    for key in ("num_prompts", "max_pairs"):
-        if config[key] < 1:
-            raise ValueError(f"config.{key}={config[key]}: at least 1.")
-    if config.sha256 and len(config.sha256) != 64:
-        raise ValueError(f"config.sha256={config.sha256!r} has {len(config.sha256)} digits, not 64.")
-
-
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
-    """Makes the files that are not there yet.
-
-    Args:
-      config: as `configs/data.py` has it.
-      workdir: where they go.
-      overwrite: make those anew that are there.
-      view: the screen; by default standard output.
-
-    Raises:
-      ValueError: for values that make no sense, or a file that is not what it should be.
-      OSError: where a file cannot be fetched or written.
-    """
+    """Makes the files that are not there yet, as `EXPERIMENTS` says."""
     view, directory = view or View(), pathlib.Path(workdir)
-    check(config)
+    chosen = parse(Settings, config)
     directory.mkdir(parents=True, exist_ok=True)
-    for name in config.sets:
+    for name in chosen.sets:
         source = SETS[name]
         paths = [directory / file for file in source.files]
         if overwrite:
@@ -191,7 +173,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         if all(path.exists() for path in paths):
             view.line(f"{name}: there already ({', '.join(map(str, paths))}).")
             continue
-        source.make(config, directory, view)
+        source.make(chosen, directory, view)
         for path in paths:
             lines = sum(1 for _ in path.open(encoding="utf-8"))
             view.line(f"{path}: {lines} lines, from {source.origin} ({source.licence}).")

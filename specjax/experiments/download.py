@@ -1,4 +1,4 @@
-"""Downloads a file: resumed where it was cut off, checked, and there only when it is whole."""
+"""Downloads a file: an interrupted download is continued, and the file gets its name when it is whole and checked."""
 
 import hashlib
 import http.client
@@ -8,11 +8,11 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from specjax.experiments.display import View
+from specjax.experiments.reports.display import View
 
 _CHUNK = 1 << 18
 _SECONDS = 30.0
-"""Without a byte for so long, a download has failed."""
+"""Seconds without a byte after which a download has failed."""
 
 
 def _open(url: str, begin: int) -> tuple[Any, int]:
@@ -41,13 +41,10 @@ def _receive(url: str, partial: pathlib.Path, view: View) -> None:
 
 
 def download(url: str, path: pathlib.Path, view: View, sha256: str = "") -> None:
-    """Downloads a file unless it is there.
+    """Downloads a file from http, https or file, unless it is there.
 
-    Args:
-      url: http, https or file.
-      path: where it goes; beside it, `.part` holds what has come so far.
-      view: the screen.
-      sha256: the checksum that it must have; empty where none is known.
+    Beside it, `.part` holds what has come so far. `sha256` is the checksum that it must have, empty where none is
+    known.
 
     Raises:
       OSError: where the server does not give the file, naming the URL and what to do.

@@ -1,4 +1,4 @@
-"""What ends a run, as one line for the user: what went wrong, and what to do about it."""
+"""The error that ends a run, as one line for the user: what went wrong, and what to do about it."""
 
 import errno
 import pathlib
@@ -11,7 +11,7 @@ USER, BUG = 1, 2
 """Exit codes: of an error that a flag, a file or the machine provoked, and of one that is specjax's own."""
 
 _EXPECTED = (ValueError, OSError, FloatingPointError)
-"""What specjax and its libraries raise for flags and files that make no sense."""
+"""The errors that specjax and its libraries raise for wrong flags and files."""
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 

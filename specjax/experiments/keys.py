@@ -84,7 +84,7 @@ def describe(config: ConfigDict, path: str | pathlib.Path) -> list[str]:
     texts = all_comments(path)
     lines = []
     for key, value in flatten(config).items():
-        # The models of an experiment, and what they are trained with, share their keys with other files.
+        # The models of an experiment and their training have the same keys as other files.
         above, _, name = key.rpartition(".")
         text = texts.get(key) or texts.get(f"model.{name}") or texts.get(name) or texts.get(above, "")
         lines += [f"  --config.{key}={value!r}", f"      {_kind(value)}. {text}".rstrip()]

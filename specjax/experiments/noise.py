@@ -12,9 +12,9 @@ or a loss only where two things agree:
    batches, which share one buffer and would take equally long on a quiet machine. One batch timed once has none.
 2. The calls. `explained` is what the model's calls account for: plain steps for all tokens over the steps really taken,
    each drafting one at its measured cost, but at least at that of a plain step, since it scores more tokens. It must
-   lie on the same side of 1, and the interval must come within a factor of `TOLERANCE` of it (that last for batch size
-   1 only: rows that end at different times make the calls of a batch a rough guess). A text of 1.00 tokens a call is
-   thus never a gain, whatever the clock says.
+   lie on the same side of 1. With batch size 1, the interval must also come within a factor of `TOLERANCE` of it; in
+   larger batches sequences end at different times, so that the calls are a rough guess. A text of 1.00 tokens per call
+   is thus never a gain, whatever the measured time is.
 
 `verdict` is "gain" or "loss" where both agree, "noise" where 1 lies in the interval, "unexplained" where the interval
 leaves out 1 but the calls do not say why, and "unknown" where there is no spread to compare with.
@@ -34,7 +34,7 @@ TOLERANCE = 1.25
 
 GAIN, LOSS, NOISE, UNEXPLAINED, UNKNOWN = "gain", "loss", "noise", "unexplained", "unknown"
 MARKS = {GAIN: "", LOSS: "", NOISE: " ~", UNEXPLAINED: " ?", UNKNOWN: " ?"}
-"""What tables put behind a speedup."""
+"""The mark behind a speedup in tables."""
 
 
 class Timings(NamedTuple):
@@ -52,14 +52,14 @@ class Timings(NamedTuple):
 
 
 class Scatter(NamedTuple):
-    """How the logarithms of timings scatter: their standard deviation and its degrees of freedom."""
+    """The scatter of the logarithms of timings: their standard deviation and its degrees of freedom."""
 
     deviation: float
     freedom: int
 
 
 def scatter(batches: Sequence[Timings]) -> Scatter | None:
-    """The scatter of a run's timings, or None where there is but one."""
+    """The scatter of a run's timings, or None where there is only one."""
     sides = [np.log(side) for batch in batches for side in (batch.plain, batch.speculative)]
     freedom = sum(len(side) - 1 for side in sides)
     if not freedom:
@@ -89,13 +89,9 @@ def half_width(batches: Sequence[Timings], of: Scatter | None) -> float | None:
 
 
 def verdict(measured: float, explained: float, factor: float | None, *, check_size: bool = True) -> str:
-    """Whether a speedup is believed.
+    """Whether a speedup is believed that was measured, by what the calls explain and the factor of `half_width`.
 
-    Args:
-      measured: by the clock.
-      explained: by the calls.
-      factor: as `half_width` gives it.
-      check_size: whether the interval has to come near what the calls explain.
+    With `check_size` the interval has to come near what the calls explain.
     """
     if factor is None:
         return UNKNOWN

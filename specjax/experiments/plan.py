@@ -6,86 +6,80 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated
 
 import jax
 
-from specjax import files
-from specjax.experiments import choices, plan_report, plots, results
-from specjax.experiments.display import View
+from specjax.experiments import choices
+from specjax.experiments.reports import plan as report
+from specjax.experiments.reports import plots
+from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
+from specjax.experiments.settings import Check, Config, at_least, given, one_of, parse
+from specjax.experiments.store import Store
 from specjax.models import families
 from specjax.models.weights import shapes
 from specjax.planning import aot, chips, plan
 from specjax.planning.plan import Cost, Setup
 
-Config = Any
-"""An `ml_collections.ConfigDict` with the keys of `configs/plan.py`."""
-
 FILES = ("config.json", "results.json", "summary.md", "plan.png")
 
 
-def check(config: Config) -> None:
-    """Refuses values that make no sense, before anything is read.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of `configs/plan.py`."""
 
-    Raises:
-      ValueError: naming the key, its value and the remedy.
-    """
-    for key in ("target", "draft"):
-        if not config[key]:
-            raise ValueError(f"config.{key} is empty: give --config.{key}=..., a preset, a directory or a hub id.")
-    if config.layers not in ("few", "all"):
-        raise ValueError(f"config.layers={config.layers!r}: choose few (and extrapolate) or all.")
-    if config.draft_sharding not in ("split", "replicated"):
-        raise ValueError(f"config.draft_sharding={config.draft_sharding!r}: choose split or replicated.")
-    if not 0 <= config.alpha <= 1:
-        raise ValueError(f"config.alpha={config.alpha} is not a probability.")
-    choices.rule(config.verify)
-    if config.temperature < 0:
-        raise ValueError(f"config.temperature={config.temperature} is negative.")
-    if config.max_draft_tokens < config.num_draft_tokens:
-        raise ValueError(
-            f"config.max_draft_tokens={config.max_draft_tokens} is less than "
-            f"config.num_draft_tokens={config.num_draft_tokens}: raise it."
-        )
+    name: str
+    target: Annotated[str, given("..., a preset, a directory or a hub id")]
+    draft: Annotated[str, given("..., a preset, a directory or a hub id")]
+    dtype: str
+    topology: str
+    data: int
+    draft_sharding: Annotated[str, one_of("split", "replicated")]
+    num_draft_tokens: int
+    max_draft_tokens: int
+    alpha: Annotated[float, Check(lambda alpha: 0 <= alpha <= 1, "a probability, from 0 to 1")]
+    batch_size: int
+    prompt_tokens: int
+    max_new_tokens: int
+    verify: str
+    temperature: Annotated[float, at_least(0)]
+    compile: bool
+    layers: Annotated[str, Check(lambda name: name in ("few", "all"), "choose few (and extrapolate) or all")]
+    reference_ms: dict[str, float]
 
-
-def _claim(config: Config, workdir: pathlib.Path, overwrite: bool) -> bool:
-    """Whether the workdir holds this plan already."""
-    path, text = workdir / "config.json", results.to_json(config.to_dict())
-    if overwrite or not (workdir / "results.json").exists():
-        for name in FILES:
-            (workdir / name).unlink(missing_ok=True)
-        return False
-    if not path.exists() or path.read_bytes() != text.encode():
-        raise ValueError(
-            f"{workdir} holds a plan of another config: choose another --workdir, or give --overwrite to replace it."
-        )
-    return True
+    def check(self) -> None:
+        """Refuses a rule that does not exist, and numbers that do not fit each other."""
+        choices.rule(self.verify)
+        if self.max_draft_tokens < self.num_draft_tokens:
+            raise ValueError(
+                f"config.max_draft_tokens={self.max_draft_tokens} is less than "
+                f"config.num_draft_tokens={self.num_draft_tokens}: raise it."
+            )
 
 
-def setups(config: Config) -> dict[str, Setup]:
-    """What the config asks for, by the name of the draft.
+def setups(chosen: Settings) -> dict[str, Setup]:
+    """The plans that the settings ask for, by the name of the draft.
 
     Raises:
       ValueError: for a topology or a model that is not known.
       OSError: where a shape cannot be read.
     """
-    topology = chips.parse(config.topology)
-    target = shapes.read(config.target, config.dtype)
+    topology = chips.parse(chosen.topology)
+    target = shapes.read(chosen.target, chosen.dtype)
     return {
         name: Setup(
             target=target,
-            draft=shapes.read(name, config.dtype),
+            draft=shapes.read(name, chosen.dtype),
             topology=topology,
-            data=config.data,
-            num_draft_tokens=config.num_draft_tokens,
-            batch_size=config.batch_size,
-            prompt_tokens=config.prompt_tokens,
-            max_new_tokens=config.max_new_tokens,
-            draft_replicated=config.draft_sharding == "replicated",
+            data=chosen.data,
+            num_draft_tokens=chosen.num_draft_tokens,
+            batch_size=chosen.batch_size,
+            prompt_tokens=chosen.prompt_tokens,
+            max_new_tokens=chosen.max_new_tokens,
+            draft_replicated=chosen.draft_sharding == "replicated",
         )
-        for name in (part.strip() for part in config.draft.split(","))
+        for name in (part.strip() for part in chosen.draft.split(","))
     }
 
 
@@ -96,13 +90,13 @@ def _collectives(counts: aot.Counts) -> list[Row]:
     ]
 
 
-def _compiled(setup: Setup, config: Config) -> aot.Compiled | None:
-    """What XLA makes of it; None where even the few layers that are compiled do not fit."""
-    rule = choices.rule(config.verify)
+def _compiled(setup: Setup, chosen: Settings) -> aot.Compiled | None:
+    """The compiled step; None where even the few layers that are compiled do not fit."""
+    rule = choices.rule(chosen.verify)
     mesh = aot.make_mesh(setup.topology, setup.data)
-    every = config.layers == "all"
+    every = chosen.layers == "all"
     try:
-        return aot.extrapolate(setup, mesh, temperature=config.temperature, rule=rule, every_layer=every)
+        return aot.extrapolate(setup, mesh, temperature=chosen.temperature, rule=rule, every_layer=every)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -143,78 +137,38 @@ def _with_compiled(cost: Callable[[int], Cost], side: str, compiled: aot.Compile
     return plan.with_collectives(cost, seen)
 
 
-def make_row(name: str, setup: Setup, config: Config, compiled: aot.Compiled | None, exhausted: bool = False) -> Row:
-    """Everything that is known of one target and one draft on one topology, as plain values.
+def _memory(setup: Setup, compiled: aot.Compiled | None) -> tuple[Row, plan.Fit]:
+    """The contents of the memory of a device, and whether they fit."""
+    memory, step, overhead = plan.memory(setup), compiled.step if compiled else None, 0
+    if step:
+        # Arguments that no step reads, such as an encoder, are not the program's, but they are in memory.
+        padding = max(step.argument_bytes - sum(memory), 0)
+        overhead = math.ceil(padding + step.temporary_bytes + step.code_bytes)
+    fit = plan.fit(setup, overhead)
+    return {
+        **memory._asdict(),
+        "temporaries": step.temporary_bytes if step else None,
+        "code": step.code_bytes if step else None,
+        "compiled_arguments": step.argument_bytes if step else None,
+        "needed": fit.needed,
+        "available": fit.available,
+    }, fit
 
-    Args:
-      name: of the draft.
-      setup: the plan.
-      config: as `configs/plan.py` has it.
-      compiled: what XLA made of it, or None.
-      exhausted: whether XLA found that it does not fit.
-    """
+
+def _times(setup: Setup, chosen: Settings, compiled: aot.Compiled | None) -> Row:
+    """The calls of a step, and what they predict for every K."""
     computed = {side: plan.call_cost(setup, side) for side in plan.SIDES}
     cost = {side: _with_compiled(computed[side], side, compiled) for side in plan.SIDES}
-    programs = compiled.calls if compiled else {}
-    wanted = [("draft", 1), *(("target", tokens) for tokens in range(1, setup.num_draft_tokens + 2))]
-    calls = [
-        _call(setup, side, tokens, cost[side](tokens), computed[side](tokens), programs.get((side, tokens)))
-        for side, tokens in wanted
-    ]
-    target_seconds = [plan.times(setup, cost["target"](t)).total for t in range(1, config.max_draft_tokens + 2)]
-    forecast = plan.forecast(target_seconds, plan.times(setup, cost["draft"](1)).total, config.alpha)
-    memory = plan.memory(setup)
-    overhead = 0
-    if compiled:
-        # Arguments that no step reads, such as an encoder, are not the program's, but they are in memory.
-        padding = max(compiled.step.argument_bytes - sum(memory), 0)
-        overhead = math.ceil(padding + compiled.step.temporary_bytes + compiled.step.code_bytes)
-    fit = plan.fit(setup, overhead)
-    reference = config.reference_ms.to_dict()
-    k = setup.num_draft_tokens
+    programs, k = compiled.calls if compiled else {}, setup.num_draft_tokens
+    wanted = [("draft", 1), *(("target", tokens) for tokens in range(1, k + 2))]
+    target_seconds = [plan.times(setup, cost["target"](t)).total for t in range(1, chosen.max_draft_tokens + 2)]
+    forecast = plan.forecast(target_seconds, plan.times(setup, cost["draft"](1)).total, chosen.alpha)
     return {
-        "task": "plan",
-        "target": config.target,
-        "draft": name,
-        "topology": setup.topology.name,
-        "chips": setup.topology.num_chips,
-        "devices": setup.topology.num_devices,
-        "mesh": {"data": setup.mesh_shape[0], "model": setup.mesh_shape[1]},
-        "replicated": {side: plan.replicated(setup, side) for side in plan.SIDES},
-        "draft_sharding": config.draft_sharding,
-        "dtype": config.dtype,
-        "verify": config.verify,
-        "temperature": config.temperature,
-        "num_draft_tokens": k,
-        "batch_size": setup.batch_size,
-        "buffer": setup.buffer,
-        "num_parameters": {side: families.num_params(setup.side(side)) for side in plan.SIDES},
-        "compiled": compiled is not None,
-        "compiled_layers": compiled.layers if compiled else None,
-        "extrapolated": compiled is not None and not compiled.exact,
-        "compile_seconds": compiled.seconds if compiled else None,
-        "memory": {
-            **memory._asdict(),
-            "temporaries": compiled.step.temporary_bytes if compiled else None,
-            "code": compiled.step.code_bytes if compiled else None,
-            "compiled_arguments": compiled.step.argument_bytes if compiled else None,
-            "needed": fit.needed,
-            "available": fit.available,
-        },
-        "exhausted": exhausted,
-        "fits": fit.fits and not exhausted,
-        "remedies": fit.remedies,
-        "step": {
-            "collectives": _collectives(compiled.step.collectives),
-            "cache_copies": compiled.step.cache_copies,
-            "output_bytes": compiled.step.output_bytes,
-            "alias_bytes": compiled.step.alias_bytes,
-        }
-        if compiled
-        else None,
-        "calls": calls,
-        "reference_ms": {side: reference.get(of) for side, of in (("target", config.target), ("draft", name))},
-        "alpha": config.alpha,
+        "calls": [
+            _call(setup, side, tokens, cost[side](tokens), computed[side](tokens), programs.get((side, tokens)))
+            for side, tokens in wanted
+        ],
+        "alpha": chosen.alpha,
         "cost_ratio": forecast.cost_ratio,
         "target_ms_by_tokens": [1e3 * seconds for seconds in forecast.target],
         "draft_ms": 1e3 * forecast.draft,
@@ -222,46 +176,83 @@ def make_row(name: str, setup: Setup, config: Config, compiled: aot.Compiled | N
         "best_num_draft_tokens": forecast.best,
         "predicted_ms_per_token": forecast.milliseconds[k],
         "predicted_speedup": forecast.milliseconds[0] / forecast.milliseconds[k],
+    }
+
+
+def _step(compiled: aot.Compiled) -> Row:
+    """The collectives and copies of the compiled step."""
+    step = compiled.step
+    return {
+        "collectives": _collectives(step.collectives),
+        "cache_copies": step.cache_copies,
+        "output_bytes": step.output_bytes,
+        "alias_bytes": step.alias_bytes,
+    }
+
+
+def make_row(name: str, setup: Setup, chosen: Settings, compiled: aot.Compiled | None, exhausted: bool) -> Row:
+    """Everything that is known of one target and the draft `name` on one topology, as plain values.
+
+    `exhausted` says that XLA found no room for it.
+    """
+    memory, fit = _memory(setup, compiled)
+    return {
+        "task": "plan",
+        "target": chosen.target,
+        "draft": name,
+        "topology": setup.topology.name,
+        "chips": setup.topology.num_chips,
+        "devices": setup.topology.num_devices,
+        "mesh": {"data": setup.mesh_shape[0], "model": setup.mesh_shape[1]},
+        "replicated": {side: plan.replicated(setup, side) for side in plan.SIDES},
+        "draft_sharding": chosen.draft_sharding,
+        "dtype": chosen.dtype,
+        "verify": chosen.verify,
+        "temperature": chosen.temperature,
+        "num_draft_tokens": setup.num_draft_tokens,
+        "batch_size": setup.batch_size,
+        "buffer": setup.buffer,
+        "num_parameters": {side: families.num_params(setup.side(side)) for side in plan.SIDES},
+        "compiled": compiled is not None,
+        "compiled_layers": compiled.layers if compiled else None,
+        "extrapolated": compiled is not None and not compiled.exact,
+        "compile_seconds": compiled.seconds if compiled else None,
+        "memory": memory,
+        "exhausted": exhausted,
+        "fits": fit.fits and not exhausted,
+        "remedies": fit.remedies,
+        "step": _step(compiled) if compiled else None,
+        **_times(setup, chosen, compiled),
+        "reference_ms": {
+            side: chosen.reference_ms.get(shape) for side, shape in (("target", chosen.target), ("draft", name))
+        },
         "chip": dataclasses.asdict(setup.topology.chip),
         "jax_version": jax.__version__,
     }
 
 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
-    """Makes the plan and writes its files.
-
-    Args:
-      config: as `configs/plan.py` has it.
-      workdir: where the results go.
-      overwrite: replace a plan that is there.
-      view: the screen; by default standard output.
-
-    Raises:
-      ValueError: for values that make no sense, a topology or a model that is not known, libtpu missing, or a workdir
-        that holds another plan.
-      OSError: where a shape cannot be read.
-    """
-    view, workdir = view or View(), pathlib.Path(workdir)
-    check(config)
-    if _claim(config, workdir, overwrite):
-        view.line(f"The plan is finished in {workdir}{os.sep}; --overwrite makes it anew.")
+    """Makes the plan, as `EXPERIMENTS` says; ValueError also for a topology that is not known, or libtpu missing."""
+    view, chosen = view or View(), parse(Settings, config)
+    store = Store(workdir, config.to_dict(), overwrite=overwrite, names=FILES)
+    if store.holds("results.json"):
+        view.line(f"The plan is finished in {store.directory}{os.sep}; --overwrite makes it anew.")
         return
     # Nothing is computed: whatever accelerator is here stays free. And a program for a TPU that is not here can be
     # written to the compilation cache, but not read from it.
     jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []
-    for name, setup in setups(config).items():
-        compiled, compiles = None, setup.topology.chip.tpu and config.compile
+    for name, setup in setups(chosen).items():
+        compiled, compiles = None, setup.topology.chip.tpu and chosen.compile
         if compiles:
-            with view.status(f"Compiling {config.target} with {name} for {setup.topology.name} (a minute or two)"):
-                compiled = _compiled(setup, config)
-        rows.append(make_row(name, setup, config, compiled, exhausted=compiles and compiled is None))
-    workdir.mkdir(parents=True, exist_ok=True)
-    files.write(workdir / "config.json", results.to_json(config.to_dict()))
-    files.write(workdir / "summary.md", plan_report.markdown(config.name, rows))
-    plots.plan(rows).savefig(workdir / "plan.png", dpi=130)
-    files.write(workdir / "results.json", json.dumps(rows, indent=1) + "\n")
-    for line in plan_report.headlines(rows):
+            with view.status(f"Compiling {chosen.target} with {name} for {setup.topology.name} (a minute or two)"):
+                compiled = _compiled(setup, chosen)
+        rows.append(make_row(name, setup, chosen, compiled, exhausted=compiles and compiled is None))
+    store.write_config()
+    store.write("summary.md", report.summary(chosen.name, rows))
+    plots.save(store.directory, {"plan.png": report.figure(rows)})
+    store.write("results.json", json.dumps(rows, indent=1) + "\n")
+    for line in report.headlines(rows):
         view.line(line)
-    view.line(f"Results: {workdir}{os.sep} ({', '.join(FILES)})", "bold")
+    view.line(f"Results: {store.directory}{os.sep} ({', '.join(FILES)})", "bold")

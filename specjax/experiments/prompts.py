@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from specjax import files
 
 KEYS = ("prompt", "input", "turns")
-"""Where a line keeps its prompt, the first of them that it has; of `turns`, the first is taken."""
+"""The keys of a line that may hold its prompt; the first that is present counts, and of `turns` the first entry."""
 
 MAX_PROMPT = 2**22
 """The longest prompt, in characters: about a million tokens, more than any supported model knows positions."""
@@ -29,12 +29,12 @@ class Prompt(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return name(self.task, self.id, self.number)
 
 
 def name(task: str, id: str, number: int) -> str:
-    """What tables call a prompt."""
+    """The name of a prompt in tables."""
     return f"{task} {id}".strip() or f"prompt {number}"
 
 
@@ -70,15 +70,12 @@ def _parse(fields: Any, number: int, where: str) -> Prompt:
 
 
 def read(path: str | pathlib.Path, num_prompts: int = 0) -> list[Prompt]:
-    """Reads the first prompts of a file; one that ends in `.xz` is unpacked. Empty lines are skipped.
+    """Reads the first prompts of a JSONL file, all where `num_prompts` is 0; one that ends in `.xz` is unpacked.
 
-    Args:
-      path: a JSONL file. A line's prompt is its `prompt`, its `input`, or the first of its `turns`.
-      num_prompts: how many; 0 reads all.
+    A line's prompt is its `prompt`, its `input`, or the first of its `turns`. Empty lines are skipped.
 
     Raises:
-      FileNotFoundError: where there is no such file.
-      OSError: where it is a directory, or cannot be read.
+      OSError: where it does not exist, is a directory, or cannot be read.
       ValueError: for a line that is not JSON or has no prompt, too few lines, or a file that is damaged.
     """
     path = pathlib.Path(path).expanduser()

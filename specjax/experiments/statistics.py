@@ -21,12 +21,7 @@ def bootstrap_interval(
     The categories are fixed and their prompts are a sample, so values are drawn with replacement within each group. Of
     a group of n, n - 1 are drawn: drawing n would give a variance that is too small by a factor of (n - 1) / n, 0.8 for
     five prompts (Rao and Wu 1988, "Resampling inference with complex survey data", with m = n - 1). The interval lies
-    between percentiles of the resampled means.
-
-    Args:
-      groups: positive values, a sequence a category.
-      level: how probable it is that the interval covers the mean.
-      seed: of the resampling.
+    between percentiles of the resampled means, and covers the mean with the probability `level`.
 
     Returns:
       the bounds; None where a group has fewer than two values, of which nothing can be drawn.

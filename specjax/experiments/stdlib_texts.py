@@ -1,4 +1,4 @@
-"""Files of prompts, texts and pairs that need no network: from what every Python brings with it.
+"""Files of prompts, texts and pairs that need no network: they are made from what comes with Python.
 
 The language reference (`pydoc_data`, shipped with CPython under the PSF licence) gives running text; the docstrings of
 the standard library give pairs of a description and its first line, its summary.
@@ -19,7 +19,7 @@ _ASKED = {
     "question": "Read this passage, and name the three most important facts in it.\n\n{text}",
     "copy-edit": "Repeat this passage word for word, but write British English.\n\n{text}",
 }
-"""What prompts ask for, by category."""
+"""The instructions of prompts, by category."""
 
 _LENGTH = (300, 1500)
 """Characters of a passage."""
@@ -80,10 +80,9 @@ def _docstrings(path: pathlib.Path) -> Iterator[str]:
 
 
 def pairs(folder: str = "") -> dict[str, list[Line]]:
-    """By split, the docstrings of the standard library: `input` is the description, `target` its first line.
+    """By split, the docstrings of the standard library, or of one package of it.
 
-    Args:
-      folder: the package of it that is read; empty: all.
+    `input` is the description, `target` its first line.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"], folder)
     found: dict[str, str] = {}

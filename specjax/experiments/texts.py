@@ -7,7 +7,7 @@ from typing import Any
 from specjax import files
 
 FIELDS = ("target", "text", "input", "prompt")
-"""Where a line of JSON keeps its text, the first of them that it has."""
+"""The keys of a JSON object that may hold its text; the first that is present counts."""
 
 _JSON = (".jsonl", ".json")
 
@@ -48,17 +48,13 @@ def check(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def read(path: str | pathlib.Path, field: str = "auto", num_texts: int = 0) -> list[str]:
-    """Reads the first texts of a file; one that ends in `.xz` is unpacked.
+    """Reads the first texts of a file, all where `num_texts` is 0; one that ends in `.xz` is unpacked.
 
-    Args:
-      path: `.jsonl` or `.json` with one object a line; anything else is plain text, whose texts are parted by empty
-        lines.
-      field: which value of an object is its text; "auto": the first of `FIELDS`.
-      num_texts: how many; 0 reads all.
+    A file `.jsonl` or `.json` has one object on each line, whose text is the value of `field`, or of the first of
+    `FIELDS` for "auto". Any other file is plain text, whose texts are separated by empty lines.
 
     Raises:
-      FileNotFoundError: where there is no such file.
-      OSError: where it is a directory, or cannot be read.
+      OSError: where it does not exist, is a directory, or cannot be read.
       ValueError: for a line that is not JSON or has no text, or a file without texts or that is damaged.
     """
     path = check(path)

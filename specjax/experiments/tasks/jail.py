@@ -16,7 +16,7 @@ JAILED = pathlib.Path(__file__).parent / "jailed"
 """The modules that run in the jail."""
 
 FOLDER = "/tmp"
-"""What a jailed program may write."""
+"""The directory that a jailed program may write."""
 
 SIZE = 16 << 20
 """Bytes of the folder."""
@@ -57,7 +57,7 @@ def bubblewrap(command: Sequence[str]) -> list[str]:
         words += ["--unshare-user"]
     words += ["--perms", "1777", "--size", str(SIZE), "--tmpfs", FOLDER]
     paths = _readable()
-    # Those that bubblewrap makes by itself are root's alone.
+    # Directories that bubblewrap makes without being asked can be read by root only.
     parents = {str(parent) for path in paths for parent in pathlib.Path(path).parents} - {"/", FOLDER}
     for parent in sorted(parents):
         words += ["--perms", "0755", "--dir", parent]

@@ -3,19 +3,14 @@
 from collections.abc import Sequence
 
 INPUT, TARGET = "{input}", "{target}"
-"""What a template has in the places of a pair's two texts."""
+"""The placeholders of a template for the two texts of a pair."""
 
 
 def few_shot(template: str, shots: Sequence[tuple[str, str]], text: str) -> str:
-    """A prompt: some solved examples, then the text whose target is to be written.
-
-    Args:
-      template: how an example is written, with `{input}` and, behind it, `{target}`.
-      shots: inputs and their targets.
-      text: the input.
+    """A prompt: solved examples, pairs of input and target as the template has them, then the input to be solved.
 
     Raises:
-      ValueError: for a template without its two places.
+      ValueError: for a template without `{input}` and, behind it, `{target}`.
     """
     if not 0 <= template.find(INPUT) < template.find(TARGET):
         raise ValueError(f"The template {template!r} needs {INPUT} and, behind it, {TARGET}.")
@@ -28,5 +23,5 @@ def few_shot(template: str, shots: Sequence[tuple[str, str]], text: str) -> str:
 
 def truncate(text: str, stop_strings: Sequence[str]) -> str:
     """The text before the first of some strings."""
-    ends = [place for place in (text.find(string) for string in stop_strings) if place >= 0]
+    ends = [begin for begin in (text.find(string) for string in stop_strings) if begin >= 0]
     return text[: min(ends)] if ends else text

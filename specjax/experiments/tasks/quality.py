@@ -1,19 +1,11 @@
-"""How good texts are, by the libraries that the field compares with. Both scales run from 0 to 100."""
+"""Metrics of the quality of texts, by the libraries that the field uses. Both scales run from 0 to 100."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 
 def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU (Papineni et al. 2002) as sacrebleu computes it, tokenisation 13a, case-sensitive.
-
-    Args:
-      texts: what was generated.
-      references: one for each.
-
-    Raises:
-      ImportError: without the package sacrebleu.
-    """
+    """Corpus BLEU (Papineni et al. 2002) as sacrebleu computes it, tokenisation 13a, case-sensitive."""
     try:
         import sacrebleu
     except ImportError as error:
@@ -22,15 +14,7 @@ def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
 
 
 def rouge2_scores(texts: Sequence[str], references: Sequence[str]) -> list[float]:
-    """F1 of shared bigrams (ROUGE-2, Lin 2004) of each text, words stemmed, as rouge-score computes it.
-
-    Args:
-      texts: what was generated.
-      references: one for each.
-
-    Raises:
-      ImportError: without the package rouge-score.
-    """
+    """F1 of shared bigrams (ROUGE-2, Lin 2004) of each text, words stemmed, as rouge-score computes it."""
     try:
         from rouge_score import rouge_scorer
     except ImportError as error:

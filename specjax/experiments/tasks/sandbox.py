@@ -32,7 +32,7 @@ TIMED_OUT = "timed out"
 
 
 class Limits(NamedTuple):
-    """What each of the two processes may use.
+    """The limits of each of the two processes.
 
     Attributes:
       seconds: of time on the clock, from when both are ready, and (rounded up) of CPU time.
@@ -131,10 +131,10 @@ def _pair(way: jail.Way) -> Iterator[tuple[int, int]]:
 
 
 def _receive(fd: int, seconds: float) -> object:
-    """What the test says next.
+    """Receives the next message of the test.
 
     Raises:
-      TimeoutError: where it says nothing for so long.
+      TimeoutError: where it says nothing for this many seconds.
       EOFError: where it has ended.
     """
     end = time.monotonic() + seconds
@@ -150,12 +150,7 @@ def _receive(fd: int, seconds: float) -> object:
 
 
 def run(exam: Exam, limits: Limits, way: jail.Way) -> str:
-    """Tests a function.
-
-    Args:
-      exam: the program and its test.
-      limits: what they may use.
-      way: how each of them is started.
+    """Tests a function, its program and its test each in a process of its own that is started one way.
 
     Returns:
       `PASSED`, or why not: the error that the program or the test raised, "timed out", or "ended early".
@@ -182,7 +177,7 @@ def run(exam: Exam, limits: Limits, way: jail.Way) -> str:
     return PASSED if passed else said
 
 
-# What a jail has to refuse. The names of what was not refused come back.
+# Each attempt has to be refused by a jail. The names of those that were not refused are returned.
 _PROBE = """
 import ctypes, os, socket, threading
 libc = ctypes.CDLL(None)
@@ -218,7 +213,7 @@ def probe():
 
 
 def _missing(way: jail.Way, limits: Limits) -> tuple[str, ...]:
-    """What a program could do that was started so.
+    """The attempts that succeed in a program that is started this way.
 
     Raises:
       OSError: where none can be started.
@@ -256,10 +251,7 @@ def _check_start(way: jail.Way) -> None:
 
 @functools.cache
 def isolation(limits: Limits) -> tuple[Isolation, str]:
-    """The best jail of this machine: one that refuses everything that it should, or the one that refuses most.
-
-    Args:
-      limits: within which it has to run programs.
+    """The best jail in which programs run within these limits: one that refuses everything that it should, or the most.
 
     Returns:
       it, and why the jails before it were not taken; empty where there is none.
@@ -284,11 +276,9 @@ def isolation(limits: Limits) -> tuple[Isolation, str]:
 
 
 def judge(limits: Limits, *, unsafe: bool = False) -> Callable[[Exam, Limits], str]:
-    """What tests programs within these limits on this machine: `run` in the best jail.
+    """A function that tests programs within these limits on this machine: `run` in the best jail.
 
-    Args:
-      limits: of each process.
-      unsafe: take also a jail that does not refuse everything.
+    With `unsafe`, a jail is taken too that does not refuse everything.
 
     Raises:
       OSError: where no jail is whole, naming what is missing; or where these limits let no program run.

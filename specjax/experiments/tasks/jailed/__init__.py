@@ -1,1 +1,1 @@
-"""What runs within a jail. The files import nothing but the standard library and each other, by their bare names."""
+"""The programs that run within a jail. They import only the standard library and each other, by their bare names."""

@@ -1,4 +1,4 @@
-"""Limits that a process sets itself before it runs what nobody trusts, and cannot lift again."""
+"""Limits that a process sets itself before it runs a program that is not trusted, and cannot lift again."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ _NOBODY = 65534
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 
 # No second process or thread, no namespaces, no memory that RLIMIT_AS does not count, no way into other processes, and
-# none of the kernel's large and seldom used doors.
+# none of the kernel's large interfaces that programs seldom need.
 _REFUSED = (
     "fork vfork clone clone3 "
     "unshare setns mount umount2 pivot_root chroot fsopen fsconfig fsmount fspick open_tree move_mount mount_setattr "
@@ -27,12 +27,7 @@ _REFUSED = (
 
 
 def confine(seconds: float, memory: int) -> None:
-    """Gives up root, and limits this process for good.
-
-    Args:
-      seconds: of CPU time, rounded up.
-      memory: bytes of address space.
-    """
+    """Gives up root, and limits this process for good to seconds of CPU time and bytes of address space."""
     if os.geteuid() == 0:
         _give_up_root()
     limits = {

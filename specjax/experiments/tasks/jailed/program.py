@@ -8,7 +8,7 @@ from confine import confine
 
 
 def _streams() -> tuple[int, int]:
-    """Where requests come from and answers go, which are no longer the standard streams."""
+    """The descriptors of requests and answers, which are no longer the standard streams."""
     found = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -17,7 +17,7 @@ def _streams() -> tuple[int, int]:
 
 
 def _raised(error: BaseException) -> list[Any]:
-    """What is said of an error: the names of its types, the nearest first, and its text."""
+    """An error as it is sent: the names of its types, the nearest first, and its text."""
     try:
         text = str(error)[:500]
     except BaseException:
@@ -26,7 +26,7 @@ def _raised(error: BaseException) -> list[Any]:
 
 
 def main() -> None:
-    """Defines the program's function, then answers until nobody asks."""
+    """Defines the program's function, then answers calls until there are no more."""
     requests, answers = _streams()
     source, name, seconds, memory = protocol.receive(requests)
     confine(seconds, memory)

@@ -1,4 +1,4 @@
-"""Values between a test and the program that it tests, which nobody trusts: frames of JSON, each value with its type.
+"""Values between a test and the program that it tests, which is not trusted: frames of JSON, each value with its type.
 
 A frame is its length in four bytes and JSON. None, bool and str stand for themselves, everything else is a pair of a
 tag and what it holds. Nothing that arrives is executed, and objects of the other side arrive as `Foreign`.
@@ -48,7 +48,7 @@ class Foreign:
 
 
 def _encode_object(value: Any) -> Any:
-    """What is no plain value."""
+    """A value that is not plain."""
     kind = type(value)
     if _WRITTEN.get(kind.__module__) == kind.__name__:
         return [kind.__module__, str(value)]
@@ -74,7 +74,7 @@ def _encode_items(values: Iterable[Any]) -> list[Any]:
 
 
 def encode(value: Any) -> Any:
-    """What JSON holds for a value; subclasses of a plain type are sent as that type, which they equal."""
+    """A value as JSON; instances of subclasses of a plain type are sent as that type, which they equal."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -137,7 +137,7 @@ def send(fd: int, value: Any) -> None:
 
     Raises:
       Refused: for a value that is too long to be read.
-      OSError: where nobody reads.
+      OSError: where the other side does not read.
     """
     content = json.dumps(encode(value)).encode("ascii")
     if len(content) > MAX_FRAME:

@@ -79,7 +79,7 @@ def _described(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Starts the program, runs the test, and says what came of it."""
+    """Starts the program, runs the test, and sends its verdict."""
     verdicts = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     remote = Remote(int(sys.argv[1]), int(sys.argv[2]))

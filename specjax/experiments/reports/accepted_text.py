@@ -1,4 +1,4 @@
-"""Texts cut into the stretches that were drafted and accepted and those that the target wrote itself."""
+"""The accepted parts of a text: it is cut where accepted draft tokens begin and end, so that they can be marked."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,40 +1,13 @@
-"""What the rows of a run say: the table, the findings in words, and `summary.md`."""
+"""The report of a comparison: the table, the findings in words, and `summary.md`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from specjax import theory
-from specjax.experiments import noise, printable, prompts, results
+from specjax.experiments import noise, prompts, results
+from specjax.experiments.reports import printable
+from specjax.experiments.reports.tables import bullets, markdown, page, speedup
 from specjax.experiments.results import Row
-
-HEADER = (
-    "prompt",
-    "tokens",
-    "plain tok/s",
-    "spec. tok/s",
-    "alpha",
-    "tok/call",
-    "c",
-    "predicted",
-    "accounted",
-    "measured",
-    "identical",
-)
-
-TERMINAL_HEADER = (
-    "prompt",
-    "tokens",
-    "plain\ntok/s",
-    "spec.\ntok/s",
-    "alpha",
-    "tok/\ncall",
-    "c",
-    "pre-\ndicted",
-    "ac-\ncounted",
-    "mea-\nsured",
-    "iden-\ntical",
-)
-"""`HEADER` in two lines, so that the table fits 80 columns."""
 
 TERMINAL_LEGEND = (
     "alpha: expected share of draft tokens accepted. c: time of a draft token over that of a target call.",
@@ -43,20 +16,20 @@ TERMINAL_LEGEND = (
 )
 
 MANY = 12
-"""Above so many prompts, tables and plots have a line a task in the place of one a prompt."""
+"""With more prompts than this, tables and plots have a line per task instead of a line per prompt."""
 RARE = 0.05
 """Below this share of steps, drafting cannot have cost much."""
 
 
 def label(row: Row) -> str:
-    """What a table calls a row."""
+    """The name of a row in tables."""
     if row["prompt"] is None:
         return printable.line(row["task"])
     return printable.line(prompts.name(row["task"], row["id"], row["prompt"]))
 
 
 def lines(rows: Sequence[Row]) -> list[Row]:
-    """The rows that a table or a plot shows: one a prompt, or one a task where there are many, and the sum of all."""
+    """The rows that a table or a plot shows: one per prompt, or one per task where there are many, and the total."""
     shown = results.judged(rows) if len(rows) <= MANY else results.by_task(rows)
     return [*shown, results.combine(rows, "all")]
 
@@ -69,36 +42,37 @@ def _share(row: Row) -> str:
     return f"{row['num_identical']} of {row['num_prompts']}"
 
 
-def speedup(row: Row) -> str:
-    """The measured speedup, marked where it is not to be believed."""
-    return f"{row['measured_speedup']:.2f}x{noise.MARKS[row['verdict']]}"
-
-
 def between(row: Row) -> str:
     """The interval of the measured speedup."""
     return f"{row['speedup_low']:.2f} to {row['speedup_high']:.2f}"
 
 
+COLUMNS = (
+    ("prompt", label),
+    ("tokens", lambda row: row["num_tokens"]),
+    ("plain\ntok/s", lambda row: f"{row['baseline_tokens_per_second']:.1f}"),
+    ("spec.\ntok/s", lambda row: f"{row['tokens_per_second']:.1f}"),
+    ("alpha", lambda row: "none" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}"),
+    ("tok/\ncall", lambda row: f"{row['block_efficiency']:.2f}"),
+    ("c", lambda row: f"{row['cost_ratio']:.2g}" if row["cost_ratio"] >= 0.001 else "<.001"),
+    ("pre-\ndicted", lambda row: f"{row['predicted_speedup']:.2f}x"),
+    ("ac-\ncounted", lambda row: f"{row['accounted_speedup']:.2f}x"),
+    ("mea-\nsured", speedup),
+    ("iden-\ntical", _share),
+)
+"""The columns of the table, with headings in two lines, so that it fits 80 columns of a terminal."""
+
+TERMINAL_HEADER = tuple(heading for heading, _ in COLUMNS)
+HEADER = tuple(heading.replace("-\n", "").replace("/\n", "/").replace("\n", " ") for heading in TERMINAL_HEADER)
+
+
 def cells(row: Row) -> list[str]:
-    """One line of the table, as `HEADER` has it."""
-    alpha = "none" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}"
-    return [
-        label(row),
-        str(row["num_tokens"]),
-        f"{row['baseline_tokens_per_second']:.1f}",
-        f"{row['tokens_per_second']:.1f}",
-        alpha,
-        f"{row['block_efficiency']:.2f}",
-        f"{row['cost_ratio']:.2g}" if row["cost_ratio"] >= 0.001 else "<.001",
-        f"{row['predicted_speedup']:.2f}x",
-        f"{row['accounted_speedup']:.2f}x",
-        speedup(row),
-        _share(row),
-    ]
+    """The line of the table for a row."""
+    return [str(cell(row)) for _, cell in COLUMNS]
 
 
 def _better_k(row: Row) -> int:
-    """The number of draft tokens that alpha and the measured costs favour; 0 where none brings 5 % at least."""
+    """The number of draft tokens that alpha and the measured costs favour; 0 where none gains at least 5 %."""
     k, alpha, c = row["num_draft_tokens"], min(row["acceptance_rate"], 1.0), row["cost_ratio"]
 
     def score_cost(n: int) -> float:
@@ -110,7 +84,7 @@ def _better_k(row: Row) -> int:
 
 
 def remedy(row: Row) -> str:
-    """What to try where speculation was slower than plain decoding."""
+    """A remedy where speculation was slower than plain decoding."""
     if row["num_draft_tokens"] == 0:
         return "this drafter proposes nothing, so both sides are plain decoding and the difference is noise"
     if row["acceptance_rate"] is None:
@@ -143,7 +117,7 @@ def _identity(total: Row) -> str:
 
 
 def _overall(total: Row) -> tuple[str, bool]:
-    """What is to be believed of the speedup over all prompts, and whether that is bad news."""
+    """The verdict on the speedup over all prompts, and whether it deserves a warning."""
     speed, verdict = total["measured_speedup"], total["verdict"]
     if verdict == noise.NOISE:
         return (
@@ -177,7 +151,7 @@ def _names(rows: Sequence[Row]) -> str:
 
 
 def _of_prompts(shown: Sequence[Row], total: Row) -> list[tuple[str, bool]]:
-    """Which prompts lose, and which speedups are not to be believed."""
+    """Which prompts are slower, and which speedups are not to be believed."""
     found = []
     ordered = sorted(shown, key=lambda row: row["measured_speedup"])
     losses = [row for row in ordered if row["verdict"] == noise.LOSS]
@@ -192,7 +166,7 @@ def _of_prompts(shown: Sequence[Row], total: Row) -> list[tuple[str, bool]]:
 
 
 def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
-    """What a run shows, in sentences, and whether each is bad news."""
+    """The findings of a run, in sentences, and whether each deserves a warning."""
     shown = lines(rows)
     total = shown[-1]
     differs = total["identical"] is not None and total["identical"] < 1
@@ -202,12 +176,6 @@ def findings(rows: Sequence[Row]) -> list[tuple[str, bool]]:
         text = f"fixed_shape: plain decoding scored K + 1 tokens too, {cost:.2f} times what it costs alone"
         found.append((f"{text}. The speedups are over that.", False))
     return found + _of_prompts(shown[:-1], total)
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its header."""
-    rows = ["| " + " | ".join(map(printable.markdown, row)) + " |" for row in table]
-    return "\n".join([rows[0], "|---" + "|---:" * (len(table[0]) - 1) + "|", *rows[1:]])
 
 
 LEGEND = """\
@@ -231,18 +199,17 @@ def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) 
     if total["draft"]:
         sides += f" with `{total['draft']}`"
     rule = f"rule `{total['verify']}` ({'exact' if total['exact'] else 'NOT exact'})"
-    place = f"{total['dtype']} on {total['device']} with jax {total['jax_version']}"
+    device = f"{total['dtype']} on {total['device']} with jax {total['jax_version']}"
     k, costs = total["num_draft_tokens"], results.costs_of(total)
-    parts = [
+    return page(
         f"# {printable.line(config['name'])}",
-        f"{sides}, K = {k}, {rule}, temperature {total['temperature']:g}, batch {total['batch_size']}, {place}.",
+        f"{sides}, K = {k}, {rule}, temperature {total['temperature']:g}, batch {total['batch_size']}, {device}.",
         markdown([HEADER, *map(cells, shown)]),
-        "\n".join(f"- **{text}**" if bad else f"- {text}" for text, bad in findings(rows)),
+        bullets(f"**{text}**" if bad else text for text, bad in findings(rows)),
         f"Scoring {k + 1} tokens costs {costs.score_cost:.2f} plain steps, a whole drafting step {costs.step_cost:.2f} "
         f"(the run was told {total['step_cost']:.2f}). Compiling took {total['compile_seconds']:.1f} s for speculation "
         f"and {total['baseline_compile_seconds']:.1f} s for plain decoding; reading the prompts took "
         f"{total['prefill_seconds']:.2f} s and {total['baseline_prefill_seconds']:.2f} s.",
         "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in images),
         LEGEND,
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    )

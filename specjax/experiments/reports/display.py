@@ -1,31 +1,26 @@
-"""What a run shows while it runs. On a terminal in colour, elsewhere as plain lines."""
+"""The output of a run while it runs: in colour on a terminal, elsewhere as plain lines."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from specjax.experiments import noise, printable, report
-from specjax.experiments.marks import Segment, merge, pieces
+from specjax.experiments import noise
+from specjax.experiments.reports import compare as report
+from specjax.experiments.reports import printable, tables
+from specjax.experiments.reports.accepted_text import Segment, merge, pieces
 from specjax.experiments.results import Row
 from specjax.text.tokenizer import Tokenizer
 
 ACCEPTED = "underline green"
 """The style of accepted draft tokens on a terminal."""
 MARKS = ("\u2039", "\u203a")
-"""What they stand between elsewhere: single angle quotes."""
+"""The marks around them elsewhere: single angle quotes."""
 _PLAIN_WIDTH = 140
 
 
@@ -55,31 +50,19 @@ class View:
             yield
 
     @contextlib.contextmanager
-    def progress(self, total: int, done: int = 0, what: str = "prompts") -> Iterator[Progress]:
-        """A bar over the prompts, or over something else, on terminals only. The caller advances it."""
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            bar.add_task(printable.line(what), total=total, completed=done)
-            yield bar
+    def progress(
+        self, total: int, done: int = 0, what: str = "prompts", *, remaining: bool = False
+    ) -> Iterator[Progress]:
+        """A bar over the prompts, or over something else, on terminals only. The caller advances it.
 
-    @contextlib.contextmanager
-    def training(self, total: int) -> Iterator[Progress]:
-        """A bar over steps, on terminals only. The caller updates `completed` and `status`."""
-        left = (TextColumn("left"), TimeRemainingColumn())
-        columns = (
-            TextColumn("step"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
-            *left,
-        )
+        With `remaining` it shows the time that is left, and before it the `status` that the caller updates.
+        """
+        name = TextColumn("{task.description}", markup=False)
+        status = TextColumn("{task.fields[status]}", markup=False)
+        time = (status, TextColumn("left"), TimeRemainingColumn()) if remaining else (TimeElapsedColumn(),)
+        columns = (name, BarColumn(), MofNCompleteColumn(), *time)
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            bar.add_task("step", total=total, status="")
+            bar.add_task(printable.line(what), total=total, completed=done, status="")
             yield bar
 
     def line(self, message: str, style: str = "") -> None:
@@ -111,12 +94,7 @@ class View:
                 self.console.print(Text(part.join(MARKS) if accepted else part), end="", soft_wrap=True)
 
     def stream(self, tokenizer: Tokenizer, states: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> None:
-        """Prints a text as it grows.
-
-        Args:
-          tokenizer: the target's.
-          states: the tokens so far, and which of them are accepted draft tokens.
-        """
+        """Prints a text as it grows, from the tokens at each time and which of them are accepted draft tokens."""
         shown = 0
         for tokens, from_draft in states:
             parts = list(zip(pieces(tokenizer, tokens), from_draft, strict=True))
@@ -129,7 +107,7 @@ class View:
         same = {None: "", 1.0: ", identical text"}.get(row["identical"], ", text DIFFERS from plain decoding's")
         self.line(
             f"{report.label(row)}: {row['baseline_tokens_per_second']:.1f} tokens/s plain, "
-            f"{row['tokens_per_second']:.1f} speculative, {report.speedup(row)}{same}",
+            f"{row['tokens_per_second']:.1f} speculative, {tables.speedup(row)}{same}",
             "bold yellow" if row["verdict"] == noise.LOSS else "bold",
         )
 

@@ -1,30 +1,30 @@
-"""The table and plots of the experiment of Chen et al. 2023, the paper's figures beside the measured ones."""
+"""The tables and plots of the experiment of Chen et al. 2023, with the paper's figures beside the measured ones."""
 
-import pathlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from specjax import files
-from specjax.experiments import noise, results
-from specjax.experiments.report import markdown, speedup
+from specjax.experiments import noise
+from specjax.experiments.reports import plots
+from specjax.experiments.reports.tables import bullets, markdown, number, page, speedup, table
 from specjax.experiments.results import Row
 
 TOKENS = 128
-"""The paper's Figure 1 has the time in which a text grows by so many tokens."""
+"""The paper's Figure 1 has the time in which a text grows by this number of tokens."""
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn."""
+    """Temperature and nucleus of sampling."""
 
     temperature: float
     top_p: float
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return "greedy" if self.temperature == 0 else f"nucleus {self.top_p:g}, T={self.temperature:g}"
 
 
@@ -56,15 +56,13 @@ PAPER: dict[str, dict[Sampling, Published]] = {
 """Table 1, by task and sampling. A target of 70B parameters and a draft of 4B on 16 TPU v4."""
 
 DIFFERENT = (
-    "The paper: Chinchilla, 70B parameters, with a draft of 4B and 8 layers, trained for it (1.8 ms a token against "
+    "The paper: Chinchilla, 70B parameters, with a draft of 4B and 8 layers, trained for it (1.8 ms per token against "
     "14.1), on 16 TPU v4, batch 1, K = 4; XSum: 11,305 texts of at most 128 tokens after one example; HumanEval: 100 "
     "texts of at most 512 tokens for each of 164 problems. Ours are the models, device and numbers of texts above: "
     "milliseconds and quality cannot be compared across, and a speedup only as far as the ratios of costs are alike. "
     "Ours are of decoding alone, without reading the prompt."
 )
-"""What lies between the two columns."""
-
-_COLORS = ("#3b6ea5", "#c8553d", "#5b8c5a", "#8a6bb0", "#b08a3e", "#666666")
+"""The differences between the paper's setting and ours."""
 
 
 class Measured(NamedTuple):
@@ -75,7 +73,7 @@ class Measured(NamedTuple):
       paper: which of the paper's tasks stands beside it: "xsum", "humaneval" or "".
       about: a sentence about models, data and machine.
       rows: the timed cells, with their `clock`.
-      scores: by side and sampling ("plain, greedy"), then metric: one score a problem, 0 to 100.
+      scores: by side and sampling ("plain, greedy"), then metric: one score per problem, 0 to 100.
       quality_draft_tokens: K of the texts that were judged.
       seconds: what measuring took.
     """
@@ -98,7 +96,7 @@ class Line(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What a legend calls it."""
+        """Its name in legends."""
         return f"{self.sampling.name}, batch {self.batch_size}"
 
 
@@ -115,8 +113,8 @@ def lines(rows: Sequence[Row]) -> list[Line]:
 def spread(rows: Sequence[Row], side: str = "") -> list[float]:
     """P50, P90 and P99 of what `TOKENS` tokens of a text took; `side` "baseline_": without speculation.
 
-    A text that ends early is taken for one that goes on as fast, and so is a batch with such texts; each weighs as many
-    tokens as it wrote, or one that ended at once would count as if its start went on for `TOKENS` tokens.
+    A text that ends early is counted as if it went on as fast, and so is a batch with such texts. Each is weighted by
+    its tokens, so that one that ended at once counts little.
     """
     clock = [batch for row in rows for batch in row["clock"]]
     tokens = [batch[f"{side}tokens"] for batch in clock]
@@ -163,7 +161,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _best(line: Line) -> Row:
-    """The fastest cell; one that drafts, where there is one."""
+    """The fastest cell that drafts, or the fastest one where none drafts."""
     return max([row for row in line.rows if row["num_draft_tokens"]] or line.rows, key=lambda r: r["measured_speedup"])
 
 
@@ -174,109 +172,97 @@ def _scored(measured: Measured, side: str, sampling: Sampling) -> str:
 
 def table_1(measured: Measured) -> list[list[str]]:
     """Every sampling and batch size at the K of the judged texts and at the best K, the paper's line beside it."""
-    head = "sampling, batch, K, quality plain, speculative, ms/token plain, speculative, speedup"
-    table = [[*head.split(", "), "paper: quality", "paper: ms/token", "paper: speedup"]]
-    for line in lines(measured.rows):
-        best = _best(line)
+
+    def paper(line: Line, shown: Callable[[Published], str]) -> str:
+        found = PAPER.get(measured.paper, {}).get(line.sampling) if line.batch_size == 1 else None
+        return shown(found) if found else "-"
+
+    def cells(line: Line) -> list[tuple[Line, Row]]:
         judged = [row for row in line.rows if row["num_draft_tokens"] == measured.quality_draft_tokens]
-        paper = PAPER.get(measured.paper, {}).get(line.sampling) if line.batch_size == 1 else None
-        for row in [*judged, best] if best not in judged else judged:
-            table.append(
-                [
-                    line.sampling.name,
-                    str(line.batch_size),
-                    f"{row['num_draft_tokens']}{' (best)' if row is best else ''}",
-                    _scored(measured, "plain", line.sampling),
-                    _scored(measured, "speculative", line.sampling),
-                    f"{ms_per_token(row, 'baseline_'):.2f}",
-                    f"{ms_per_token(row):.2f}",
-                    speedup(row),
-                    f"{paper.plain} -> {paper.speculative}" if paper else "-",
-                    f"{paper.plain_ms:g} -> {paper.speculative_ms:.2f}" if paper else "-",
-                    f"{paper.speedup:.2f}x" if paper else "-",
-                ]
-            )
-    return table
+        best = _best(line)
+        return [(line, row) for row in ([*judged, best] if best not in judged else judged)]
+
+    columns = (
+        ("sampling", lambda cell: cell[0].sampling.name),
+        ("batch", lambda cell: cell[0].batch_size),
+        ("K", lambda cell: f"{cell[1]['num_draft_tokens']}{' (best)' if cell[1] is _best(cell[0]) else ''}"),
+        ("quality plain", lambda cell: _scored(measured, "plain", cell[0].sampling)),
+        ("speculative", lambda cell: _scored(measured, "speculative", cell[0].sampling)),
+        ("ms/token plain", lambda cell: f"{ms_per_token(cell[1], 'baseline_'):.2f}"),
+        ("speculative", lambda cell: f"{ms_per_token(cell[1]):.2f}"),
+        ("speedup", lambda cell: speedup(cell[1])),
+        ("paper: quality", lambda cell: paper(cell[0], lambda p: f"{p.plain} -> {p.speculative}")),
+        ("paper: ms/token", lambda cell: paper(cell[0], lambda p: f"{p.plain_ms:g} -> {p.speculative_ms:.2f}")),
+        ("paper: speedup", lambda cell: paper(cell[0], lambda p: f"{p.speedup:.2f}x")),
+    )
+    return table(columns, itertools.chain.from_iterable(map(cells, lines(measured.rows))))
 
 
 def table_sweep(measured: Measured) -> list[list[str]]:
     """Every timed cell: what Figure 1 shows."""
-    head = "sampling, batch, K, alpha, tokens/loop, tokens/(K+1), loop ms"
-    table = [[*head.split(", "), f"{TOKENS} tokens: P50", "P90", "P99", "plain: P50", "P90", "P99", "speedup", "same"]]
-    for line in lines(measured.rows):
-        for row in line.rows:
-            spreads = [spread([row], side) for side in ("", "baseline_")]
-            identical = row["identical"]
-            table.append(
-                [
-                    line.sampling.name,
-                    str(line.batch_size),
-                    str(row["num_draft_tokens"]),
-                    "-" if row["acceptance_rate"] is None else f"{row['acceptance_rate']:.2f}",
-                    f"{row['block_efficiency']:.2f}",
-                    f"{efficiency(row):.2f}",
-                    f"{loop_ms(row):.1f}",
-                    *(f"{value:.0f}" for side in spreads for value in side),
-                    speedup(row),
-                    "-" if identical is None else f"{identical:.0%}",
-                ]
-            )
-    return table
+    spreads = [
+        (f"{name}P{percent}", lambda cell, side=side, i=i: f"{spread([cell[1]], side)[i]:.0f}")
+        for side, first in (("", f"{TOKENS} tokens: "), ("baseline_", "plain: "))
+        for i, (name, percent) in enumerate(((first, 50), ("", 90), ("", 99)))
+    ]
+    columns = (
+        ("sampling", lambda cell: cell[0].sampling.name),
+        ("batch", lambda cell: cell[0].batch_size),
+        ("K", lambda cell: cell[1]["num_draft_tokens"]),
+        ("alpha", lambda cell: number(cell[1]["acceptance_rate"], ".2f")),
+        ("tokens/loop", lambda cell: f"{cell[1]['block_efficiency']:.2f}"),
+        ("tokens/(K+1)", lambda cell: f"{efficiency(cell[1]):.2f}"),
+        ("loop ms", lambda cell: f"{loop_ms(cell[1]):.1f}"),
+        *spreads,
+        ("speedup", lambda cell: speedup(cell[1])),
+        ("same", lambda cell: number(cell[1]["identical"], ".0%")),
+    )
+    return table(columns, [(line, row) for line in lines(measured.rows) for row in line.rows])
 
 
 def figure_1(measured: Measured) -> Figure:
     """The paper's Figure 1: time for 128 tokens, acceptance and loop time against K."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    counts = sorted({row["num_draft_tokens"] for row in measured.rows})
-    panels = figure.subplots(1, 3)
+    figure, panels = plots.panels(3, 13 / 3, 4)
     shown = (
         (f"time for {TOKENS} tokens", "ms", lambda row: TOKENS * ms_per_token(row)),
         ("acceptance: tokens of a loop / (K + 1)", "", efficiency),
         ("time of a loop", "ms", loop_ms),
     )
     for axes, (title, unit, value) in zip(panels, shown, strict=True):
-        for line, color in zip(lines(measured.rows), _COLORS * 9, strict=False):
+        for line, color in zip(lines(measured.rows), itertools.cycle(plots.COLORS), strict=False):
             k = [row["num_draft_tokens"] for row in line.rows]
             axes.plot(k, [value(row) for row in line.rows], "o-", color=color, label=line.label)
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xticks(counts)
-        axes.set_xlabel("draft tokens a step, K")
-        axes.set_ylabel(unit)
+        axes.set_xticks(sorted({row["num_draft_tokens"] for row in measured.rows}))
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=8)
+        plots.finish(axes, title, "draft tokens per step, K", unit, legend=axes is panels[0])
     return figure
 
 
 def spread_plot(measured: Measured) -> Figure:
     """P50, P90 and P99 of the texts' times against K, those of plain decoding dotted."""
     swept = lines(measured.rows)
-    figure = Figure(figsize=(4.6 * len(swept), 3.8), layout="constrained")
-    for axes, line in zip(np.atleast_1d(figure.subplots(1, len(swept))), swept, strict=True):
+    figure, panels = plots.panels(len(swept), 4.6, 3.8)
+    for axes, line in zip(panels, swept, strict=True):
         k = [row["num_draft_tokens"] for row in line.rows]
         plain = spread(line.rows, "baseline_")
         measured_ms = zip(*(spread([row]) for row in line.rows), strict=True)
-        for percent, values, dotted, color in zip((50, 90, 99), measured_ms, plain, _COLORS, strict=False):
+        for percent, values, dotted, color in zip((50, 90, 99), measured_ms, plain, plots.COLORS, strict=False):
             axes.plot(k, values, "o-", color=color, label=f"P{percent}")
             axes.axhline(dotted, color=color, linewidth=0.8, linestyle=":")
-        axes.set_title(line.label, loc="left", fontsize=10)
         axes.set_xticks(k)
-        axes.set_xlabel("draft tokens a step, K")
-        axes.set_ylabel(f"ms for {TOKENS} tokens")
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        plots.finish(axes, line.label, "draft tokens per step, K", f"ms for {TOKENS} tokens", legend=True)
     return figure
 
 
 def findings(measured: Measured) -> list[str]:
-    """What the run shows, in sentences."""
+    """The findings of the run, in sentences."""
     found = []
     for line in lines(measured.rows):
         best = _best(line)
         found.append(
             f"{line.label}: fastest with K = {best['num_draft_tokens']}, {speedup(best)} plain decoding "
-            f"({ms_per_token(best, 'baseline_'):.2f} to {ms_per_token(best):.2f} ms a token)."
+            f"({ms_per_token(best, 'baseline_'):.2f} to {ms_per_token(best):.2f} ms per token)."
         )
         drafting = [row for row in line.rows if row["num_draft_tokens"]]
         slower = [row for row in drafting if row["measured_speedup"] < 1 and row["verdict"] != noise.NOISE]
@@ -300,7 +286,7 @@ def findings(measured: Measured) -> list[str]:
 
 LEGEND = f"""\
 - **quality**: mean and standard error over problems, 0 to 100; the texts of both sides are of the same prompts.
-- **ms/token**, **{TOKENS} tokens**: of decoding a row; a text that ends early is taken for one that goes on as fast.
+- **ms/token**, **{TOKENS} tokens**: of decoding a row; a text that ends early is counted as if it went on as fast.
   P50, P90, P99: over texts (over batches, where several texts are decoded together), each of the weight of its tokens.
 - **tokens/(K+1)**: the paper's acceptance, the token that the target adds among the tokens. **alpha**: mean of
   sum min(target, draft) over the judged draft tokens.
@@ -312,10 +298,10 @@ LEGEND = f"""\
 
 def summary(measured: Measured) -> str:
     """The text of `summary.md`."""
-    parts = [
+    return page(
         f"# {measured.name}",
         measured.about,
-        "\n".join(f"- {text}" for text in findings(measured)),
+        bullets(findings(measured)),
         "## Speed and quality (the paper's Table 1)",
         markdown(table_1(measured)),
         DIFFERENT if measured.paper else "",
@@ -325,18 +311,9 @@ def summary(measured: Measured) -> str:
         markdown(table_sweep(measured)),
         LEGEND,
         f"Measuring took {measured.seconds / 60:.1f} min.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    )
 
 
-def write_report(directory: pathlib.Path, measured: Measured) -> Sequence[str]:
-    """Writes `results.json`, `summary.md` and the plots.
-
-    Returns:
-      the files' names.
-    """
-    files.write(directory / "results.json", results.to_json(measured.rows))
-    figure_1(measured).savefig(directory / "figure1.png", dpi=130)
-    spread_plot(measured).savefig(directory / "spread.png", dpi=130)
-    files.write(directory / "summary.md", summary(measured))
-    return "results.json", "summary.md", "figure1.png", "spread.png"
+def figures(measured: Measured) -> dict[str, Figure]:
+    """The plots by the names of their files."""
+    return {"figure1.png": figure_1(measured), "spread.png": spread_plot(measured)}

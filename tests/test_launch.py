@@ -300,9 +300,9 @@ def copier(num_draft_tokens, target, draft):
 
 def wrong(num_draft_tokens):
     drafter = copier.__globals__["specjax"].drafters.ngram(num_draft_tokens=num_draft_tokens)
-    def propose(params, state, context):
-        proposal, state = drafter.propose(params, state, context)
-        return proposal._replace(tokens=proposal.tokens[:, :-1]), state
+    def propose(params, state, cache, context):
+        proposal, *rest = drafter.propose(params, state, cache, context)
+        return (proposal._replace(tokens=proposal.tokens[:, :-1]), *rest)
     return drafter._replace(propose=propose)
 
 def fails(num_draft_tokens):

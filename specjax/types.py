@@ -111,7 +111,7 @@ class Apply(Protocol):
 class Commit(Protocol):
     """Keeps entries of the last block."""
 
-    def __call__(self, cache: Any, path: Int[Array, "B D"] | None, count: Int[Array, " B"]) -> Any:
+    def __call__(self, cache: Any, path: Int[Array, "B P"] | None, count: Int[Array, " B"]) -> Any:
         """The cache, longer by `count` entries: those at `path[:count]` of the last block, in this order."""
         ...
 

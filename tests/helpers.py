@@ -123,7 +123,7 @@ def run(pair: Pair, rule: Rule, state: DecodeState, step: Step | None = None) ->
     def loop(params: Params, state: DecodeState) -> DecodeState:
         # A broken step may never end a row.
         def unfinished(carry: Any) -> Any:
-            return (carry[0] < 128) & ~jnp.all(carry[1].done)
+            return (carry[0] < 128) & ~jnp.all(carry[1].rows.done)
 
         def body(carry: Any) -> Any:
             return carry[0] + 1, step(pair.target, pair.drafter, rule, params, carry[1])

@@ -123,7 +123,7 @@ CacheLike = TypeVar("CacheLike", bound=Any)
 """A NamedTuple that has the fields of `Cache`, and others perhaps."""
 
 
-def commit(cache: CacheLike, path: Int[Array, "B D"] | None, count: Int[Array, " B"]) -> CacheLike:
+def commit(cache: CacheLike, path: Int[Array, "B P"] | None, count: Int[Array, " B"]) -> CacheLike:
     """Keeps entries of the last block (see `types.Model.commit`).
 
     Args:
@@ -139,7 +139,7 @@ def commit(cache: CacheLike, path: Int[Array, "B D"] | None, count: Int[Array, "
 
 
 def _move(
-    buffer: Float[Array, "B *L H S D"], path: Int[Array, "B D"], length: Int[Array, " B"]
+    buffer: Float[Array, "B *L H S D"], path: Int[Array, "B P"], length: Int[Array, " B"]
 ) -> Float[Array, "B *L H S D"]:
     """Writes the entries `length + path` of each row to `length ..`; the first of them is in its place already."""
     seq = buffer.ndim - 2

@@ -192,8 +192,9 @@ def test_an_int8_product_is_that_of_the_rounded_matrix(dtype, shape, num_contrac
     np.testing.assert_array_equal(got[1:, 2:], linear.product_int8(x[1:, 2:], values, scale, num_contracted))
 
 
-@pytest.mark.parametrize("scanned", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", usual(CONFIGS, "gpt2"))
+@pytest.mark.slow
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "chinchilla"])
 def test_an_int8_draft_is_nearly_its_target_and_its_text_is_exact(name, scanned):
     model, params = tiny(name)
     config, small = families.quantise(CONFIGS[name], params)

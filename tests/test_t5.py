@@ -169,7 +169,8 @@ def generate_reference(model, source, **options):
     return out[:, 1:].tolist()
 
 
-@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.slow), "umt5"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "umt5"])
 def test_greedy_and_beam_text_is_that_of_transformers(name, tmp_path):
     reference, target = load(tmp_path, name)
     _, draft = load(tmp_path, "t5-deep-encoder")
@@ -207,25 +208,14 @@ def drafters(tmp_path, target):
     }
 
 
-KINDS = ("encoder-decoder", "itself", "decoder", "ngram")
-
-
-@pytest.mark.parametrize(
-    ("rule", "kinds"),
-    [
-        ("coupled", ("encoder-decoder", "ngram")),
-        *(pytest.param(rule, KINDS, marks=pytest.mark.slow) for rule in ("block", "coupled")),
-    ],
-)
-def test_every_drafter_keeps_the_text(rule, kinds, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["block", "coupled"])
+def test_every_drafter_keeps_the_text(rule, tmp_path):
     _, target = load(tmp_path)
     options = {"max_new_tokens": 20, "step_cost": 0.0, "verify": verify.parse(rule), "max_len": 64}
     temperature = [0.0, 1.0 if rule == "coupled" else 0.0, 0.0]
     plain = specjax.generate(target, SOURCES, temperature=temperature, **options)
-    made = drafters(tmp_path, target)
-    assert set(made) == set(KINDS)
-    for name in kinds:
-        drafter = made[name]
+    for name, drafter in drafters(tmp_path, target).items():
         ours = specjax.generate(target, SOURCES, drafter=drafter, temperature=temperature, **options)
         assert ours.tokens == plain.tokens, name
         if name == "itself":

@@ -19,7 +19,7 @@ from specjax.models import families, layers, linear, presets
 from specjax.models.config import DecoderConfig, LinearRopeScaling, T5Config
 from specjax.parallel import sharding
 from specjax.planning import hlo
-from specjax.types import Batch, Params
+from specjax.types import Batch, Block, Params
 
 ADVANCE: Any = decoding.advance
 TINY = DecoderConfig(
@@ -65,7 +65,7 @@ def prefill(model, params, inputs, size):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prefill_then_apply_after_a_rollback_is_one_prefill(name):
     model, params = tiny(name)
-    apply = jax.jit(model.apply)
+    apply = jax.jit(lambda params, tokens, cache: model.apply(params, Block(tokens), cache))
     tokens = np.random.default_rng(0).integers(0, 61, (3, 20))
     lengths = np.array([12, 5, 1])
     prompts = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]

@@ -44,7 +44,7 @@ def finish(request: Request, state: DecodeState) -> Generation:
     )
     rows = [(i, slice(*bounds)) for i, bounds in enumerate(zip(begin, end, strict=True))]
     new = [tokens[row].tolist() for row in rows]
-    stops, done = set(np.asarray(state.rows.stop_tokens).tolist()), np.asarray(state.rows.done)
+    stops, done = np.asarray(state.rows.stop_tokens).tolist(), np.asarray(state.rows.done)
     found = np.zeros(len(rows), bool)
     if state.shared.stop_strings is not None:
         found = np.asarray(state.rows.stop_state) == state.shared.stop_strings.next_state.shape[0] - 1
@@ -52,7 +52,7 @@ def finish(request: Request, state: DecodeState) -> Generation:
     def reason(row: int) -> str:
         if not done[row]:
             return "unfinished"
-        return "stop" if found[row] or (new[row] and new[row][-1] in stops) else "length"
+        return "stop" if found[row] or (new[row] and new[row][-1] in stops[row]) else "length"
 
     logprobs = top_logprobs = None
     if state.rows.logprobs is not None:

@@ -386,14 +386,5 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = ()) -
     def with_taps(taps: tuple[int, ...]) -> Model:
         return model(config, rules, layers.from_zero(taps, config.num_layers))
 
-    return Model(
-        init_cache,
-        prefill,
-        apply,
-        cache_lib.commit,
-        config.vocab_size,
-        NO_LIMIT,
-        config.start_token,
-        score,
-        with_taps,
-    )
+    decoded = config.vocab_size, NO_LIMIT, config.start_token
+    return Model(init_cache, prefill, apply, cache_lib.commit, *decoded, score, with_taps)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from specjax.models import families, linear
 from specjax.models.config import ModelConfig
 from specjax.planning.setup import SIDES, Setup, abstract_mesh, local_bytes, local_shape, placed_config, shard, unrolled
-from specjax.types import Tree
+from specjax.types import Block, Tree
 
 
 class Cost(NamedTuple):
@@ -122,7 +122,8 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
     def traced(tokens: int) -> Cost:
         block = jax.ShapeDtypeStruct((setup.batch_size, tokens), jnp.int32)
         apply = placed.models[side].apply
-        jaxpr = jax.make_jaxpr(lambda params, cache, tokens: apply(params, tokens, cache))(params, cache, block).jaxpr
+        read_block = lambda params, cache, tokens: apply(params, Block(tokens), cache)  # noqa: E731
+        jaxpr = jax.make_jaxpr(read_block)(params, cache, block).jaxpr
         read: set[int] = set()
         looked_up: set[int] = set()
         flops = 0.0

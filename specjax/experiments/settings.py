@@ -22,11 +22,13 @@ class Check(NamedTuple):
       holds: whether a value is right.
       remedy: the end of an error, after the key and its value; KEY stands for the key.
       each: the value is a tuple, and the check is one of each of its entries.
+      last: it is checked after everything else: what is missing is named where nothing is wrong.
     """
 
     holds: Callable[[Any], bool]
     remedy: str
     each: bool = False
+    last: bool = False
 
 
 def at_least(low: float, more: str = "") -> Check:
@@ -56,7 +58,7 @@ def one_of(*known: str) -> Check:
 
 def given(value: str) -> Check:
     """A text that is not empty."""
-    return Check(bool, f"give --config.KEY={value}")
+    return Check(bool, f"give --config.KEY={value}", last=True)
 
 
 POSITIVE = Check(lambda value: value > 0, "more than 0")
@@ -78,6 +80,7 @@ def parse(kind: type[T], config: Config) -> T:
       OSError: for files that a key names and that are not there.
     """
     values: dict[str, Any] = {}
+    later: list[tuple[str, Check]] = []
     hints = get_type_hints(kind, include_extras=True)
     for name in (field.name for field in dataclasses.fields(kind)):  # pyright: ignore[reportArgumentType]
         hint = hints[name]
@@ -87,7 +90,9 @@ def parse(kind: type[T], config: Config) -> T:
         value = config[name]
         values[name] = value.to_dict() if hasattr(value, "to_dict") else value
         for check in get_args(hint):
-            if isinstance(check, Check):
+            if isinstance(check, Check) and check.last:
+                later.append((name, check))
+            elif isinstance(check, Check):
                 _check(name, values[name], check)
     try:
         made = kind(**values)
@@ -95,4 +100,6 @@ def parse(kind: type[T], config: Config) -> T:
         raise ValueError(f"config.{error}") from error
     if check_fields := getattr(made, "check", None):
         check_fields()
+    for name, check in later:
+        _check(name, values[name], check)
     return made

@@ -78,7 +78,9 @@ def test_prefill_then_apply_after_a_rollback_is_one_prefill(name):
     _, cache = apply(params, jnp.asarray(wrong), cache)
     lengths = lengths + keep
     rest = np.stack([row[n : n + 4] for row, n in zip(tokens, lengths, strict=True)])
-    output, cache = apply(params, jnp.asarray(rest), cache._replace(length=jnp.asarray(lengths)))
+    cache = model.commit(cache, None, jnp.asarray(keep))
+    output, cache = apply(params, jnp.asarray(rest), cache)
+    cache = model.commit(cache, None, jnp.full(3, 4))
     lengths = lengths + 4
     longer = [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)]
     fresh, fresh_cache = prefill(model, params, right_pad(longer, 20), 24)

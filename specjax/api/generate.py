@@ -8,6 +8,8 @@ import numpy as np
 from specjax import decoding, metrics
 from specjax.api.pretrained import Pretrained
 from specjax.api.request import Request, prepare
+from specjax.decoding.prefill import DEFAULT_STEP_COST
+from specjax.decoding.verify import rejection
 from specjax.parallel import distributed, sharding
 from specjax.types import DecodeState
 
@@ -76,37 +78,67 @@ def finish(request: Request, state: DecodeState) -> Generation:
     )
 
 
-def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **options: Any) -> Generation:
+def generate(
+    target: Pretrained,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    drafter: Any = None,
+    verify: Any = rejection,
+    max_new_tokens: Any = 128,
+    temperature: Any = 0.0,
+    top_k: Any = 0,
+    top_p: Any = 1.0,
+    min_p: Any = 0.0,
+    typical_p: Any = 1.0,
+    epsilon_cutoff: Any = 0.0,
+    repetition_penalty: Any = 1.0,
+    presence_penalty: Any = 0.0,
+    frequency_penalty: Any = 0.0,
+    no_repeat_ngram_size: Any = 0,
+    min_new_tokens: Any = 0,
+    logit_bias: Any = None,
+    suppress_tokens: Any = None,
+    seed: Any = 0,
+    num_return_sequences: int = 1,
+    stop_tokens: Any = None,
+    stop_strings: Any = (),
+    grammar: Any = None,
+    logprobs: int | None = None,
+    step_cost: float = DEFAULT_STEP_COST,
+    max_len: int | None = None,
+    prompt_width: int | None = None,
+    fixed_shape: bool = False,
+    chat: bool = False,
+) -> Generation:
     """Generates text with speculative decoding.
 
     Args:
       target: the model whose distribution the text has (`specjax.load`).
       prompts: texts, or lists of token ids.
-      **options: all have defaults:
-        drafter: what proposes (`specjax.drafters`); None decodes plainly.
-        verify: the acceptance rule (`specjax.verify`) or its name, such as "lenient:0.3"; `rejection` by default, which
-          is exact at any temperature.
-        max_new_tokens: 128; one number, or one per prompt.
-        temperature: 0 (greedy); top_k, top_p, min_p, typical_p, epsilon_cutoff: off. Each takes one number, or one per
-          prompt; `sampling.options` says what they mean.
-        repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias,
-          suppress_tokens: off; see `processors.penalties`.
-        seed: 0, an integer in [0, 2^32); sequence i uses `seed + i`. Or one per sequence: a sequence depends on its own
-          seed, not on its neighbours in the batch. With `verify.coupled` it does not depend on the drafter either.
-        num_return_sequences: 1; how many sequences to generate for each prompt, from one prefill.
-        stop_tokens: ids that end a sequence; by default the tokenizer's end-of-sequence tokens.
-        stop_strings: one string or several that end a sequence, at whatever position they end; the sequence includes
-          them, as in transformers.
-        grammar: what the text may be (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) per
-          prompt.
-        logprobs: None; a number n keeps the log-probability of every new token, and of the n most probable ones.
-        step_cost: the time of a drafting step divided by that of a plain step. A row whose drafts do not win it back
-          stops drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
-        max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
-        prompt_width: the length that prompts are padded to; by default the next of a few fixed lengths.
-        fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding
-          (`docs/exactness.md`). Plain decoding then needs `drafters.none(num_draft_tokens=K)` with the same K.
-        chat: False; True puts each text into the model's chat template.
+      drafter: what proposes (`specjax.drafters`); None decodes plainly.
+      verify: the acceptance rule (`specjax.verify`) or its name, such as "lenient:0.3"; `rejection` by default, which
+        is exact at any temperature.
+      max_new_tokens: 128; one number, or one per prompt.
+      temperature: 0 (greedy); top_k, top_p, min_p, typical_p, epsilon_cutoff: off. Each takes one number, or one per
+        prompt; `sampling.options` says what they mean.
+      repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias,
+        suppress_tokens: off; see `processors.penalties`.
+      seed: 0, an integer in [0, 2^32); sequence i uses `seed + i`. Or one per sequence: a sequence depends on its own
+        seed, not on its neighbours in the batch. With `verify.coupled` it does not depend on the drafter either.
+      num_return_sequences: 1; how many sequences to generate for each prompt, from one prefill.
+      stop_tokens: ids that end a sequence; by default the tokenizer's end-of-sequence tokens.
+      stop_strings: one string or several that end a sequence, at whatever position they end; the sequence includes
+        them, as in transformers.
+      grammar: what the text may be (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) per
+        prompt.
+      logprobs: None; a number n keeps the log-probability of every new token, and of the n most probable ones.
+      step_cost: the time of a drafting step divided by that of a plain step. A row whose drafts do not win it back
+        stops drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
+      max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
+      prompt_width: the length that prompts are padded to; by default the next of a few fixed lengths.
+      fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding
+        (`docs/exactness.md`). Plain decoding then needs `drafters.none(num_draft_tokens=K)` with the same K.
+      chat: False; True puts each text into the model's chat template.
 
     Returns:
       The texts and the counters.
@@ -116,6 +148,7 @@ def generate(target: Pretrained, prompts: Sequence[str | Sequence[int]], **optio
       TypeError: for options that do not exist or have the wrong type.
       FloatingPointError: for NaN logits, or options that forbid every token.
     """
+    options = {name: value for name, value in locals().items() if name not in ("target", "prompts")}
     request = prepare(target, prompts, **options)
     return finish(request, run(request))
 

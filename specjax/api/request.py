@@ -170,7 +170,7 @@ def prepare(
         raise ValueError(f"num_return_sequences={num_return_sequences}: at least 1.")
     inputs = decoding.read_inputs(target.model, encoded, prompt_width)
     check_vocabularies(target, draft)
-    longest = int(inputs.length.max()) + int(np.max(max_new_tokens))
+    longest = int(inputs.length.max()) + (0 if draft.max_len is None else int(np.max(max_new_tokens)))
     if draft.max_len is not None and longest > draft.max_len:
         raise ValueError(
             f"The draft knows {draft.max_len} positions, but prompt and new tokens make {longest}: shorten the prompt, "

@@ -306,7 +306,7 @@ def test_a_target_that_is_not_a_number_ends_the_row_and_is_named(drafter: str, t
         list(decoding.stream(target, chosen, verify.rejection, params, state()))
     final = decoding.advance(target, chosen, verify.rejection, params, state(), np.int32(99))
     assert texts(final) == [[3] * 9, [1, 2, 0, 1, 2, 0, 1, 2], [3] * 10]
-    assert np.asarray(final.failed_at).tolist() == [-1, 8, -1]
+    assert np.asarray(final.rows.failed_at).tolist() == [-1, 8, -1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.01])
@@ -319,8 +319,8 @@ def test_a_draft_that_is_not_a_number_ends_the_row_and_is_named(temperature: flo
     assert healthy == [[3] * 9, [3] * 10]
     assert failed == ([1, 2, 0] * 5)[: len(failed)]
     assert 8 <= len(failed) < 15
-    assert np.asarray(final.draft_failed).tolist() == [False, True, False]
-    assert int(final.failed_at[1]) == len(failed)
+    assert np.asarray(final.rows.draft_failed).tolist() == [False, True, False]
+    assert int(final.rows.failed_at[1]) == len(failed)
 
 
 def test_text_that_is_healthy_raises_nothing():

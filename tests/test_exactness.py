@@ -314,7 +314,7 @@ def test_k_0_is_plain_decoding(drafter: str):
         target, both, state = _sampled(chosen, params, prompts, seeds)
         results.append(decoding.generate(target, chosen, verify.rejection, both, state))
     assert texts(results[0]) == texts(results[1])
-    assert np.asarray(results[0].stats.histogram).shape == (8, 1)
+    assert np.asarray(results[0].rows.stats.histogram).shape == (8, 1)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

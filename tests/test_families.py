@@ -119,7 +119,7 @@ def test_speculation_writes_the_text_of_plain_decoding(name):
     plain, drafted = (decoded(model, params, d) for d in (drafters.none(), drafters.ngram(num_draft_tokens=4)))
     assert texts(drafted) == texts(plain)
     assert [len(text) for text in texts(plain)] == [model.max_len] * 4
-    assert int(np.asarray(drafted.stats.accepted)[:2].sum()) > 0
+    assert int(np.asarray(drafted.rows.stats.accepted)[:2].sum()) > 0
     assert len({tuple(text[-20:]) for text in texts(plain)}) > 1
 
 
@@ -208,7 +208,7 @@ def test_an_int8_draft_is_nearly_its_target_and_its_text_is_exact(name, scanned)
     plain = decoded(model, params, drafters.none())
     drafted = decoded(model, params, drafters.model(families.model(config), num_draft_tokens=3), small)
     assert texts(drafted) == texts(plain)
-    assert float(drafted.stats.overlap.sum() / drafted.stats.proposed.sum()) > 0.9
+    assert float(drafted.rows.stats.overlap.sum() / drafted.rows.stats.proposed.sum()) > 0.9
 
 
 def test_an_int8_model_is_saved_and_loaded_and_stays_what_it_is(tmp_path):

@@ -20,7 +20,7 @@ from specjax.decoding.verify import Rule
 from specjax.models import families
 from specjax.sampling import automaton
 from specjax.text.tokenizer import Tokenizer
-from specjax.types import Context, DecodeState, Drafter, History, Inputs, Model, Params
+from specjax.types import Block, Context, DecodeState, Drafter, History, Inputs, Model, Params
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "then", "it", "ran", "to", "see", "who", "was", "there"]
 """The vocabulary of `save_tiny_decoder`."""
@@ -75,6 +75,16 @@ class Pair(NamedTuple):
 def with_rows(state: DecodeState, **changes: Any) -> DecodeState:
     """The state with other values of some of its rows' fields."""
     return state._replace(rows=state.rows._replace(**changes))
+
+
+def feed(model: Model) -> Callable[..., Any]:
+    """Reads and commits more tokens of each row: `(params, tokens, cache) -> (output, cache)`."""
+
+    def read(params: Any, tokens: Any, cache: Any) -> Any:
+        output, cache = model.apply(params, Block(tokens), cache)
+        return output, model.commit(cache, None, jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32))
+
+    return read
 
 
 class Sample(NamedTuple):

@@ -157,7 +157,11 @@ BUGS = {
     "length by the token drawn": (_changed(_drop_unlikely), "the length depends on the token that was drawn"),
     "one key for all places": (
         _drafter(
-            lambda params, state, context: (_sampled(context._replace(keys=context.keys[:, :1].repeat(K, 1))), state)
+            lambda params, state, cache, context: (
+                _sampled(context._replace(keys=context.keys[:, :1].repeat(K, 1))),
+                state,
+                cache,
+            )
         ),
         r"biases draft token 1 .* its tokens are not drawn from",
     ),
@@ -216,8 +220,12 @@ def test_a_drafter_that_proposes_nothing_is_noted():
         (_drafter, TypeError, r"drafter=_drafter \(test_conformance.py, line \d+\) is a function"),
         (None, TypeError, "drafter is None: give a Drafter"),
         ("ngram", TypeError, "drafter is a str: give a Drafter"),
-        (drafters.ngram()._replace(topology=Topology.chain(-1)), ValueError, "num_nodes=-1.* not Topology.chain"),
-        (drafters.ngram()._replace(topology=2), ValueError, "topology 2, not Topology.chain"),
+        (
+            drafters.ngram()._replace(topology=Topology.chain(-1)),
+            ValueError,
+            "num_nodes=-1.* give specjax.types.Topology.chain",
+        ),
+        (drafters.ngram()._replace(topology=2), ValueError, "topology 2; give specjax.types.Topology.chain"),
         (drafters.model(SOURCE), ValueError, "give the target that it drafts for"),
     ],
 )

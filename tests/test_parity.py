@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from helpers import feed
 
 from specjax import files
 from specjax.api import pretrained
@@ -110,7 +111,7 @@ def greedy(model, params, inputs, steps):
 
     def step(carry, _):
         token, cache = carry
-        output, cache = model.apply(params, token[:, None], cache)
+        output, cache = feed(model)(params, token[:, None], cache)
         return (jnp.argmax(output.logits[:, 0], -1), cache), token
 
     first = jnp.argmax(output.logits[:, 0], -1)
@@ -120,7 +121,7 @@ def greedy(model, params, inputs, steps):
 def max_error(loaded, reference, tokens, lengths, pieces):
     """The largest difference of any logit: ragged prompts, then the rest in pieces that start where each row is."""
     model, params = loaded
-    apply = jax.jit(model.apply)
+    apply = jax.jit(feed(model))
     lengths = np.asarray(lengths)
     prompt = jnp.asarray(tokens[:, : lengths.max()])
     cache = model.init_cache(len(tokens), int(lengths.max()) + sum(pieces))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from helpers import with_rows
+from helpers import feed, with_rows
 
 import specjax
 from specjax import decoding
@@ -117,7 +117,7 @@ def test_logits_match_transformers(name, tmp_path):
     output, cache = jax.jit(model.prefill)(params, inputs, model.init_cache(3, 64))
     wanted = [reference_logits(reference, source, row) for source, row in zip(SOURCES, text, strict=True)]
     wanted = np.stack(wanted)
-    errors, at, apply = [np.abs(output.logits - wanted[:, :1]).max()], 1, jax.jit(model.apply)
+    errors, at, apply = [np.abs(output.logits - wanted[:, :1]).max()], 1, jax.jit(feed(model))
     for size in (3, 1, 55):
         output, cache = apply(params, jnp.asarray(text[:, at : at + size]), cache)
         errors.append(np.abs(output.logits - wanted[:, at : at + size]).max())
@@ -236,7 +236,7 @@ def test_the_rolled_back_cache_is_a_fresh_prefill(tmp_path):
     inputs = decoding.read_inputs(model, SOURCES)
     _, cache = model.prefill(params, inputs, model.init_cache(3, 32))
     text = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (3, 6)))
-    _, cache = model.apply(params, Block(text), cache)
+    _, cache = feed(model)(params, text, cache)
     kept = jnp.asarray([3, 1, 6])
     again, _ = model.apply(params, Block(text[:, 5:]), cache._replace(length=kept))
     whole = jnp.concatenate([jnp.zeros((3, 1), jnp.int32), text], axis=1)

@@ -17,6 +17,7 @@ import specjax
 from specjax import decoding, sampling, testing
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
+from specjax.drafters import contract
 from specjax.models import families
 from specjax.sampling import automaton
 from specjax.text.tokenizer import Tokenizer
@@ -314,6 +315,7 @@ def context_of(rows: Sequence[Sequence[int]], k: int, vocab_size: int, max_draft
 def greedy_text(drafter, draft_params: Any) -> tuple[list[list[int]], int]:
     """Texts of the tiny decoder, and how many draft tokens were accepted."""
     model, params = testing.tiny_decoder(0)
+    drafter = contract.check(drafter).drafter
     both = Params(params, draft_params)
     state = decoding.prefill(
         model,

@@ -223,7 +223,7 @@ def test_a_drafter_that_proposes_nothing_is_noted():
         (
             drafters.ngram()._replace(topology=Topology.chain(-1)),
             ValueError,
-            "num_nodes=-1.* give specjax.types.Topology.chain",
+            "num_nodes=-1.* give specjax.types.Topology",
         ),
         (drafters.ngram()._replace(topology=2), ValueError, "topology 2; give specjax.types.Topology.chain"),
         (drafters.model(SOURCE), ValueError, "give the target that it drafts for"),

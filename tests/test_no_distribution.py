@@ -308,7 +308,7 @@ def nan_is_certain_acceptance(patch: pytest.MonkeyPatch) -> None:
 
 def proposals_go_on_behind_nan_and_stops(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(decode_step, "_up_to_nan", lambda proposal, target_probs: proposal)
-    patch.setattr(decode_step, "_within_text", lambda state, proposal, room: proposal)
+    patch.setattr(decode_step, "_within_text", lambda state, proposal, room, topology: proposal)
 
 
 def ids_outside_the_vocabulary_read_the_last_token(patch: pytest.MonkeyPatch) -> None:

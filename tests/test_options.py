@@ -257,7 +257,7 @@ def test_a_fixed_shape_scores_k_plus_one_tokens_in_every_call():
     widths = []
 
     def apply(*args: Any) -> Any:
-        widths.append(args[1].shape[1])
+        widths.append(args[1].tokens.shape[1])
         return target.apply(*args)
 
     drafter = drafters.ngram(num_draft_tokens=4)

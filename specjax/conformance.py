@@ -247,36 +247,24 @@ def _same(a: Proposal, b: Proposal, rows: np.ndarray) -> np.ndarray:
 
 def _dependence_problems(seen: _Seen) -> Iterator[tuple[str, int]]:
     """What a proposal depends on, and must not."""
-    every = np.arange(len(np.asarray(seen.room)))
-    different = ~_same(seen.proposal, seen.other_stale, every)
-    if different.any():
-        yield (
-            "reads context.history.tokens at or beyond context.history.length, where rejected drafts lie",
-            int(np.flatnonzero(different)[0]),
-        )
-    if seen.proposal.probs is None:
-        different = ~_same(seen.proposal, seen.other_keys, every)
+    every, probs = np.arange(len(np.asarray(seen.room))), seen.proposal.probs
+
+    def first(different: np.ndarray, say: str) -> Iterator[tuple[str, int]]:
         if different.any():
-            yield (
-                (
-                    "draws at random, but states no probs: give Proposal.probs the distribution that each token was "
-                    "sampled from"
-                ),
-                int(np.flatnonzero(different)[0]),
-            )
+            yield say, int(np.flatnonzero(different)[0])
+
+    stale = "reads context.history.tokens at or beyond context.history.length, where rejected drafts lie"
+    yield from first(~_same(seen.proposal, seen.other_stale, every), stale)
+    if probs is None:
+        unstated = "draws at random, but states no probs: give Proposal.probs what each token was sampled from"
+        if seen.proposal.parent is None:  # A tree is drawn with the noise of the rule `coupled`.
+            yield from first(~_same(seen.proposal, seen.other_keys, every), unstated)
         return
     # What the first token was drawn from follows from the text alone.
     both = (np.asarray(seen.proposal.length) > 0) & (np.asarray(seen.other_keys.length) > 0)
     a, b = (np.asarray(x.probs)[:, 0] for x in (seen.proposal, seen.other_keys))
-    different = both & (np.abs(a - b).max(axis=-1) > 1e-3)
-    if different.any():
-        yield (
-            (
-                "states probs that depend on the random keys: they have to be what the token was drawn from, before it "
-                "was drawn"
-            ),
-            int(np.flatnonzero(different)[0]),
-        )
+    late = "states probs that depend on the random keys: they are what the token is drawn from, before it is drawn"
+    yield from first(both & (np.abs(a - b).max(axis=-1) > 1e-3), late)
 
 
 def _describe_row(trial: Trial, state: DecodeState, row: int) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from specjax import decoding, sampling, theory
 from specjax.decoding import verify
 from specjax.sampling import tree
-from specjax.types import Block, DecodeState, Drafter, Feedback, Model, Params, Stats
+from specjax.types import Block, DecodeState, Drafter, Feedback, Model, Params, Stats, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +131,60 @@ class _Timed:
         return (rest - first) / calls if rest > 1.5 * first else rest / (1 + calls)
 
 
+def _scoring(target: Model, params: Params, state: DecodeState, topology: Topology, width: int) -> _Timed:
+    """Rounds in which the target reads one token a row, or what a step with drafts has it read."""
+    rows = state.rows.length.shape[0]
+
+    def block_of(tokens: Array) -> Block:
+        if width == 1 or topology.parents is None:
+            return Block(tokens)
+        parents = jnp.broadcast_to(jnp.asarray(topology.parents, jnp.int32), (rows, topology.num_nodes))
+        shape = tree.shape(parents, topology.depth)
+        return Block(tokens, shape.depth, shape.sees)
+
+    @jax.jit
+    def run(params: Any, carry: Any, n: Array) -> Any:
+        def body(_: Any, carry: Any) -> Any:
+            cache, tokens = carry
+            output, cache = target.apply(params, block_of(tokens), cache)
+            # The next round depends on these logits, so that none of the work is optimised away.
+            return cache, sampling.argmax(output.logits)
+
+        return jax.lax.fori_loop(0, n, body, carry)
+
+    carry = jax.tree.map(jnp.copy, state.rows.cache), jnp.zeros((rows, width), jnp.int32)
+    return _Timed(lambda carry, n: run(params.target, carry, n), carry)
+
+
+def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeState) -> _Timed:
+    """Rounds in which the drafter proposes as much as it can, by the code of the loop."""
+    rows, depth = state.rows.length.shape[0], drafter.topology.depth
+    read = Block(jnp.zeros((rows, drafter.topology.num_nodes + 1), jnp.int32))
+
+    def propose(params: Params, state: DecodeState, drafter_state: Any, shift: Array) -> tuple[Any, Array, Any]:
+        state = state._replace(rows=state.rows._replace(drafter=drafter_state, length=state.rows.length + shift))
+        room = jnp.full(rows, depth, jnp.int32)
+        keys = decoding.step_keys(state.rows.seed, state.rows.length, depth)
+        proposal, drafter_state, _ = decoding.propose(target, drafter, verify.rejection, params, state, room, *keys)
+        shapes = jax.eval_shape(lambda: target.apply(params.target, read, state.rows.cache)[0])
+        output = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        nothing = jnp.zeros((rows, depth + 1), jnp.int32)
+        feedback = Feedback(nothing, nothing[:, 0], state.rows.length, output.features[:, : depth + 1], output)
+        # Token ids are never below -1, but the compiler cannot know: the next round has to wait for this one.
+        shift = jnp.minimum(jnp.sum(proposal.tokens + 1, axis=-1), 0)
+        # The distributions are part of the work, though nobody reads them here.
+        return drafter.update(params, drafter_state, feedback), shift, proposal.probs
+
+    @jax.jit
+    def run(params: Params, state: DecodeState, carry: Any, n: Array) -> Any:
+        return jax.lax.fori_loop(0, n, lambda _, carry: propose(params, state, *carry[:2]), carry)
+
+    start = jax.tree.map(jnp.copy, state.rows.drafter), jnp.zeros(rows, jnp.int32)
+    probs = jax.eval_shape(propose, params, state, *start)[2]
+    carry = *start, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), probs)
+    return _Timed(lambda carry, n: run(params, state, carry, n), carry)
+
+
 def measure_costs(
     target: Model, drafter: Drafter, params: Params, state: DecodeState, *, calls: int = 6, repeats: int = 7
 ) -> Costs:
@@ -146,58 +200,10 @@ def measure_costs(
       calls: rounds of each timed loop, at least.
       repeats: timed loops; the median counts.
     """
-    k, depth = drafter.num_draft_tokens, drafter.topology.depth
-    rows = state.rows.tokens.shape[0]
-
-    def score(width: int) -> _Timed:
-        @jax.jit
-        def run(params: Any, carry: Any, n: Array) -> Any:
-            def body(_: Any, carry: Any) -> Any:
-                cache, tokens = carry
-                output, cache = target.apply(params, block_of(tokens), cache)
-                # The next round depends on these logits, so that none of the work is optimised away.
-                return cache, sampling.argmax(output.logits)
-
-            return jax.lax.fori_loop(0, n, body, carry)
-
-        copied = jax.tree.map(jnp.copy, state.rows.cache)
-        tokens = jnp.zeros((rows, width), jnp.int32)
-        return _Timed(lambda carry, n: run(params.target, carry, n), (copied, tokens))
-
-    def block_of(tokens: Array) -> Block:
-        parents = drafter.topology.parents
-        if tokens.shape[1] == 1 or parents is None:
-            return Block(tokens)
-        shape = tree.shape(jnp.broadcast_to(jnp.asarray(parents, jnp.int32), (rows, k)), drafter.topology.depth)
-        return Block(tokens, shape.depth, shape.sees)
-
-    def propose(params: Params, state: DecodeState, drafter_state: Any, shift: Array) -> tuple[Any, Array, Any]:
-        state = state._replace(rows=state.rows._replace(drafter=drafter_state, length=state.rows.length + shift))
-        room = jnp.full(rows, depth, jnp.int32)
-        keys = decoding.step_keys(state.rows.seed, state.rows.length, depth)
-        proposal, drafter_state, _ = decoding.propose(target, drafter, verify.rejection, params, state, room, *keys)
-        nothing = jnp.zeros((rows, depth + 1), jnp.int32)
-        none = target.with_taps(drafter.taps) if drafter.taps and target.with_taps else target
-        call = jax.eval_shape(
-            lambda: none.apply(params.target, Block(jnp.zeros((rows, k + 1), jnp.int32)), state.rows.cache)
-        )
-        output = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), call[0])
-        feedback = Feedback(nothing, nothing[:, 0], state.rows.length, output.features[:, : depth + 1], output)
-        # Token ids are never below -1, but the compiler cannot know: the next round has to wait for this one.
-        shift = jnp.minimum(jnp.sum(proposal.tokens + 1, axis=-1), 0)
-        # The distributions are part of the work, though nobody reads them here.
-        return drafter.update(params, drafter_state, feedback), shift, proposal.probs
-
-    @jax.jit
-    def draft(params: Any, state: DecodeState, carry: Any, n: Array) -> Any:
-        return jax.lax.fori_loop(0, n, lambda _, carry: propose(params, state, *carry[:2]), carry)
-
-    loops = [score(1), score(k + 1)]
+    k = drafter.num_draft_tokens
+    loops = [_scoring(target, params, state, drafter.topology, width) for width in (1, k + 1)]
     if k:
-        start = jax.tree.map(jnp.copy, state.rows.drafter), jnp.zeros(rows, jnp.int32)
-        probs = jax.eval_shape(propose, params, state, *start)[2]
-        carry = *start, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), probs)
-        loops.append(_Timed(lambda carry, n: draft(params, state, carry, n), carry))
+        loops.append(_drafting(target, drafter, params, state))
     # A model of a millisecond is called more often, or the clock would be most of what is measured.
     calls = max(calls, min(64, int(0.03 / loops[0].per_call(calls))))
     seconds = np.asarray([[loop.per_call(calls) for loop in loops] for _ in range(repeats)])

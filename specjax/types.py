@@ -5,10 +5,12 @@ call, `N` draft tokens (nodes) of one step, `D` the depth of their tree, `V` the
 width of the model. Of a chain, N = D = K.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from specjax import protocols
 
 Tree = Any
 """A pytree of arrays whose structure only its owner knows (parameters, caches, drafter states)."""
@@ -84,54 +86,6 @@ class ModelOutput(NamedTuple):
     features: Float[Array, "B T F E"]
 
 
-class InitCache(Protocol):
-    """Makes an empty cache, for rows of at most `max_len` tokens and sources of `max_source` (0: no encoder)."""
-
-    def __call__(self, batch_size: int, max_len: int, max_source: int = 0) -> Any:
-        """An empty cache."""
-        ...
-
-
-class Prefill(Protocol):
-    """Reads a prompt, or any chunk of one, behind the cache and commits it."""
-
-    def __call__(self, params: Tree, inputs: Inputs, cache: Any) -> tuple[ModelOutput, Any]:
-        """The output, with the logits of each row's last token only (`[B, 1, V]`), and the cache."""
-        ...
-
-
-class Apply(Protocol):
-    """Reads a block behind the cache without committing it."""
-
-    def __call__(self, params: Tree, block: Block, cache: Any) -> tuple[ModelOutput, Any]:
-        """The output, and the cache with the block's entries behind its length, which stays."""
-        ...
-
-
-class Commit(Protocol):
-    """Keeps entries of the last block."""
-
-    def __call__(self, cache: Any, path: Int[Array, "B P"] | None, count: Int[Array, " B"]) -> Any:
-        """The cache, longer by `count` entries: those at `path[:count]` of the last block, in this order."""
-        ...
-
-
-class Score(Protocol):
-    """The logits of packed sequences to train on."""
-
-    def __call__(self, params: Tree, batch: Batch) -> Float[Array, "B T V"]:
-        """`[B, T, V]`, without a cache."""
-        ...
-
-
-class WithTaps(Protocol):
-    """The same model with tapped layers."""
-
-    def __call__(self, taps: tuple[int, ...]) -> "Model":
-        """The model whose `features` are the hidden states number `taps`."""
-        ...
-
-
 class Model(NamedTuple):
     """A target or a draft: pure functions; parameters are always arguments.
 
@@ -158,15 +112,15 @@ class Model(NamedTuple):
         after the final norm. None for what has no layers.
     """
 
-    init_cache: InitCache
-    prefill: Prefill
-    apply: Apply
-    commit: Commit
+    init_cache: protocols.InitCache
+    prefill: protocols.Prefill
+    apply: protocols.Apply
+    commit: protocols.Commit
     vocab_size: int
     max_len: int
     start_token: int | None = None
-    score: Score | None = None
-    with_taps: WithTaps | None = None
+    score: protocols.Score | None = None
+    with_taps: protocols.WithTaps | None = None
 
 
 class Topology(NamedTuple):
@@ -361,30 +315,6 @@ class Context(NamedTuple):
     vocab_size: int
 
 
-class InitDrafter(Protocol):
-    """Makes the state of a drafter that has seen nothing, as long as `Model.init_cache` would."""
-
-    def __call__(self, batch_size: int, max_len: int, max_source: int = 0) -> Tree:
-        """The state; all of its arrays lead with the batch axis."""
-        ...
-
-
-class Propose(Protocol):
-    """Proposes draft tokens for all rows."""
-
-    def __call__(self, params: "Params", state: Tree, cache: Any, context: Context) -> tuple[Proposal, Tree, Any]:
-        """The proposal, the state, and the target's cache."""
-        ...
-
-
-class Update(Protocol):
-    """Learns what was committed."""
-
-    def __call__(self, params: "Params", state: Tree, feedback: Feedback) -> Tree:
-        """The state."""
-        ...
-
-
 class Drafter(NamedTuple):
     """Pure functions that propose draft tokens.
 
@@ -400,9 +330,9 @@ class Drafter(NamedTuple):
       taps: the hidden states of the target that it wants to see in `Feedback.features` (`Model.with_taps`).
     """
 
-    init: InitDrafter
-    propose: Propose
-    update: Update
+    init: protocols.InitDrafter
+    propose: protocols.Propose
+    update: protocols.Update
     topology: Topology
     taps: tuple[int, ...] = ()
 

@@ -235,7 +235,7 @@ def test_prompts_of_nothing_are_refused(prompts, message: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_len": 20}, r"prompt of 12 tokens .* with 40 new .* K \+ 1 = 4 .* buffer of 20 .* raise max_len"),
+        ({"max_len": 20}, r"prompt of 12 tokens .* with 40 new .* 4 more .* buffer of 20 .* raise max_len"),
         ({"max_len": 12, "max_new_tokens": 0}, r"padded to 16.* buffer of 12 tokens: raise max_len"),
         ({"max_new_tokens": 600, "max_len": None}, r"makes 612, .* 512 positions: shorten the prompt or lower"),
         ({"max_new_tokens": -1}, r"max_new_tokens=-1"),

@@ -61,7 +61,9 @@ def test_the_text_and_the_state_before_each_node_are_those_of_its_path():
 def _model(name: str) -> tuple[Any, Any]:
     config = CONFIGS[name]
     params = families.init_params(config, jax.random.key(0))
-    return families.model(config), jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
+    # The default deviation of .02 would leave the logits almost constant; T5 has a larger one.
+    scale = 1 if name == "t5" else 8
+    return families.model(config), jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params)
 
 
 def _inputs(name: str, tokens: Any, length: Any) -> Inputs:
@@ -104,7 +106,7 @@ def test_a_tree_is_read_as_its_paths_would_be_and_commit_leaves_the_cache_of_a_p
         for row in range(3):
             end = int(fresh.length[row])
             np.testing.assert_allclose(
-                np.moveaxis(got[row], -2, 0)[:end], np.moveaxis(wanted[row], -2, 0)[:end], atol=2e-4
+                np.moveaxis(got[row], -2, 0)[:end], np.moveaxis(wanted[row], -2, 0)[:end], atol=2e-5
             )
     # Each node's logits are those behind its path, read as a chain.
     for node in (0, 2, 4, 7):
@@ -255,7 +257,6 @@ def test_a_model_that_drafts_a_tree_for_itself_is_always_accepted():
     assert judged == accepted > 0
 
 
-@pytest.mark.xfail(reason="XLA:CPU copies caches in steps with trees; chains copy none (test_decode)", strict=False)
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_compiled_loop_moves_the_accepted_path_and_copies_no_cache(rows: int, dtype: str):

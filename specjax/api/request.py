@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from specjax.drafters import contract
 from specjax.parallel import sharding
 from specjax.sampling import automaton
 from specjax.text.tokenizer import Tokenizer
-from specjax.types import Automaton, DecodeState, Drafter, Inputs, Model, Params
+from specjax.types import Automaton, DecodeState, Drafter, Inputs, Model, Params, SamplingOptions
 
 
 class Request(NamedTuple):
@@ -147,25 +147,9 @@ def prepare(
     Arguments annotated as Any may be anything that a user passes, and are checked here.
     """
     draft = contract.check(drafter if drafter is not None else drafters.none())
-    drafter = draft.drafter
-    verify = parse_rule(verify)
     encoded = encode(target, prompts, chat=chat)
-    rows = len(encoded)
-    options = sampling.options(rows, **sampling_options)
-    if not drafter.topology.is_chain and not verify.trees:
-        if bool(jnp.any(options.temperature > 0)):
-            raise ValueError(
-                f"verify={verify.name} judges chains of draft tokens, and this drafter proposes trees: choose "
-                "verify.coupled, or temperature=0."
-            )
-        verify = greedy
-    if verify.name == "greedy" and bool(jnp.any(options.temperature > 0)):
-        temperature = sampling_options["temperature"]
-        raise ValueError(f"verify=greedy decodes at temperature 0, not {temperature}: choose verify.rejection.")
-    if (replaced := replaced_at_zero(verify)) and bool(jnp.any(options.temperature == 0)):
-        warnings.warn(replaced, stacklevel=3)
-    if not verify.exact:
-        warnings.warn(f"verify={verify.name} is not exact: the text is not distributed as the target's.", stacklevel=3)
+    options = sampling.options(len(encoded), **sampling_options)
+    rule = _rule_for(parse_rule(verify), draft.drafter, options, sampling_options)
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences={num_return_sequences}: at least 1.")
     inputs = decoding.read_inputs(target.model, encoded, prompt_width)
@@ -176,25 +160,17 @@ def prepare(
             f"The draft knows {draft.max_len} positions, but prompt and new tokens make {longest}: shorten the prompt, "
             "lower max_new_tokens, or choose another draft."
         )
-    model = _with_taps(target, drafter)
+    target = target._replace(model=_with_taps(target, draft.drafter))
     if stop_tokens is None:
         stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
-    stopping = None
-    if stop_strings:
-        if target.tokenizer is None:
-            raise ValueError(f"stop_strings={stop_strings!r} need a tokenizer, which the target lacks: give tokens.")
-        vocab_size = target.model.vocab_size
-        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        stopping = _stopping(tuple(strings), target.tokenizer, vocab_size)
-    num_texts = rows * num_return_sequences
-    seeds = decoding.spread_seeds(seed, num_texts)
-    params = Params(target.params, draft.params)
+    stopping = _stopping_of(target, stop_strings)
+    seeds = decoding.spread_seeds(seed, len(encoded) * num_return_sequences)
     mesh = sharding.mesh_of(target.params)
-    params, inputs = place(mesh, params, inputs)
+    params, inputs = place(mesh, Params(target.params, draft.params), inputs)
     with sharding.on_mesh(mesh):
         state = decoding.prefill(
-            model,
-            drafter,
+            target.model,
+            draft.drafter,
             params,
             inputs,
             max_new_tokens=max_new_tokens,
@@ -209,7 +185,42 @@ def prepare(
         )
         if num_return_sequences > 1:
             state = decoding.repeat(state, num_return_sequences, jnp.asarray(seeds, jnp.uint32))
-    return Request(target._replace(model=model), drafter, verify, params, state, mesh, fixed_shape)
+    return Request(target, draft.drafter, rule, params, state, mesh, fixed_shape)
+
+
+def _rule_for(rule: Rule, drafter: Drafter, options: SamplingOptions, given: Mapping[str, Any]) -> Rule:
+    """The rule that judges this drafter's proposals at these temperatures; warns where the text is not exact.
+
+    Raises:
+      ValueError: for a rule that does not fit.
+    """
+    is_sampled, is_greedy = (bool(jnp.any(x)) for x in (options.temperature > 0, options.temperature == 0))
+    if not drafter.topology.is_chain and not rule.trees:
+        if is_sampled or not rule.exact:
+            raise ValueError(
+                f"verify={rule.name} judges chains of draft tokens, and this drafter proposes trees: choose "
+                "verify.coupled, or temperature=0 with an exact rule."
+            )
+        rule = greedy
+    if rule.name == "greedy" and is_sampled:
+        raise ValueError(
+            f"verify=greedy decodes at temperature 0, not {given['temperature']}: choose verify.rejection."
+        )
+    if (replaced := replaced_at_zero(rule)) and is_greedy:
+        warnings.warn(replaced, stacklevel=4)
+    if not rule.exact:
+        warnings.warn(f"verify={rule.name} is not exact: the text is not distributed as the target's.", stacklevel=4)
+    return rule
+
+
+def _stopping_of(target: Pretrained, stop_strings: str | Sequence[str]) -> Automaton | None:
+    """The automaton of the stop strings, where there are any."""
+    if not stop_strings:
+        return None
+    if target.tokenizer is None:
+        raise ValueError(f"stop_strings={stop_strings!r} need a tokenizer, which the target lacks: give tokens.")
+    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    return _stopping(tuple(strings), target.tokenizer, target.model.vocab_size)
 
 
 def _with_taps(target: Pretrained, drafter: Drafter) -> Model:

@@ -7,10 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.parallel import distributed
-from specjax.types import (
-    Inputs,
-    Model,
-)
+from specjax.types import Inputs, Model
 
 MAX_NEW_TOKENS = 1 << 24
 """The most that a request may ask for; positions and counters are int32."""
@@ -100,7 +97,7 @@ def text_limits(
     Args:
       inputs: padded prompts.
       max_new_tokens: how many tokens each row may add; one number, or one a row.
-      num_draft_tokens: K.
+      num_draft_tokens: how many draft tokens a step may write behind a text.
       max_len: the length of the buffer, or None for the smallest that holds everything.
       models: the models that will read the texts, by what they are called in an error.
 
@@ -120,8 +117,8 @@ def text_limits(
         max_len = max(buffer_length(longest, k), width)
     if max(longest + k + 1, width) > max_len:
         raise ValueError(
-            f"{texts} and K + 1 = {k + 1} more does not fit a buffer of {max_len} tokens: raise max_len, or lower "
-            "max_new_tokens."
+            f"{texts} and {k + 1} more that a step may write does not fit a buffer of {max_len} tokens: raise max_len, "
+            "or lower max_new_tokens."
         )
     for name, model in models.items():
         if longest > model.max_len:

@@ -34,9 +34,9 @@ DEFAULT_STEP_COST = 1.2
 
 def _pad_stop_tokens(stop_tokens: Sequence[int] | Sequence[Sequence[int]], rows: int) -> Int[Array, "B X"]:
     """The stop tokens of each row, padded with -1 to a multiple of eight, so that another few compile nothing."""
-    given = list(stop_tokens)
+    given: list[Any] = list(stop_tokens)
     is_one = not any(isinstance(entry, Sequence | np.ndarray) for entry in given)
-    each = [sorted(set(given))] * rows if is_one else [sorted(set(row)) for row in given]  # pyright: ignore
+    each = [sorted(set(given))] * rows if is_one else [sorted(set(row)) for row in given]
     if len(each) != rows:
         raise ValueError(f"{len(each)} lists of stop_tokens for {rows} rows: give one list, or one for each row.")
     width = max(8, -(-max(map(len, each)) // 8) * 8)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from specjax import sampling
 from specjax.decoding import adaptive, verify
@@ -182,7 +182,7 @@ def history_of(state: DecodeState) -> History:
 
 
 def _first(found: Bool[Array, "B T"]) -> Int[Array, " B"]:
-    """The first place of each row that holds; T where none does."""
+    """The first position of each row at which it holds; T where there is none."""
     size = found.shape[-1]
     return jnp.min(jnp.where(found, jnp.arange(size, dtype=jnp.int32), size), axis=-1, initial=size)
 
@@ -197,8 +197,11 @@ def _write(buffer: Array, new: Array, at: Int[Array, " B"]) -> Array:
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(buffer, new, at)
 
 
-def _on_path(features: Float[Array, "B T F E"], path: Int[Array, "B P"] | None) -> Float[Array, "B _ F E"]:
-    return features if path is None else jnp.take_along_axis(features, path[:, :, None, None], axis=1)
+def _on_path(x: Shaped[Array, "B T *rest"], path: Int[Array, "B P"] | None) -> Shaped[Array, "B _ *rest"]:
+    """What belongs to the tokens of the accepted path; of a chain that is all of it, in order."""
+    if path is None:
+        return x
+    return jnp.take_along_axis(x, path.reshape(*path.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def _trace(table: Automaton | None, state: Int[Array, " B"], tokens: Int[Array, "B T"]) -> Int[Array, "B T+1"]:
@@ -352,16 +355,11 @@ def _score(
         history = tree.follow(history_of(state), judged.tokens, shape, depth, penalties)
     output, cache = target.apply(params.target, block, cache)
     verdict, target_probs = apply_rule(rule, rows.sampling, judged, keys, output.logits, history)
-    path = jnp.arange(num_nodes + 1)[None] if verdict.path is None else verdict.path
-    end = jnp.take_along_axis(jnp.broadcast_to(path, verdict.tokens.shape), verdict.num_accepted[:, None], axis=1)
-    broken = jnp.isnan(jnp.sum(target_probs, axis=-1))
-    if parent is None:
-        failed = _first(broken) <= verdict.num_accepted
-    else:
-        failed = jnp.take_along_axis(broken, end, axis=1)[:, 0]
+    broken = _on_path(jnp.isnan(jnp.sum(target_probs, axis=-1)), verdict.path)
+    failed = _first(broken) <= verdict.num_accepted
     logprobs = None
     if rows.logprobs is not None:
-        logits = output.logits if verdict.path is None else jnp.take_along_axis(output.logits, path[..., None], axis=1)
+        logits = _on_path(output.logits, verdict.path)
         logprobs = _logprobs(logits, verdict.tokens, rows.logprobs.top.shape[2])
     overlap = jax.vmap(verify.overlap)(target_probs, judged) if parent is None else jnp.zeros((len(last), depth))
     scored = _Scored(cache, verdict, overlap, failed, output, logprobs)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,20 @@ from specjax.drafters import model_tree
 from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import processors
-from specjax.types import Block, Context, Draft, Drafter, History, Model, Params, Proposal, SamplingOptions, Topology
-from specjax.types import Tree as Pytree
+from specjax.types import (
+    Block,
+    Context,
+    Draft,
+    Drafter,
+    Feedback,
+    History,
+    Model,
+    Params,
+    Proposal,
+    SamplingOptions,
+    Topology,
+    Tree,
+)
 
 
 def model(
@@ -55,7 +67,7 @@ def model(
     if topology is None:
         num_draft_tokens = 4 if num_draft_tokens is None else num_draft_tokens
         check_num_draft_tokens(num_draft_tokens)
-        drafter = _drafter(inner, num_draft_tokens, min_confidence)
+        drafter = _drafter(_Chain(inner, num_draft_tokens, min_confidence))
     else:
         if num_draft_tokens is not None or min_confidence:
             raise ValueError(
@@ -97,101 +109,125 @@ def _has_no_token(logits: Float[Array, "B 1 V"], probs: Float[Array, "B V"]) -> 
     return jnp.isnan(jnp.sum(probs, axis=-1)) & (jnp.sum(logits, axis=-1) < jnp.inf)[:, 0]
 
 
-@functools.cache
-def _drafter(draft: Model, num_draft_tokens: int, min_confidence: float) -> Drafter:
-    """The state is the draft's cache, whose `length` counts its committed entries (see `models.cache`)."""
-    k = num_draft_tokens
+class _Chain(NamedTuple):
+    """A draft model, and how far it drafts: K tokens, or until its most probable token is less probable than that."""
 
-    def extend(
-        params: Params, cache: Any, token: Int[Array, " B"], history: History, context: Context
-    ) -> tuple[Float[Array, "B 1 W"], Any, History]:
-        """The logits behind one more token of each row."""
-        history = processors.extend(history, token, context.sampling.penalties)
-        output, cache = draft.apply(params.draft, Block(token[:, None]), cache)
-        return output.logits, draft.commit(cache, None, jnp.ones_like(token)), history
+    draft: Model
+    num_draft_tokens: int
+    min_confidence: float
 
-    def pick(logits: Array, key: Array, history: History, context: Context, going: Array) -> tuple[Array, Array, Array]:
-        token, probs, some = choose(logits, key, history, context.sampling, context.vocab_size)
-        return token, jnp.where(going[:, None], probs, 0.0), going & some
 
-    def rollout(params: Params, cache: Any, context: Context) -> tuple[Array, Array, Array, Any]:
-        """The tokens, their distributions, how many there are, and the cache."""
-        cache = catch_up(draft, params.draft, cache, context.history, missing=2, chunk=k + 1)
-        keys, going = jnp.swapaxes(context.keys, 0, 1), jnp.ones(context.max_draft.shape, bool)
+_Rollout = tuple[Int[Array, "B K"], Float[Array, "B K V"], Int[Array, " B"], Any]
+"""The draft tokens of all rows, what each was drawn from, how many there are, and the draft's cache."""
 
-        # The first call feeds the last two tokens: after full acceptance the cache lacks both (the last draft token was
-        # chosen but never fed), and otherwise the first of them is merely written again.
-        logits, cache = read_last(draft, params.draft, cache, context.history, 2)
-        first = pick(logits, keys[0], context.history, context, going)
-        if min_confidence:
-            return while_sure(params, cache, context, first, _confidence(logits) >= min_confidence)
 
-        def draft_one(carry: tuple[Any, Array, Array, History], key: Array) -> tuple[Any, tuple[Array, Array, Array]]:
-            cache, token, going, history = carry
-            logits, cache, history = extend(params, cache, token, history, context)
-            token, probs, going = pick(logits, key, history, context, going)
-            return (cache, token, going, history), (token, probs, going)
+def _extend(
+    chain: _Chain, params: Tree, cache: Any, token: Int[Array, " B"], history: History, context: Context
+) -> tuple[Float[Array, "B 1 W"], Any, History]:
+    """The logits behind one more token of each row."""
+    history = processors.extend(history, token, context.sampling.penalties)
+    output, cache = chain.draft.apply(params, Block(token[:, None]), cache)
+    return output.logits, chain.draft.commit(cache, None, jnp.ones_like(token)), history
 
-        (cache, *_), rest = jax.lax.scan(draft_one, (cache, first[0], first[2], context.history), keys[1:])
-        tokens, probs, going = (
-            jnp.concatenate([a[:, None], jnp.swapaxes(b, 0, 1)], axis=1) for a, b in zip(first, rest, strict=True)
+
+def _pick(
+    logits: Float[Array, "B 1 W"], key: Array, history: History, context: Context, going: Bool[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, "B V"], Bool[Array, " B"]]:
+    """`choose`, for rows that still draft."""
+    token, probs, some = choose(logits, key, history, context.sampling, context.vocab_size)
+    return token, jnp.where(going[:, None], probs, 0.0), going & some
+
+
+def _skip(chain: _Chain, cache: Any, context: Context) -> _Rollout:
+    """No row drafts."""
+    rows, k = context.max_draft.shape[0], chain.num_draft_tokens
+    none = jnp.zeros(rows, jnp.int32)
+    return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), none, cache
+
+
+def _rollout(chain: _Chain, params: Tree, cache: Any, context: Context) -> _Rollout:
+    """Draws K tokens of each row, each given those before it."""
+    keys, going = jnp.swapaxes(context.keys, 0, 1), jnp.ones(context.max_draft.shape, bool)
+    cache = catch_up(chain.draft, params, cache, context.history, missing=2, chunk=chain.num_draft_tokens + 1)
+
+    # The first call feeds the last two tokens: after full acceptance the cache lacks both (the last draft token was
+    # chosen but never fed), and otherwise the first of them is merely written again.
+    logits, cache = read_last(chain.draft, params, cache, context.history, 2)
+    first = _pick(logits, keys[0], context.history, context, going)
+    if chain.min_confidence:
+        return _while_sure(chain, params, cache, context, first, _confidence(logits) >= chain.min_confidence)
+
+    def draft_one(carry: tuple[Any, Array, Array, History], key: Array) -> tuple[Any, tuple[Array, Array, Array]]:
+        cache, token, going, history = carry
+        logits, cache, history = _extend(chain, params, cache, token, history, context)
+        token, probs, going = _pick(logits, key, history, context, going)
+        return (cache, token, going, history), (token, probs, going)
+
+    (cache, *_), rest = jax.lax.scan(draft_one, (cache, first[0], first[2], context.history), keys[1:])
+    tokens, probs, going = (
+        jnp.concatenate([a[:, None], jnp.swapaxes(b, 0, 1)], axis=1) for a, b in zip(first, rest, strict=True)
+    )
+    return tokens, probs, jnp.sum(going, axis=1, dtype=jnp.int32), cache
+
+
+def _while_sure(
+    chain: _Chain,
+    params: Tree,
+    cache: Any,
+    context: Context,
+    first: tuple[Array, Array, Array],
+    sure: Bool[Array, " B"],
+) -> _Rollout:
+    """The rest of a rollout, until every row has come to a position at which the draft was unsure."""
+    empty = _skip(chain, cache, context)
+    tokens, probs = empty[0].at[:, 0].set(first[0]), empty[1].at[:, 0].set(first[1])
+
+    def is_going_on(carry: Any) -> Array:
+        position, sure = carry[0], carry[1]
+        return (position < chain.num_draft_tokens) & jnp.any(sure & (position < context.max_draft))
+
+    def draft_one(carry: Any) -> Any:
+        position, sure, count, cache, history, tokens, probs = carry
+        token = jax.lax.dynamic_index_in_dim(tokens, position - 1, axis=1, keepdims=False)
+        logits, cache, history = _extend(chain, params, cache, token, history, context)
+        token, drawn_from, going = _pick(logits, context.keys[:, position], history, context, sure)
+        return (
+            position + 1,
+            going & (_confidence(logits) >= chain.min_confidence),
+            count + going,
+            cache,
+            history,
+            tokens.at[:, position].set(token),
+            probs.at[:, position].set(drawn_from),
         )
-        return tokens, probs, jnp.sum(going, axis=1, dtype=jnp.int32), cache
 
-    def while_sure(
-        params: Params, cache: Any, context: Context, first: tuple[Array, Array, Array], sure: Bool[Array, " B"]
-    ) -> tuple[Array, Array, Array, Any]:
-        """The rest of a rollout, until every row has come to a position at which the draft was unsure."""
-        empty = skip(params, cache, context)
-        tokens, probs = empty[0].at[:, 0].set(first[0]), empty[1].at[:, 0].set(first[1])
+    going = first[2]
+    carry = jnp.int32(1), sure & going, going.astype(jnp.int32), cache, context.history, tokens, probs
+    _, _, count, cache, _, tokens, probs = jax.lax.while_loop(is_going_on, draft_one, carry)
+    return tokens, probs, count, cache
 
-        def is_going_on(carry: Any) -> Array:
-            position, sure = carry[0], carry[1]
-            return (position < k) & jnp.any(sure & (position < context.max_draft))
 
-        def draft_one(carry: Any) -> Any:
-            position, sure, count, cache, history, tokens, probs = carry
-            token = jax.lax.dynamic_index_in_dim(tokens, position - 1, axis=1, keepdims=False)
-            logits, cache, history = extend(params, cache, token, history, context)
-            token, drawn_from, going = pick(logits, context.keys[:, position], history, context, sure)
-            return (
-                position + 1,
-                going & (_confidence(logits) >= min_confidence),
-                count + going,
-                cache,
-                history,
-                tokens.at[:, position].set(token),
-                probs.at[:, position].set(drawn_from),
-            )
+@functools.cache
+def _drafter(chain: _Chain) -> Drafter:
+    """The state is the draft's cache, whose `length` counts its committed entries (see `models.cache`)."""
 
-        going = first[2]
-        carry = jnp.int32(1), sure & going, going.astype(jnp.int32), cache, context.history, tokens, probs
-        _, _, count, cache, _, tokens, probs = jax.lax.while_loop(is_going_on, draft_one, carry)
-        return tokens, probs, count, cache
-
-    def skip(params: Params, cache: Any, context: Context) -> tuple[Array, Array, Array, Any]:
-        del params
-        rows = context.max_draft.shape[0]
-        none = jnp.zeros(rows, jnp.int32)
-        return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), none, cache
-
-    def propose(params: Params, state: Pytree, cache: Any, context: Context) -> tuple[Proposal, Pytree, Any]:
-        if k == 0:
-            tokens, probs, count, state = skip(params, state, context)
+    def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
+        if not chain.num_draft_tokens:
+            tokens, probs, count, state = _skip(chain, state, context)
         else:
             tokens, probs, count, state = jax.lax.cond(
                 jnp.any(context.max_draft > 0),
-                lambda p, c: rollout(p, c, context),
-                lambda p, c: skip(p, c, context),
-                params,
+                lambda params, state: _rollout(chain, params, state, context),
+                lambda params, state: _skip(chain, state, context),
+                params.draft,
                 state,
             )
         return Proposal(tokens, jnp.minimum(context.max_draft, count), probs), state, cache
 
-    def update(params: Params, state: Any, feedback: Any) -> Any:
+    def update(params: Params, state: Any, feedback: Feedback) -> Any:
         if feedback.inputs is not None:
-            return learn(draft, params.draft, state, feedback.inputs)
+            return learn(chain.draft, params.draft, state, feedback.inputs)
         # Of the K draft tokens, K - 1 were fed; those accepted are text, the others are rolled back.
-        return set_length(draft, state, jnp.minimum(state.length, feedback.length - 1))
+        return set_length(chain.draft, state, jnp.minimum(state.length, feedback.length - 1))
 
-    return Drafter(draft.init_cache, propose, update, Topology.chain(k))
+    return Drafter(chain.draft.init_cache, propose, update, Topology.chain(chain.num_draft_tokens))

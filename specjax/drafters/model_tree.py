@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax import sampling
 from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import processors, tree
-from specjax.types import Block, Context, Drafter, Feedback, History, Model, Params, Proposal, Topology
+from specjax.types import Block, Context, Drafter, Feedback, History, Model, Params, Proposal, Topology, Tree
 
 
 class Level(NamedTuple):
@@ -88,6 +88,24 @@ def _rank(logits: Float[Array, "B W V"], key: Array, history: History, context: 
     return jnp.where(jnp.isnan(ranked), -jnp.inf, ranked)
 
 
+def _apply_alone(
+    draft: Model, params: Tree, block: Block, cache: Any, is_needed: Bool[Array, ""]
+) -> tuple[Float[Array, "B T W"], Any]:
+    """The draft's logits behind a block, and its cache, by a loop of one round.
+
+    Where two calls follow each other in one computation, XLA:CPU copies the cache between them.
+    """
+    shapes = jax.eval_shape(lambda: draft.apply(params, block, cache)[0].logits)
+
+    def body(carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        output, cache = draft.apply(params, block, carry[2])
+        return jnp.zeros((), bool), output.logits, cache
+
+    start = is_needed, jnp.zeros(shapes.shape, shapes.dtype), cache
+    _, logits, cache = jax.lax.while_loop(lambda carry: carry[0], body, start)
+    return logits, cache
+
+
 @functools.cache
 def drafter(draft: Model, levels: tuple[Level, ...]) -> Drafter:
     """Drafts a tree, one call of the draft a level. The state is the draft's cache.
@@ -127,8 +145,7 @@ def drafter(draft: Model, levels: tuple[Level, ...]) -> Drafter:
             block = Block(
                 jnp.maximum(tokens[:, np.asarray(behind)], 0), jnp.full((rows, len(behind)), i, jnp.int32), sees
             )
-            output, cache = draft.apply(params.draft, block, cache)
-            logits = output.logits
+            logits, cache = _apply_alone(draft, params.draft, block, cache, jnp.any(context.max_draft > 0))
         return tokens, cache
 
     def skip(params: Params, cache: Any, context: Context) -> tuple[Int[Array, "B N"], Any]:

@@ -142,25 +142,22 @@ def _move(
     buffer: Float[Array, "B *L H S D"], path: Int[Array, "B P"], length: Int[Array, " B"]
 ) -> Float[Array, "B *L H S D"]:
     """Writes the entries `length + path` of each row to `length ..`; the first of them is in its place already."""
-    seq = buffer.ndim - 2
+    rows, size, width = buffer.shape[0], *buffer.shape[-2:]
+    heads = buffer.reshape(rows, -1, size, width)
 
-    def update(buffer: Array, path: Array, length: Array) -> Array:
-        def read(row: Array, path: Array, length: Array) -> Array:
-            return jnp.take(row, length + path[1:], axis=seq - 1, mode="clip")
+    def gather(heads: Array, at: Array) -> Array:
+        return jax.vmap(lambda row, at: jnp.take(row, at, axis=1, mode="clip"))(heads, at)
 
-        def write(row: Array, kept: Array, length: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(row, kept, length + 1, axis=seq - 1)
+    def one_by_one(heads: Array, at: Array) -> Array:
+        # XLA:CPU fuses a gather with the write that follows, and then copies the cache; a loop it leaves alone.
+        _, kept = jax.lax.scan(lambda _, at: (None, gather(heads, at[:, None])), None, at.T)
+        return jnp.moveaxis(kept[:, :, :, 0], 0, 2)
 
-        kept = jax.vmap(read)(buffer, path, length)
-        if buffer.shape[0] > MAX_UNROLLED_ROWS or not jax.sharding.get_abstract_mesh().empty:
-            return jax.vmap(write)(buffer, kept, length)
-        for row in range(buffer.shape[0]):
-            at = [jnp.int32(0)] * buffer.ndim
-            at[0], at[seq] = jnp.int32(row), length[row] + 1
-            buffer = jax.lax.dynamic_update_slice(buffer, kept[row : row + 1], at)
-        return buffer
+    def read(heads: Array, at: Array) -> Array:
+        return jax.lax.platform_dependent(heads, at, cpu=one_by_one, default=gather)
 
-    return bfloat16.moved(update, (buffer,), path, length)
+    kept = bfloat16.moved(read, (heads,), length[:, None] + path[:, 1:])
+    return write(heads, jnp.swapaxes(kept, 1, 2), length + 1).reshape(buffer.shape)
 
 
 def of_layer(buffer: Float[Array, "B *L H S D"], layer: Int[Array, ""] | None) -> Float[Array, "B H S D"]:

@@ -31,7 +31,7 @@ def history(text: list[int], prompt_length: int, stop_tokens: list[int], grammar
         jnp.asarray([text + stale], jnp.int32),
         jnp.asarray([len(text)]),
         jnp.asarray([prompt_length]),
-        jnp.asarray([*stop_tokens, -1], jnp.int32),
+        jnp.asarray([[*stop_tokens, -1]], jnp.int32),
         grammar,
         jnp.zeros((1, 1), jnp.int32),
     )

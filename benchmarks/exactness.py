@@ -2,11 +2,11 @@
 
     python benchmarks/exactness.py --data=spec_bench.jsonl --out=exactness.json
 
-Every prompt is decoded by every drafter, K and batch size with the rule `coupled`, and compared, token by token, with
-plain decoding at batch 1 with the same seed; with `--fixed_shape`, with plain decoding of the same K and batch, which
-scores K + 1 tokens too. Then every exact rule decodes the same prompts, and the table says what it accepted. The draft
-model is the target itself in bfloat16, unless `--draft` names a smaller one. The file of `--out` is written after every
-cell, and a run that finds it resumes from there.
+Every prompt is decoded with every drafter, K and batch size by the rule `coupled`, and compared, token by token, with
+plain decoding at batch 1 with the same seed; with `--fixed_shape`, with plain decoding at the same K and batch size,
+which scores K + 1 tokens too. Then every exact rule decodes the same prompts, and the table says what it accepted. The
+draft model is the target itself in bfloat16, unless `--draft` names a smaller one. The file of `--out` is written after
+every cell, and a run that finds it resumes from there.
 """
 
 import collections
@@ -55,7 +55,7 @@ def choose(target: specjax.Pretrained) -> list[list[int]]:
 def decode_all(
     target: specjax.Pretrained, chosen: Sequence[list[int]], drafter: AnyDrafter, rule: verify.Rule, batch: int
 ) -> tuple[list[list[int]], dict[str, float]]:
-    """All texts, and the counters summed over all rows; row i has seed i, whatever its batch."""
+    """All texts, and the counters summed over all rows; prompt i has seed i in any batch."""
     max_len = decoding.buffer_length(max(map(len, chosen)) + _NEW_TOKENS.value, 8)
     found: list[list[int]] = []
     counted: collections.Counter[str] = collections.Counter()

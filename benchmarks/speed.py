@@ -5,8 +5,8 @@
 The data is a JSONL file with a `question_id`, a `category` and the `turns` of each prompt, as Spec-Bench has them. The
 prompts are the first turns of the first `--prompts_per_category` questions of every category, in the order of their
 `question_id`, so that they are not chosen by how fast they are. Both sides decode the same token ids with the same
-weights on the same threads. Per prompt and mode the median of `--repeats` calls counts; a new shape is compiled by a
-call before. Reported are milliseconds per new token (the texts may differ in bfloat16) and ratios, as geometric means
+weights on the same threads. For each prompt and mode, the median of `--repeats` calls counts; an untimed call compiles
+each new shape. It reports milliseconds per new token (the texts may differ in bfloat16) and ratios, as geometric means
 by category and over all prompts, the latter with a bootstrap interval, and the overhead of specjax's loop.
 
 Every prompt is written to `--out` as soon as it is measured; the same command resumes from there.
@@ -136,7 +136,7 @@ def transformers_runs(target: specjax.Pretrained, new_tokens: int) -> dict[str, 
 def loop_overhead(target: specjax.Pretrained, drafter: AnyDrafter, prompt: list[int]) -> float:
     """The share of a run's time that is neither target nor draft: the whole loop less its parts.
 
-    The parts are timed beside each run, so that a drifting machine moves both.
+    The parts are timed next to each run, so that a drift in the machine's speed affects both.
     """
     options: dict[str, Any] = {"max_new_tokens": _NEW_TOKENS.value, "step_cost": 0.0, "stop_tokens": ()}
     shares = []
@@ -202,7 +202,7 @@ class Record:
         """Opens the file of an earlier run, or begins one.
 
         Raises:
-          ValueError: where the file is broken, or its measurements are of other settings.
+          ValueError: where the file is broken, or its measurements have other settings.
         """
         self.path = path
         self.content: dict[str, Any] = {"settings": settings(), "prompts": {}}
@@ -213,7 +213,9 @@ class Record:
             before = self.content["settings"]
             assert isinstance(self.content["prompts"], dict)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ValueError(f"{path} is no record of this benchmark: remove it, or choose another --out.") from error
+            raise ValueError(
+                f"{path} is not a record of this benchmark: remove it, or choose another --out."
+            ) from error
         differ = [name for name, value in settings().items() if before.get(name) != value]
         if differ:
             raise ValueError(
@@ -222,7 +224,7 @@ class Record:
             )
 
     def keep(self, key: str, compute: Callable[[], Any]) -> Any:
-        """What the record has under a key; computed and written where it is missing."""
+        """The record's value under a key, which is computed and written if it is missing."""
         if key not in self.content:
             self.content[key] = compute()
             self.write()
@@ -254,7 +256,7 @@ def measure_all(
         begin = time.perf_counter()
         shape = decoding.read_inputs(target.model, [prompt]).tokens.shape[1], buffer(prompt, _NEW_TOKENS.value)
         for name, run in runs.items():
-            # PyTorch has no programs of a shape: one call warms it up. A program's first run is slower than the others.
+            # PyTorch compiles nothing per shape: one call warms it up. A program's first run is slower than the others.
             if shape not in shapes and (name.startswith("specjax") or not shapes):
                 run(prompt)
         shapes.add(shape)

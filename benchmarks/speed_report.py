@@ -1,4 +1,4 @@
-"""The Markdown of `speed.py`: a line per category, means over all prompts with their intervals, and what is notable."""
+"""The Markdown of `speed.py`: a line per category, means over all prompts with their intervals, and notes."""
 
 import datetime
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from specjax.metrics import Costs
 PLAIN, NGRAM, OTHER = "specjax plain", "specjax ngram", "transformers plain"
 
 Measured = dict[str, Any]
-"""What `speed.py` has of a prompt: `category`, `milliseconds` by mode, `new_tokens`, `identical` and more."""
+"""The measurements of one prompt: `category`, `milliseconds` by mode, `new_tokens`, `identical` and more."""
 
 
 def by_category(rows: Sequence[Measured]) -> dict[str, list[Measured]]:

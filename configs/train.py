@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.data = ""  # A FILE to train on.
     config.valid = ""  # A held-out FILE, or nothing.
     config.vocabulary = ""  # A spiece.model or a model's directory; empty: trained on the data, as spiece.model.
-    config.vocab_size = 8192  # The number of tokens of a vocabulary that is trained.
+    config.vocab_size = 8192  # The number of tokens of a trained vocabulary.
     config.extra_ids = 0  # How many of its tokens are T5's <extra_id_0>, ...
     config.byte_fallback = False  # Whether it spells unknown characters in bytes.
 

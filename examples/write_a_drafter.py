@@ -3,7 +3,7 @@
     python examples/write_a_drafter.py [SOURCE] [PROMPT]
     python -m specjax.launch --config=configs/quickstart.py --config.drafter=examples/write_a_drafter.py:successors
 
-The first command checks everything that a drafter has to keep to, and decodes with it.
+The first command checks the drafter's whole contract, and decodes with it.
 """
 
 import functools
@@ -32,7 +32,7 @@ class State(NamedTuple):
 
 
 def read(state: State, tokens: Int[Array, " T"], count: Int[Array, ""]) -> State:
-    """Reads the first `count` of some tokens of one row."""
+    """Reads the first `count` of the tokens of one row."""
 
     def one(state: State, entry: tuple[Array, Array]) -> tuple[State, None]:
         token, is_text = entry

@@ -1,4 +1,4 @@
-"""An acceptance rule of your own: accepts what the target finds at least a share as probable as its favourite.
+"""An acceptance rule of your own: accepts tokens with at least a given share of the target's largest probability.
 
     python examples/write_a_rule.py [SOURCE] [PROMPT]
     python -m specjax.launch --config=configs/quickstart.py --config.verify=examples/write_a_rule.py:rule
@@ -30,7 +30,7 @@ def near_best(share: float) -> Rule:
         known = (proposal.tokens >= 0) & (proposal.tokens < target_probs.shape[-1])
         of_draft = jnp.where(known, target_probs[position, jnp.where(known, proposal.tokens, 0)], 0.0)
         accepted = (of_draft > 0) & (of_draft >= share * jnp.max(target_probs[:-1], axis=-1))
-        # Draft tokens count up to the first that is rejected or was not proposed.
+        # Draft tokens count up to the first one that is rejected or was not proposed.
         n = jnp.sum(jnp.cumprod(accepted & (position < proposal.length)), dtype=jnp.int32)
         # Then one more token, from the target, with the key of its position.
         following = sampling.categorical(keys.token[n], target_probs[n])
@@ -39,7 +39,7 @@ def near_best(share: float) -> Rule:
         tokens = jnp.where(position < n, tokens, jnp.where(position == n, following, 0))
         return Verdict(tokens.astype(jnp.int32), n)
 
-    # Rows of temperature 0 are judged by `at_zero`; without one, `greedy` judges them.
+    # Rows at temperature 0 are judged by `at_zero`; without one, `greedy` judges them.
     return Rule(judge, f"near_best:{share:g}", exact=False)
 
 

@@ -59,8 +59,8 @@ class Cell(NamedTuple):
     """A combination of values.
 
     Attributes:
-      name: also that of its directory.
-      values: by flag.
+      name: its name, and that of its directory.
+      values: the value of each flag.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Cell(NamedTuple):
 
     @property
     def flags(self) -> list[str]:
-        """What the run is given beside the common flags."""
+        """The flags of the run in addition to the common ones."""
         return [f"--{flag}={value}" for flag, value in self.values.items()]
 
 
@@ -181,7 +181,7 @@ def run_cell(argv: Sequence[str], directory: pathlib.Path) -> int:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            # A terminal has told the run already; told twice, it would stop while it cleans up.
+            # A terminal has interrupted the run already; a second interrupt would stop it while it cleans up.
             if not sys.stdin.isatty():
                 process.send_signal(signal.SIGINT)
             try:
@@ -242,7 +242,7 @@ def plot(axes: Sequence[tuple[str, list[str]]], rows: Sequence[Row]) -> Figure:
     panel.set_xticks(range(len(values)), values)
     panel.set_xlabel(first.removeprefix("config."))
     panel.set_ylabel("speedup over plain decoding")
-    # Whole markers, also the highest and those at the edges.
+    # Show whole markers, also the highest one and those at the edges.
     panel.set_ylim(0, 1.08 * max(1.0, *(row["measured_speedup"] for row in rows)))
     panel.margins(x=0.05)
     panel.spines[["top", "right"]].set_visible(False)
@@ -390,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         axes = [read_axis(text) for text in own.sweep]
         cells = grid(axes)
         for cell in cells:
-            # All of them before the first is run.
+            # Check all of them before the first is run.
             launch.parse(["launch", *common, *cell.flags])
         directory = pathlib.Path(own.workdir)
         if own.dry_run:

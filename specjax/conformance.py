@@ -6,7 +6,7 @@ Four parts, each of which runs if those before it found nothing:
   proposals  their values, at every step of a ragged batch: ids, lengths, probabilities, what they may depend on;
   draws      tokens are distributed as stated, whatever the length (many texts of one prompt);
   texts      greedy and `coupled` text is plain decoding's, that of `rejection` and `block` is distributed as the
-             target's, jointly over its first tokens; and a model that drafts for itself is always accepted.
+             target's, jointly over its first tokens; the drafts of a model for itself are always accepted.
 """
 
 import functools
@@ -30,23 +30,23 @@ NUM_TOKENS = 3
 """Tokens of the texts whose joint distribution is enumerated."""
 
 SMALL = 64
-"""A vocabulary of at most so many tokens is that of a table, which is cheap to decode with."""
+"""A target with at most this many tokens is assumed to be a table, which is cheap to decode with."""
 
 _TOP_K = 3
-"""Where a vocabulary is too large to enumerate, so many tokens are kept at each place."""
+"""The number of tokens kept at each position where the vocabulary is too large to enumerate."""
 
 _RAGGED = 24
 """Rows of the ragged part of the batch."""
 
 
 class Trial(NamedTuple):
-    """A drafter, what it drafts for, and the batch that it is tried with: `num_texts` rows of one prompt, then others.
+    """A drafter, its target, and the batch that it is tested with: `num_texts` rows of one prompt, then others.
 
     Attributes:
       target: the target.
       drafter: the drafter.
       params: of both.
-      prompts: token ids, one a row.
+      prompts: token ids, one prompt per row.
       budgets: new tokens of each row.
       options: keyword arguments of `sampling.options`.
       num_texts: how many rows at the beginning share prompt, options and budget.
@@ -61,7 +61,7 @@ class Trial(NamedTuple):
     num_texts: int
 
     def start(self, drafter: Drafter | None = None, *, reverse: bool = False) -> DecodeState:
-        """The state after the prefill; with the rows in reverse order if asked."""
+        """The state after the prefill, with the rows in reverse order if `reverse`."""
         order = slice(None, None, -1 if reverse else 1)
         chosen = self.drafter if drafter is None else drafter
         rows = len(self.prompts)
@@ -101,7 +101,7 @@ _quick_loop = jax.jit(_loop, **_STATIC, compiler_options={"xla_backend_optimizat
 
 
 def _advance(trial: "Trial", rule: Rule, drafter: Drafter, state: DecodeState, steps: int) -> DecodeState:
-    """At most so many steps, each of which scores K + 1 tokens."""
+    """At most `steps` steps, each of which scores K + 1 tokens."""
     loop = _quick_loop if trial.target.vocab_size <= SMALL else _fast_loop
     return loop(trial.target, drafter, rule, trial.params, state, np.int32(steps))
 
@@ -134,7 +134,7 @@ def _context(target: Model, drafter: Drafter, state: DecodeState) -> Context:
 
 
 def _trace_problem(trial: Trial) -> str:
-    """What goes wrong where the drafter is traced; nothing where it does not."""
+    """The error that tracing the drafter raises; empty where there is none."""
     drafter, (k, depth, _) = trial.drafter, trial.drafter.topology
 
     def traced(params: Params, state: DecodeState) -> Tree:
@@ -163,7 +163,7 @@ def _trace_problem(trial: Trial) -> str:
 
 
 class _Seen(NamedTuple):
-    """A proposal for one state, and for three changes of the state that a drafter may or may not look at."""
+    """The proposal for a state, and the proposals with other random keys and with other stale tokens."""
 
     room: Any
     proposal: Any
@@ -174,7 +174,7 @@ class _Seen(NamedTuple):
 def _propose(
     target: Model, drafter: Drafter, params: Params, state: DecodeState, salt: Any, shift: Any
 ) -> tuple[Any, Proposal]:
-    """The room of each row, and the proposal; `salt` changes the keys, `shift` what lies behind the text."""
+    """The room of each row, and the proposal; `salt` changes the keys, `shift` the stale tokens after the text."""
     context = _context(target, drafter, state)
     history = context.history
     stale = jnp.arange(history.tokens.shape[1]) >= history.length[:, None]
@@ -214,7 +214,7 @@ def _value_problems(proposal: Proposal, room: np.ndarray, k: int, vocab_size: in
         (length > room) & (length <= k),
         lambda r: f"proposes length {length[r]} where context.max_draft allows {room[r]}: take the minimum of both",
     )
-    # Of a tree, a node that has no token is -1.
+    # In a tree, a node that has no token is -1.
     least = 0 if proposal.parent is None else -1
     outside = used & ((tokens < least) | (tokens >= vocab_size))
     yield from rows(
@@ -238,7 +238,7 @@ def _value_problems(proposal: Proposal, room: np.ndarray, k: int, vocab_size: in
 
 
 def _same(a: Proposal, b: Proposal, rows: np.ndarray) -> np.ndarray:
-    """Which of the rows propose the same tokens, as many as there are."""
+    """Which of the rows propose the same number of tokens, and the same ones."""
     length = np.asarray(a.length)[rows]
     used = np.arange(np.asarray(a.tokens).shape[1]) < length[:, None]
     tokens = (np.asarray(a.tokens)[rows] == np.asarray(b.tokens)[rows]) | ~used
@@ -246,7 +246,7 @@ def _same(a: Proposal, b: Proposal, rows: np.ndarray) -> np.ndarray:
 
 
 def _dependence_problems(seen: _Seen) -> Iterator[tuple[str, int]]:
-    """What a proposal depends on, and must not."""
+    """What a proposal depends on but must not."""
     every, probs = np.arange(len(np.asarray(seen.room))), seen.proposal.probs
 
     def first(different: np.ndarray, say: str) -> Iterator[tuple[str, int]]:
@@ -256,14 +256,14 @@ def _dependence_problems(seen: _Seen) -> Iterator[tuple[str, int]]:
     stale = "reads context.history.tokens at or beyond context.history.length, where rejected drafts lie"
     yield from first(~_same(seen.proposal, seen.other_stale, every), stale)
     if probs is None:
-        unstated = "draws at random, but states no probs: give Proposal.probs what each token was sampled from"
+        unstated = "draws at random, but states no probs: put each token's distribution into Proposal.probs"
         if seen.proposal.parent is None:  # A tree is drawn with the noise of the rule `coupled`.
             yield from first(~_same(seen.proposal, seen.other_keys, every), unstated)
         return
-    # What the first token was drawn from follows from the text alone.
+    # The distribution of the first token depends on the text alone.
     both = (np.asarray(seen.proposal.length) > 0) & (np.asarray(seen.other_keys.length) > 0)
     a, b = (np.asarray(x.probs)[:, 0] for x in (seen.proposal, seen.other_keys))
-    late = "states probs that depend on the random keys: they are what the token is drawn from, before it is drawn"
+    late = "states probs that depend on the random keys: they have to be the distribution before the token is drawn"
     yield from first(both & (np.abs(a - b).max(axis=-1) > 1e-3), late)
 
 
@@ -295,7 +295,7 @@ def _test(counts: np.ndarray, probs: np.ndarray) -> float:
 
 
 def _draw_problem(trial: Trial, proposal: Proposal) -> str:
-    """Whether the tokens that are proposed are distributed as stated, place by place, given those before."""
+    """Where the proposed tokens are not distributed as stated, given those before them; empty if they are."""
     if proposal.probs is None or not trial.drafter.num_draft_tokens:
         return ""
     rows = slice(0, trial.num_texts)
@@ -310,7 +310,7 @@ def _draw_problem(trial: Trial, proposal: Proposal) -> str:
         if np.abs(stated - stated[0]).max() > 1e-3:
             return (
                 f"{where} states different probs for draft token {place} after equal texts and drafts: they have to be "
-                "what the token was drawn from, before it was drawn"
+                "the distribution before the token is drawn"
             )
         counts = np.bincount(tokens[there, place], minlength=vocab_size)
         p = _test(counts, stated[0])
@@ -320,8 +320,8 @@ def _draw_problem(trial: Trial, proposal: Proposal) -> str:
             if whole >= SIGNIFICANCE:
                 why = "the length depends on the token that was drawn: it may depend on the tokens before it only"
             return (
-                f"{where} biases draft token {place} (p = {p:.0e}): {why}. Of {there.sum()} proposals "
-                f"{counts[: min(vocab_size, 8)].tolist()} were expected as "
+                f"{where} biases draft token {place} (p = {p:.0e}): {why}. In {there.sum()} proposals the counts are "
+                f"{counts[: min(vocab_size, 8)].tolist()}; the expected counts are "
                 f"{np.round(stated[0][:8] * there.sum()).astype(int).tolist()}"
             )
         alike = there & (tokens[:, place] == np.argmax(counts))
@@ -385,15 +385,15 @@ def _text_problems(trial: Trial, report: testing.Report) -> None:
     for row in wrong[:1]:
         kind = "greedy" if temperature[row] == 0 else "coupled"
         report.problems.append(
-            f"{where}: the {kind} text is not plain decoding's, in {len(wrong)} of {len(wanted)} rows: {got[row]} in "
-            f"the place of {wanted[row]} (prompt {trial.prompts[row]})"
+            f"{where}: the {kind} text is not plain decoding's in {len(wrong)} of {len(wanted)} rows: {got[row]} "
+            f"instead of {wanted[row]} (prompt {trial.prompts[row]})"
         )
     reverse = trial.decode(verify.coupled, reverse=True)
     counters = np.asarray(coupled.rows.stats.proposed), np.asarray(reverse.rows.stats.proposed)[::-1]
     moved = np.flatnonzero((counters[0] != counters[1]).any(axis=1))
     if len(moved):
         report.problems.append(
-            f"{where}: what is proposed for a row depends on the other rows of the batch, or on its place in it (row "
+            f"{where}: what is proposed for a row depends on the other rows of the batch, or on its index in it (row "
             f"{moved[0]}: {counters[0][moved[0]].tolist()} drafts judged by position, "
             f"{counters[1][moved[0]].tolist()} with the rows in reverse order)"
         )
@@ -425,12 +425,12 @@ def _text_problems(trial: Trial, report: testing.Report) -> None:
 
 
 def _perfect_problem(alone: Model, params: Tree, drafter: Drafter, num_texts: int) -> str:
-    """A model that drafts for itself, with everything accepted or nothing, and steps without drafts: always right."""
+    """What goes wrong where a model drafts for itself, with all drafts accepted or none, and with pauses; or empty."""
     trial = make_trial(alone, Params(params, params), drafter, num_texts)
     for rule in (verify.rejection, verify.observe) if drafter.topology.is_chain else (verify.coupled,):
         state, together = trial.start(), False
         while not np.asarray(state.rows.done).all():
-            # All rows for two steps, or some: a row that does not draft may be served along with one that does.
+            # All rows pause for two steps, or some do: a row that does not draft may share a step with one that does.
             pause = jnp.full(len(trial.prompts), 2, jnp.int32) if together else jnp.arange(len(trial.prompts)) % 3
             together = not together
             adaptation = state.rows.adaptation._replace(pause=pause)
@@ -441,15 +441,15 @@ def _perfect_problem(alone: Model, params: Tree, drafter: Drafter, num_texts: in
         if len(bad):
             before = "rejected" if rule is verify.observe else "accepted"
             return (
-                f"{contract.describe(drafter.propose)}: drafting for its own model it is right in "
-                f"{overlap[bad[0]]:.2f} of {judged[bad[0]]} places after {before} drafts and steps without drafts, not "
-                "in all: its state (a cache?) does not hold the text that was committed"
+                f"{contract.describe(drafter.propose)}: drafting for its own model it is right at "
+                f"{overlap[bad[0]]:.2f} of {judged[bad[0]]} positions after {before} drafts and steps without drafts, "
+                "not at all of them: its state (a cache?) does not hold the text that was committed"
             )
     return ""
 
 
 def _steps(trial: Trial, report: testing.Report) -> None:
-    """Proposals at every step, and their draws at the first."""
+    """Checks the proposals of every step, and the distribution of the first ones."""
     state = trial.start()
     steps = 0
     while True:
@@ -475,7 +475,7 @@ def run(
       drafter: the drafter.
       target: the target.
       params: of both.
-      alone: the model that drafts, which is to be perfect when it drafts for itself; None skips that.
+      alone: the draft model, whose drafts for itself must all be accepted; None skips that test.
       num_texts: how many texts of one prompt the distributions are tested with.
     """
     report = testing.Report([], [], [])

@@ -1,6 +1,6 @@
-"""Files: written whole or not at all, and readers of users' JSON and lines of text or JSON, packed by xz or not.
+"""Writes files whole or not at all, and reads users' JSON and lines of text or JSON, compressed by xz or not.
 
-The readers take no more memory than a file's size justifies, and say of every other file, in one sentence, what it is
+The readers take no more memory than a file's size justifies. Their errors say in one sentence what is wrong with a file
 and what to do.
 """
 
@@ -23,7 +23,7 @@ MAX_JSON = 2**28
 """The largest file that is read as one JSON object, in bytes."""
 
 MAX_RATIO = 1000
-"""How many times its size a packed file may unpack to; text gives 3 to 10, and repetitive logs some hundred."""
+"""How many times its size a packed file may unpack to; text gives 3 to 10, and repetitive logs about a hundred."""
 
 _FREE = 2**26  # bytes that any packed file may unpack to
 _MEMORY = 2**29  # bytes that unpacking may take; `xz -9` needs 65 MiB
@@ -48,7 +48,7 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
     def _next_stream(self) -> bool:
-        """Begins the next of the streams that a file may hold, zeros between them; False where there is none."""
+        """Begins the next stream of the file, after any zeros between the two; False where there is none."""
         rest = b"" if self._decompressor is None else self._decompressor.unused_data.lstrip(b"\0")
         while not rest and (block := self._file.read(_BLOCK)):
             rest = block.lstrip(b"\0")
@@ -82,12 +82,12 @@ def check_file(path: pathlib.Path, what: str, remedy: str) -> None:
     Args:
       path: the path.
       what: what to call it, as in "The data file".
-      remedy: what to give in its place, as in "give a JSONL file".
+      remedy: what to give instead, as in "give a JSONL file".
 
     Raises:
-      FileNotFoundError: where there is nothing.
+      FileNotFoundError: for a path that does not exist.
       IsADirectoryError: for a directory.
-      OSError: for a device, a pipe or a socket, which need not end.
+      OSError: for a device, a pipe or a socket, which may never end.
     """
     if not path.exists():
         raise FileNotFoundError(f"{what} {path} does not exist: {remedy}.")
@@ -99,7 +99,7 @@ def check_file(path: pathlib.Path, what: str, remedy: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: pathlib.Path) -> Iterator[None]:
-    """Puts the name of a file before what a ValueError says of its content."""
+    """Puts the name of a file before the message of a ValueError about its content."""
     try:
         yield
     except ValueError as error:
@@ -107,13 +107,13 @@ def naming(path: pathlib.Path) -> Iterator[None]:
 
 
 def shorten(error: BaseException) -> str:
-    """What an error says, or else its name, in one line of bounded length."""
+    """The message of an error, or the name of its type if it has none, in one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def listed(names: Iterable[object]) -> str:
-    """The first few of some names that a file gives, as an error shows them."""
+    """The first few of the names in a file, formatted for an error message."""
     first = list(itertools.islice(names, 9))
     shown = [text if len(text := repr(name)) <= 40 else f"{text[:40]}..." for name in first[:8]]
     return ", ".join([*shown, "..."] if len(first) > 8 else shown) or "nothing"
@@ -122,10 +122,10 @@ def listed(names: Iterable[object]) -> str:
 def read_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file with their numbers, from 1; one that ends in `.xz` is unpacked.
 
-    A byte order mark at the beginning is left out.
+    A byte order mark at the beginning is skipped.
 
     Args:
-      path: a file, as `check_file` makes sure.
+      path: a file that has passed `check_file`.
 
     Raises:
       OSError: where it cannot be read.
@@ -152,15 +152,15 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 def parse_json(text: str, what: str, remedy: str) -> Any:
-    """A JSON value, whose texts can be encoded.
+    """A JSON value, whose strings can all be encoded.
 
     Args:
       text: JSON.
-      what: what to call it in an error, as in "FILE, line 3,".
+      what: what to call it in an error message, as in "FILE, line 3,".
       remedy: what to do about an error, as in "write one object a line".
 
     Raises:
-      ValueError: for what is not JSON, is nested too deeply, or has half of a surrogate pair in a text.
+      ValueError: for text that is not JSON, is nested too deeply, or has half of a surrogate pair in a string.
     """
     try:
         value = json.loads(text)
@@ -181,10 +181,10 @@ def parse_json(text: str, what: str, remedy: str) -> Any:
 
 
 def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """The values of a JSONL file, and where each stands, as in "FILE, line 3,"; empty lines are skipped.
+    """The values of a JSONL file with their locations, as in "FILE, line 3,"; empty lines are skipped.
 
     Args:
-      path: a file, as `check_file` makes sure; one that ends in `.xz` is unpacked.
+      path: a file that has passed `check_file`; one that ends in `.xz` is unpacked.
 
     Raises:
       OSError: where it cannot be read.
@@ -197,7 +197,7 @@ def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object that is a file of its own.
+    """The JSON object in a file of its own.
 
     Raises:
       FileNotFoundError: where there is no such file.
@@ -235,9 +235,9 @@ def cannot_write(path: str | os.PathLike[str], error: OSError) -> OSError:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Gives the name of a file to write, which takes the place of `path` at the end.
+    """Gives the name of a temporary file to write, which replaces `path` at the end.
 
-    That name is the file's between a dot and the number of the process. It does not stay where the write fails.
+    It is the file's name between a dot and the process id. Where the write fails, the temporary file is removed.
 
     Args:
       path: the file.
@@ -253,7 +253,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        # The folder itself may be what is missing, or no folder.
+        # The directory itself may be missing, or not a directory.
         with contextlib.suppress(OSError):
             partial.unlink()
 

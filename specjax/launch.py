@@ -1,8 +1,8 @@
 """Runs an experiment: `python -m specjax.launch --config=configs/quickstart.py [--config.KEY=VALUE] [--workdir=DIR]`.
 
 Every key of the config file can be overridden; `--config=FILE --help` says what each means. An interrupted run is
-continued by the same command. Exit codes: 0, 1 for an error that flags or files provoke, 2 for a bug of specjax, 130
-and 143 after an interrupt (Ctrl-C, SIGTERM).
+continued by the same command. Exit codes: 0, 1 for an error caused by flags or files, 2 for a bug of specjax, 130 and
+143 after an interrupt (Ctrl-C, SIGTERM).
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class UsageError(Exception):
 
 
 def _define() -> flags.FlagValues:
-    """The flags, apart from the global ones, so that `main` can be called more than once in a process."""
+    """The flags, separate from the global ones, so that `main` can be called more than once in a process."""
     values = flags.FlagValues()
     flags.DEFINE_string(
         "workdir", None, "Where the results go; by default runs/CONFIG-HASH, by file and values.", flag_values=values
@@ -46,7 +46,7 @@ def _define() -> flags.FlagValues:
         "distributed",
         False,
         "Join the processes of this run, one on each host, all with the same command; the first prints and writes. "
-        "Cloud TPU, SLURM and Open MPI say who they are; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT of the first, "
+        "Cloud TPU, SLURM and Open MPI number them; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT of the first, "
         "JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...). SPECJAX_JOIN_TIMEOUT: seconds to wait for the others (300).",
         flag_values=values,
     )
@@ -56,7 +56,7 @@ def _define() -> flags.FlagValues:
 
 
 def _names(values: flags.FlagValues) -> list[str]:
-    """Flags that a user may know: not the one-letter names, not those that stand for keys of the config."""
+    """Flags to show to a user: neither the one-letter names nor those for keys of the config."""
     return sorted(name for name in values if len(name) > 1 and "." not in name and name != "config")
 
 
@@ -94,10 +94,10 @@ def _load_config(path: str) -> ConfigDict:
         config = runpy.run_path(file)["get_config"](*arguments)
     except (Exception, SystemExit) as error:  # Whatever the code of the file raises.
         raise UsageError(
-            f"{file} is no config ({type(error).__name__}: {error}): --debug shows where it fails."
+            f"{file} is not a config ({type(error).__name__}: {error}): --debug shows where it fails."
         ) from error
     if not isinstance(config, ConfigDict) or "experiment" not in config:
-        raise UsageError(f"{file} is no experiment: its get_config() has to return a ConfigDict with an `experiment`.")
+        raise UsageError(f"{file} is not an experiment: its get_config() must return a ConfigDict with `experiment`.")
     return config.lock()
 
 
@@ -113,14 +113,14 @@ def _check_keys(argv: Sequence[str], config: ConfigDict) -> None:
 
 
 def _check_flags(values: flags.FlagValues) -> None:
-    """Refuses what absl takes and no run can use."""
+    """Refuses values that absl takes but no run can use."""
     workdir = values["workdir"]
     if workdir.present and not (workdir.value or "").strip():
         raise UsageError("--workdir is empty: give a directory, or leave the flag out for runs/NAME_OF_CONFIG.")
     if workdir.value and pathlib.Path(workdir.value).is_file():
         raise UsageError(f"--workdir={workdir.value} is a file: give a directory.")
     if workdir.value and "\0" in workdir.value:
-        raise UsageError("--workdir has a zero byte: give a directory.")
+        raise UsageError("--workdir contains a null byte: give a directory.")
 
 
 def _words(error: BaseException) -> str:
@@ -211,7 +211,7 @@ def _run_distributed(run: Callable[..., Any], config: ConfigDict, workdir: pathl
 
 
 def _default_workdir(file: str, config: ConfigDict) -> pathlib.Path:
-    """The work directory of this config, and a line that says how to come back to it."""
+    """The work directory of this config; prints how to continue there."""
     from specjax.experiments import workdir as places
 
     found = places.default(file, config.to_dict())
@@ -228,7 +228,7 @@ def _complain(message: Any, debug: bool = False, code: int = failures.USER) -> i
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Prints a warning of specjax as a line, without the place in the code that gave it."""
+    """Prints a warning of specjax as a line, without its location in the code."""
 
     def line(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> str:
         if category is UserWarning:
@@ -247,7 +247,7 @@ def _interrupted(interrupt: KeyboardInterrupt, workdir: pathlib.Path) -> int:
     finished = workdir / "results.json"
     where = f"finished rows are in {finished}" if finished.exists() else f"no row was finished in {workdir}{os.sep}"
     terminated = _signals[-1:] == [signal.SIGTERM]
-    where = str(interrupt) or where  # A run that knows better says so.
+    where = str(interrupt) or where  # Or what the run itself says.
     word = "Terminated" if terminated else "Interrupted"
     print(f"\n{word}: {where}; the same command continues.", file=sys.stderr)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _complain(error, debug)
     except BrokenPipeError:
-        # Whoever read the output, such as `head`, has gone.
+        # The reader of the output, such as `head`, has exited.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return failures.USER
     except Exception as error:
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 _signals: list[int] = []
-"""Those that have stopped this process."""
+"""The signals that have stopped this process."""
 
 
 def _stop(number: int, _: Any) -> None:
@@ -299,14 +299,14 @@ def _stop(number: int, _: Any) -> None:
 
 
 def _quiet() -> None:
-    """Leaves out what libraries print that is of no use to a user; what a user has set stays."""
+    """Silences output of libraries that is of no use to a user, unless the user has set otherwise."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
 
     devices = pathlib.Path("/dev")
     has_chips = any(any(devices.glob(name)) for name in ("accel*", "vfio/*", "nvidia*", "kfd"))
     if not jax.config.values["jax_platforms"] and importlib.util.find_spec("libtpu") and not has_chips:
-        # libtpu is here to compile for TPUs that are not (`configs/plan.py`), and complains of their absence.
+        # libtpu, installed to compile for TPUs that you don't have (`configs/plan.py`), complains of their absence.
         jax.config.update("jax_platforms", "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Bounds of sizes that users and files give, checked before anything is allocated."""
+"""Bounds on sizes that users and files give, checked before anything is allocated."""
 
 import math
 import numbers
@@ -14,11 +14,11 @@ def check_size(name: str, value: Any, low: int = 1, high: int = 2**31 - 1) -> No
     Args:
       name: what to call it in the error.
       value: the value.
-      low: the least that it may be.
-      high: the most that it may be.
+      low: the smallest value allowed.
+      high: the largest value allowed.
 
     Raises:
-      ValueError: for another number, or what is none, such as a text or a truth value.
+      ValueError: for any other number, or a value that is not a number, such as a string or a bool.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name}={_shown(value)} is not a whole number: give one from {low} to {high}.")
@@ -35,7 +35,7 @@ def check_number(name: str, value: Any, *, positive: bool = True) -> None:
       positive: whether zero is refused too.
 
     Raises:
-      ValueError: for another number, or what is none, such as a text or a truth value.
+      ValueError: for any other number, or a value that is not a number, such as a string or a bool.
     """
     wanted = "above 0" if positive else "of at least 0"
     if (
@@ -52,7 +52,7 @@ def check_flag(name: str, value: Any) -> None:
     """Checks that a value is True or False.
 
     Raises:
-      ValueError: for anything else, such as the text "false".
+      ValueError: for anything else, such as the string "false".
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name}={_shown(value)} is neither true nor false: give one of them.")
@@ -62,7 +62,7 @@ def check_num_draft_tokens(value: Any) -> None:
     """Checks K, the most tokens that a drafter proposes in a step; 0 is plain decoding.
 
     Raises:
-      ValueError: for what is not a whole number from 0 to `MAX_DRAFT_TOKENS`.
+      ValueError: for anything but a whole number from 0 to `MAX_DRAFT_TOKENS`.
     """
     if not isinstance(value, bool) and isinstance(value, numbers.Integral) and value < 0:
         raise ValueError(f"num_draft_tokens={_shown(value)} is negative; 0 is plain decoding.")
@@ -70,7 +70,7 @@ def check_num_draft_tokens(value: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    """The value as errors show it."""
+    """The value as error messages show it."""
     if isinstance(value, int) and abs(value) >= 10**30:  # Python prints no integer of thousands of digits
         return f"{'-' if value < 0 else ''}10**30 and more"
     text = repr(value)

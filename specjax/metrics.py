@@ -1,4 +1,4 @@
-"""What speculation did: acceptance, block efficiency, costs, and the speedup that they predict."""
+"""Metrics of speculation: acceptance, block efficiency, costs, and the speedup that they predict."""
 
 import dataclasses
 import time
@@ -18,10 +18,10 @@ from specjax.types import Block, DecodeState, Drafter, Feedback, Model, Params, 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The counters of one row, or of many added up.
+    """The counters of one row, or the sums over several rows.
 
     Attributes:
-      num_tokens: new tokens, the stop token among them.
+      num_tokens: new tokens, the stop token included.
       target_calls: steps.
       draft_steps: steps in which something was drafted.
       acceptance_rate: alpha, the mean of `sum_x min(target(x), draft(x))` over the draft positions whose prefix was
@@ -29,7 +29,7 @@ class Summary:
       block_efficiency: tokens per target call.
       histogram: `[K + 1]` steps by number of accepted draft tokens.
       acceptance_by_position: `[K]` share of the draft tokens accepted at each position, among those judged there; None
-        where none was.
+        where none was judged.
     """
 
     num_tokens: int
@@ -57,7 +57,7 @@ def _summary(stats: Any, num_tokens: int) -> Summary:
 
 
 def summarise(stats: Stats, num_tokens: Array | np.ndarray) -> tuple[Summary, list[Summary]]:
-    """All rows added up, and each by itself.
+    """The summary of all rows together, and that of each row.
 
     Args:
       stats: the counters of a `DecodeState`, on the device or not; rows of several runs may be concatenated.
@@ -71,12 +71,12 @@ def summarise(stats: Stats, num_tokens: Array | np.ndarray) -> tuple[Summary, li
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Measured times of one step's parts, in seconds.
+    """Measured times of the parts of one step, in seconds.
 
     Attributes:
-      plain: the target reads one token a row.
-      score: the target reads K + 1 tokens a row.
-      draft: the drafter proposes K tokens a row.
+      plain: the target reads one token per row.
+      score: the target reads K + 1 tokens per row.
+      draft: the drafter proposes K tokens per row.
       num_draft_tokens: K.
     """
 
@@ -87,27 +87,27 @@ class Costs:
 
     @property
     def cost_ratio(self) -> float:
-        """c: one draft token over one target call (Leviathan et al. 2022, Definition 3.7)."""
+        """c: the time of one draft token over that of one target call (Leviathan et al. 2022, Definition 3.7)."""
         return self.draft / self.num_draft_tokens / self.plain if self.num_draft_tokens else 0.0
 
     @property
     def score_cost(self) -> float:
-        """Scoring K + 1 tokens over scoring one; the paper takes it as 1."""
+        """The time of scoring K + 1 tokens over that of scoring one; the paper takes it as 1."""
         return self.score / self.plain
 
     @property
     def step_cost(self) -> float:
-        """A drafting step over a plain step: what a draft has to win back."""
+        """The time of a drafting step over that of a plain step."""
         return (self.draft + self.score) / self.plain
 
     def predicted_speedup(self, alpha: float | None) -> float:
-        """Theorem 3.8 from alpha, K and the measured c: every step drafts K tokens, scoring them costs nothing."""
+        """Theorem 3.8 with the measured c, which assumes K drafts in every step and no cost of scoring them."""
         if alpha is None or not self.num_draft_tokens:
             return 1.0
         return theory.walltime_factor(min(alpha, 1.0), self.num_draft_tokens, self.cost_ratio)
 
     def accounted_speedup(self, summary: Summary) -> float:
-        """Plain steps for all tokens, over the steps really taken, drafting ones at their measured cost."""
+        """The time of plain decoding over that of the steps taken, with drafting steps at their measured cost."""
         plain_steps = summary.target_calls - summary.draft_steps
         spent = plain_steps + summary.draft_steps * self.step_cost
         return summary.num_tokens / spent if spent else 1.0
@@ -121,7 +121,7 @@ class _Timed:
         self.run, self.carry = run, jax.block_until_ready(run(carry, 1))
 
     def per_call(self, calls: int) -> float:
-        """Seconds of one round: what `calls` rounds take beyond one, so that starting the program does not count."""
+        """Seconds per round, from `calls` rounds more than one, so that starting the program does not count."""
         marks = [time.perf_counter()]
         for rounds in (1, 1 + calls):
             self.carry = jax.block_until_ready(self.run(self.carry, rounds))
@@ -132,7 +132,7 @@ class _Timed:
 
 
 def _scoring(target: Model, params: Params, state: DecodeState, topology: Topology, width: int) -> _Timed:
-    """Rounds in which the target reads one token a row, or what a step with drafts has it read."""
+    """Rounds in which the target reads one token per row, or the block of a step with drafts."""
     rows = state.rows.length.shape[0]
 
     def block_of(tokens: Array) -> Block:
@@ -157,7 +157,7 @@ def _scoring(target: Model, params: Params, state: DecodeState, topology: Topolo
 
 
 def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeState) -> _Timed:
-    """Rounds in which the drafter proposes as much as it can, by the code of the loop."""
+    """Rounds in which the drafter proposes as much as it can, with the code of the loop."""
     rows, depth = state.rows.length.shape[0], drafter.topology.depth
     read = Block(jnp.zeros((rows, drafter.topology.num_nodes + 1), jnp.int32))
 
@@ -172,7 +172,7 @@ def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeStat
         feedback = Feedback(nothing, nothing[:, 0], state.rows.length, output.features[:, : depth + 1], output)
         # Token ids are never below -1, but the compiler cannot know: the next round has to wait for this one.
         shift = jnp.minimum(jnp.sum(proposal.tokens + 1, axis=-1), 0)
-        # The distributions are part of the work, though nobody reads them here.
+        # The distributions are part of the work, though they are not used here.
         return drafter.update(params, drafter_state, feedback), shift, proposal.probs
 
     @jax.jit
@@ -196,15 +196,15 @@ def measure_costs(
       target: the target.
       drafter: the drafter.
       params: the parameters of both.
-      state: as `decode.prefill` gave it, with the same drafter. It is copied, not consumed.
-      calls: rounds of each timed loop, at least.
-      repeats: timed loops; the median counts.
+      state: from `decode.prefill`, with the same drafter. It is copied, not consumed.
+      calls: the least number of rounds of each timed loop.
+      repeats: how often each loop is timed; the median counts.
     """
     k = drafter.num_draft_tokens
     loops = [_scoring(target, params, state, drafter.topology, width) for width in (1, k + 1)]
     if k:
         loops.append(_drafting(target, drafter, params, state))
-    # A model of a millisecond is called more often, or the clock would be most of what is measured.
+    # A model that takes about a millisecond is called more often, or the overhead of timing would dominate.
     calls = max(calls, min(64, int(0.03 / loops[0].per_call(calls))))
     seconds = np.asarray([[loop.per_call(calls) for loop in loops] for _ in range(repeats)])
     plain = float(np.median(seconds[:, 0]))

@@ -1,6 +1,6 @@
 """The functions that models and drafters are made of: their arguments, results and shapes.
 
-`types` puts them together; axis names are explained there.
+`types` combines them, and explains the axis names.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +20,7 @@ class InitCache(Protocol):
 
 
 class Prefill(Protocol):
-    """Reads a prompt, or any chunk of one, behind the cache and commits it."""
+    """Reads a prompt, or any chunk of one, into the cache and commits it."""
 
     def __call__(self, params: Any, inputs: "Inputs", cache: Any) -> tuple["ModelOutput", Any]:
         """The output, with the logits of each row's last token only (`[B, 1, V]`), and the cache."""
@@ -28,10 +28,10 @@ class Prefill(Protocol):
 
 
 class Apply(Protocol):
-    """Reads a block behind the cache without committing it."""
+    """Reads a block after the committed entries of the cache, without committing it."""
 
     def __call__(self, params: Any, block: "Block", cache: Any) -> tuple["ModelOutput", Any]:
-        """The output, and the cache with the block's entries behind its length, which stays."""
+        """The output, and the cache with the block's entries after its length, which does not change."""
         ...
 
 
@@ -47,7 +47,7 @@ class Score(Protocol):
     """The logits of packed sequences to train on."""
 
     def __call__(self, params: Any, batch: "Batch") -> Float[Array, "B T V"]:
-        """`[B, T, V]`, without a cache."""
+        """The logits `[B, T, V]`, computed without a cache."""
         ...
 
 
@@ -55,15 +55,15 @@ class WithTaps(Protocol):
     """The same model with tapped layers."""
 
     def __call__(self, taps: tuple[int, ...]) -> "Model":
-        """The model whose `features` are the hidden states number `taps`."""
+        """The model whose `features` are the hidden states of the indices `taps`."""
         ...
 
 
 class InitDrafter(Protocol):
-    """Makes the state of a drafter that has seen nothing, as long as `Model.init_cache` would."""
+    """Makes the initial state of a drafter, for the sizes that `Model.init_cache` takes."""
 
     def __call__(self, batch_size: int, max_len: int, max_source: int = 0) -> Any:
-        """The state; all of its arrays lead with the batch axis."""
+        """The state; the batch axis is the first axis of all its arrays."""
         ...
 
 
@@ -76,8 +76,8 @@ class Propose(Protocol):
 
 
 class Update(Protocol):
-    """Learns what was committed."""
+    """Tells a drafter what was committed."""
 
     def __call__(self, params: "Params", state: Any, feedback: "Feedback") -> Any:
-        """The state."""
+        """The new state."""
         ...

@@ -1,6 +1,6 @@
 """Models small enough to enumerate, the exact distribution of their texts, and a test of counts against it.
 
-Nothing here uses `specjax.sampling` or `specjax.verify`: what is tested must not be its own oracle.
+Nothing here uses `specjax.sampling` or `specjax.verify`: the tested code must not be its own oracle.
 """
 
 import functools
@@ -23,7 +23,7 @@ class TabularCache(NamedTuple):
 
     Attributes:
       tokens: `[B, S]`.
-      position: `[B, S]` where in its sequence each token stands.
+      position: `[B, S]` the position of each token in its sequence.
       length: `[B]` the number of committed entries.
     """
 
@@ -33,7 +33,7 @@ class TabularCache(NamedTuple):
 
 
 def _write(history: Int[Array, "B S"], tokens: Int[Array, "B T"], start: Int[Array, " B"]) -> Int[Array, "B S"]:
-    """Writes T tokens of each row at its own position, by a mask: a scatter of 10^5 rows is slow on a CPU."""
+    """Writes T tokens into each row from its `start` on, by a mask: a scatter of 10^5 rows is slow on a CPU."""
     index = jnp.arange(history.shape[1]) - start[:, None]
     new = jnp.take_along_axis(tokens, jnp.clip(index, 0, tokens.shape[1] - 1), axis=1)
     return jnp.where((index >= 0) & (index < tokens.shape[1]), new, history)
@@ -47,7 +47,7 @@ def _moved(history: Int[Array, "B S"], path: Int[Array, "B D"], length: Int[Arra
 @functools.cache
 def _tabular_model(vocab_size: int, order: int, width: int, max_len: int) -> Model:
     def context(cache: TabularCache, position: Int[Array, "B T"], sees: Any) -> Int[Array, "B T"]:
-        """The number that the last tokens write, up to each of T positions, of what its token sees."""
+        """The row of the table for each of T positions: the last tokens up to it that its token sees, as digits."""
         found = jnp.zeros(position.shape, jnp.int32)
         slots = jnp.arange(cache.tokens.shape[1])
         for back in reversed(range(order)):
@@ -61,8 +61,8 @@ def _tabular_model(vocab_size: int, order: int, width: int, max_len: int) -> Mod
         return found
 
     def read(table: Float[Array, "C W"], cache: TabularCache, position: Int[Array, "B T"], sees: Any) -> ModelOutput:
-        """The logits that follow the tokens at `position`, read from the history alone."""
-        # The real cache would shift a write that does not fit; here it is an error that shows.
+        """The logits after the tokens at `position`, which depend only on the history."""
+        # The real cache would shift a write that does not fit; here the error shows, as NaN.
         fits = (position < cache.tokens.shape[1])[..., None]
         logits = jnp.where(fits, table[context(cache, position, sees)], jnp.nan)
         return ModelOutput(logits, jnp.zeros((*position.shape, 0, 1)))
@@ -120,22 +120,22 @@ def tabular(
     """A model whose next-token logits are a table over the last `order` tokens.
 
     Its cache is the token history, with the rollback contract of the real one; a write beyond the buffer makes the
-    logits NaN. Missing tokens at the beginning of a text count as 0, unknown tokens as the last known one. Equal shapes
-    give the same `Model`.
+    logits NaN. Missing tokens at the beginning of a text count as 0, tokens in the padding as the last one before it.
+    Equal shapes give the same `Model`.
 
     Args:
       seed: of the table.
-      vocab_size: tokens that the table knows as context.
-      order: how many last tokens a distribution depends on; 0: none, so that all positions are alike.
-      scale: deviation of the normal logits.
-      zeros: share of tokens of probability 0 (-inf), never all of a row.
-      ties: round the logits to multiples of `scale`, so that equal ones abound.
-      padding: columns beyond `vocab_size`, with logits like the others, as a model has whose table was padded.
-      max_len: the longest text that it claims to know.
+      vocab_size: the number of tokens that a context distinguishes.
+      order: the number of last tokens that a distribution depends on; 0: none, so that all positions are alike.
+      scale: the standard deviation of the normally distributed logits.
+      zeros: the share of tokens of probability 0 (-inf), never all of a row.
+      ties: round the logits to multiples of `scale`, so that many are equal.
+      padding: columns beyond `vocab_size`, with logits like the others, as in a model with a padded vocabulary.
+      max_len: the longest sequence that it claims to support.
 
     Returns:
-      the model, and its parameters: the table, `[vocab_size ** order, vocab_size + padding]`, whose row is the number
-      that the last tokens write in base `vocab_size`, the oldest digit first.
+      the model, and its parameters: the table, `[vocab_size ** order, vocab_size + padding]`, in which the index of a
+      row has the last tokens as its digits in base `vocab_size`, the oldest first.
     """
     rng = np.random.default_rng(seed)
     width = vocab_size + padding
@@ -158,15 +158,15 @@ def distribution(
     typical_p: float = 1.0,
     epsilon_cutoff: float = 0.0,
 ) -> np.ndarray:
-    """What sampling options make of logits, by sorting, in float64: the meaning and order of transformers.
+    """The distribution that sampling options make of logits, in float64, as defined and ordered by transformers.
 
     Args:
       logits: `[V]`.
-      temperature: 0 is greedy, the first of equals.
+      temperature: 0 is greedy; the first one in a tie counts.
       top_k: keep the k largest; 0 keeps all. Ties at the cut are kept.
-      top_p: keep a token while the tokens strictly more probable weigh less than p.
+      top_p: keep a token if the total probability of the strictly more probable tokens is below p.
       min_p: keep tokens at least this fraction as probable as the most probable.
-      typical_p: keep a token while those whose surprise is strictly closer to the entropy weigh less than p.
+      typical_p: keep a token if the total probability of those with a surprise closer to the entropy is below p.
       epsilon_cutoff: keep tokens at least this probable, and the most probable.
 
     Returns:
@@ -214,18 +214,18 @@ def processed(
     grammar: Sequence[Sequence[int]] | None = None,
     stop_tokens: Sequence[int] = (),
 ) -> np.ndarray:
-    """What the processors make of the logits that follow a text, in float64 and plain Python.
+    """The logits after a text with all processors applied, in float64 and plain Python.
 
     Args:
       logits: `[V]`.
       text: prompt and new tokens.
-      prompt_length: how many of them are the prompt's.
+      prompt_length: how many of them belong to the prompt.
       repetition_penalty: see `processors`, as for the next five.
       presence_penalty: on the new tokens.
       frequency_penalty: on the new tokens.
       no_repeat_ngram_size: n.
-      min_new_tokens: stop tokens are forbidden before.
-      logit_bias: pairs of a token and what is added.
+      min_new_tokens: stop tokens are forbidden in a text with fewer new tokens.
+      logit_bias: pairs of a token and the number added to its logit.
       grammar: `[S][V]` successor states, -1 where a token is forbidden; state 0 is where the new text begins.
       stop_tokens: token ids.
 
@@ -264,7 +264,7 @@ def enumerate_texts(
       table: `[vocab_size ** order, vocab_size]`, without padding.
       prompt: token ids.
       num_tokens: n.
-      stop_tokens: a text that has one goes on with it alone.
+      stop_tokens: after a stop token, a text only repeats it.
       **options: of `distribution` and `processed`.
 
     Returns:
@@ -276,7 +276,7 @@ def enumerate_texts(
     while vocab_size**order < contexts:
         order += 1
     if vocab_size**order != contexts:
-        raise ValueError(f"A table of shape {table.shape} has padding: cut it, or make the target without.")
+        raise ValueError(f"A table of shape {table.shape} has padding: cut it, or make the target without padding.")
     warpers = {name: value for name, value in options.items() if name in _WARPERS}
     others = {name: value for name, value in options.items() if name not in _WARPERS}
 
@@ -297,15 +297,15 @@ def enumerate_texts(
 
 
 def g_test(counts: np.ndarray, probs: np.ndarray, *, min_expected: float = 5.0) -> float:
-    """The probability of counts at least this far from `probs`, by the likelihood ratio.
+    """The p-value of counts under the distribution `probs`, by a likelihood-ratio test (G-test).
 
     Args:
-      counts: how often each outcome came, of any shape.
+      counts: how often each outcome occurred, of any shape.
       probs: its probability, of the same shape.
       min_expected: outcomes expected less often are pooled into one.
 
     Returns:
-      the p-value; 0 where an outcome of probability 0 came at all.
+      the p-value; 0 where an outcome of probability 0 occurred.
     """
     from scipy import stats  # A test dependency.
 
@@ -328,16 +328,16 @@ def g_test(counts: np.ndarray, probs: np.ndarray, *, min_expected: float = 5.0) 
 
 
 def smallest_error(trials: int, outcomes: int, *, significance: float = 1e-5, power: float = 0.99) -> float:
-    """The total-variation distance from which on `g_test` sees every error.
+    """The total-variation distance above which `g_test` detects every error.
 
     A distribution at distance d makes the statistic a noncentral chi-squared with a noncentrality of at least
-    `4 trials d^2` (by Cauchy and Schwarz; more where the error concentrates on few outcomes).
+    `4 trials d^2` (by Cauchy-Schwarz; more where the error concentrates on few outcomes).
 
     Args:
-      trials: how many outcomes were counted.
-      outcomes: how many different ones there are.
+      trials: how many samples were counted.
+      outcomes: how many different outcomes there are.
       significance: the p-value below which a test fails.
-      power: the chance that it does.
+      power: the probability that it fails.
     """
     from scipy import optimize, stats  # A test dependency.
 
@@ -355,8 +355,8 @@ def tiny_decoder(
     """A random decoder of a few thousand parameters, whose greedy text is not constant.
 
     Returns:
-      the model and its parameters. The matrices have a deviation of one over the root of their rows, so that attention
-      and context matter; the default initialisation would leave the logits almost constant.
+      the model and its parameters. The matrices have a standard deviation of one over the square root of their number
+      of rows, so that attention and context matter; the default initialisation would leave the logits almost constant.
     """
     config = DecoderConfig(
         vocab_size=vocab_size,
@@ -371,19 +371,19 @@ def tiny_decoder(
     )
 
     def scaled(leaf: Array) -> Array:
-        # init_params draws with deviation 0.02; norms are vectors of ones and stay.
+        # init_params draws with standard deviation 0.02; norms are vectors of ones, and are kept.
         return leaf if leaf.ndim < 2 else (leaf.astype(jnp.float32) * (50 / 32**0.5)).astype(leaf.dtype)
 
     return families.model(config), jax.tree.map(scaled, families.init_params(config, jax.random.key(seed)))
 
 
 class Report(NamedTuple):
-    """What was checked of a drafter.
+    """The findings about a drafter.
 
     Attributes:
       passed: what holds, in words.
-      problems: what does not, each naming the drafter.
-      notes: what the checks could not see.
+      problems: what does not hold, each naming the drafter.
+      notes: what the checks could not test.
     """
 
     passed: list[str]
@@ -404,30 +404,30 @@ def check_drafter(
     num_texts: int | None = None,
     is_model: bool | None = None,
 ) -> Report:
-    """Checks everything that a drafter owes to the loop, in one line of a test: `testing.check_drafter(my_drafter())`.
+    """Checks the whole contract of a drafter with the loop, in one line: `testing.check_drafter(my_drafter())`.
 
-    Shapes, lengths, ids and probabilities of its proposals over several steps of a ragged batch; that tokens are drawn
-    from the distributions that it states, and lengths do not depend on them; that text stays that of plain decoding,
-    token for token (greedy, `coupled`) and in joint distribution (`rejection`, `block`); and that a model that drafts
-    for itself is always accepted, also after rejections and pauses.
+    Checked are the shapes, lengths, ids and probabilities of its proposals over several steps of a ragged batch; that
+    tokens are drawn from the distributions that it states, and that lengths do not depend on them; that text is that of
+    plain decoding, token for token (greedy, `coupled`) or in joint distribution (`rejection`, `block`); and that the
+    drafts of a model that drafts for itself are always accepted, also after rejections and pauses.
 
     Args:
-      drafter: the drafter; what it drafts with (`source`) is taken from it.
+      drafter: a `Drafter`, or a `Draft`, which brings its parameters.
       target: what it drafts for: a `Pretrained`, or a `Model` and its parameters. None is a random table of five
         tokens, for drafters of any vocabulary. A real model takes minutes on a CPU: lower `num_texts`.
-      draft_params: the drafter's parameters, where it has no `source`.
-      num_texts: how many texts of one prompt are drawn; by default 8,192 from a small vocabulary and 256 from one of
-        more than 64 tokens. The report says which errors would have been seen.
-      is_model: whether its source is a model that drafts alone, which is then tried on itself; by default whether the
-        source has a model.
+      draft_params: the drafter's parameters, where it does not bring them.
+      num_texts: how many texts are sampled after one prompt; by default 8,192 from a vocabulary of at most 64 tokens,
+        256 from a larger one. The report says how large an error would have been detected.
+      is_model: False skips the test of a draft model that drafts for itself; by default a `Draft` that has a model is
+        tested so.
 
     Returns:
       a report, for `print`: what holds, and what could not be tested.
 
     Raises:
       AssertionError: with all that is wrong, naming the drafter's function, its file and line.
-      TypeError: for what is no drafter or no target.
-      ValueError: for a drafter of one vocabulary without its target.
+      TypeError: for an object that is not a drafter or not a target.
+      ValueError: for a drafter that needs a certain vocabulary, without its target.
     """
     from specjax import conformance  # It imports this module.
     from specjax.drafters import contract

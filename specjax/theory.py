@@ -1,7 +1,7 @@
 """Closed forms of Leviathan et al. 2022 (arXiv 2211.17192): what speculation should bring before it is measured.
 
 `alpha` is the expected acceptance probability of a draft token, taken as independent of the others; `c` the time of one
-draft call over that of one target call; K the number of draft tokens a step. `score_cost` extends the paper, whose
+draft call over that of one target call; K the number of draft tokens per step. `score_cost` extends the paper, whose
 target scores K + 1 tokens in the time of one: it is the time of a call that scores K + 1 over that of a call that
 scores one.
 """
@@ -57,7 +57,7 @@ def guaranteed_factor(alpha: float, c: float) -> float:
 
 
 def oracle_tokens(alpha: float) -> float:
-    """Tokens per target call of a drafter that knows how long each run will be: `1 / (1 - alpha)` (§3.5)."""
+    """Tokens per target call with a drafter that knows how many will be accepted: `1 / (1 - alpha)` (§3.5)."""
     _check(alpha, 0)
     return math.inf if alpha == 1.0 else 1.0 / (1.0 - alpha)
 
@@ -65,13 +65,13 @@ def oracle_tokens(alpha: float) -> float:
 def best_num_draft_tokens(
     alpha: float, c: float, score_cost: Callable[[int], float] = lambda k: 1.0, max_draft_tokens: int = 64
 ) -> int:
-    """The K in `0 .. max_draft_tokens` of the largest walltime factor; the smaller of equals.
+    """The K in `0 .. max_draft_tokens` with the largest walltime factor, the smallest one in a tie.
 
     Args:
       alpha: acceptance probability.
       c: time of a draft call over that of a target call.
       score_cost: K -> time of scoring K + 1 tokens over that of scoring one.
-      max_draft_tokens: where to stop.
+      max_draft_tokens: the largest K to try.
 
     >>> best_num_draft_tokens(0.75, 0.02)
     9

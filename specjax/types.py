@@ -2,7 +2,7 @@
 
 Axis names: `B` rows of a batch, `L` the text buffer, `P` a padded prompt, `S` a padded source, `T` tokens of one model
 call, `N` draft tokens (nodes) of one step, `D` the depth of their tree, `V` the vocabulary, `F` tapped layers, `E` the
-width of the model. Of a chain, N = D = K.
+width of the model. For a chain, N = D = K.
 """
 
 from typing import Any, NamedTuple
@@ -19,14 +19,14 @@ Tree = Any
 class Inputs(NamedTuple):
     """Right-padded prompts.
 
-    An encoder-decoder reads the prompt with its encoder: then `source` is the prompt, and `tokens` is what the
-    decoder's text begins with, which is its start token.
+    For an encoder-decoder, `source` is the prompt, which the encoder reads, and `tokens` is the start token, with which
+    the decoder's text begins.
 
     Attributes:
-      tokens: `[B, P]` token ids; what lies at or beyond a row's length is never read as text.
-      length: `[B]` the number of tokens of each prompt, at least 1.
-      source: `[B, S]` what the encoder reads, padded likewise, or None.
-      source_length: `[B]` the number of its tokens, at least 1, or None.
+      tokens: `[B, P]` token ids; entries at or beyond a row's length are padding.
+      length: `[B]` the number of tokens in each row of `tokens`, at least 1.
+      source: `[B, S]` the token ids that the encoder reads, right-padded, or None.
+      source_length: `[B]` the number of tokens in each row of `source`, at least 1, or None.
     """
 
     tokens: Int[Array, "B P"]
@@ -36,16 +36,16 @@ class Inputs(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Packed texts to train on: several texts may share a row, each a segment that sees itself alone.
+    """Packed sequences to train on: several may share a row, each a segment that attends only to itself.
 
     Attributes:
-      tokens: `[B, T]` what a decoder reads.
-      targets: `[B, T]` what it should say after each token.
-      segments: `[B, T]` the number of the text that each token is of, from 1; 0 is padding.
-      positions: `[B, T]` the place of each token in its text, from 0.
-      weights: `[B, T]` what each target counts; 0 where there is none.
-      source: `[B, S]` what an encoder reads, or None.
-      source_segments: `[B, S]` the number of the text that each token of `source` is of; 0 is padding.
+      tokens: `[B, T]` the decoder's input.
+      targets: `[B, T]` the token to predict after each token.
+      segments: `[B, T]` the number of the sequence that each token belongs to, from 1; 0 is padding.
+      positions: `[B, T]` the position of each token in its sequence, from 0.
+      weights: `[B, T]` the loss weight of each target; 0 where there is none.
+      source: `[B, S]` the encoder's input, or None.
+      source_segments: `[B, S]` the number of the sequence that each token of `source` belongs to; 0 is padding.
     """
 
     tokens: Int[Array, "B T"]
@@ -58,15 +58,15 @@ class Batch(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What one model call reads behind its cache.
+    """The tokens that one model call reads, given the cache of those before them.
 
     Attributes:
       tokens: `[B, T]` token ids.
-      depth: `[B, T]` the position of each token less `cache.length`; None: 0 .. T - 1.
-      sees: `[B, T, U + T]` which of the entries behind `cache.length` each token sees: the U that earlier calls wrote
-        and nobody committed, then the T of this block, which is written behind them. Of the entries that it sees, each
-        continues the one before. None: U = 0, and each token sees itself and those before it. Every token sees all
-        committed entries (within its window, where layers have one).
+      depth: `[B, T]` the position of each token minus `cache.length`; None: 0 .. T - 1.
+      sees: `[B, T, U + T]` which entries after `cache.length` each token attends to: the U that earlier calls wrote but
+        did not commit, then the T of this block, which are written after them. The entries that a token attends to form
+        a path, each continuing the one before. None: U = 0, and each token attends to itself and those before it. All
+        committed entries are attended to (within the window, where layers have one).
     """
 
     tokens: Int[Array, "B T"]
@@ -75,11 +75,11 @@ class Block(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    """What one model call says about each token that it was fed.
+    """The output of one model call, for each token that it read.
 
     Attributes:
-      logits: `[B, T, V]` float32, the unnormalised log-probabilities of the token that follows.
-      features: `[B, T, F, E]` float32, what the tapped layers gave (`Model.with_taps`); F = 0 without taps.
+      logits: `[B, T, V]` float32, the unnormalised log-probabilities of the next token.
+      features: `[B, T, F, E]` float32, the hidden states of the tapped layers (`Model.with_taps`); F = 0 without taps.
     """
 
     logits: Float[Array, "B T V"]
@@ -95,21 +95,21 @@ class Model(NamedTuple):
     Attributes:
       init_cache: `(batch_size, max_len, max_source=0) -> cache`, an empty cache; `cache.length` is `[B]`, the number of
         committed tokens in it.
-      prefill: `(params, inputs, cache) -> (ModelOutput, cache)`, reads the prompts behind `cache.length` and commits
-        them: any chunk of a prompt, or all of it. The logits are of each row's last token only: `[B, 1, V]`.
-      apply: `(params, block, cache) -> (ModelOutput, cache)`, writes the block's entries behind `cache.length`, which
-        stays. What nobody commits is overwritten.
+      prefill: `(params, inputs, cache) -> (ModelOutput, cache)`, reads prompts, or chunks of them, into the cache after
+        `cache.length` and commits them. The logits are those of each row's last token only: `[B, 1, V]`.
+      apply: `(params, block, cache) -> (ModelOutput, cache)`, writes the block's entries after `cache.length`, which
+        does not change. Entries that are not committed are overwritten later.
       commit: `(cache, path, count) -> cache`, keeps the entries `path[:count]` of the last block in this order, so that
         the cache is what a prefill of the kept tokens would have made, and adds `count` to the length. A path of None
-        is that of a chain, 0, 1, 2 ..., of which nothing is moved; a negative count then takes committed tokens back.
+        means 0, 1, 2 ... (a chain), and no entry is moved; a negative count then removes committed tokens.
       vocab_size: V, the width of the logits (which may be padded beyond the tokenizer's vocabulary).
-      max_len: the longest sequence in tokens that the model knows positions for.
-      start_token: of an encoder-decoder, which reads `inputs.source`, the token that its sequences begin with; of other
-        models None.
-      score: `(params, batch) -> logits [B, T, V]` of a training `Batch`; None for what cannot be trained.
-      with_taps: `(taps) -> Model`, the same model, whose outputs have as `features` the hidden states of these
-        numbers: 0 is the embedding, i the residual stream after layer i, and the number of layers (or -1) the last one,
-        after the final norm. None for what has no layers.
+      max_len: the longest sequence that the model supports, in tokens.
+      start_token: for an encoder-decoder, which reads `inputs.source`, the token that its sequences begin with; None
+        for other models.
+      score: `(params, batch) -> logits [B, T, V]` of a training `Batch`; None for a model that cannot be trained.
+      with_taps: `(taps) -> Model`, the same model, whose outputs have the hidden states of these indices as `features`:
+        0 is the embedding, i the residual stream after layer i, and the number of layers (or -1) the last one, after
+        the final norm. None for a model without layers.
     """
 
     init_cache: protocols.InitCache
@@ -129,7 +129,7 @@ class Topology(NamedTuple):
     Attributes:
       num_nodes: N, the most tokens that it proposes.
       depth: D, the most of them on one path. N = D is a chain.
-      parents: the parent of each node, where that is the same in every step; None: `Proposal.parent` says it.
+      parents: the parent of each node, where that is the same in every step; None: it is in `Proposal.parent`.
     """
 
     num_nodes: int
@@ -153,11 +153,11 @@ class Proposal(NamedTuple):
     Attributes:
       tokens: `[B, N]`, parents before their children. An id outside the vocabulary is never accepted.
       length: `[B]` how many of the N are really proposed; the others are padding. Whether token i is proposed may
-        depend on the text and on the draft tokens above it, **never on token i itself**: a draft that drops a token
+        depend on the text and on the ancestors of token i, **never on token i itself**: a drafter that drops a token
         because of what was drawn biases the text, and no acceptance rule can repair that.
       probs: `[B, N, V]` float32, the distribution that each token was *sampled* from, or None where the tokens
         were chosen deterministically (their distribution is one-hot).
-      parent: `[B, N]` the node that each continues; -1 is the last committed token. None is a chain,
+      parent: `[B, N]` the node that each continues; -1 is the last committed token. None: a chain,
         `parent = arange(N) - 1`.
     """
 
@@ -168,13 +168,13 @@ class Proposal(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What an acceptance rule says of a proposal.
+    """The decision of an acceptance rule on a proposal.
 
     Attributes:
       tokens: `[B, D + 1]` the accepted draft tokens, then one more token from the target, then padding.
-      num_accepted: `[B]` the number of accepted draft tokens, the one more not counted.
-      path: `[B, D + 1]` where the accepted tokens stand in the block that the target read: 0, the last committed token,
-        then one more than the number of each accepted node, then padding. None is the path of a chain, `arange(D + 1)`.
+      num_accepted: `[B]` the number of accepted draft tokens, without the target's token.
+      path: `[B, D + 1]` indices in the block that the target read: 0 for the last committed token, then one more than
+        the index of each accepted node, then padding. None: a chain, `arange(D + 1)`.
     """
 
     tokens: Int[Array, "*B D+1"]
@@ -183,17 +183,17 @@ class Verdict(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    """What a drafter learns: of a prompt or a chunk of it, and then after every step.
+    """What a drafter is told about a prompt, or each chunk of it, and then after every step.
 
-    A prompt is a step that committed all of its tokens.
+    A prompt counts as a step that committed all of its tokens.
 
     Attributes:
-      tokens: `[B, T]` the tokens that were committed, then padding: T = D + 1 after a step, P of a prompt.
-      num_tokens: `[B]` how many of them there are.
-      length: `[B]` the length of each sequence with them.
-      features: `[B, T, F, E]` the target's features (`Drafter.taps`) of the tokens that it read: of a prompt its
-        tokens; after a step the last token before it, then the accepted draft tokens.
-      output: all that the target's call gave, also of what was rejected.
+      tokens: `[B, T]` the tokens that were committed, then padding: T = D + 1 after a step, P for a prompt.
+      num_tokens: `[B]` the number of committed tokens.
+      length: `[B]` the length of each sequence, these tokens included.
+      features: `[B, T, F, E]` the target's features (`Drafter.taps`) at the tokens that it read: for a prompt its
+        tokens; after a step the last token before the step, then the accepted draft tokens.
+      output: the whole output of the target's call, rejected tokens included.
       inputs: the prompt; None after a step.
     """
 
@@ -218,14 +218,14 @@ class Automaton(NamedTuple):
 
 
 class Penalties(NamedTuple):
-    """Options that change logits before they become a distribution, most of them by the text so far (`processors`).
+    """Options that change the logits, most of them depending on the text so far (`processors`).
 
     Attributes:
-      repetition_penalty: `[B]` divides the positive logits of tokens in prompt or text, multiplies their negative ones;
-        1 is none.
-      presence_penalty: `[B]` subtracted from the logits of tokens in the new text; 0 is none.
-      frequency_penalty: `[B]` subtracted once for every time that a token is in the new text; 0 is none.
-      no_repeat_ngram_size: `[B]` no n-gram of this size occurs twice in prompt and text; 0 is none.
+      repetition_penalty: `[B]` divides the positive logits of tokens in prompt or text, and multiplies their negative
+        ones; 1: off.
+      presence_penalty: `[B]` subtracted from the logits of tokens in the new text; 0: off.
+      frequency_penalty: `[B]` subtracted once for every occurrence of a token in the new text; 0: off.
+      no_repeat_ngram_size: `[B]` no n-gram of this size occurs twice in prompt and text; 0: off.
       min_new_tokens: `[B]` stop tokens are forbidden before the text has this many new tokens.
       bias_tokens: `[B, M]` ids of the tokens that `bias` is added to; ids beyond the vocabulary are padding.
       bias: `[B, M]` float32; -inf forbids a token.
@@ -248,9 +248,9 @@ class SamplingOptions(NamedTuple):
       top_k: `[B]` keep the k most probable tokens; 0 keeps all.
       top_p: `[B]` keep the smallest set of most probable tokens whose mass reaches p; 1 keeps all.
       min_p: `[B]` keep tokens at least this fraction as probable as the most probable one; 0 keeps all.
-      typical_p: `[B]` keep the smallest set of tokens of most typical surprise whose mass reaches p; 1 keeps all.
+      typical_p: `[B]` keep the smallest set of most typical tokens whose mass reaches p; 1 keeps all.
       epsilon_cutoff: `[B]` keep tokens at least this probable; 0 keeps all.
-      penalties: what happens to the logits before; None where no row asks for any, which is another program.
+      penalties: applied to the logits first; None where no row uses any, which compiles another program.
     """
 
     temperature: Float[Array, " B"]
@@ -266,11 +266,11 @@ class History(NamedTuple):
     """The text before each of the T tokens whose logits one call gives: what the options may depend on.
 
     Attributes:
-      tokens: `[B, L]` the text, behind which the draft tokens of a chain stand; of a tree `[B, T, L]`, a text for each
-        of the T tokens.
-      length: `[B]` the number of tokens before the first of the T, and one more before each of the others; of a tree
+      tokens: `[B, L]` the text, followed by the draft tokens of a chain; for a tree `[B, T, L]`, one text for each of
+        the T tokens.
+      length: `[B]` the number of tokens before the first of the T (one more before each following one); for a tree
         `[B, T]`, the number before each.
-      prompt_length: `[B]` how many of them are the prompt's.
+      prompt_length: `[B]` how many of them belong to the prompt.
       stop_tokens: `[B, X]` token ids that end the row; -1 is padding.
       grammar: the automaton that says which tokens may follow, or None.
       grammar_state: `[B, T]` its state before each of the T tokens.
@@ -288,9 +288,9 @@ class StepKeys(NamedTuple):
     """The random keys of one step, each used once.
 
     Attributes:
-      accept: `[B]` decides what is accepted.
-      token: `[B, D + 1]` draws the token of each position, if it is drawn from the target. A position's key depends on
-        the row's seed and the position alone: plain decoding draws with the same.
+      accept: `[B]` for the acceptance test.
+      token: `[B, D + 1]` for sampling the token of each position from the target. A position's key depends only on the
+        row's seed and the position: plain decoding samples with the same key.
     """
 
     accept: Key[Array, "*B"]
@@ -304,7 +304,7 @@ class Context(NamedTuple):
       history: the text so far (T = 1): prompt and committed tokens.
       keys: `[B, D]` the random key of each draft position.
       max_draft: `[B]` the deepest draft token that a row can use in this step; 0: draft nothing for it.
-      sampling: the row's sampling options, which target and draft share.
+      sampling: the rows' sampling options, which target and draft share.
       vocab_size: V of the target.
     """
 
@@ -320,14 +320,14 @@ class Drafter(NamedTuple):
 
     Attributes:
       init: `(batch_size, max_len, max_source=0) -> state`, called once; `max_len` is the length of the text buffer.
-      propose: `(params, state, cache, context) -> (Proposal, state, cache)`, with the parameters and the cache of the
-        target at hand: a self-drafter writes behind `cache.length`, where everything is overwritten; others hand the
-        cache back untouched. Whether it proposes a token must not depend on that token (see `Proposal.length`);
-        `testing.check_drafter` tries a drafter's conformance.
+      propose: `(params, state, cache, context) -> (Proposal, state, cache)`, given the target's parameters and cache: a
+        self-drafter may write after `cache.length`, where everything is overwritten; others return the cache unchanged.
+        Whether a token is proposed must not depend on that token (see `Proposal.length`); `testing.check_drafter` tests
+        this.
       update: `(params, state, feedback) -> state`, called with each prompt, or its chunks in order, and after every
-        step, also after one that drafted nothing.
+        step, even one that drafted nothing.
       topology: how many tokens it proposes in a step, and how deep their tree is.
-      taps: the hidden states of the target that it wants to see in `Feedback.features` (`Model.with_taps`).
+      taps: the hidden states of the target that it reads from `Feedback.features` (`Model.with_taps`).
     """
 
     init: protocols.InitDrafter
@@ -343,14 +343,14 @@ class Drafter(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A drafter with what it drafts with: what the front door takes. The loop sees the drafter alone.
+    """A drafter with its parameters, as `generate` takes it. The loop sees only the drafter.
 
     Attributes:
       drafter: the drafter.
       params: its parameters, which become `Params.draft`.
-      tokenizer: what its token ids mean, or None.
-      max_len: the longest sequence that it knows positions for, or None.
-      model: the model, where it is one that could decode alone, or None.
+      tokenizer: the tokenizer of its token ids, or None.
+      max_len: the longest sequence that it supports, or None.
+      model: the draft model, where there is one that could decode alone, or None.
     """
 
     drafter: Drafter
@@ -366,7 +366,7 @@ class Draft(NamedTuple):
 
 
 AnyDrafter = Drafter | Draft
-"""What the front door takes."""
+"""What `generate` takes as a drafter."""
 
 
 class Params(NamedTuple):
@@ -385,8 +385,8 @@ class Stats(NamedTuple):
       proposed: `[B, D]` how often position k of a draft was judged, i.e. all before it had been accepted.
       accepted: `[B, D]` how often position k was accepted.
       histogram: `[B, D + 1]` steps by number of accepted draft tokens.
-      overlap: `[B]` sum of `sum_x min(target(x), draft(x))` over the judged positions (the paper's beta); of trees, and
-        of rules that are not exact, the number of accepted tokens.
+      overlap: `[B]` sum of `sum_x min(target(x), draft(x))` over the judged positions (the paper's beta); for trees and
+        for rules that are not exact, the number of accepted tokens.
     """
 
     target_calls: Int[Array, " B"]
@@ -398,12 +398,12 @@ class Stats(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities that the target itself gives (its softmax, before any option), by place in the text.
+    """Log-probabilities under the target itself (its softmax, before any option), by position in the text.
 
     Attributes:
-      token: `[B, L]` float32, of the token that stands there.
-      top_tokens: `[B, L, N]` the N most probable tokens of that place, most probable first.
-      top: `[B, L, N]` float32, theirs.
+      token: `[B, L]` float32, of the token at each position.
+      top_tokens: `[B, L, N]` the N most probable tokens at each position, most probable first.
+      top: `[B, L, N]` float32, their log-probabilities.
     """
 
     token: Float[Array, "B L"]
@@ -426,26 +426,26 @@ class Adaptation(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the loop carries of each row: every array leads with B, so rows are inserted, repeated and dropped alike.
+    """What the loop carries for each row. B is the first axis of every array, so that rows can be inserted or repeated.
 
     Attributes:
       tokens: `[B, L]` prompts and committed tokens; what lies beyond `length` is stale.
       from_draft: `[B, L]` whether a token was an accepted draft token.
-      length: `[B]`.
-      prompt_length: `[B]`.
+      length: `[B]` the number of tokens in each row.
+      prompt_length: `[B]` how many of them belong to the prompt.
       limit: `[B]` the length at which a row stops.
       done: `[B]`.
       failed_at: `[B]` the position at which the next token had no distribution (NaN logits, or every token forbidden),
         or -1.
       draft_failed: `[B]` whether that was the draft's distribution.
-      seed: `[B]` one random key a row.
+      seed: `[B]` one random key per row.
       sampling: the sampling options.
       stop_tokens: `[B, X]` token ids that end the row (-1: padding).
       stop_state: `[B]` the state of `Shared.stop_strings` after the text.
       grammar_state: `[B]` the state of `Shared.grammar` after the text.
-      logprobs: log-probabilities of the text, or None where nobody asked for them.
+      logprobs: log-probabilities of the text, or None where they were not requested.
       adaptation: what decides whether a row drafts.
-      cache: the target's cache. It holds all tokens of a text but the last one.
+      cache: the target's cache. It holds all tokens of a text except the last one.
       drafter: the drafter's state.
       stats: counters.
     """
@@ -476,7 +476,7 @@ class Shared(NamedTuple):
     Attributes:
       stop_strings: an automaton whose last state means that one of the strings has occurred, or None.
       grammar: an automaton of the tokens that may follow, or None.
-      step_cost: `[]` time of a drafting step over that of a plain step, which a draft has to win back.
+      step_cost: `[]` time of a drafting step divided by that of a plain step (see `adaptive`).
     """
 
     stop_strings: Automaton | None
@@ -488,7 +488,7 @@ class DecodeState(NamedTuple):
     """Everything that the loop carries.
 
     Attributes:
-      rows: what each row has.
+      rows: the state of each row.
       shared: what all rows share.
     """
 

@@ -16,12 +16,24 @@ from tokenizers import decoders, models, pre_tokenizers
 import specjax
 from specjax import decoding, sampling, testing
 from specjax.decoding import verify
+from specjax.decoding.loop import check
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
 from specjax.models import families
 from specjax.sampling import automaton
 from specjax.text.tokenizer import Tokenizer
-from specjax.types import Block, Context, DecodeState, Drafter, History, Inputs, Model, Params
+from specjax.types import (
+    Automaton,
+    Block,
+    Context,
+    DecodeState,
+    Drafter,
+    History,
+    Inputs,
+    Model,
+    Params,
+    SamplingOptions,
+)
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "then", "it", "ran", "to", "see", "who", "was", "there"]
 """The vocabulary of `save_tiny_decoder`."""
@@ -106,11 +118,15 @@ class Sample(NamedTuple):
         return np.where(np.arange(new.shape[1]) < end[:, None], new, last)
 
 
-def usual(names: Iterable[str], *chosen: str) -> list[Any]:
+def usual(cells: Iterable[Any], *chosen: Any) -> list[Any]:
     """For `parametrize`: the chosen ones in every run, the others by hand (`pytest -m slow`)."""
-    listed = list(names)
+    listed = list(cells)
     assert set(chosen) <= set(listed), set(chosen) - set(listed)
-    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in listed]
+    by_hand = pytest.mark.slow
+    return [
+        cell if cell in chosen else pytest.param(*(cell if isinstance(cell, tuple) else (cell,)), marks=by_hand)
+        for cell in listed
+    ]
 
 
 def virtual_devices(number: int) -> dict[str, str]:
@@ -126,10 +142,30 @@ def right_pad(prompts: Sequence[Sequence[int]], width: int) -> Inputs:
     return Inputs(jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32))
 
 
+OPTIMISED = {"xla_backend_optimization_level": 2}
+"""For programs that take longer to run than to compile; the default run compiles all others at level 0."""
+
+
+@functools.cache
+def compiled(model: Model) -> Model:
+    """The model with jitted functions: called eagerly, each of its operations would be compiled alone."""
+    return model._replace(prefill=jax.jit(model.prefill), apply=jax.jit(model.apply), commit=jax.jit(model.commit))
+
+
+@functools.cache
+def _advance(target: Model, drafter: Drafter, rule: Rule) -> Callable[[Params, DecodeState], DecodeState]:
+    """`decoding.advance` to the end, compiled for many rows."""
+    steps = np.int32(2**31 - 1)
+    loop = functools.partial(decoding.advance, target, drafter, rule)
+    return jax.jit(lambda params, state: loop(params, state, steps), compiler_options=OPTIMISED)
+
+
 def run(pair: Pair, rule: Rule, state: DecodeState, step: Step | None = None) -> DecodeState:
     """`generate`, or the same loop around another step, traced anew so that what a test has patched is seen."""
     if step is None:
-        return decoding.generate(pair.target, pair.drafter, rule, pair.params, state)
+        state = _advance(pair.target, pair.drafter, rule)(pair.params, state)
+        check(state)
+        return state
 
     def loop(params: Params, state: DecodeState) -> DecodeState:
         # A broken step may never end a row.
@@ -141,8 +177,30 @@ def run(pair: Pair, rule: Rule, state: DecodeState, step: Step | None = None) ->
 
         return jax.lax.while_loop(unfinished, body, (0, state))[1]
 
-    # Most of a mutant's time is its compilation.
-    return jax.jit(loop, compiler_options={"xla_backend_optimization_level": 0})(pair.params, state)
+    return jax.jit(loop, compiler_options=OPTIMISED)(pair.params, state)
+
+
+@functools.lru_cache(maxsize=4)
+def _requests(
+    groups: tuple[Group, ...], width: int
+) -> tuple[np.ndarray, Inputs, np.ndarray, SamplingOptions, list[Automaton | None] | None]:
+    """The owner of each row, and its prompt, budget, options and grammar."""
+    owner = np.repeat(np.arange(len(groups)), [group.rows for group in groups])
+    np.random.default_rng(0).shuffle(owner)
+    inputs = right_pad([group.prompt for group in groups], width)
+    used = {name for group in groups for name in group.options} - {"grammar", "logit_bias"}
+    options: dict[str, Any] = {name: np.array([getattr(group, name) for group in groups])[owner] for name in used}
+    if any(group.logit_bias for group in groups):
+        each = [dict(group.logit_bias) for group in groups]
+        options["logit_bias"] = [each[i] for i in owner]
+    tables = [None if g.grammar is None else automaton.from_table(np.array(g.grammar)) for g in groups]
+    return (
+        owner,
+        Inputs(inputs.tokens[owner], inputs.length[owner]),
+        np.array([group.budget for group in groups])[owner],
+        sampling.options(len(owner), **options),
+        [tables[i] for i in owner] if any(tables) else None,
+    )
 
 
 def sample(
@@ -157,27 +215,15 @@ def sample(
     max_len: int = 24,
 ) -> Sample:
     """Decodes all groups in one batch, their rows shuffled."""
-    owner = np.repeat(np.arange(len(groups)), [group.rows for group in groups])
-    np.random.default_rng(0).shuffle(owner)
-
-    def spread(name: str) -> Any:
-        values = [getattr(group, name) for group in groups]
-        return [values[i] for i in owner]
-
-    inputs = right_pad([group.prompt for group in groups], width)
-    used = {name for group in groups for name in group.options} - {"grammar"}
-    options = {name: spread(name) for name in used}
-    if "logit_bias" in options:
-        options["logit_bias"] = [dict(row) for row in options["logit_bias"]]
-    tables = [None if g.grammar is None else automaton.from_table(np.array(g.grammar)) for g in groups]
+    owner, inputs, budgets, options, grammar = _requests(tuple(groups), width)
     state = decoding.prefill(
         pair.target,
         pair.drafter,
         pair.params,
-        Inputs(inputs.tokens[owner], inputs.length[owner]),
-        max_new_tokens=spread("budget"),
-        options=sampling.options(len(owner), **options),
-        grammar=[tables[i] for i in owner] if any(tables) else None,
+        inputs,
+        max_new_tokens=budgets,
+        options=options,
+        grammar=grammar,
         step_cost=step_cost,
         stop_tokens=stop_tokens,
         max_len=max_len,

@@ -1,7 +1,7 @@
 """Run by test_sharding: decodes the same prompts on one device and on meshes, and prints both sides' texts as JSON.
 
 mesh_text_program.py                      eight virtual devices of one process, every mesh of `MESHES`
-mesh_text_program.py slow                 likewise, those of `SLOW`
+mesh_text_program.py slow                 eight virtual devices of one process, every mesh of `SLOW`
 mesh_text_program.py PORT INDEX           one of two processes of two devices each, on a mesh of all four
 """
 
@@ -61,15 +61,15 @@ RULES = {
     "top_k_gap": verify.top_k(3, gap=1.0),
     "distance": verify.distance(2),
 }
-DRAFTERS = ("none", "ngram", "model", "table", "retrieval")
+DRAFTERS = ("none", "ngram", "model", "tree", "table", "retrieval")
 
 Case = tuple[str, str, str]
 Meshes = dict[str, tuple[dict[str, int], sharding.Rules, sharding.Rules, list[Case]]]
 
 BEAMS = "beam search"
 
-DECODERS: list[Case] = [("decoder", "model", "rejection")]
-BOTH: list[Case] = [*DECODERS, ("t5", "model", "rejection")]
+DECODERS: list[Case] = [("decoder", "tree", "coupled")]
+BOTH: list[Case] = [*DECODERS, ("decoder", "model", "rejection"), ("t5", "model", "rejection")]
 MAIN: list[Case] = [
     *BOTH,
     ("decoder", "model", "coupled"),
@@ -86,11 +86,17 @@ SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2
 MESHES: Meshes = {
     "2x2x2": ({"data": 2, "model": 2, "width": 2}, TWICE, TWICE, DECODERS),
 }
+ON_TWO_AXES: list[Case] = [*BOTH[1:], ("t5", "tree", "coupled")]
 SLOW: Meshes = {
     "2x4": ({"data": 2, "model": 4}, SPLIT, SPLIT, MAIN + REST),
     "1x8": ({"model": 8}, SPLIT, SPLIT, BOTH),
     "8x1": ({"data": 8}, SPLIT, SPLIT, BOTH),
-    "2x2x2": ({"data": 2, "model": 2, "width": 2}, TWICE, TWICE, BOTH[1:]),
+    "2x2x2": (
+        {"data": 2, "model": 2, "width": 2},
+        TWICE,
+        TWICE,
+        [("t5", "model", "rejection"), ("t5", "tree", "coupled")],
+    ),
     "2x4, replicated draft": ({"data": 2, "model": 4}, SPLIT, REPLICATED, BOTH),
 }
 
@@ -133,6 +139,7 @@ def text(
         "none": lambda: drafters.none(),
         "ngram": lambda: drafters.ngram(num_draft_tokens=3, min_match=1),
         "model": lambda: drafters.model(load(family, 1, mesh, draft_rules), num_draft_tokens=3),
+        "tree": lambda: drafters.model(load(family, 1, mesh, draft_rules), topology=(2, 2)),
         "table": lambda: drafters.table(drafters.count_ngrams(CORPUS, vocab_size=256), num_draft_tokens=3),
         "retrieval": lambda: drafters.retrieval(drafters.index_corpus(CORPUS, vocab_size=256), num_draft_tokens=3),
     }[drafter]()

@@ -183,7 +183,7 @@ def test_token_bytes_under_other_decoders(sentencepiece):
     backend.decoder = decoders.Sequence([decoders.Sequence([decoders.ByteFallback()]), decoders.Metaspace()])
     assert tokenizer.token_bytes()[vocab["<0xE9>"]] == b"\xe9"
     backend.decoder = decoders.WordPiece()
-    with pytest.raises(ValueError, match=r"cannot be told under the decoder .*WordPiece"):
+    with pytest.raises(ValueError, match=r"cannot be determined with the decoder .*WordPiece"):
         tokenizer.token_bytes()
     plain = Tokenizer(tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(ValueError, match=r"no decoder. Set `tokenizer.backend.decoder`"):
@@ -547,11 +547,11 @@ def test_schemas_that_cannot_be_followed(byte_level):
             automaton.json_schema(of(type="string", pattern=pattern), byte_level)
     with pytest.raises(ValueError, match=r"'format': 'email'.* no JSON strings"):
         automaton.json_schema(of(type=["string", "null"], format="email"), byte_level)
-    with pytest.raises(ValueError, match=r"Lengths beside .* would replace it"):
+    with pytest.raises(ValueError, match=r"Lengths in addition to .* would replace it"):
         automaton.json_schema(of(type="string", pattern="a*", maxLength=3), byte_level)
     with pytest.raises(ValueError, match=r"parts of allOf"):
         automaton.json_schema({"allOf": [{"type": "integer"}, {"enum": [1, 2]}]}, byte_level)
-    with pytest.warns(UserWarning, match=r"does not hold texts to maximum, minimum: check afterwards"):
+    with pytest.warns(UserWarning, match=r"does not enforce maximum, minimum: check the text afterwards"):
         automaton.json_schema(of(type="integer", minimum=3, maximum=4), byte_level)
     # A property may be called like a keyword.
     automaton.json_schema({"type": "object", "properties": {"minimum": {"type": "integer"}}}, byte_level)

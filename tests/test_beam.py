@@ -546,7 +546,7 @@ def test_more_texts_than_beams_are_refused(pretrained, wanted: int, beams: int):
         ({"draft_beams": 19}, "draft_beams=19, but 3 beams have 18 continuations by one of 6 tokens: lower"),
         ({"early_stopping": "always"}, "early_stopping='always': choose True, False"),
         ({"length_penalty": math.nan}, "length_penalty=nan is not a finite number"),
-        ({"max_new_tokens": [1, 2]}, "2 values of max_new_tokens for 6 rows: give one, or one a row"),
+        ({"max_new_tokens": [1, 2]}, "2 values of max_new_tokens for 6 rows: give one, or one per row"),
         ({"max_new_tokens": -3}, "max_new_tokens=-3 is outside"),
         (
             {"max_new_tokens": 60, "draft": TARGET},

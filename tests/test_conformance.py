@@ -68,10 +68,10 @@ def _neighbours(proposal: Proposal, context: Context) -> Proposal:
 
 BUGS = {
     # What is found while the loop is traced.
-    "returns no Proposal": (_changed(lambda p, c: tuple(p)), "returns a tuple in the place of a Proposal"),
+    "returns no Proposal": (_changed(lambda p, c: tuple(p)), "returns a tuple instead of a Proposal"),
     "forgets the state": (
         _drafter(lambda params, state, cache, context: _sampled(context)),
-        r"returns a Proposal in the place of \(Proposal, state, cache\)",
+        r"returns a Proposal instead of \(Proposal, state, cache\)",
     ),
     "tokens of one row": (
         _changed(lambda p, c: p._replace(tokens=p.tokens[0])),
@@ -85,7 +85,7 @@ BUGS = {
         _changed(lambda p, c: p._replace(length=jnp.int32(K))),
         r"length of shape \[\], not \[B\]",
     ),
-    "a Python length": (_changed(lambda p, c: p._replace(length=K)), "length of a int, which is no array"),
+    "a Python length": (_changed(lambda p, c: p._replace(length=K)), "length of a int, which is not an array"),
     "float tokens": (
         _changed(lambda p, c: p._replace(tokens=p.tokens.astype(jnp.float32))),
         "tokens of type float32, not int32",

@@ -97,7 +97,7 @@ def test_a_datastore_is_indexed_saved_and_tried(tokenizer, data, tmp_path, capsy
     assert "something found" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["ngram", "retrieval"])
+@pytest.mark.parametrize("kind", [pytest.param("ngram", marks=pytest.mark.slow), "retrieval"])
 def test_the_comparison_takes_the_draft(kind, tokenizer, data, tmp_path):
     assert launch.main(_arguments(tmp_path / "draft", tokenizer, data, kind=kind, valid="")) == 0
     config = DecoderConfig(
@@ -142,7 +142,7 @@ def test_the_comparison_takes_the_draft(kind, tokenizer, data, tmp_path):
         ({"data": "/no/such/file"}, "/no/such/file does not exist"),
         ({"field": "body"}, "has no text under 'body': it has 'input', 'target'"),
         ({"tokenizer": "/no/such/tokenizer"}, "/no/such/tokenizer does not exist"),
-        ({"end_token": "<end>"}, "config.end_token='<end>' is no token"),
+        ({"end_token": "<end>"}, "config.end_token='<end>' is not a token"),
     ],
 )
 def test_errors_are_one_line(values, words, tokenizer, data, tmp_path, capsys):

@@ -208,7 +208,7 @@ def test_an_edited_configuration_is_refused_before_anything_is_read(key, value, 
     content["config"][key] = value
     path.write_text(json.dumps(content))
     monkeypatch.setattr(checkpoint.families, "abstract_params", lambda config: pytest.fail("sizes were computed"))
-    with pytest.raises(ValueError, match=r"specjax\.json is corrupt: it is not as it was saved"):
+    with pytest.raises(ValueError, match=r"specjax\.json is corrupt: its checksum does not match"):
         pretrained.load(tmp_path / "edited")
 
 

@@ -139,8 +139,8 @@ def test_a_directory_of_this_machine_can_be_the_mirror(tmp_path):
 @pytest.mark.parametrize(
     ("mirror", "words"),
     [
-        ("http://127.0.0.1:9", ["could not be downloaded", "check the network", "lay it at"]),
-        ("ftp://127.0.0.1", ["is no URL of a file"]),
+        ("http://127.0.0.1:9", ["could not be downloaded", "check the network", "save it as"]),
+        ("ftp://127.0.0.1", ["is not the URL of a file"]),
         ("file:///no/such/directory", ["could not be downloaded"]),
         ("http://no-such-host.invalid", ["could not be downloaded"]),
     ],
@@ -156,7 +156,7 @@ def test_a_server_that_is_not_there_is_named(mirror: str, words: list[str], tmp_
 def test_something_else_in_the_place_of_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "question.jsonl").write_text("<html>Log in</html>")
     assert _main(tmp_path / "out", sets="('spec_bench',)", mirror=tmp_path.as_uri()) == 1
-    assert "gave something else than Spec-Bench" in capsys.readouterr().err
+    assert "did not give Spec-Bench" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
 

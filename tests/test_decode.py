@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_prompts, right_pad, texts
+from helpers import random_prompts, right_pad, texts, usual
 
 from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
@@ -64,7 +64,7 @@ def assert_fresh(cache, tokens: np.ndarray, params, atol: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("drafter", ["none", "ngram", "model"])
+@pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "ngram", "model"))
 def test_the_rolled_back_cache_is_that_of_a_fresh_prefill(drafter: str, temperature: float):
     chosen, params = drafter_of(drafter)
     state = start(chosen, params, options=sampling.options(5, temperature=temperature))
@@ -100,7 +100,7 @@ def test_a_ragged_prefill_equals_one_without_padding():
             np.testing.assert_allclose(got[row, :, : len(prompt)], wanted[0, :, : len(prompt)], atol=1e-5)
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "model"])
+@pytest.mark.parametrize("drafter", usual(["ngram", "model"], "model"))
 def test_other_options_do_not_compile_or_trace_again(drafter: str):
     target, table = testing.tabular(0, order=3)
     traces = []
@@ -147,7 +147,10 @@ def test_stream_and_generate_run_one_program():
     assert ADVANCE._cache_size() == compiled
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", usual(DTYPES, "bfloat16"))
 @pytest.mark.parametrize("drafter", ["none", "ngram", "model"])
 def test_a_step_keeps_structure_shapes_and_dtypes_of_the_state(drafter: str, dtype: str):
     chosen, params = drafter_of(drafter, dtype=dtype)
@@ -165,9 +168,13 @@ def cache_bytes(state: DecodeState) -> int:
     return sum(x.nbytes for cache in caches for x in (*cache.keys, *cache.values))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("drafter", ["none", "ngram", "model"])
+IN_PLACE = [(drafter, rows, dtype) for drafter in ("none", "ngram", "model") for rows in (1, 2) for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "rows", "dtype"),
+    usual(IN_PLACE, ("ngram", 1, "float32"), ("model", 1, "bfloat16"), ("model", 2, "bfloat16")),
+)
 def test_the_compiled_loop_updates_caches_in_place_and_sorts_nothing(drafter: str, rows: int, dtype: str):
     chosen, params = drafter_of(drafter, dtype=dtype)
     state = start(chosen, params, PROMPTS[:rows], dtype=dtype)
@@ -200,7 +207,7 @@ def test_a_budget_of_nothing_returns_the_prompt():
     assert np.asarray(state.rows.stats.target_calls)[[0, 2, 4]].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "model"])
+@pytest.mark.parametrize("drafter", usual(["ngram", "model"], "ngram"))
 def test_a_text_may_fill_its_buffer_to_the_last_slot(drafter: str):
     chosen, params = drafter_of(drafter)
     prompts = [[1, 2, 3], [4]]
@@ -294,7 +301,7 @@ def nan_run(drafter: str, temperature: float, target_table, draft_table):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.01])
-@pytest.mark.parametrize("drafter", ["none", "ngram", "model"])
+@pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "none", "model"))
 def test_a_target_that_is_not_a_number_ends_the_row_and_is_named(drafter: str, temperature: float):
     target, chosen, params, state = nan_run(drafter, temperature, NAN_TABLE, SOUND_TABLE)
     with pytest.raises(

@@ -74,14 +74,19 @@ def ragged(options: str) -> list[Group]:
     return [Group(a, 102_000, **OPTIONS[options]), Group(b, 102_000, **OPTIONS[options]), *few]
 
 
-CELLS = [
-    (drafter, k, options)
-    if (k == 3 and drafter != "model, wider vocabulary") or options in ("temperature 1", "mixed")
-    else pytest.param(drafter, k, options, marks=pytest.mark.slow)
-    for drafter, k in PAIRS
-    for options in [*OPTIONS, "mixed"]
+IN_EVERY_RUN = [
+    ("none", 0, "mixed"),
+    ("ngram 1", 3, "mixed"),
+    ("model", 1, "temperature 1"),
+    ("model", 3, "mixed"),
+    ("model, wider vocabulary", 3, "temperature 1"),
 ]
-"""In every run: every option with drafts that are sure and with drafts that are sampled."""
+"""Every option without drafts, with drafts that are sure, and with drafts that are sampled."""
+
+CELLS = [
+    cell if cell in IN_EVERY_RUN else pytest.param(*cell, marks=pytest.mark.slow)
+    for cell in [(*pair, options) for pair in PAIRS for options in [*OPTIONS, "mixed"]]
+]
 
 
 @pytest.mark.parametrize(("drafter", "k", "options"), CELLS)
@@ -91,7 +96,7 @@ def test_texts_of_a_ragged_batch_are_distributed_as_the_target(drafter: str, k: 
     assert_drafts_accepted(result)
 
 
-@pytest.mark.parametrize("options", [pytest.param("temperature 1", marks=pytest.mark.slow), "mixed"])
+@pytest.mark.parametrize("options", ["temperature 1", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_exact_where_the_draft_knows_fewer_tokens_than_the_target(options: str):
     result = sample(pair("model, narrower vocabulary", 3), ragged(options))
     assert_exact(result)
@@ -187,13 +192,15 @@ def _greedy(kind: str, drafter, draft_params=None) -> DecodeState:
 @pytest.mark.parametrize(
     ("kind", "drafter", "k"),
     [
-        *(("table", drafter, 4) for drafter in ("ngram 1", "model", "self")),
-        *(("decoder", drafter, 4) for drafter in ("ngram 1", "self")),
-        ("decoder", "model", 1),
+        ("table", "model", 4),
+        ("decoder", "ngram 1", 4),
+        ("decoder", "self", 4),
         *(
             pytest.param(*cell, marks=pytest.mark.slow)
             for cell in (
                 *(("table", drafter, 1) for drafter in ("ngram 1", "model", "self")),
+                *(("table", drafter, 4) for drafter in ("ngram 1", "self")),
+                ("decoder", "model", 1),
                 ("table", "ngram 2", 4),
                 *(("decoder", drafter, 4) for drafter in ("ngram 2", "model")),
                 *(("decoder", drafter, 0) for drafter in ("ngram 1", "model")),
@@ -268,7 +275,7 @@ def _long_memory_drafters():
 
 
 @pytest.mark.parametrize("step_cost", [0.0, 1.7, 2.5])
-@pytest.mark.parametrize("drafter", ["none", "ngram", "model"])
+@pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "model"))
 def test_a_row_decodes_to_the_same_text_alone_and_in_a_batch(drafter: str, step_cost: float):
     chosen, draft_params = _long_memory_drafters()[drafter]
     prompts, seeds = random_prompts(12, 4, seed=3), list(range(100, 112))
@@ -303,7 +310,7 @@ def test_other_seeds_give_other_texts_and_equal_seeds_equal_ones():
     assert a == c != b
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "model"])
+@pytest.mark.parametrize("drafter", usual(["ngram", "model"], "model"))
 def test_k_0_is_plain_decoding(drafter: str):
     draft, draft_table = testing.tabular(21, order=5)
     k0 = drafters.ngram(num_draft_tokens=0) if drafter == "ngram" else drafters.model(draft, num_draft_tokens=0)
@@ -318,7 +325,7 @@ def test_k_0_is_plain_decoding(drafter: str):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("drafter", ["ngram", "model"])
+@pytest.mark.parametrize("drafter", usual(["ngram", "model"], "model"))
 def test_stream_yields_the_tokens_of_generate(drafter: str, steps: int):
     chosen, draft_params = _long_memory_drafters()[drafter]
     prompts, seeds = random_prompts(8, 4), list(range(8))

@@ -112,7 +112,7 @@ def test_a_prompt_that_no_model_reads(tmp_path):
 @pytest.mark.parametrize("key", ["category", "id", "question_id"])
 def test_labels_are_texts_or_numbers(key, value, tmp_path):
     (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a", "{key}": {value}}}')
-    with pytest.raises(ValueError, match=rf"line 1, has a (list|dict) under '{key}': write a text or a number"):
+    with pytest.raises(ValueError, match=rf"line 1, has a (list|dict) under '{key}': write a string or a number"):
         prompts.read(tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a", "{key}": null}}')
     assert prompts.read(tmp_path / "p.jsonl")[0].name == "prompt 0"

@@ -47,8 +47,8 @@ WRONG = [
     ("", ["--config="], ["--config is empty"]),
     ("", ["--config=missing.py"], ["'missing.py' does not exist"]),
     ("", ["--config=."], ["'.' is a directory"]),
-    ("", ["--config=bad.py"], ["bad.py is no config (SyntaxError"]),
-    ("", ["--config=exits.py"], ["exits.py is no config (SystemExit"]),
+    ("", ["--config=bad.py"], ["bad.py is not a config (SyntaxError"]),
+    ("", ["--config=exits.py"], ["exits.py is not a config (SystemExit"]),
     ("", ["--config=list.py"], ["has to return a ConfigDict"]),
     ("chinchilla/xsum", ["--config={config}:huge"], ["is not a variant"]),
     (Q, ["--nope"], ["Unknown flag --nope"]),
@@ -85,7 +85,7 @@ WRONG = [
     (Q, ["--config.drafter="], ["choose one of"]),
     (Q, ["--config.drafter=model"], ["--config.draft=SOURCE"]),
     (Q, ["--config.drafter=table", "--config.draft=nowhere"], ["'nowhere' does not exist"]),
-    (Q, ["--config.draft=x"], ["of no use to drafter=ngram"]),
+    (Q, ["--config.draft=x"], ["is not used by drafter=ngram"]),
     (Q, ["--config.draft_int8=True"], ["draft_int8=True"]),
     (Q, ["--config.min_confidence=2.0"], ["min_confidence=2.0"]),
     (Q, ["--config.min_confidence=nan"], ["min_confidence=nan"]),
@@ -97,7 +97,7 @@ WRONG = [
     (Q, ["--config.seed=4294967296"], ["seed=4294967296"]),
     (Q, ["--config.seed=4294967295", "--config.num_prompts=3"], ["seed=4294967295", "seed + i"]),
     (Q, ["--config.temperature=-1.0"], ["config.temperature=-1.0"]),
-    (Q, ["--config.temperature=inf"], ["config.temperature=inf is no finite number"]),
+    (Q, ["--config.temperature=inf"], ["config.temperature=inf is not a finite number"]),
     (Q, ["--config.temperature=nan"], ["config.temperature=nan"]),
     (Q, ["--config.top_k=-1"], ["config.top_k=-1"]),
     (Q, ["--config.top_k=99999999999"], ["config.top_k=99999999999"]),
@@ -119,7 +119,7 @@ WRONG = [
     (Q, ["--config.dtype=float8"], ["dtype='float8'"]),
     (Q, ["--config.chat=yes"], ["chat='yes'"]),
     (Q, ["--config.regex=a", "--config.json_schema=b"], ["choose one"]),
-    (Q, ["--config.json_schema=missing.json"], ["json_schema='missing.json' is no file"]),
+    (Q, ["--config.json_schema=missing.json"], ["json_schema='missing.json' is not a file"]),
     (Q, ["--config.target="], ["config.target is empty"]),
     (Q, ["--config.data="], ["config.data is empty"]),
     (Q, ["--config.data=missing.jsonl"], ["missing.jsonl does not exist"]),
@@ -135,7 +135,7 @@ WRONG = [
     (Q, ["--config.verify=missing.py:rule"], ["the file missing.py does not exist"]),
     (Q, ["--config.verify=own.py"], ["write own.py:NAME"]),
     (Q, ["--config.verify=own.py:nope"], ["defines no 'nope'; it defines drafter, fixed, asks, rule"]),
-    (Q, ["--config.verify=own.py:number"], ["is a int, and no specjax.verify.Rule"]),
+    (Q, ["--config.verify=own.py:number"], ["is a int, not a specjax.verify.Rule"]),
     (Q, ["--config.verify=own.py:judge"], ["verify.Rule(judge, name='judge', exact=False)"]),
     (Q, ["--config.verify=own.py:stolen"], ["is called 'block' as a rule of specjax"]),
     (Q, ["--config.verify=own.py:broken"], ["own.py:broken fails in its function (KeyError"]),
@@ -215,8 +215,8 @@ def test_a_bug_of_specjax_is_told_from_a_mistake(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "words", "code"),
     [
-        (MemoryError(), "The memory does not suffice (MemoryError): lower --config.batch_size", 1),
-        (RuntimeError("RESOURCE_EXHAUSTED: 3 GB"), "The memory does not suffice", 1),
+        (MemoryError(), "Out of memory (MemoryError): lower --config.batch_size", 1),
+        (RuntimeError("RESOURCE_EXHAUSTED: 3 GB"), "Out of memory", 1),
         (OSError(28, "No space left on device", "x.json"), "The disk is full", 1),
         (ModuleNotFoundError("No module named 'optax'", name="optax"), "The package optax is missing", 1),
         (ModuleNotFoundError("No module named 'specjax.x'", name="specjax.x"), "this is a bug", 2),
@@ -271,7 +271,7 @@ def test_help_explains_every_key(path: pathlib.Path):
 def test_help_names_choices(capsys):
     assert launch.main(["launch", f"--config={CONFIGS / 'compare.py'}", "--help"]) == 0
     output = capsys.readouterr().out
-    assert "--config.drafter='ngram'\n      a text. model, ngram, table, retrieval, none, or FILE.py:FUNCTION" in output
+    assert "--config.drafter='ngram'\n      a string. model, ngram, table, retrieval, none, or FILE.py" in output
     assert "Exact: rejection, block, coupled" in output
     assert "lenient:0.3, typical:0.09,0.3" in output
 

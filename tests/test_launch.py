@@ -92,6 +92,7 @@ def test_all_files_and_keys(target, data, tmp_path, capsys):
     assert "identical to plain decoding on 3 of 3" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_draft_model_and_a_rerun(target, draft, data, tmp_path, capsys):
     arguments = _compare(target, data, tmp_path, drafter="model", draft=draft, num_draft_tokens=2)
     assert launch.main(arguments) == 0
@@ -125,6 +126,7 @@ def test_sampled_text_is_not_called_identical(target, data, tmp_path, capsys):
     assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[1])["prompt"] in output
 
 
+@pytest.mark.slow
 def test_coupled_text_is_called_identical_though_it_is_sampled(target, draft, data, tmp_path):
     options = {"verify": "coupled", "drafter": "model", "draft": draft, "temperature": 1.0, "step_cost": 0}
     options |= {"draft_int8": True, "min_confidence": 0.1}
@@ -147,6 +149,7 @@ def test_a_grammar_needs_a_token_to_end_with(target, data, tmp_path, capsys):
     assert "stop_tokens=[]: a text needs at least one to end" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_not_exact_says_so(target, data, tmp_path, capsys):
     with pytest.warns(UserWarning, match=r"verify=lenient:0\.3 is not exact"):
         assert launch.main(_compare(target, data, tmp_path, verify="lenient:0.3", temperature=1.0)) == 0
@@ -155,6 +158,7 @@ def test_a_rule_that_is_not_exact_says_so(target, data, tmp_path, capsys):
     assert "rule `lenient:0.3` (NOT exact)" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_interrupt(target, data, tmp_path):
     """In a process of its own: interrupted after the first row, and continued by the same command."""
     command = [sys.executable, "-m", "specjax.launch"]
@@ -345,7 +349,7 @@ def test_a_drafter_and_a_rule_of_ones_own(target, data, own, tmp_path, capsys):
         ("wrong", ["The drafter is wrong: ", "propose of wrong (my_own.py, line", "[B, K] = [1, 4]"]),
         ("fails", ["my_own.py:fails fails in its propose (KeyError: 'key')"]),
         ("fixed", ["returns a drafter of 1 tokens where 4 were asked for"]),
-        ("plain", ["returns no drafter: drafter is a int"]),
+        ("plain", ["does not return a drafter: drafter is a int"]),
     ],
 )
 def test_a_drafter_of_ones_own_that_is_wrong_is_named(name, words, target, data, own, tmp_path, capsys):

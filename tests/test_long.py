@@ -94,6 +94,7 @@ def programs(length: int, rows: int):
     return prefill.memory_analysis(), loop.memory_analysis()
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly_to_32k():
     read_short, short = programs(8192, 1)
     read_long, long = programs(32768, 1)

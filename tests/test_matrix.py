@@ -29,6 +29,7 @@ DRAFTERS = {
     "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
     "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.35), DRAFT_TABLE),
     "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),
+    "model, tree": Pair(TARGET, TABLE, drafters.model(DRAFT, topology=(2, 2, 1)), DRAFT_TABLE),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(
         TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8).drafter, CORPUS.params
@@ -85,7 +86,7 @@ def ragged(rows: int) -> list[Group]:
 
 
 class Case(NamedTuple):
-    """What was decoded, and what plain decoding made of the same rows with the same rule."""
+    """What was decoded, and what plain decoding made of the same rows (`Promise.plain`)."""
 
     drafter: str
     speculative: Sample
@@ -161,13 +162,15 @@ def assert_accepts_nothing(case: Case) -> None:
 
 
 class Promise(NamedTuple):
-    """A rule and what it promises."""
+    """A rule, what it promises, and the rule of the plain decoding that the promise speaks of."""
 
     rule: Rule
     checks: tuple[Callable[[Case], None], ...]
+    plain: Rule = verify.coupled
 
 
 RULES = {
+    "greedy": Promise(verify.greedy, (assert_same_text,), verify.greedy),
     "rejection": Promise(verify.rejection, (assert_distributed,)),
     "block": Promise(verify.block, (assert_distributed,)),
     "coupled": Promise(verify.coupled, (assert_distributed, assert_same_text)),
@@ -193,20 +196,33 @@ def _is_exact_at_zero(case: Case) -> None:
             np.testing.assert_array_equal(result.new_tokens(group), case.plain.new_tokens(group))
 
 
-CELLS = [(drafter, rule, stop) for drafter in DRAFTERS for rule in RULES for stop in STOPS]
+CELLS = [
+    (drafter, rule, stop)
+    for drafter, pair in DRAFTERS.items()
+    for rule, promise in RULES.items()
+    for stop in STOPS
+    if pair.drafter.topology.is_chain or promise.rule.trees
+]
 
 
-def _in_every_run(drafter: str, rule: str, stop: str) -> bool:
-    """Rules with sampled drafts, two with drafts that are sure, and every drafter with the rule that promises most.
+IN_EVERY_RUN = {
+    ("model", "rejection", "budget"),
+    ("model", "rejection", "stop token"),
+    ("model", "block", "budget"),
+    ("model", "coupled", "budget"),
+    ("model", "lenient", "budget"),
+    ("ngram", "coupled", "budget"),
+    ("retrieval", "coupled", "budget"),
+    ("model, tree", "coupled", "stop token"),
+}
+"""Each exact rule with sampled drafts, a lossy one, and a kind of drafter each with the rule that promises most.
 
-    Stops, lossy rules and what only observes are tried with one drafter: another does not change what they do.
-    """
-    if drafter == "model":
-        return rule in ("rejection", "block", "coupled") or (stop == "budget" and rule != "top_k")
-    return stop == "budget" and (rule == "coupled" or (rule == "rejection" and drafter in ("none", "ngram")))
+The rules see every kind of proposal in `test_verify`; all cells together are decoded by hand.
+"""
+assert set(CELLS) >= IN_EVERY_RUN
 
 
-@pytest.mark.parametrize(("drafter", "rule", "stop"), [cell for cell in CELLS if _in_every_run(*cell)])
+@pytest.mark.parametrize(("drafter", "rule", "stop"), sorted(IN_EVERY_RUN))
 def test_matrix(drafter: str, rule: str, stop: str):
     check_cell(drafter, rule, stop, ROWS)
 
@@ -224,21 +240,21 @@ def check_cell(drafter: str, rule: str, stop: str, rows: int) -> None:
         result = _plain(promise.rule, stop, rows)
     else:
         result = sample(DRAFTERS[drafter], ragged(rows), rule=promise.rule, stop_tokens=STOPS[stop])
-    case = Case(drafter, result, _plain(verify.coupled, stop, rows))
+    case = Case(drafter, result, _plain(promise.plain, stop, rows))
     for check in promise.checks:
         check(case)
     if promise.rule.exact:
         _is_exact_at_zero(case)
     stats = result.state.rows.stats
-    k = DRAFTERS[drafter].drafter.num_draft_tokens
+    depth = DRAFTERS[drafter].drafter.topology.depth
     emitted = np.asarray(result.state.rows.length) - np.asarray(result.state.rows.prompt_length)
     calls, proposed, accepted = (np.asarray(x) for x in (stats.target_calls, stats.proposed, stats.accepted))
-    # At least one token a call, at most K + 1; what was accepted had been judged.
-    assert ((emitted >= calls) & (emitted <= (k + 1) * calls)).all()
+    # At least one token a call, at most D + 1; what was accepted had been judged.
+    assert ((emitted >= calls) & (emitted <= (depth + 1) * calls)).all()
     assert (accepted <= proposed).all()
     overlap = np.asarray(stats.overlap)
     assert ((overlap >= 0) & (overlap <= proposed.sum(axis=1) + 1e-3)).all()
-    if k and promise.rule is not verify.observe:
+    if depth and promise.rule is not verify.observe:
         assert accepted.sum(axis=0).min() > 100, f"drafts accepted by position: {accepted.sum(axis=0)}"
 
 

@@ -78,12 +78,8 @@ CELLS += [
 ]
 
 
-# Of every run: the exact rules, and each kind of hole.
-IN_EVERY_RUN = [
-    ("model", verify.rejection, np.nan),
-    ("model", verify.coupled, np.nan),
-    ("model", verify.block, -np.inf),
-]
+# In every run: each kind of hole.
+IN_EVERY_RUN = [("model", verify.rejection, np.nan), ("model", verify.block, -np.inf)]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +112,9 @@ def failures(drafter: str, rule: Rule) -> np.ndarray:
     return np.bincount(np.asarray(state.rows.failed_at) + 1, minlength=8)
 
 
-@pytest.mark.parametrize("rule", [verify.rejection, verify.block], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(verify.rejection, marks=pytest.mark.slow), verify.block], ids=lambda rule: rule.name
+)
 def test_a_hole_that_text_reaches_fails_where_plain_decoding_does(rule: Rule):
     plain, ours = failures("none", verify.rejection), failures("model", rule)
     assert plain[5:8].min() > 100
@@ -161,8 +159,8 @@ TOGETHER = [
 @pytest.mark.parametrize(
     ("drafter", "rule"),
     [
-        ("ngram", verify.block),
         ("model", verify.coupled),
+        pytest.param("ngram", verify.block, marks=pytest.mark.slow),
         pytest.param("model", verify.rejection, marks=pytest.mark.slow),
         pytest.param("model, sure", verify.block, marks=pytest.mark.slow),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import random_prompts, right_pad, texts
+from helpers import random_prompts, right_pad, texts, usual
 
 from specjax import api, decoding, drafters, sampling, testing
 from specjax.api.pretrained import Pretrained
@@ -58,7 +58,7 @@ def tabular_run(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("drafter", TABULAR)
+@pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
 def test_log_probabilities_are_the_targets_own_and_those_of_plain_decoding(drafter: str, temperature: float):
     state = tabular_run(drafter, temperature=temperature, top_logprobs=2)
     plain = tabular_run("none", temperature=temperature, top_logprobs=2)
@@ -89,7 +89,7 @@ THREE_ONE = automaton.from_table(np.array([[0, 0, 0, 1], [0, 2, 0, 1], [2, 2, 2,
 """Ends a text that has token 3 followed by token 1."""
 
 
-@pytest.mark.parametrize("drafter", TABULAR)
+@pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
 def test_a_row_ends_where_a_stop_string_does_and_nowhere_else(drafter: str):
     state = tabular_run(drafter, stop_strings=THREE_ONE)
     assert texts(state) == texts(tabular_run("none", stop_strings=THREE_ONE))
@@ -105,7 +105,7 @@ def test_a_row_ends_where_a_stop_string_does_and_nowhere_else(drafter: str):
     assert 3 < stopped <= 12
 
 
-@pytest.mark.parametrize("drafter", TABULAR)
+@pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
 def test_rows_may_have_grammars_of_their_own(drafter: str):
     # Twice the same token is forbidden; or 0 and 1 alternate; or nothing is asked.
     no_repeats = automaton.from_table(
@@ -149,7 +149,7 @@ def pretrained(model: Model, params: Any) -> Pretrained:
     return Pretrained(model, params, None, None)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("drafter", TABULAR)
+@pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
 def test_several_texts_of_a_prompt_are_those_of_the_prompt_repeated(drafter: str):
     target = pretrained(TARGET, TABLE)
     chosen = TABULAR[drafter]
@@ -176,16 +176,23 @@ def test_several_texts_need_as_many_seeds_and_are_at_least_one():
         api.generate(target, [[1]], num_return_sequences=0)
 
 
-@pytest.mark.parametrize("rule", [verify.rejection, verify.block, verify.coupled], ids=lambda rule: rule.name)
-@pytest.mark.parametrize("drafter", ["ngram", "model"])
-def test_a_text_depends_on_its_own_seed_and_not_on_its_neighbours(drafter: str, rule: Rule):
-    together = texts(tabular_run(drafter, rule=rule))
+@pytest.mark.parametrize(
+    ("drafter", "rule"),
+    usual(
+        [(drafter, rule) for drafter in ("ngram", "model") for rule in ("rejection", "block", "coupled")],
+        ("model", "rejection"),
+        ("model", "coupled"),
+    ),
+)
+def test_a_text_depends_on_its_own_seed_and_not_on_its_neighbours(drafter: str, rule: str):
+    chosen = verify.parse(rule)
+    together = texts(tabular_run(drafter, rule=chosen))
     # Other neighbours, at other places of a batch of the same size, which compiles nothing.
     order = [7, 7, 3, 0, 11, 3, 5, 5, 5, 1, 2, 9]
-    assert texts(tabular_run(drafter, rule=rule, rows=order)) == [together[i] for i in order]
+    assert texts(tabular_run(drafter, rule=chosen, rows=order)) == [together[i] for i in order]
 
 
-@pytest.mark.parametrize("drafter", TABULAR)
+@pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
 def test_a_text_does_not_depend_on_the_batch_size(drafter: str):
     together = texts(tabular_run(drafter))
     for rows in ([4], [2, 3, 4, 5, 6, 7, 8]):
@@ -232,16 +239,20 @@ def plain_text() -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("k", "batch"), [pytest.param(1, 6, marks=pytest.mark.slow), (4, 6), pytest.param(3, 1, marks=pytest.mark.slow)]
+    ("drafter", "k", "batch"),
+    usual([(drafter, *cell) for drafter in ("ngram", "model") for cell in ((1, 6), (4, 6), (3, 1))], ("model", 4, 6)),
 )
-def test_coupled_text_is_that_of_plain_decoding_for_every_drafter_k_and_batch(k: int, batch: int):
-    by_lookup = drafters.ngram(num_draft_tokens=k, min_match=1)
-    for drafter in (by_lookup, drafters.model(tiny("float32")[2], num_draft_tokens=k)):
-        assert tiny_run(drafter, "float32", batch, 1.0, False) == plain_text()
+def test_coupled_text_is_that_of_plain_decoding_for_every_drafter_k_and_batch(drafter: str, k: int, batch: int):
+    chosen = (
+        drafters.ngram(num_draft_tokens=k, min_match=1)
+        if drafter == "ngram"
+        else drafters.model(tiny("float32")[2], num_draft_tokens=k)
+    )
+    assert tiny_run(chosen, "float32", batch, 1.0, False) == plain_text()
 
 
 @pytest.mark.parametrize(
-    ("k", "temperature"), [*(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((4, 0.0), (1, 1.0))), (4, 1.0)]
+    ("k", "temperature"), [pytest.param(*cell, marks=pytest.mark.slow) for cell in ((4, 0.0), (1, 1.0), (4, 1.0))]
 )
 def test_at_a_fixed_shape_text_is_identical_in_bfloat16(k: int, temperature: float):
     wanted = tiny_run(drafters.none(num_draft_tokens=k), "bfloat16", 6, temperature, True)

@@ -10,18 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from specjax import experiments, launch, theory
+from specjax import decoding, drafters, experiments, launch, theory
+from specjax.decoding import verify
 from specjax.models import families, presets
 from specjax.models.config import DecoderConfig, T5Config
 from specjax.models.weights import checkpoint, shapes
-from specjax.planning import aot, chips, hlo, plan
+from specjax.planning import aot, chips, hlo, libtpu, plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 PLAN = str(ROOT / "configs" / "plan.py")
 
 needs_libtpu = pytest.mark.skipif(
-    not aot.is_available(), reason="libtpu is not installed, which compiles for TPUs: pip install -e '.[tpu]'"
+    not libtpu.is_available(), reason="libtpu is not installed, which compiles for TPUs: pip install -e '.[tpu]'"
 )
 
 WIDE = DecoderConfig(
@@ -423,6 +425,7 @@ def test_several_drafts_stand_beside_each_other_and_what_does_not_fit_is_said(tm
     assert "--config.dtype=bfloat16" in output
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_tpus_are_planned_end_to_end(tmp_path):
     assert launch.main(_launch(tmp_path, topology="v5e:2x2")) == 0
@@ -438,7 +441,7 @@ def test_tpus_are_planned_end_to_end(tmp_path):
     assert 5 < target[1]["collectives"] < 12
     assert target[4]["compiled_flops"] == pytest.approx(target[4]["flops"], rel=0.1)
     summary = (tmp_path / "run" / "summary.md").read_text()
-    assert "Compiled with layers: target 2 and draft 2; which are all" in summary
+    assert "Compiled with layers: target 2 and draft 2; these are all layers" in summary
     assert "| target call | all-reduce |" in summary
 
 
@@ -483,7 +486,7 @@ def test_errors_are_one_line(values, words, tmp_path, capsys, monkeypatch):
 def test_a_slice_that_libtpu_does_not_know_is_one_line(tmp_path, capsys):
     assert launch.main(_launch(tmp_path, topology="v5e:3x5")) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: topology='v5e:3x5': libtpu does not give it")
+    assert error.startswith("error: topology='v5e:3x5': libtpu does not know it")
     assert error.count("\n") == 1
 
 
@@ -520,7 +523,7 @@ def test_the_step_on_tpus_copies_no_cache_and_gathers_nothing(family: str, topol
     setup = setup_of(family, topology, max_len=16384)
     heads = {"num_heads": 16} | ({"num_kv_heads": 16} if family == "decoder" else {})
     wide, narrow = (dataclasses.replace(setup.side(side), **heads) for side in plan.SIDES)
-    setup = dataclasses.replace(setup, target=wide, draft=narrow)
+    setup = plan.with_layers(dataclasses.replace(setup, target=wide, draft=narrow), 1, 1)
     mesh = aot.make_mesh(setup.topology, 1)
     placed = plan.shard(setup, mesh)
     program = aot.read(aot.step(setup, mesh), aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
@@ -542,6 +545,27 @@ def test_the_step_on_tpus_copies_no_cache_and_gathers_nothing(family: str, topol
     # Sampling and verification send maxima and sums, a few bytes a token, whatever the size of the vocabulary.
     for part in ("drafting", ""):
         assert program.collectives[part, "all-reduce"][2] <= 1024 < 4 * setup.target.vocab_size / 4 + 1
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])
+def test_a_tree_on_tpus_moves_its_path_and_copies_no_cache(family: str, topology: str):
+    # The state of a tree as deep as the chain is the chain's.
+    setup = setup_of(family, topology, max_len=16384)
+    mesh = aot.make_mesh(setup.topology, 1)
+    placed = plan.shard(setup, mesh)
+    drafter = drafters.model(placed.models["draft"], topology=(2, 2, 1))
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        compiled = decoding.advance.lower(
+            placed.models["target"], drafter, verify.coupled, placed.params, placed.state, number
+        ).compile()
+    program = aot.read(compiled, aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
+    assert program.cache_copies == 0
+    assert program.output_bytes - program.alias_bytes < 4096
+    assert {kind for _, kind in program.collectives} == {"all-reduce"}
 
 
 @needs_libtpu

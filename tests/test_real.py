@@ -67,6 +67,7 @@ def plain(target):
     return texts(target)[0]
 
 
+@pytest.mark.slow
 def test_a_few_speculative_texts_are_the_plain_ones(target):
     few = {"prompts": [PROMPTS[2], PROMPTS[10]], "new_tokens": 24}
     speculative, accepted = texts(target, drafters.ngram(num_draft_tokens=4), **few)

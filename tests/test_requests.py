@@ -97,7 +97,7 @@ def test_a_rule_may_be_given_by_name(target: specjax.Pretrained):
         ({"verify": verify.top_k}, "verify.top_k is not called"),
         ({"verify": "lenyent:0.3"}, "'lenyent:0.3' is not known"),
         ({"verify": "lenient:7"}, "lenience=7"),
-        ({"verify": 3}, "verify=3 is no rule"),
+        ({"verify": 3}, "verify=3 is not a rule"),
         ({"drafter": drafters.ngram}, "drafters.ngram is not called"),
         ({"drafter": drafters.model}, "drafters.model is not called"),
         ({"drafter": "ngram"}, "drafter is a str"),

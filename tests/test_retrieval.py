@@ -242,6 +242,7 @@ def test_greedy_text_is_plain_decodings():
     assert accepted > 40
 
 
+@pytest.mark.slow
 def test_another_datastore_of_the_same_shapes_compiles_nothing():
     plain, _ = greedy_text(drafters.none(), ())
     datastore = drafters.index_corpus(plain, vocab_size=61)
@@ -254,6 +255,7 @@ def test_another_datastore_of_the_same_shapes_compiles_nothing():
     assert accepted > of_other, "the datastore is closed over"
 
 
+@pytest.mark.slow
 def test_through_the_front_door():
     model, params = testing.tiny_decoder(0, vocab_size=5)
     target = specjax.Pretrained(model, params, LETTERS, None)  # pyright: ignore[reportArgumentType]

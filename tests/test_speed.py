@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on(given, tmp_path, capsys):
 def test_a_record_of_something_else_is_refused(given, content, tmp_path):
     path = tmp_path / "speed.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"speed\.json is no record of this benchmark: remove it"):
+    with pytest.raises(ValueError, match=r"speed\.json is not a record of this benchmark: remove it"):
         speed.Record(path)
 
 

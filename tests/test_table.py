@@ -279,7 +279,7 @@ BROKEN = {
     "truncated": (_truncate, "is truncated, or no safetensors file"),
     "no header": (lambda path: path.write_bytes(b"12"), "is truncated, or no safetensors file"),
     "damaged": (_flip, "is damaged: array"),
-    "other file": (lambda path: save_file({"x": np.zeros(3)}, path), "is no draft of specjax"),
+    "other file": (lambda path: save_file({"x": np.zeros(3)}, path), "is not a draft of specjax"),
     "other format": (lambda path: _change(path, lambda c: c.update(format=2)), "is of format 2, this specjax reads 1"),
     "other kind": (
         lambda path: _change(path, lambda c: c.update(kind="retrieval")),
@@ -369,7 +369,7 @@ def test_a_proposal_ends_where_the_options_forbid_every_token():
     assert not np.isnan(np.asarray(proposal.probs)).any()
 
 
-@pytest.mark.parametrize("order", [1, 4])
+@pytest.mark.parametrize("order", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_greedy_text_is_plain_decodings(order):
     plain, _ = greedy_text(drafters.none(), ())
     table = drafters.count_ngrams(plain, vocab_size=61, order=order)

@@ -485,11 +485,11 @@ def test_a_rule_is_its_own_name():
         (verify.typical, r"write verify.typical\(0.09, 0.3\), or 'typical:0.09,0.3'"),
         (verify.top_k, r"write verify.top_k\(3\)"),
         (verify.distance, r"write verify.distance\(2\)"),
-        (verify.overlap, r"verify=overlap is a function and no rule: write verify.Rule\(overlap, name='overlap'"),
-        (verify.Rule, "is no rule: give a verify.Rule"),
-        (None, "verify=None is no rule: give a verify.Rule, or one of the names greedy, rejection"),
-        (0.3, "verify=0.3 is no rule"),
-        (b"rejection", "is no rule"),
+        (verify.overlap, r"verify=overlap is a function, not a rule: write verify.Rule\(overlap, name='overlap'"),
+        (verify.Rule, "is not a rule: give a verify.Rule"),
+        (None, "verify=None is not a rule: give a verify.Rule, or one of the names greedy, rejection"),
+        (0.3, "verify=0.3 is not a rule"),
+        (b"rejection", "is not a rule"),
     ],
 )
 def test_what_is_no_rule_is_told_what_to_write(rule, remedy: str):

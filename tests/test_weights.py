@@ -255,7 +255,7 @@ def test_hub_without_network(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no route to host\nand much more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(OSError, match=r"'owner/name' is no local file.*\(no route to host\).*network"):
+    with pytest.raises(OSError, match=r"'owner/name' is not a local file.*\(no route to host\).*network"):
         pretrained.load("owner/name")
     with pytest.raises(FileNotFoundError, match=r"does not exist"):
         pretrained.load("./owner/name")
@@ -523,7 +523,7 @@ def test_big_endian_gguf(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"m.gguf is big-endian: turn it with gguf-convert-endian"):
+    with pytest.raises(ValueError, match=r"m.gguf is big-endian: convert it with gguf-convert-endian"):
         gguf.open_file(tmp_path / "m.gguf")
 
 

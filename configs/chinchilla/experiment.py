@@ -10,7 +10,7 @@ A SOURCE is what `specjax.load` takes; target and draft need the same tokenizer.
 `input` and `target`; `.xz` is unpacked. The other files in this directory are this one with values filled in.
 
 Hardware: whatever JAX runs on; the models have to fit. Expected: summary.md with the time for 128 tokens, the
-acceptance rate and the time of a loop against K, the spread of times over the texts, and the quality of the texts with
+acceptance rate and the time per loop against K, the spread of times over the texts, and the quality of the texts with
 and without speculation, equal within noise. Ctrl-C keeps what is finished, and the same command resumes.
 """
 
@@ -28,12 +28,12 @@ def get_config() -> ConfigDict:
     config.drafter = "ngram"  # Or model, or FILE.py:FUNCTION of your own.
     config.draft = ""  # drafter=model: a SOURCE. The target itself is a draft that is always accepted, and slow.
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
-    config.min_confidence = 0.0  # drafter=model: end a draft where the draft model is less sure than this; 0: never.
+    config.min_confidence = 0.0  # drafter=model: end a draft where the draft's probability is below this; 0: never.
     config.min_match = 2  # drafter=ngram: the shortest match that counts, in tokens.
 
     config.data = ""  # task=summaries: a FILE, whose first pairs are the examples.
     config.num_shots = 1  # Examples in front of each input.
-    config.template = "Text: {input}\nSummary: {target}"  # The form of an example.
+    config.template = "Text: {input}\nSummary: {target}"  # The format of an example.
     config.execute = "False"  # task=humaneval: run the programs that the model writes? True: in isolation. Or unsafe.
     config.seconds = 3.0  # The most time that a program may take.
     config.memory_gb = 4.0  # The most memory that a program may take.

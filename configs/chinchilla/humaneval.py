@@ -13,8 +13,8 @@ short, the run says what a program could do, and `--config.execute=unsafe` accep
 `humaneval.py:tiny` is the same in a few minutes. The paper's sample sizes are `--config.num_samples=100
 --config.num_timed=164`, with models of that size.
 
-Hardware: what holds the models (Qwen2.5-Coder, 1.5B with 0.5B: 4 GB in bfloat16). The paper, 70B with a draft of 4B on
-16 TPU v4 (K = 4, 16,400 texts): 45.1 -> 47.0 % solved, 14.1 -> 5.73 ms per token, 2.46x.
+Hardware: any that holds the models (Qwen2.5-Coder, 1.5B with 0.5B: 4 GB in bfloat16). The paper, 70B with a draft of 4B
+on 16 TPU v4 (K = 4, 16,400 texts): 45.1 -> 47.0 % solved, 14.1 -> 5.73 ms per token, 2.46x.
 """
 
 import pathlib

@@ -10,9 +10,9 @@ and takes the same overrides. The paper measured 14.1 ms/token for the target an
 table 1).
 
 Hardware: any CPU, with libtpu (`pip install -e '.[tpu]'`); a few minutes, nothing is run. Expected: it fits; two
-all-reduces per layer; no cache is copied, and the state is written in place; predictions of 60 % of the paper's target
-and a third of its draft, since they are lower bounds; the narrow draft takes twice as long as the wide one, half of it
-latency.
+all-reduces per layer; no cache is copied, and the state is written in place; predictions of 60 % of the paper's time
+for the target and a third of that for the draft, since they are lower bounds; the narrow draft takes twice as long as
+the wide one, half of it latency.
 """
 
 import pathlib

@@ -40,16 +40,16 @@ def get_config(num_drafts: str = "1") -> ConfigDict:
     config.paper = ""  # ende, cnndm or lm1b: which of the paper's experiments to print beside ours.
 
     config.train = ""  # A FILE to train on, and to count n-grams in.
-    config.valid = ""  # A FILE held out in training.
+    config.valid = ""  # A held-out FILE to validate on in training.
     config.test = ""  # A FILE whose inputs are decoded.
-    config.prefix = ""  # A text to put before each input.
+    config.prefix = ""  # Text to put before each input.
     config.metric = "bleu"  # Or rouge2.
 
     config.models = ConfigDict({"target": model()})
     for i in range(int(num_drafts)):
         config.models[f"draft{i + 1}"] = model()
     config.tables = (1, 2)  # Orders of the n-gram tables that draft too: unigrams, bigrams.
-    config.max_entries = 2_000_000  # Of a table.
+    config.max_entries = 2_000_000  # The most entries of a table.
     config.training = runpy.run_path(str(_TRAIN))["get_config"]()
 
     config.temperatures = (0.0, 1.0)  # The temperatures to measure.
@@ -57,7 +57,7 @@ def get_config(num_drafts: str = "1") -> ConfigDict:
     config.timed_drafts = ()  # Drafts whose speed is measured; none: all.
     config.num_prompts = 24  # Prompts that are timed, at batch 1.
     config.quality_prompts = 200  # Prompts for the metric, the lenience and alpha.
-    config.alpha_tokens = 10_000  # The least tokens to measure alpha on; more prompts are taken where needed.
+    config.alpha_tokens = 10_000  # The fewest tokens to measure alpha on; more prompts are used where needed.
     config.quality_batch = 16  # Rows of a batch of prompts that are not timed.
     config.max_prompt_tokens = 192  # Longer inputs are left out.
     config.max_new_tokens = 96  # The most new tokens of each text.

@@ -5,7 +5,7 @@ Command:
     python -m specjax.launch --config=configs/leviathan/mini_synopsis.py --config.train=synopsis.train.jsonl.xz \\
         --config.valid=synopsis.valid.jsonl.xz --config.test=synopsis.test.jsonl.xz --workdir=runs/mini_synopsis
 
-As `mini_ende.py`, with its models and about half of its steps, but the inputs are descriptions and the targets their
+Like `mini_ende.py`, with its models and about half of its steps, but the inputs are descriptions and the targets their
 synopses, and quality is ROUGE-2. `mini_synopsis.py:tiny` takes a few minutes. Hardware: two CPU cores. The paper's row,
 T5-XXL with T5-small on CNN/DM (TPU v4): alpha .65 and 3.1x at temperature 0, .53 and 2.3x at temperature 1.
 """

@@ -8,8 +8,8 @@ Command, on a TPU VM or a GPU that holds the models (11B parameters in bfloat16 
 
 XXL to LARGE are T5 v1.1 models that were fine-tuned on WMT EnDe, as in the paper: Hugging Face directories with
 safetensors, or hub ids. The defaults name the pre-trained ones, which have not learnt to translate: with them speed and
-c are those of the experiment, text and alpha are not. A repository or directory without safetensors is converted by
-transformers' `save_pretrained`, a t5x checkpoint before that by the script `convert_t5x_checkpoint_to_pytorch.py` of
+c are those of the experiment, text and alpha are not. Convert a repository or directory without safetensors by
+transformers' `save_pretrained`, and a t5x checkpoint first by the script `convert_t5x_checkpoint_to_pytorch.py` of
 transformers 4. The files have one JSON object per line with `input` (English) and `target` (German); n-gram tables are
 counted from `train`.
 

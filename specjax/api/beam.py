@@ -1,4 +1,4 @@
-"""Beam search with texts in and texts out (`decoding.beam`)."""
+"""Beam search: prompts in, texts out (`decoding.beam`)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class BeamGeneration(NamedTuple):
 
     Attributes:
       text: the new text, special tokens left out; None where the target has no tokenizer.
-      tokens: the new token ids, the stop token among them.
+      tokens: the new token ids, the stop token included.
       scores: see `Beams.score`.
       finish_reason: "stop" or "length".
       target_calls: calls of the target for each prompt, the prefill not counted.
@@ -50,7 +50,7 @@ def beam_search(
     num_return_sequences: int = 1,
     chat: bool = False,
 ) -> BeamGeneration:
-    """Finds the most probable texts by beam search, speculatively where there is a draft.
+    """Finds the most probable texts by beam search, speculatively if there is a draft.
 
     Args:
       target: the model whose texts are sought (`specjax.load`).

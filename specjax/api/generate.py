@@ -1,4 +1,4 @@
-"""The public API: prompts in, generated text out. Below it lies `decode`, which works on pytrees."""
+"""The public API: prompts in, generated text out. It is built on `decode`, which works on pytrees."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Generation(NamedTuple):
 
     Attributes:
       text: the new text, special tokens left out; None where the target has no tokenizer.
-      tokens: the new token ids, the stop token among them.
+      tokens: the new token ids, the stop token included.
       from_draft: whether each new token was an accepted draft token.
       finish_reason: "stop", "length", or "unfinished" while streaming.
       logprobs: the log-probability of each new token under the target, before any option; None where not asked for.
@@ -115,7 +115,7 @@ def generate(
     Args:
       target: the model whose distribution the text has (`specjax.load`).
       prompts: texts, or lists of token ids.
-      drafter: what proposes (`specjax.drafters`); None decodes plainly.
+      drafter: the drafter (`specjax.drafters`); None decodes plainly.
       verify: the acceptance rule (`specjax.verify`) or its name, such as "lenient:0.3"; `rejection` by default, which
         is exact at any temperature.
       max_new_tokens: 128; one number, or one per prompt.
@@ -129,8 +129,7 @@ def generate(
       stop_tokens: ids that end a sequence; by default the tokenizer's end-of-sequence tokens.
       stop_strings: one string or several that end a sequence, at whatever position they end; the sequence includes
         them, as in transformers.
-      grammar: what the text may be (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) per
-        prompt.
+      grammar: restricts the text (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) per prompt.
       logprobs: None; a number n keeps the log-probability of every new token, and of the n most probable ones.
       step_cost: the time of a drafting step divided by that of a plain step. A row whose drafts do not win it back
         stops drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
@@ -168,7 +167,7 @@ def run(request: Request) -> DecodeState:
 
 
 def readable(request: Request, state: DecodeState) -> DecodeState:
-    """The state with all but the caches on every process, where there are several."""
+    """The state with everything but the caches on every process, if there are several."""
     large = {"cache": state.rows.cache, "drafter": state.rows.drafter}
     small = state._replace(rows=state.rows._replace(**dict.fromkeys(large)))
     small = distributed.replicate(small, request.mesh)

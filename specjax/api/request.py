@@ -50,7 +50,7 @@ def encode(target: Pretrained, prompts: Sequence[str | Sequence[int]], *, chat: 
     Args:
       target: whose tokenizer is used.
       prompts: texts, or lists of token ids, which are taken as they are.
-      chat: put each text into the model's chat template, as what a user says.
+      chat: put each text into the model's chat template, as a message of the user.
 
     Raises:
       ValueError: for a text without a tokenizer, or a chat without a template, or an empty prompt.
@@ -113,7 +113,7 @@ def _vocabulary_conflict(target: Tokenizer, draft: Tokenizer) -> str:
 def place(mesh: Mesh | None, params: Params, inputs: Inputs) -> tuple[Params, Inputs]:
     """Parameters and prompts, placed on the target's mesh.
 
-    The prompts are split over the mesh by rows, and what the draft has on other devices is copied to all of the mesh.
+    The prompts are split over the mesh by rows; draft parameters on other devices are copied to all of the mesh.
     """
     if mesh is None:
         return params, inputs
@@ -218,15 +218,15 @@ def _stopping_of(target: Pretrained, stop_strings: str | Sequence[str]) -> Autom
     if not stop_strings:
         return None
     if target.tokenizer is None:
-        raise ValueError(f"stop_strings={stop_strings!r} need a tokenizer, which the target lacks: give tokens.")
+        raise ValueError(f"stop_strings={stop_strings!r} need a tokenizer, which the target lacks: give stop_tokens.")
     strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     return _stopping(tuple(strings), target.tokenizer, target.model.vocab_size)
 
 
 def _with_taps(target: Pretrained, drafter: Drafter) -> Model:
-    """The target's model, whose features are those that the drafter wants to see."""
+    """The target's model with the features that the drafter reads."""
     if not drafter.taps:
         return target.model
     if target.model.with_taps is None:
-        raise ValueError(f"The drafter reads hidden states of the target (taps={drafter.taps}), which shows none.")
+        raise ValueError(f"The drafter reads hidden states of the target (taps={drafter.taps}), which has no taps.")
     return target.model.with_taps(drafter.taps)

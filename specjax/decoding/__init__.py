@@ -1,4 +1,4 @@
-"""The decoding loop over pytrees: for those who shard, serve or measure."""
+"""The decoding loop over pytrees, for code that shards, serves or measures."""
 
 from specjax.decoding.buffers import BUFFER_MULTIPLE, buffer_length, pad_prompts, read_inputs, text_limits
 from specjax.decoding.loop import advance, check, generate, stream

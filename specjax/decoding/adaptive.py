@@ -1,9 +1,9 @@
 """Whether a row drafts in this step: speculation must never cost more than it brings.
 
-A drafting step takes `step_cost` plain steps and emits `1 + accepted` tokens, so it pays while the mean of `accepted`
-exceeds `step_cost - 1`. Each row keeps that mean; a row whose drafts do not pay pauses until the step that it has lost
-is a small part of its time, at least twice as long every time, and then tries once more. A row looks at itself alone:
-its pauses, and so its text, do not depend on its neighbours.
+A drafting step takes the time of `step_cost` plain steps and emits `1 + accepted` tokens, so it pays while the mean of
+`accepted` exceeds `step_cost - 1`. Each row keeps that mean. A row whose drafts do not pay pauses until the time that
+it lost is a small share of the whole, at least twice as long after every failure, and then tries once more. Each row
+uses its own counters alone: its pauses, and so its text, do not depend on its neighbours.
 """
 
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ from specjax.types import Adaptation
 MEMORY = 0.75
 """Weight of the past in the running mean of accepted tokens."""
 FIRST_PAUSE, LAST_PAUSE = 8, 128
-"""Plain steps before a row tries again: the fewest at first, and at most."""
+"""Plain steps before a row tries again: at least at first, and at most."""
 TRIAL_SHARE = 0.05
-"""What a lost attempt may cost of the time until the next."""
+"""The share of the time until the next attempt that a failed one may have cost."""
 
 
 def init(batch_size: int) -> Adaptation:
-    """Every row may draft, and is believed to gain one token a step until it has shown otherwise."""
+    """Every row may draft, and is assumed to gain one token per step at first."""
     return Adaptation(
         jnp.ones(batch_size, jnp.float32),
         jnp.zeros(batch_size, jnp.int32),
@@ -36,7 +36,7 @@ def drafts(adaptation: Adaptation) -> Bool[Array, " B"]:
 def update(
     adaptation: Adaptation, proposed: Int[Array, " B"], accepted: Int[Array, " B"], step_cost: Float[Array, ""]
 ) -> Adaptation:
-    """Learns from a step.
+    """Updates the running mean and the pauses after a step.
 
     Args:
       adaptation: before the step.
@@ -46,7 +46,7 @@ def update(
     """
     drafted = proposed > 0
     gain = jnp.where(drafted, MEMORY * adaptation.gain + (1 - MEMORY) * accepted, adaptation.gain)
-    # An attempt after a pause that wins at once is believed at once.
+    # A step that pays raises the mean at once, so that one attempt after a pause is enough.
     gain = jnp.where(drafted & (1 + accepted >= step_cost), jnp.maximum(gain, accepted.astype(jnp.float32)), gain)
     losing = drafted & (1 + gain < step_cost)
     winning = drafted & ~losing

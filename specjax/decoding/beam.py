@@ -2,15 +2,15 @@
 
 The draft searches K steps ahead with u >= w beams, the target scores in one call every beam that the draft kept on the
 way, and the target's own search of width w then walks through those scores. A step of the search is free while the
-target's w beams are all among the draft's u; the first beam that is not ends the walk, after a step that was scored all
-the same. So a call of the target gives 1 to K + 1 steps, whose beams and scores are those of plain beam search whatever
-the draft says. Plain beam search is the same loop with K = 0.
+target's w beams are all among the draft's u; the first beam that is not ends the walk, after a step that was still
+scored. So a call of the target gives 1 to K + 1 steps, whose beams and scores are those of plain beam search for any
+draft. Plain beam search is the same loop with K = 0.
 
 **The draft's tree.** The u beams that the draft keeps at each depth make a tree of K u nodes, most of whose branches
 die out before depth K. They must be scored nevertheless: the target's beams die out as well, later. The target reads
-the tree behind each of its w live beams, as a block in which a node sees its ancestors alone (`beam_tree`).
+the tree after each of its w live beams, as a block in which a node attends only to its ancestors (`beam_tree`).
 
-**Who holds what.** All w beams of a text have the same length n. Between steps both caches have w rows per text; the
+**The caches.** All w beams of a text have the same length n. Between steps both caches have w rows per text; the
 target's hold the first n - 1 tokens of each beam, the draft's at least the first n - K - 1.
 """
 
@@ -35,12 +35,12 @@ MAX_BEAMS = 1024
 class Beams(NamedTuple):
     """The w best texts of each row, best first.
 
-    A row whose target gives fewer than w texts a probability above 0 has fewer: the rest are the bare prompt, with a
-    score of -inf.
+    Where the target gives fewer than w texts of a row a probability above 0, the remaining ones are the prompt alone,
+    with a score of -inf.
 
     Attributes:
-      tokens: `[B, W, L]` prompts and new tokens, the stop token among them; 0 at and beyond `length`.
-      length: `[B, W]` of the texts, prompt and all.
+      tokens: `[B, W, L]` prompts and new tokens, the stop token included; 0 at and beyond `length`.
+      length: `[B, W]` of the texts, prompt included.
       score: `[B, W]` float32, the sum of the log-probabilities of the new tokens over their number to the power of
         `length_penalty`.
       target_calls: `[B]` calls of the target that the row took part in, the prefill not counted.
@@ -56,7 +56,7 @@ class Beams(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """What a search is asked for; constant, and traced.
+    """The options of a search: constant, but traced.
 
     Attributes:
       prompt_length: `[B]`.
@@ -64,7 +64,8 @@ class _Request(NamedTuple):
       stops: `[V]` the tokens that end a text.
       length_penalty: `[]` see `Beams.score`.
       stop_when_full: `[]` end a row as soon as it has w finished texts (`early_stopping=True`).
-      full_length: `[]` judge what a beam can still become by its longest continuation (`early_stopping="never"`).
+      full_length: `[]` bound the score that a beam can still reach by its longest continuation
+        (`early_stopping="never"`).
     """
 
     prompt_length: Int[Array, " B"]
@@ -100,7 +101,7 @@ class _Search(NamedTuple):
       done: `[B]`.
       failed_at: `[B]` the position whose logits were NaN, or -1.
       root: `[B, W]` the live beam, before the last call, that each beam continues.
-      node: `[B, W]` where in the block of that call each beam is, or was before its last token (`beam_tree.find`).
+      node: `[B, W]` the index in that call's block of each beam, or of the beam less its last token (`beam_tree.find`).
       walking: `[B]` whether all live beams are in the scored tree, so that another step needs no call of the target.
     """
 
@@ -148,12 +149,12 @@ def _append(
 
 
 def _divisor(request: _Request, length: Int[Array, " B"]) -> Float[Array, " B"]:
-    """The number that the length penalty divides the score of a text of that length by."""
+    """The divisor, by the length penalty, of the score of a text of that length."""
     return (length - request.prompt_length).astype(jnp.float32) ** request.length_penalty
 
 
 def _keep_best(pool: _Pool, tokens: Int[Array, "B W L"], length: Int[Array, " B"], score: Float[Array, "B W"]) -> _Pool:
-    """The pool after adding those new texts, all of one length, that are better; of equals the older stays."""
+    """The pool after adding the new texts, all of one length, that are better; in a tie the older one stays."""
     best, index = jax.lax.top_k(jnp.concatenate([pool.score, score], axis=1), score.shape[1])
     lengths = jnp.concatenate([pool.length, jnp.broadcast_to(length[:, None], score.shape)], axis=1)
     return _Pool(
@@ -162,12 +163,12 @@ def _keep_best(pool: _Pool, tokens: Int[Array, "B W L"], length: Int[Array, " B"
 
 
 def _advance(request: _Request, beams: beam_tree.Beams, logits: Float[Array, "B W T V"], search: _Search) -> _Search:
-    """One step of the target's beam search, by the meaning of transformers' `generate(num_beams=w)`.
+    """One step of the target's beam search, as transformers' `generate(num_beams=w)` defines it.
 
     Args:
-      request: what is asked for.
+      request: the options of the search.
       beams: the draft's, whose tree was scored.
-      logits: the scores.
+      logits: the target's, for that tree.
       search: beams that are all in the tree.
 
     Returns:
@@ -191,7 +192,7 @@ def _advance(request: _Request, beams: beam_tree.Beams, logits: Float[Array, "B 
     score, parent, token = beam_tree.expand(search.score, jnp.where(request.stops, -jnp.inf, log_probs), width)
     tokens = _append(search.tokens, parent, token, search.length)
 
-    # A row is done when its best beam could not enter a full pool any more, if it came to no further loss.
+    # A row is done when its best beam could no longer enter a full pool even if it lost no more probability.
     horizon = jnp.where(request.full_length & (request.length_penalty > 0), request.limit, length)
     worst = pool.score[:, -1]
     hopeless = ~(score[:, 0] / _divisor(request, horizon) > worst)
@@ -207,7 +208,7 @@ def _advance(request: _Request, beams: beam_tree.Beams, logits: Float[Array, "B 
         done=done,
         failed_at=search.failed_at,
         root=root,
-        # Either holds all tokens of the beam but the last: what the cache has to hold if the walk ends here.
+        # Either way the path holds all tokens of the beam except the last, as the cache must if the walk ends here.
         node=jnp.where(found, new_node, node),
         walking=~done & jnp.all(found | (score == -jnp.inf), axis=-1),
     )
@@ -255,7 +256,7 @@ def _step(
     before = before._replace(walking=~before.done)
     _, after = jax.lax.while_loop(in_tree, walk, (jnp.zeros((), jnp.int32), before))
 
-    # A beam's cache is that of the live beam that it continues, and of the path that it came along, without its last
+    # A beam's cache is that of the live beam that it continues, extended by the path to the beam, without its last
     # token.
     steps = after.length - before.length
     path = beam_tree.paths(beams, after.node, num_draft_tokens).reshape(rows * width, -1)
@@ -347,7 +348,7 @@ def _check_widths(
     if num_draft_tokens * draft_beams > MAX_DRAFT_TOKENS:
         raise ValueError(
             f"num_draft_tokens={num_draft_tokens} and draft_beams={draft_beams} make {num_draft_tokens * draft_beams} "
-            f"draft tokens a call, more than {MAX_DRAFT_TOKENS}: lower one of them."
+            f"draft tokens per call, more than {MAX_DRAFT_TOKENS}: lower one of them."
         )
     if draft_beams > num_beams * vocab_size:
         raise ValueError(
@@ -371,23 +372,23 @@ def search(
     early_stopping: bool | str = False,
     max_len: int | None = None,
 ) -> Beams:
-    """Beam search of the target, in one jitted loop, with a draft that saves calls and changes nothing.
+    """Beam search of the target, in one jitted loop, with a draft that saves calls and does not change the result.
 
-    What is found is what transformers' `generate(num_beams=w, do_sample=False)` finds for each prompt by itself: rows
-    do not depend on their neighbours.
+    The result is that of transformers' `generate(num_beams=w, do_sample=False)` for each prompt by itself: rows do not
+    depend on their neighbours.
 
     Args:
       target: the model whose beams are sought.
       draft: a model of the same vocabulary (its padding may differ), or None.
-      params: the parameters of both; nothing is read of the draft's without a draft.
+      params: the parameters of both; without a draft, the draft's are not read.
       inputs: padded prompts (`decode.read_inputs`).
       num_beams: w, at least 1.
       num_draft_tokens: K, how many steps the draft searches ahead; 0: plain beam search.
       draft_beams: u, the width of the draft's search; by default w.
       max_new_tokens: how many tokens each text may add; one number, or one per row.
       stop_tokens: token ids that end a text.
-      length_penalty: p: texts are ranked by the sum of their log-probabilities over `length ** p` of the new tokens.
-        Above 0, long texts gain.
+      length_penalty: p: texts are ranked by the sum of their log-probabilities over `n ** p`, for n new tokens. Above
+        0, long texts gain.
       early_stopping: when a row with w finished texts ends. True: at once. False: when its best beam would rank below
         them if it stopped at the length it has. "never": when it would rank below them at any length (where p > 0:
         if it went on to its limit without loss).
@@ -409,7 +410,7 @@ def search(
         raise ValueError(f"length_penalty={length_penalty} is not a finite number.")
     draft = draft if k > 0 else None
     models = {"target": target} | ({} if draft is None else {"draft": draft})
-    # The target reads K u tokens behind a text.
+    # The target reads K u tokens after a text.
     limit, max_len = buffers.text_limits(inputs, max_new_tokens, k * draft_beams, max_len, models)
     state = _search(
         target,

@@ -13,7 +13,7 @@ from specjax.types import Block, Model, Tree
 
 
 class Beams(NamedTuple):
-    """The draft's beams of all depths, u of each: node `d u + j` is beam j of depth d + 1.
+    """The draft's beams of all depths, u at each: node `d u + j` is beam j of depth d + 1.
 
     Attributes:
       root: `[B, N]` the live beam that each node continues, N = K u.
@@ -27,7 +27,7 @@ class Beams(NamedTuple):
 
 
 class Front(NamedTuple):
-    """The draft's beams of one depth: N = w of depth 0, then N = u.
+    """The draft's beams of one depth: N = w at depth 0, then N = u.
 
     Attributes:
       score: `[B, N]` the target's score of the live beam plus the draft's log-probabilities since.
@@ -47,7 +47,7 @@ class Front(NamedTuple):
 def expand(
     score: Float[Array, "B N"], log_probs: Float[Array, "B N V"], width: int
 ) -> tuple[Float[Array, "B M"], Int[Array, "B M"], Int[Array, "B M"]]:
-    """The best continuations of beams by one token; target and draft both search by it.
+    """The best continuations of beams by one token, for the searches of both target and draft.
 
     Args:
       score: `[B, N]` of the beams.
@@ -55,8 +55,8 @@ def expand(
       width: M, how many continuations to keep, at most N V.
 
     Returns:
-      `[B, M]` each, best first; of equals the one of the first beam, then of the first token: the scores, the numbers
-      of the beams that are continued, and the tokens.
+      `[B, M]` each, best first, in a tie the first beam, then the first token: the scores, the indices of the beams
+      that are continued, and the tokens.
     """
     size = log_probs.shape[-1]
     # The logits that follow a dead beam may be NaN; no text depends on them.
@@ -66,19 +66,19 @@ def expand(
 
 
 def take(x: Array, index: Int[Array, "B M"]) -> Array:
-    """`x[b, index[b, m]]` for every b and m: picks beams, or rows of a tree, with whatever axes they have."""
+    """`x[b, index[b, m]]` for every b and m: picks beams, or rows of a tree, with any further axes."""
     return x[jnp.arange(index.shape[0])[:, None], index]
 
 
 def gather(cache: Tree, rows: Int[Array, "B M"]) -> Tree:
-    """A cache with the given M of each text's rows. All that a cache holds leads with the batch axis."""
+    """A cache with the given M of each text's rows. The batch axis is the first axis of every array in a cache."""
     batch = rows.shape[0]
     index = (rows + jnp.arange(batch)[:, None] * (cache.length.shape[0] // batch)).reshape(-1)
     return jax.tree.map(lambda x: bfloat16.moved(lambda x, index: x[index], (x,), index), cache)
 
 
 def set_length(model: Model, cache: Any, length: Int[Array, " B"]) -> Any:
-    """The cache with so many committed entries in all rows of a text, which are there."""
+    """The cache with `length` committed entries in all rows of a text; they must have been written."""
     each = jnp.repeat(length, cache.length.shape[0] // length.shape[0])
     return model.commit(cache, None, each - cache.length)
 
@@ -90,10 +90,10 @@ def none(rows: int, num_draft_tokens: int, draft_beams: int) -> Beams:
 
 
 def grow(front: Front, parent: Int[Array, "B U"], token: Int[Array, "B U"], depth: Int[Array, ""]) -> Beams:
-    """The beams with those of one more depth.
+    """All beams so far, with those of one more depth.
 
     Args:
-      front: the beams of that depth.
+      front: the deepest beams so far.
       parent: `[B, U]` which of them each new beam continues.
       token: `[B, U]` with what token.
       depth: that of the front.
@@ -123,7 +123,7 @@ def search_ahead(
       params: its parameters.
       stops: the tokens that end a text.
       score: `[B, W]` of the live beams.
-      tokens: `[B, W, L]` theirs.
+      tokens: `[B, W, L]` of the live beams.
       length: `[B]` of every live beam of a row.
       cache: the draft's cache.
       num_draft_tokens: K.
@@ -175,7 +175,7 @@ def search_ahead(
 def score(
     target: Model, params: Tree, last: Int[Array, "B W"], beams: Beams, max_depth: int, cache: Any
 ) -> tuple[Float[Array, "B W T V"], Any]:
-    """One call of the target: behind every live beam it reads the whole tree, T = N + 1 tokens.
+    """One call of the target: after every live beam it reads the whole tree, T = N + 1 tokens.
 
     Args:
       target: the target.
@@ -183,7 +183,7 @@ def score(
       last: `[B, W]` the last token of each live beam.
       beams: the draft's.
       max_depth: K.
-      cache: the target's, of all other tokens, a row a live beam.
+      cache: the target's, of all other tokens, one row per live beam.
     """
     rows, width = last.shape
     nodes = jnp.broadcast_to(beams.tokens[:, None], (rows, width, beams.tokens.shape[1]))
@@ -204,15 +204,15 @@ def find(
     Args:
       beams: the draft's.
       root: `[B, W]` the live beam that each beam continues.
-      node: `[B, W]` where it is in the block that `score` read: 0, or one more than a node's number.
-      token: `[B, W]` what follows.
+      node: `[B, W]` its index in the block that `score` read: 0, or one more than a node's index.
+      token: `[B, W]` its next token.
 
     Returns:
-      where the beam with that token is, and whether it is there.
+      the index of the beam with that token, and whether there is one.
     """
     same = (beams.parent[:, None] + 1 == node[..., None]) & (beams.tokens[:, None] == token[..., None])
-    # Behind another live beam the same tokens may have been drafted: they are read behind this one as well. Its own go
-    # first, since the draft has searched on from them.
+    # The same tokens may have been drafted after another live beam: they are read after this one as well. Its own are
+    # preferred, since the draft has searched on from them.
     preference = same * (1 + (beams.root[:, None] == root[..., None]))
     # The block begins with the live beam itself, which continues nothing.
     preference = jnp.pad(preference, ((0, 0), (0, 0), (1, 0)))
@@ -220,7 +220,7 @@ def find(
 
 
 def paths(beams: Beams, node: Int[Array, "B W"], max_depth: int) -> Int[Array, "B W P"]:
-    """What `Model.commit` keeps of the block to have the text of each beam: from the live beam down to `node`."""
+    """The path that `Model.commit` keeps of the block for each beam: from the live beam down to `node`."""
     shape = tree.shape(beams.parent, max_depth)
     sees = take(shape.sees, node)
     on_path = sees[..., None] & (shape.depth[:, None, :, None] == jnp.arange(max_depth + 1))

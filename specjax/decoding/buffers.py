@@ -1,4 +1,4 @@
-"""Prompts and buffers: padded to few sizes, so that few programs serve all lengths."""
+"""Prompts and buffers, padded to a few sizes, so that a few programs serve all lengths."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,19 +10,19 @@ from specjax.parallel import distributed
 from specjax.types import Inputs, Model
 
 MAX_NEW_TOKENS = 1 << 24
-"""The most that a request may ask for; positions and counters are int32."""
+"""The most new tokens that a request may ask for; positions and counters are int32."""
 
 BUFFER_MULTIPLE = 64
-"""Buffers are rounded up to this many tokens at least, so that few programs serve all lengths."""
+"""Buffers are rounded up to multiples of at least this many tokens, so that a few programs serve all lengths."""
 
 
 def buffer_length(limit: int, num_draft_tokens: int) -> int:
-    """The buffer that texts of at most `limit` tokens need: a step may write K tokens beyond its text."""
+    """The buffer length for texts of at most `limit` tokens: a step may write K tokens beyond the text."""
     return round_up(limit + num_draft_tokens + 1, BUFFER_MULTIPLE)
 
 
 def round_up(size: int, least: int) -> int:
-    """To one of eight sizes an octave, all multiples of `least`: few programs, and little padding in a long one."""
+    """Rounds up to one of eight sizes per octave, all multiples of `least`: few programs, and little padding."""
     step = max(least, (1 << (size - 1).bit_length()) // 16)
     return -(-size // step) * step
 
@@ -32,10 +32,10 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> I
 
     Args:
       prompts: token ids.
-      width: to how many tokens; by default to the next of few widths, so that few programs read them all.
+      width: the padded length; by default the next of a few lengths, so that a few programs read all prompts.
 
     Raises:
-      ValueError: for an empty prompt, or none at all, or one that is longer than the width.
+      ValueError: for an empty prompt, no prompts at all, or a prompt that is longer than the width.
     """
     if not prompts:
         raise ValueError("There are no prompts: give at least one.")
@@ -53,7 +53,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int | None = None) -> I
 
 
 def read_inputs(target: Model, prompts: Sequence[Sequence[int]], width: int | None = None) -> Inputs:
-    """Prompts as a target reads them: an encoder-decoder with its encoder, and its texts begin with its start token.
+    """Prompts as a target reads them: an encoder-decoder encodes them, and its text begins with the start token.
 
     Args:
       target: the target.
@@ -72,14 +72,14 @@ def read_inputs(target: Model, prompts: Sequence[Sequence[int]], width: int | No
 
 
 def _budgets(max_new_tokens: Any, rows: int) -> np.ndarray:
-    """`[B]` int32, how many tokens each row may add, from one number or one a row."""
+    """`[B]` int32, how many tokens each row may add, from one number or one per row."""
     is_one = isinstance(max_new_tokens, str) or not isinstance(max_new_tokens, (Sequence, np.ndarray))
     budgets = [max_new_tokens] * rows if is_one else list(max_new_tokens)
     if len(budgets) != rows:
-        raise ValueError(f"{len(budgets)} values of max_new_tokens for {rows} rows: give one, or one a row.")
+        raise ValueError(f"{len(budgets)} values of max_new_tokens for {rows} rows: give one, or one per row.")
     for budget in budgets:
         if not isinstance(budget, int | np.integer):
-            raise TypeError(f"max_new_tokens={budget!r}: give a whole number, or one a row.")
+            raise TypeError(f"max_new_tokens={budget!r}: give a whole number, or one per row.")
         if not 0 <= budget <= MAX_NEW_TOKENS:
             raise ValueError(f"max_new_tokens={budget} is outside [0, {MAX_NEW_TOKENS}].")
     return np.array(budgets, np.int32)
@@ -96,17 +96,17 @@ def text_limits(
 
     Args:
       inputs: padded prompts.
-      max_new_tokens: how many tokens each row may add; one number, or one a row.
-      num_draft_tokens: how many draft tokens a step may write behind a text.
+      max_new_tokens: how many tokens each row may add; one number, or one per row.
+      num_draft_tokens: how many draft tokens a step may write after a text.
       max_len: the length of the buffer, or None for the smallest that holds everything.
-      models: the models that will read the texts, by what they are called in an error.
+      models: the models that will read the texts, by their names in error messages.
 
     Returns:
       `[B]` the length at which each row stops, and the length of the buffer.
 
     Raises:
       ValueError: where something does not fit.
-      TypeError: for max_new_tokens that are no whole numbers.
+      TypeError: for max_new_tokens that are not whole numbers.
     """
     rows, width = inputs.tokens.shape
     lengths, budget = distributed.to_host(inputs.length), _budgets(max_new_tokens, rows)

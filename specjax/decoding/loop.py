@@ -36,7 +36,7 @@ def advance(
 
 
 def check(state: DecodeState) -> None:
-    """Raises where a row met logits that are not numbers.
+    """Raises an error where a row had NaN logits, or options that forbid every token.
 
     Raises:
       FloatingPointError: naming the row, the position, and the side.
@@ -45,8 +45,8 @@ def check(state: DecodeState) -> None:
     for row in np.flatnonzero(failed_at >= 0):
         side = "draft" if draft_failed[row] else "target"
         raise FloatingPointError(
-            f"The {side}'s logits are not numbers (NaN) at position {failed_at[row]} of row {row}, or the options "
-            "forbid every token there: the text before it is sound. Check the weights, use float32, or allow more."
+            f"The {side}'s logits are NaN at position {failed_at[row]} of row {row}, or the options forbid every token "
+            "there: the text before it is valid. Check the weights, use float32, or allow more tokens."
         )
 
 
@@ -57,14 +57,14 @@ def generate(
 
     Args:
       target: the model whose distribution the text has.
-      drafter: what proposes.
+      drafter: the drafter.
       rule: the acceptance rule.
       params: the parameters of both.
-      state: as `prefill` gave it.
-      fixed_shape: every target call scores K + 1 tokens a row (see `decode_step`).
+      state: from `prefill`.
+      fixed_shape: every target call scores K + 1 tokens per row (see `decode_step`).
 
     Raises:
-      FloatingPointError: for logits that are not numbers.
+      FloatingPointError: for NaN logits, or options that forbid every token.
     """
     state = advance(target, drafter, rule, params, state, np.int32(2**31 - 1), fixed_shape)
     check(state)
@@ -85,24 +85,24 @@ def stream(
 
     Args:
       target: the model whose distribution the text has.
-      drafter: what proposes.
+      drafter: the drafter.
       rule: the acceptance rule.
       params: the parameters of both.
-      state: as `prefill` gave it; donated.
-      steps: how many steps lie between two pauses.
-      fixed_shape: every target call scores K + 1 tokens a row (see `decode_step`).
+      state: from `prefill`; donated.
+      steps: the number of steps between two pauses.
+      fixed_shape: every target call scores K + 1 tokens per row (see `decode_step`).
 
     Yields:
       the state so far. The next step donates it: read it before asking for the next.
 
     Raises:
-      FloatingPointError: for logits that are not numbers.
+      FloatingPointError: for NaN logits, or options that forbid every token.
       ValueError: for steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1.")
     done = False
-    while not done:  # Texts that may have no new token are yielded, too.
+    while not done:  # Texts whose budget is 0 are yielded, too.
         state = advance(target, drafter, rule, params, state, np.int32(steps), fixed_shape)
         check(state)
         done = bool(jnp.all(state.rows.done))

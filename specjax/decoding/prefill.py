@@ -1,4 +1,4 @@
-"""From a request to the state that the loop begins with: prompts read, options and seeds laid out row by row."""
+"""From a request to the initial state of the loop: prompts are read, and options and seeds laid out by row."""
 
 import functools
 from collections.abc import Sequence
@@ -29,29 +29,30 @@ from specjax.types import (
 )
 
 DEFAULT_STEP_COST = 1.2
-"""Time of a drafting step over that of a plain step, where nobody has measured it."""
+"""Time of a drafting step over that of a plain step, where it has not been measured."""
 
 
 def _pad_stop_tokens(stop_tokens: Sequence[int] | Sequence[Sequence[int]], rows: int) -> Int[Array, "B X"]:
-    """The stop tokens of each row, padded with -1 to a multiple of eight, so that another few compile nothing."""
+    """The stop tokens of each row, padded with -1 to a multiple of eight, so that a few more do not recompile."""
     given: list[Any] = list(stop_tokens)
     is_one = not any(isinstance(entry, Sequence | np.ndarray) for entry in given)
-    each = [sorted(set(given))] * rows if is_one else [sorted(set(row)) for row in given]
-    if len(each) != rows:
+    each = [sorted(set(given))] if is_one else [sorted(set(row)) for row in given]
+    if not is_one and len(each) != rows:
         raise ValueError(f"{len(each)} lists of stop_tokens for {rows} rows: give one list, or one for each row.")
     width = max(8, -(-max(map(len, each)) // 8) * 8)
-    return jnp.asarray([row + [-1] * (width - len(row)) for row in each], jnp.int32)
+    padded = np.array([row + [-1] * (width - len(row)) for row in each], np.int32)
+    return jnp.asarray(np.broadcast_to(padded, (rows, width)))
 
 
 def spread_seeds(seed: Any, count: int) -> list[int]:
-    """One seed a sequence: those that are given, or `seed + i` for sequence i.
+    """One seed per sequence: those that are given, or `seed + i` for sequence i.
 
     Args:
       seed: what a user gave: one whole number, or one for each sequence.
-      count: how many sequences there are.
+      count: the number of sequences.
 
     Raises:
-      ValueError: for a seed outside [0, 2^32), or too few or many of them.
+      ValueError: for a seed outside [0, 2^32), or the wrong number of seeds.
       TypeError: for one that is not a whole number.
     """
     seeds = list(seed) if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str) else [seed]
@@ -70,7 +71,7 @@ def spread_seeds(seed: Any, count: int) -> list[int]:
 
 
 def row_keys(seeds: UInt32[Array, " B"]) -> Array:
-    """One random key a row from one seed a row."""
+    """One random key per row from one seed per row."""
     return jax.vmap(jax.random.key)(seeds)
 
 
@@ -118,7 +119,7 @@ def _prefill(
         grammar_state=grammar_state,
         logprobs=logprobs,
         adaptation=adaptive.init(rows),
-        # The first step scores the last prompt token again, beside the first drafts: no step is special.
+        # The first step scores the last prompt token again, together with the first drafts: no step is special.
         cache=target.commit(cache, None, jnp.full(rows, -1, jnp.int32)),
         drafter=drafter_state,
         stats=Stats(
@@ -153,17 +154,17 @@ def prefill(
 
     Args:
       target: the model whose distribution the text will have.
-      drafter: what proposes.
+      drafter: the drafter.
       params: the parameters of both.
       inputs: padded prompts (`read_inputs`).
-      max_new_tokens: how many tokens each row may add; one number, or one a row.
+      max_new_tokens: how many tokens each row may add; one number, or one per row.
       options: sampling options; greedy by default.
-      seeds: one a row; by default 0, 1, 2 ...
+      seeds: one per row; by default 0, 1, 2 ...
       stop_tokens: token ids that end a row; one list, or one for each row.
       stop_strings: an automaton that ends a row when it is in its last state (`automaton.stop_strings`).
-      grammar: an automaton that says which tokens may follow, or one (or None) a row.
-      top_logprobs: keep the log-probability of every new token, and those of this many most probable ones.
-      step_cost: time of a drafting step over that of a plain step (see `adaptive`); 0 drafts whenever it can.
+      grammar: an automaton that says which tokens may follow, or one (or None) per row.
+      top_logprobs: a number n keeps the log-probability of every new token, and of the n most probable ones.
+      step_cost: time of a drafting step over that of a plain step (see `adaptive`); 0 always drafts.
       max_len: the length of the buffer; by default the smallest that holds everything (`buffer_length`).
 
     Raises:
@@ -182,7 +183,7 @@ def prefill(
             )
     grammars = [grammar] * rows if grammar is None or isinstance(grammar, Automaton) else list(grammar)
     if len(grammars) != rows:
-        raise ValueError(f"{len(grammars)} grammars for {rows} rows: give one, or one a row.")
+        raise ValueError(f"{len(grammars)} grammars for {rows} rows: give one, or one per row.")
     starts = np.zeros(rows, np.int32)
     if any(g is not None for g in grammars):
         grammar, starts = automaton.combine(grammars)
@@ -213,12 +214,12 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("times",))
 def repeat(state: DecodeState, times: int, seeds: UInt32[Array, " N"]) -> DecodeState:
-    """Several texts of each prompt from one prefill: every row `times` times, the copies side by side.
+    """Several texts for each prompt from one prefill: every row is repeated `times` times, the copies adjacent.
 
     Args:
-      state: as `prefill` gave it.
-      times: how many texts of each prompt.
-      seeds: `[B * times]` one a row of the result.
+      state: from `prefill`.
+      times: how many texts for each prompt.
+      seeds: `[B * times]` one per row of the result.
     """
     rows = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), state.rows)
     return state._replace(rows=rows._replace(seed=row_keys(seeds)))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from specjax import sampling
+from specjax import control, sampling
 from specjax.decoding import adaptive, verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
@@ -46,7 +46,7 @@ _DRAFT, _ACCEPT, _TOKEN = 0, 1, 2
 
 
 class _Scored(NamedTuple):
-    """What the target's call and the rule give: the cache, and for all rows what `_score` documents."""
+    """The results of the target's call and the rule, as `_score` documents them."""
 
     cache: Any
     verdict: Verdict
@@ -63,11 +63,11 @@ def decode_step(
 
     Args:
       target: the model whose distribution the text has.
-      drafter: what proposes.
+      drafter: the drafter.
       rule: the acceptance rule.
       params: the parameters of both.
       state: before the step.
-      fixed_shape: always score N + 1 tokens, also where no row drafts (see `docs/exactness.md`, numerics).
+      fixed_shape: always score N + 1 tokens, even where no row drafts (see `docs/exactness.md`, numerics).
 
     Returns:
       The state after it: every row that is not done has gained between 1 and D + 1 tokens.
@@ -95,7 +95,7 @@ def decode_step(
     stops, stop_states = _stops(state, verdict.tokens)
     emitted = jnp.where(failed, n, n + 1)
     first_stop = _first(stops & (position < emitted[:, None]))
-    # A row that has come to its stop needs no distribution behind it.
+    # A row that has reached its stop token needs no distribution after it.
     failed &= first_stop >= n
     emitted = jnp.minimum(jnp.minimum(emitted, first_stop + 1), rows.limit - rows.length)
     emitted = jnp.where(running, emitted, 0)
@@ -103,11 +103,11 @@ def decode_step(
     stopped = failed | (first_stop < emitted) | (length >= rows.limit)
     cache = target.commit(scored.cache, verdict.path, emitted)
 
-    # Learn, and write down.
+    # Update the drafter and the counters.
     features = _on_path(scored.output.features, verdict.path)
     feedback = Feedback(verdict.tokens, emitted, length, features, scored.output)
     is_accepted = is_judged & (position[:-1] < n[:, None])
-    # The chance of acceptance, where it is known: of chains, under exact rules. Otherwise whether it was accepted.
+    # The probability of acceptance where it is known, for chains under exact rules; otherwise whether it was accepted.
     overlap = scored.overlap if rule.exact and topology.is_chain else is_accepted.astype(jnp.float32)
     learned = adaptive.update(rows.adaptation, proposal.length, n, state.shared.step_cost)
     after = rows._replace(
@@ -150,12 +150,12 @@ def propose(
     draft_keys: Array,
     keys: StepKeys,
 ) -> tuple[Proposal, Any, Any]:
-    """The drafts of all rows, which a step begins with, the drafter's state, and the target's cache.
+    """The drafts of all rows at the beginning of a step, the drafter's state, and the target's cache.
 
     Args:
       target: the target.
       drafter: the drafter.
-      rule: the acceptance rule; a coupled one has the draft draw with the noise that the target draws with.
+      rule: the acceptance rule; a coupled one makes the draft sample with the noise that the target samples with.
       params: the parameters of both.
       state: before the step.
       room: `[B]` the deepest draft token that each row can use.
@@ -182,30 +182,30 @@ def history_of(state: DecodeState) -> History:
 
 
 def _first(found: Bool[Array, "B T"]) -> Int[Array, " B"]:
-    """The first position of each row at which it holds; T where there is none."""
+    """The first position of each row at which `found` is true; T where there is none."""
     size = found.shape[-1]
     return jnp.min(jnp.where(found, jnp.arange(size, dtype=jnp.int32), size), axis=-1, initial=size)
 
 
 def _after(states: Int[Array, "B T"], count: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Of an automaton's states before and after each token, that after the first `count` tokens."""
+    """The state after the first `count` tokens, from an automaton's states before and after each token."""
     return jnp.take_along_axis(states, count[:, None], axis=1)[:, 0]
 
 
 def _write(buffer: Array, new: Array, at: Int[Array, " B"]) -> Array:
-    """Writes a row's new entries behind its text."""
+    """Writes a row's new entries after its text."""
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, 0))(buffer, new, at)
 
 
 def _on_path(x: Shaped[Array, "B T *rest"], path: Int[Array, "B P"] | None) -> Shaped[Array, "B _ *rest"]:
-    """What belongs to the tokens of the accepted path; of a chain that is all of it, in order."""
+    """The entries of the tokens on the accepted path; for a chain all entries, in order."""
     if path is None:
         return x
     return jnp.take_along_axis(x, path.reshape(*path.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def _trace(table: Automaton | None, state: Int[Array, " B"], tokens: Int[Array, "B T"]) -> Int[Array, "B T+1"]:
-    """An automaton's states before each token and after the last; without an automaton the state stays."""
+    """An automaton's states before each token and after the last; without an automaton the state does not change."""
     if table is None:
         return jnp.broadcast_to(state[:, None], (tokens.shape[0], tokens.shape[1] + 1))
     return automaton.trace(table, state, tokens)
@@ -221,16 +221,16 @@ def _ends(table: Automaton, states: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 
 def _stops(state: DecodeState, tokens: Int[Array, "B T"]) -> tuple[Bool[Array, "B T"], Int[Array, "B T+1"]]:
-    """Whether each of the tokens behind a text ends it, and the states of its stop strings before each and after."""
+    """Whether each of the tokens after a text ends it, and the states of its stop strings before and after each."""
     stops, strings = _is_stop(tokens, state.rows.stop_tokens), state.shared.stop_strings
     states = _trace(strings, state.rows.stop_state, tokens)
     return stops if strings is None else stops | _ends(strings, states[:, 1:]), states
 
 
 def _within_text(state: DecodeState, proposal: Proposal, room: Int[Array, " B"], topology: Topology) -> Proposal:
-    """The proposal without what lies beyond the row's budget, or behind its first stop, where there is no text.
+    """The proposal without the tokens beyond the row's budget or after its first stop, which are never text.
 
-    Whether a token is left out depends on those above it alone, so exact rules stay exact.
+    Whether a token is left out depends on its ancestors alone, so exact rules stay exact.
     """
     if proposal.parent is None:
         end = jnp.minimum(_first(_stops(state, proposal.tokens)[0]) + 1, room)
@@ -261,7 +261,7 @@ def _up_to_nan(proposal: Proposal, target_probs: Float[Array, "B T V"]) -> Propo
 
 
 def _at_temperature_one(options: SamplingOptions) -> SamplingOptions:
-    """The same options, but rows of temperature 0 keep their whole distribution."""
+    """The same options, but rows at temperature 0 keep their whole distribution."""
     return options._replace(temperature=jnp.where(options.temperature > 0, options.temperature, 1.0))
 
 
@@ -273,7 +273,7 @@ def apply_rule(
     logits: Float[Array, "B T V"],
     history: History,
 ) -> tuple[Verdict, Float[Array, "B T V"]]:
-    """The verdicts of all rows on their drafts, and the target's distributions that they were made from.
+    """The verdicts on the drafts of all rows, and the target's distributions that they are based on.
 
     Args:
       rule: the acceptance rule.
@@ -302,7 +302,7 @@ def apply_rule(
 
 
 def _logprobs(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], num_top: int) -> Logprobs:
-    """Log-probabilities of the tokens at each of T places, and of the most probable ones."""
+    """Log-probabilities of the tokens at each of T positions, and of the most probable ones."""
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     top, top_tokens = jax.lax.top_k(log_probs, num_top)
     return Logprobs(jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0], top_tokens, top)
@@ -330,8 +330,8 @@ def _score(
       keys: of the step.
       topology: of the drafter.
       cache: the target's.
-      width: how many tokens the target reads: the last one and all nodes, or it alone, where no row drafts. The results
-        are padded to the first case's.
+      width: how many tokens the target reads: the last one and all nodes, or the last one alone where no row drafts.
+        The results are padded to the shapes of the first case.
 
     Returns:
       the cache; the verdict; the overlap at each draft position; whether the target's logits failed where the last
@@ -350,7 +350,7 @@ def _score(
         history = processors.follow(history_of(state), judged.tokens, penalties)
     else:
         shape = tree.shape(parent, depth)
-        # Nodes that are out of the proposal are -1; they are read as some token that nobody sees.
+        # Nodes that are left out of the proposal are -1; they are read as some token that no proposed node sees.
         block = Block(jnp.maximum(block.tokens, 0), shape.depth, shape.sees)
         history = tree.follow(history_of(state), judged.tokens, shape, depth, penalties)
     output, cache = target.apply(params.target, block, cache)
@@ -367,7 +367,7 @@ def _score(
 
 
 def _widen(scored: _Scored, topology: Topology, proposal: Proposal) -> _Scored:
-    """The results of a plain step in the shapes of one with drafts."""
+    """The results of a plain step in the shapes of a step with drafts."""
 
     def pad(x: Array, size: int) -> Array:
         return jnp.pad(x, ((0, 0), (0, size)) + ((0, 0),) * (x.ndim - 2))
@@ -385,26 +385,19 @@ def _widen(scored: _Scored, topology: Topology, proposal: Proposal) -> _Scored:
 def _at_width(
     score: Callable[[Any, int], _Scored], widths: tuple[int, ...], drafts: Bool[Array, ""], cache: Any
 ) -> _Scored:
-    """`score` at the width that the step needs: the last of `widths` where some row drafts, else the first.
-
-    `while_loop`s of at most one round: XLA copies a cache that both sides of a `cond` update, on every step.
-    """
+    """`score` at the width that the step needs: the last of `widths` where some row drafts, else the first."""
     if len(widths) == 1:
         return score(cache, widths[0])
     shapes = jax.eval_shape(lambda cache: score(cache, widths[-1]), cache)
     scored = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(cache=None))._replace(cache=cache)
     for width in widths:
-
-        def body(carry: tuple[Array, _Scored], width: int = width) -> tuple[Array, _Scored]:
-            return jnp.zeros((), bool), score(carry[1].cache, width)
-
         needed = drafts if width == widths[-1] else ~drafts
-        scored = jax.lax.while_loop(lambda carry: carry[0], body, (needed, scored))[1]
+        scored = control.once(needed, lambda scored, width=width: score(scored.cache, width), scored)
     return scored
 
 
 def _has_draft(proposal: Proposal, verdict: Verdict) -> Bool[Array, "B D"]:
-    """Whether a draft token was proposed for each position behind the accepted ones before it."""
+    """Whether a draft token was proposed for each position, after the accepted ones before it."""
     if proposal.parent is None:
         return jnp.arange(proposal.tokens.shape[1]) < proposal.length[:, None]
     assert verdict.path is not None

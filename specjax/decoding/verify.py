@@ -1,12 +1,12 @@
-"""Acceptance rules: `(keys, target_probs, proposal) -> Verdict`, of one row; the loop `vmap`s them.
+"""Acceptance rules: `(keys, target_probs, proposal) -> Verdict`, for one row; the loop `vmap`s them.
 
-`target_probs` is `[T, V]` with T = N + 1: of a chain, row i is the target's distribution of the token at draft position
-i, given the text and the draft tokens before it; of a tree, row i + 1 is that of the token behind node i, and row 0
-that of the first. The rules see distributions only after `sampling.probabilities` has made them,
-on both sides. Where a paper counts draft tokens from 1, x_i is `proposal.tokens[i - 1]`.
+`target_probs` is `[T, V]` with T = N + 1: for a chain, row i is the target's distribution of the token at draft
+position i, given the text and the draft tokens before it; for a tree, row i + 1 is that of the token after node i, and
+row 0 that of the first token. Target and draft distributions are those that `sampling.probabilities` returns. Where a
+paper counts draft tokens from 1, x_i is `proposal.tokens[i - 1]`.
 
-Exact are `greedy`, `rejection`, `block` and `coupled`, and `observe`, which only measures. The others trade exactness
-for length; they say so (`exact`), and they are called with a number: `lenient(0.3)`.
+`greedy`, `rejection`, `block` and `coupled` are exact, and so is `observe`, which only measures. The others give up
+exactness to accept more; they have `exact=False`, and are called with a number: `lenient(0.3)`.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def _agree(own: Int[Array, " T"], keys: StepKeys, target_probs: Float[Array, "T 
         return _verdict(target_probs, proposal, proposal.tokens == own[:-1], lambda n: own[n])
     is_distribution = ~jnp.isnan(jnp.sum(target_probs, axis=-1))
     path, n = tree.walk(own, is_distribution, proposal, keys.token.shape[0] - 1)
-    # Behind the root, the token of a path's next node is the target's own.
+    # The token of each node on the path is the target's own after the node before it.
     return Verdict(jnp.where(jnp.arange(path.shape[0]) <= n, own[path], 0), n, path)
 
 
@@ -73,12 +73,12 @@ class Rule:
 
     Attributes:
       function: `(keys, target_probs[K + 1, V], proposal) -> Verdict`.
-      name: as results and flags call it.
+      name: its name in results and flags.
       exact: whether the text is distributed exactly as the target's.
       coupled: whether the drafter is to draw each token with the key that the target would draw it with.
-      at_zero: what judges rows of temperature 0. For an exact rule that is `greedy`, on one-hot distributions. A rule
-        that is not exact judges them on the target's distribution at temperature 1. Where a rule does not say, `greedy`
-        takes its place, and the front door warns of it.
+      at_zero: the function for rows at temperature 0. For an exact rule that is `greedy`, on one-hot distributions. A
+        rule that is not exact judges them on the target's distribution at temperature 1. The default is `greedy`, and
+        `generate` warns where a rule keeps it.
       trees: whether it judges trees; all rules judge chains.
     """
 
@@ -107,7 +107,7 @@ def _is_known(probs: Float[Array, "T V"], proposal: Proposal) -> Bool[Array, " K
 
 
 def _of_drafts(probs: Float[Array, "T V"], proposal: Proposal) -> Float[Array, " K"]:
-    """The probability of each draft token; 0 of a token outside the vocabulary."""
+    """The probability of each draft token; 0 for a token outside the vocabulary."""
     size = probs.shape[-1]
     found = probs[jnp.arange(proposal.tokens.shape[0]), jnp.clip(proposal.tokens, 0, size - 1)]
     return jnp.where(_is_known(probs, proposal), found, 0.0)
@@ -116,9 +116,9 @@ def _of_drafts(probs: Float[Array, "T V"], proposal: Proposal) -> Float[Array, "
 def _residual_or(
     target: Float[Array, " V"], scale: Float[Array, ""] | float, draft: Float[Array, " V"]
 ) -> Float[Array, " V"]:
-    """max(0, scale * target - draft), not normalised; the target itself where rounding has emptied that.
+    """max(0, scale * target - draft), not normalised; the target itself where rounding leaves nothing.
 
-    Two equal distributions leave nothing, and are never rejected but for rounding.
+    Two equal distributions leave nothing, but then only rounding can cause a rejection.
     """
     residual = jnp.maximum(scale * target - draft, 0.0)
     return jnp.where(jnp.sum(residual) > 0, residual, target)
@@ -155,7 +155,7 @@ def block_acceptance(
 
     Returns:
       p: `[K + 1]`, the chance that the first i draft tokens are accepted, given them.
-      h: `[K + 1]`, the chance that exactly i are, given that no longer prefix is; h_0 = 1.
+      h: `[K + 1]`, the chance that exactly i are accepted, given that no longer prefix is accepted; h_0 = 1.
     """
     k = proposal.tokens.shape[0]
     draft = draft_probs(proposal, target_probs.shape[-1])
@@ -164,7 +164,7 @@ def block_acceptance(
         p = jnp.minimum(p * ratio, 1.0)
         return p, p
 
-    # A token of target probability 0 is never accepted, also where the draft states 0 for it.
+    # A token of target probability 0 is never accepted, even where the draft also states 0 for it.
     of_target = _of_drafts(target_probs, proposal)
     ratios = jnp.where(of_target > 0, of_target / _of_drafts(draft, proposal), 0.0)
     p = jnp.concatenate([jnp.ones(1), jax.lax.scan(times, jnp.ones(()), ratios)[1]])
@@ -172,7 +172,7 @@ def block_acceptance(
     remaining = jnp.sum(jnp.maximum(p[:k, None] * target_probs[:k] - draft, 0.0), axis=-1)
     # In this order: what remains may be far smaller than 1.
     rest = remaining + (1.0 - p[:k])
-    # Where nothing rests, p_i = 1 and the draft equals the target.
+    # Where `rest` is 0, p_i = 1 and the draft equals the target.
     h = jnp.append(jnp.where(rest <= 0, 1.0, remaining / rest), 0.0)
     position = jnp.arange(k + 1)
     h = jnp.where(position == proposal.length, p, jnp.where(position > proposal.length, 0.0, h))
@@ -219,8 +219,8 @@ def _observe_greedy(keys: StepKeys, target_probs: Float[Array, "T V"], proposal:
 greedy = Rule(_greedy, "greedy", exact=True, trees=True)
 """Accepts draft tokens while they are the target's argmax; the next token is the argmax after them.
 
-Exact for temperature 0, where the target's distribution is one-hot (for other temperatures it decodes as if it were 0,
-so the front door refuses that).
+Exact for temperature 0, where the target's distribution is one-hot. It decodes any other temperature as if it were 0,
+so `generate` refuses that.
 """
 
 rejection = Rule(_rejection, "rejection", exact=True)
@@ -235,8 +235,8 @@ stated draft distribution.
 block = Rule(_block, "block", exact=True)
 """Block verification: Sun et al. 2024, arXiv 2403.10444, Algorithm 2.
 
-Judges the draft as a whole: a token that alone would be rejected can be saved by the likelier ones before and after it.
-Exact like `rejection`, and never fewer tokens in expectation.
+Judges the draft as a whole: a token that would be rejected alone can be saved by more probable ones before and after.
+Exact like `rejection`, and in expectation it never accepts fewer tokens.
 """
 
 coupled = Rule(_coupled, "coupled", exact=True, coupled=True, trees=True)
@@ -244,19 +244,19 @@ coupled = Rule(_coupled, "coupled", exact=True, coupled=True, trees=True)
 
 Row and position fix one noise vector g. The target takes argmax(log target + g), the draft argmax(log draft + g);
 drafts are accepted while they are equal. So the text is, token for token, that of plain decoding with the same seed,
-whatever drafts and however much. A draft is accepted with probability at least (1 - TV) / (1 + TV), a little less than
-the 1 - TV of `rejection`.
+for any drafter and K. A draft is accepted with probability at least (1 - TV) / (1 + TV), a little less than the 1 - TV
+of `rejection`.
 """
 
 observe = Rule(_observe, "observe", exact=True, at_zero=_observe_greedy, trees=True)
-"""Accepts nothing: the text is that of plain decoding, and `Stats.overlap` sums the chance of acceptance at its places.
+"""Accepts nothing: the text is plain decoding's, and `Stats.overlap` sums the acceptance probability at its positions.
 
 So alpha is measured as E[sum_x min(target, draft)] on the target's own text (Leviathan et al. 2022, Table 3).
 """
 
 
 def _draws(accepts: Callable[[Float[Array, "K V"], Proposal], Bool[Array, " K"]]) -> tuple[Judge, Judge]:
-    """Two judges that accept by a criterion; what follows is drawn from the target, or is its argmax."""
+    """Two judges that accept by a criterion; the next token is drawn from the target, or is its argmax."""
 
     def drawn(keys: StepKeys, target_probs: Float[Array, "T V"], proposal: Proposal) -> Verdict:
         accepted = accepts(target_probs[:-1], proposal)
@@ -281,7 +281,7 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 def lenient(lenience: float) -> Rule:
     """Accepts with probability min(1, target(x) / (l draft(x))) (Leviathan et al. 2022, appendix A.5). Not exact.
 
-    No token comes with more than 1/l times its probability under the target. At temperature 0, x is accepted where
+    No token has more than 1/l times its probability under the target. At temperature 0, x is accepted where
     target(x) >= l max target, in the target's distribution at temperature 1 (the paper prints the inequality the other
     way round).
 
@@ -306,7 +306,7 @@ def typical(epsilon: float = 0.09, delta: float = 0.3) -> Rule:
 
     Args:
       epsilon: the probability that is always enough.
-      delta: what the threshold is, relative to exp(-entropy), where the target is uncertain.
+      delta: the threshold relative to exp(-entropy), where the target is uncertain.
 
     Raises:
       ValueError: for numbers outside [0, 1].
@@ -330,11 +330,11 @@ def _typical(epsilon: float, delta: float) -> Rule:
 def top_k(k: int, gap: float = float("inf")) -> Rule:
     """Accepts the target's k most probable tokens (blockwise decoding, arXiv 1811.03115, §5.1). Not exact.
 
-    With a gap, only those whose log-probability is at most so far below the best (SpecDec, arXiv 2203.16487, eq. 7:
+    With a gap, only those whose log-probability is at most that far below the best (SpecDec, arXiv 2203.16487, eq. 7:
     top-beta within tau).
 
     Args:
-      k: how many; ties at the cut all count.
+      k: how many tokens; all ties at the cut count.
       gap: in nats.
 
     Raises:
@@ -398,7 +398,7 @@ RULES: dict[str, Rule | Callable[..., Rule]] = {
     "top_k": top_k,
     "distance": distance,
 }
-"""By name, for flags; what is not a rule makes one from its numbers."""
+"""The rules by name, for flags; a value that is not a rule is a function of numbers that returns one."""
 
 
 def overlap(target_probs: Float[Array, "T V"], proposal: Proposal, lenience: float = 1.0) -> Float[Array, " K"]:
@@ -412,7 +412,7 @@ def overlap(target_probs: Float[Array, "T V"], proposal: Proposal, lenience: flo
 
 
 _EXAMPLES = {"lenient": "0.3", "typical": "0.09,0.3", "top_k": "3", "distance": "2"}
-"""Numbers to show in an error, by the name of what makes a rule of them."""
+"""Example numbers for error messages, by the name of the function that makes a rule of them."""
 
 
 def parse(rule: Any) -> Rule:
@@ -420,7 +420,7 @@ def parse(rule: Any) -> Rule:
 
     Raises:
       ValueError: for a name that is not known, or numbers that make no sense.
-      TypeError: for what is neither, such as `verify.lenient` without its number.
+      TypeError: for any other object, such as `verify.lenient` without its number.
     """
     if isinstance(rule, Rule):
         return rule
@@ -435,9 +435,9 @@ def parse(rule: Any) -> Rule:
     if callable(rule) and not isinstance(rule, type):
         called = getattr(rule, "__name__", None) or type(rule).__name__
         raise TypeError(
-            f"verify={called} is a function and no rule: write verify.Rule({called}, name={called!r}, exact=False)."
+            f"verify={called} is a function, not a rule: write verify.Rule({called}, name={called!r}, exact=False)."
         )
-    raise TypeError(f"verify={rule!r} is no rule: give a verify.Rule, or one of the names {', '.join(RULES)}.")
+    raise TypeError(f"verify={rule!r} is not a rule: give a verify.Rule, or one of the names {', '.join(RULES)}.")
 
 
 def _named(text: str) -> Rule:
@@ -456,7 +456,7 @@ def _named(text: str) -> Rule:
 
 
 def _numbers(make: Callable[..., Rule], texts: list[str]) -> list[int | float]:
-    """The numbers of a name, of the types that `make` asks for."""
+    """The numbers in the name of a rule, in the types that `make` takes."""
     parameters = list(inspect.signature(make).parameters.values())
     needed = sum(parameter.default is parameter.empty for parameter in parameters)
     if not needed <= len(texts) <= len(parameters):
@@ -479,7 +479,7 @@ def _numbers(make: Callable[..., Rule], texts: list[str]) -> list[int | float]:
 
 
 def replaced_at_zero(rule: Rule) -> str:
-    """What to warn of before a rule judges rows of temperature 0; nothing for the rules of this module."""
+    """The warning for a rule that judges rows at temperature 0 by default; empty for the rules of this module."""
     if rule.at_zero is not _greedy or any(rule is known for known in (greedy, rejection, block, coupled)):
         return ""
     return (

@@ -1,4 +1,4 @@
-"""Drafters: pure functions that propose tokens. One file a family."""
+"""Drafters: pure functions that propose tokens. One file per family."""
 
 from specjax.drafters.model import model
 from specjax.drafters.ngram import ngram

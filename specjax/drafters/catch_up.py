@@ -1,4 +1,4 @@
-"""How a draft model keeps up with the text: what all drafters share that have a cache of their own."""
+"""How a draft model keeps up with the text: shared by all drafters that have a cache of their own."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from specjax.types import Block, History, Inputs, Model, Tree
 
 
 def set_length(draft: Model, cache: Any, length: Int[Array, " B"]) -> Any:
-    """The cache with so many committed entries, which are there."""
+    """The cache with `length` committed entries; they must have been written."""
     return draft.commit(cache, None, length - cache.length)
 
 
@@ -32,13 +32,13 @@ def catch_up(draft: Model, params: Tree, cache: Any, history: History, *, missin
       params: its parameters.
       cache: its cache.
       history: the text.
-      missing: how many of the last tokens are read later, by `read_last`, in any case.
-      chunk: tokens a call.
+      missing: how many of the last tokens `read_last` will read later in any case.
+      chunk: tokens per call.
     """
     needed = jnp.maximum(history.length - missing, 0)
 
     def is_behind(cache: Any) -> Array:
-        # Of every row: one that does not draft now has its last tokens rewritten by `read_last` all the same.
+        # Every row counts: `read_last` rewrites the last tokens even of a row that does not draft now.
         return jnp.any(cache.length < needed)
 
     def read(cache: Any) -> Any:
@@ -50,14 +50,14 @@ def catch_up(draft: Model, params: Tree, cache: Any, history: History, *, missin
 
 
 def read_last(draft: Model, params: Tree, cache: Any, history: History, size: int) -> tuple[Float[Array, "B 1 W"], Any]:
-    """The draft's logits behind the text, and its cache of the whole text.
+    """The draft's logits after the text, and its cache of the whole text.
 
     Args:
       draft: the draft model.
       params: its parameters.
       cache: of all but the last `size` tokens, at least.
       history: the text.
-      size: how many tokens are read, at most as many as there are.
+      size: how many tokens are read; a shorter text is read from its beginning.
     """
     begin = jnp.maximum(history.length - size, 0)
     cache = set_length(draft, cache, begin)

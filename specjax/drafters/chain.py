@@ -1,4 +1,4 @@
-"""What drafters share that know the next token's distribution without a model: a chain drawn token by token."""
+"""A chain drawn token by token: shared by drafters that know the next token's distribution without a model."""
 
 from collections.abc import Callable
 
@@ -25,15 +25,15 @@ def draw(
     length: Int[Array, " B"],
     context: Context,
 ) -> Proposal:
-    """Draws K tokens of each row, each given those before it, and states what they were drawn from.
+    """Draws K tokens for each row, each given those before it, and states the distributions that they were drawn from.
 
-    A row's proposal ends before the first place where its options leave none of the tokens that `predict` knows. That
-    depends on the drafts before that place alone, so exact rules stay exact.
+    A row's proposal ends before the first position where its options leave none of the tokens that `predict` knows.
+    That depends on the drafts before that position alone, so exact rules stay exact.
 
     Args:
-      predict: the logits `[B, V]` of the next token, V the target's; -inf for what is never drafted.
-      advance: what `predict` needs after one more token of each row.
-      start: what it needs for the first.
+      predict: the logits `[B, V]` of the next token, V the target's; -inf for tokens that are never drafted.
+      advance: the argument of `predict` after one more token of each row.
+      start: the argument of `predict` for the first token.
       length: `[B]` the most tokens to propose; where it is 0 for all rows, nothing is computed.
       context: of the step.
     """
@@ -65,12 +65,12 @@ def draw(
 
 
 def init(batch_size: int, max_len: int, max_source: int = 0) -> tuple[()]:
-    """The state of a drafter that looks at the text alone: nothing."""
+    """The state of a drafter that looks only at the text: empty."""
     del batch_size, max_len, max_source
     return ()
 
 
 def update(params: Params, state: tuple[()], feedback: Feedback) -> tuple[()]:
-    """Nothing to learn."""
+    """The state, which does not change."""
     del params, feedback
     return state

@@ -1,4 +1,4 @@
-"""What a drafter owes to the loop, checked while the loop is traced: shapes and types alone, so it costs nothing later.
+"""A drafter's contract with the loop, checked while the loop is traced: shapes and types, at no cost at run time.
 
 Values (ids within the vocabulary, probabilities that sum to 1, ...) are checked by `specjax.testing.check_drafter`.
 """
@@ -18,7 +18,7 @@ REMEDY = "`specjax.types` documents a drafter, and specjax.testing.check_drafter
 
 
 def describe(function: Callable[..., Any]) -> str:
-    """Where a function is written, such as `propose of my_drafter (my_drafter.py, line 12)`."""
+    """Where a function is defined, such as `propose of my_drafter (my_drafter.py, line 12)`."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
@@ -42,12 +42,12 @@ def check_proposal(proposal: Any, drafter: Drafter, batch_size: int, vocab_size:
       vocab_size: V of the target.
 
     Raises:
-      TypeError: for what is no `Proposal`, or arrays of another type.
+      TypeError: for an object that is not a `Proposal`, or arrays of another type.
       ValueError: for arrays of another shape.
     """
     nodes, topology = drafter.num_draft_tokens, drafter.topology
     if not isinstance(proposal, Proposal):
-        raise TypeError(_blame(drafter.propose, f"returns {_kind(proposal)} in the place of a Proposal"))
+        raise TypeError(_blame(drafter.propose, f"returns {_kind(proposal)} instead of a Proposal"))
     wanted = {
         "tokens": ((batch_size, nodes), "int32", "[B, K]"),
         "length": ((batch_size,), "int32", "[B]"),
@@ -59,7 +59,7 @@ def check_proposal(proposal: Any, drafter: Drafter, batch_size: int, vocab_size:
         if field in ("probs", "parent") and value is None:
             continue
         if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-            raise TypeError(_blame(drafter.propose, f"proposes {field} of {_kind(value)}, which is no array"))
+            raise TypeError(_blame(drafter.propose, f"proposes {field} of {_kind(value)}, which is not an array"))
         if tuple(value.shape) != shape:
             raise ValueError(
                 _blame(drafter.propose, f"proposes {field} of shape {list(value.shape)}, not {axes} = {list(shape)}")
@@ -77,7 +77,7 @@ def _kind(value: Any) -> str:
 
 
 def _check_carried(function: Callable[..., Any], before: Tree, after: Tree, name: str) -> None:
-    """What the loop carries keeps its structure, shapes and types."""
+    """Checks that what the loop carries keeps its structure, shapes and types."""
     old, new = jax.tree.structure(before), jax.tree.structure(after)
     if old != new:
         raise TypeError(_blame(function, f"changes the structure of the {name} from {old} to {new}"))
@@ -90,14 +90,14 @@ def _check_carried(function: Callable[..., Any], before: Tree, after: Tree, name
 
 
 def propose(drafter: Drafter, params: Params, state: Tree, cache: Any, context: Context) -> tuple[Proposal, Tree, Any]:
-    """`drafter.propose`, and what it returns checked.
+    """Calls `drafter.propose`, and checks what it returns.
 
     Raises:
       TypeError, ValueError: naming the drafter, as `check_proposal` does, and for a state that changes its structure.
     """
     found = drafter.propose(params, state, cache, context)
     if not isinstance(found, tuple) or isinstance(found, Proposal) or len(found) != 3:
-        raise TypeError(_blame(drafter.propose, f"returns {_kind(found)} in the place of (Proposal, state, cache)"))
+        raise TypeError(_blame(drafter.propose, f"returns {_kind(found)} instead of (Proposal, state, cache)"))
     proposal, after, cache_after = found
     check_proposal(proposal, drafter, context.max_draft.shape[0], context.vocab_size)
     _check_carried(drafter.propose, state, after, "state")
@@ -106,7 +106,7 @@ def propose(drafter: Drafter, params: Params, state: Tree, cache: Any, context: 
 
 
 def update(drafter: Drafter, params: Params, state: Tree, feedback: Feedback) -> Tree:
-    """`drafter.update`, and the state that it returns checked.
+    """Calls `drafter.update`, and checks the state that it returns.
 
     Raises:
       TypeError: naming the drafter, where the state changes its structure.
@@ -117,11 +117,11 @@ def update(drafter: Drafter, params: Params, state: Tree, feedback: Feedback) ->
 
 
 def check(drafter: Any) -> Draft:
-    """What the front door was given, as a `Draft`.
+    """What a user gave as a drafter, as a `Draft`.
 
     Raises:
-      TypeError: for what is none, such as `drafters.ngram` without its brackets.
-      ValueError: for a number of draft tokens that is none.
+      TypeError: for an object that is not a drafter, such as `drafters.ngram` without its brackets.
+      ValueError: for a topology that is not one.
     """
     given = drafter.drafter if isinstance(drafter, Draft) else drafter
     if not isinstance(given, Drafter):

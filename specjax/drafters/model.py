@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import sampling
+from specjax import control, sampling
 from specjax.drafters import model_tree
 from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
 from specjax.limits import check_num_draft_tokens
@@ -39,27 +39,28 @@ def model(
     """Drafts with another model of the same vocabulary.
 
     A row's draft ends before the first position at which the options leave none of the tokens that the draft knows.
-    With `min_confidence`, drafting ends behind a token at whose position the draft gave its most probable token less
-    than that: what would follow is rarely accepted. (Transformers' assisted generation has such a threshold.) The text
-    stays exact, since where a draft ends depends on the tokens before that position only, never on the one drawn there.
+    With `min_confidence`, it ends after the first token at whose position the draft's most probable token was less
+    probable than that: what would follow is rarely accepted. (Transformers' assisted generation has such a threshold.)
+    The text stays exact, since where a draft ends depends only on the tokens before that position, never on the one
+    drawn there.
 
-    With a topology it drafts a tree: of each node the most probable continuations, or at a temperature those that the
-    noise of `verify.coupled` prefers. Trees are judged by the rules `greedy` (temperature 0) and `coupled`.
+    With a topology it drafts a tree: for each node the most probable continuations, or above temperature 0 those that
+    the noise of `verify.coupled` prefers. Trees are judged by the rules `greedy` (temperature 0) and `coupled`.
 
     Args:
       draft: a `Model`, whose parameters the caller passes to the loop, or a `Pretrained`, which brings them.
-      num_draft_tokens: K of a chain; by default 4.
-      min_confidence: from 0, which always drafts K tokens, to 1; a probability of the draft itself, without options.
+      num_draft_tokens: K, for a chain; by default 4.
+      min_confidence: from 0, which always drafts K tokens, to 1; a probability under the draft, before any option.
       topology: the shape of a tree: how many children every node has, by depth, such as `(3, 2, 1)`; or its nodes as
         paths, such as `[(0,), (1,), (0, 0)]`, each a list of ranks among siblings (Medusa, arXiv 2401.10774, §2.3.2).
         None: a chain.
 
     Returns:
-      a `Draft` of a `Pretrained`, a `Drafter` of a `Model`.
+      a `Draft` for a `Pretrained`, a `Drafter` for a `Model`.
 
     Raises:
-      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, a confidence that is no probability, a topology that is
-        no tree, or a topology together with one of the others.
+      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, a confidence that is not a probability, a topology that
+        is not a tree, or a topology together with one of the others.
     """
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence={min_confidence}: a probability, from 0 (off) to 1.")
@@ -82,7 +83,7 @@ def model(
 def choose(
     logits: Float[Array, "B 1 W"], key: Array, history: History, options: SamplingOptions, vocab_size: int
 ) -> tuple[Int[Array, " B"], Float[Array, "B V"], Bool[Array, " B"]]:
-    """A token of each row, what it was drawn from, and whether the options left any of the tokens that a draft knows.
+    """A token for each row, its distribution, and whether the options left any of the tokens that the draft knows.
 
     Args:
       logits: of the draft.
@@ -110,7 +111,7 @@ def _has_no_token(logits: Float[Array, "B 1 V"], probs: Float[Array, "B V"]) -> 
 
 
 class _Chain(NamedTuple):
-    """A draft model, and how far it drafts: K tokens, or until its most probable token is less probable than that."""
+    """A draft model, and how far it drafts: K tokens, or until its top probability falls below `min_confidence`."""
 
     draft: Model
     num_draft_tokens: int
@@ -118,13 +119,13 @@ class _Chain(NamedTuple):
 
 
 _Rollout = tuple[Int[Array, "B K"], Float[Array, "B K V"], Int[Array, " B"], Any]
-"""The draft tokens of all rows, what each was drawn from, how many there are, and the draft's cache."""
+"""The draft tokens of all rows, the distribution of each, how many there are, and the draft's cache."""
 
 
 def _extend(
     chain: _Chain, params: Tree, cache: Any, token: Int[Array, " B"], history: History, context: Context
 ) -> tuple[Float[Array, "B 1 W"], Any, History]:
-    """The logits behind one more token of each row."""
+    """The logits after one more token of each row."""
     history = processors.extend(history, token, context.sampling.penalties)
     output, cache = chain.draft.apply(params, Block(token[:, None]), cache)
     return output.logits, chain.draft.commit(cache, None, jnp.ones_like(token)), history
@@ -133,20 +134,20 @@ def _extend(
 def _pick(
     logits: Float[Array, "B 1 W"], key: Array, history: History, context: Context, going: Bool[Array, " B"]
 ) -> tuple[Int[Array, " B"], Float[Array, "B V"], Bool[Array, " B"]]:
-    """`choose`, for rows that still draft."""
+    """`choose` for the rows that still draft."""
     token, probs, some = choose(logits, key, history, context.sampling, context.vocab_size)
     return token, jnp.where(going[:, None], probs, 0.0), going & some
 
 
 def _skip(chain: _Chain, cache: Any, context: Context) -> _Rollout:
-    """No row drafts."""
+    """The rollout where no row drafts."""
     rows, k = context.max_draft.shape[0], chain.num_draft_tokens
     none = jnp.zeros(rows, jnp.int32)
     return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), none, cache
 
 
 def _rollout(chain: _Chain, params: Tree, cache: Any, context: Context) -> _Rollout:
-    """Draws K tokens of each row, each given those before it."""
+    """Draws K tokens for each row, each given those before it."""
     keys, going = jnp.swapaxes(context.keys, 0, 1), jnp.ones(context.max_draft.shape, bool)
     cache = catch_up(chain.draft, params, cache, context.history, missing=2, chunk=chain.num_draft_tokens + 1)
 
@@ -215,19 +216,17 @@ def _drafter(chain: _Chain) -> Drafter:
         if not chain.num_draft_tokens:
             tokens, probs, count, state = _skip(chain, state, context)
         else:
-            tokens, probs, count, state = jax.lax.cond(
+            tokens, probs, count, state = control.once(
                 jnp.any(context.max_draft > 0),
-                lambda params, state: _rollout(chain, params, state, context),
-                lambda params, state: _skip(chain, state, context),
-                params.draft,
-                state,
+                lambda skipped: _rollout(chain, params.draft, skipped[-1], context),
+                _skip(chain, state, context),
             )
         return Proposal(tokens, jnp.minimum(context.max_draft, count), probs), state, cache
 
     def update(params: Params, state: Any, feedback: Feedback) -> Any:
         if feedback.inputs is not None:
             return learn(chain.draft, params.draft, state, feedback.inputs)
-        # Of the K draft tokens, K - 1 were fed; those accepted are text, the others are rolled back.
+        # K - 1 of the K draft tokens were fed; the accepted ones are text, the others are rolled back.
         return set_length(chain.draft, state, jnp.minimum(state.length, feedback.length - 1))
 
     return Drafter(chain.draft.init_cache, propose, update, Topology.chain(chain.num_draft_tokens))

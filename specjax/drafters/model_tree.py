@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import sampling
+from specjax import control, sampling
 from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import processors, tree
@@ -21,7 +21,7 @@ class Level(NamedTuple):
     """The nodes of one depth.
 
     Attributes:
-      nodes: their numbers, which follow one another.
+      nodes: their indices, which are consecutive.
       parents: the parent of each; -1 is the last committed token.
       ranks: the rank of each among its siblings, most probable first.
     """
@@ -38,7 +38,7 @@ def parse(topology: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Level, ...
       topology: children of every node by depth, or all nodes as paths of ranks (see `drafters.model`).
 
     Raises:
-      ValueError: for what is no tree, or one of too many nodes.
+      ValueError: for a topology that is not a tree, or has too many nodes.
     """
     given: list[Any] = list(topology)
     if given and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in given):
@@ -70,10 +70,10 @@ def parse(topology: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Level, ...
 
 
 def _rank(logits: Float[Array, "B W V"], key: Array, history: History, context: Context) -> Float[Array, "B W V"]:
-    """What the continuations of W nodes are ranked by: what the target does with its own logits, done to the draft's.
+    """The scores of the continuations of W nodes: those by which the target chooses, from the draft's logits.
 
-    At temperature 0 the target takes the greatest logit; a coupled rule takes the greatest log-probability with the
-    noise of the position. -inf: never proposed.
+    At temperature 0 the target takes the greatest logit; a coupled rule takes the greatest sum of log-probability and
+    the noise of the position. -inf: never proposed.
     """
     options = context.sampling
     logits = sampling.match_vocab(logits.astype(jnp.float32), context.vocab_size)
@@ -91,24 +91,22 @@ def _rank(logits: Float[Array, "B W V"], key: Array, history: History, context: 
 def _apply_alone(
     draft: Model, params: Tree, block: Block, cache: Any, is_needed: Bool[Array, ""]
 ) -> tuple[Float[Array, "B T W"], Any]:
-    """The draft's logits behind a block, and its cache, by a loop of one round.
+    """The draft's logits after each token of a block, and its cache, by a loop of one round.
 
     Where two calls follow each other in one computation, XLA:CPU copies the cache between them.
     """
     shapes = jax.eval_shape(lambda: draft.apply(params, block, cache)[0].logits)
 
-    def body(carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
-        output, cache = draft.apply(params, block, carry[2])
-        return jnp.zeros((), bool), output.logits, cache
+    def apply(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        output, cache = draft.apply(params, block, carry[1])
+        return output.logits, cache
 
-    start = is_needed, jnp.zeros(shapes.shape, shapes.dtype), cache
-    _, logits, cache = jax.lax.while_loop(lambda carry: carry[0], body, start)
-    return logits, cache
+    return control.once(is_needed, apply, (jnp.zeros(shapes.shape, shapes.dtype), cache))
 
 
 @functools.cache
 def drafter(draft: Model, levels: tuple[Level, ...]) -> Drafter:
-    """Drafts a tree, one call of the draft a level. The state is the draft's cache.
+    """Drafts a tree, with one call of the draft per level. The state is the draft's cache.
 
     Args:
       draft: the draft model.
@@ -148,17 +146,10 @@ def drafter(draft: Model, levels: tuple[Level, ...]) -> Drafter:
             logits, cache = _apply_alone(draft, params.draft, block, cache, jnp.any(context.max_draft > 0))
         return tokens, cache
 
-    def skip(params: Params, cache: Any, context: Context) -> tuple[Int[Array, "B N"], Any]:
-        del params
-        return jnp.zeros((context.max_draft.shape[0], len(parents)), jnp.int32), cache
-
     def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
-        tokens, state = jax.lax.cond(
-            jnp.any(context.max_draft > 0),
-            lambda p, c: rollout(p, c, context),
-            lambda p, c: skip(p, c, context),
-            params,
-            state,
+        none = jnp.zeros((context.max_draft.shape[0], len(parents)), jnp.int32)
+        tokens, state = control.once(
+            jnp.any(context.max_draft > 0), lambda carry: rollout(params, carry[1], context), (none, state)
         )
         parent = jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape)
         length = jnp.where(context.max_draft > 0, len(parents), 0).astype(jnp.int32)

@@ -1,6 +1,6 @@
-"""Prompt lookup: the draft is what followed the last tokens where they stood before.
+"""Prompt lookup: the draft is what followed the last tokens where they occurred before.
 
-Saxena 2023 (prompt lookup decoding); LLMA, arXiv 2304.04487. Of an encoder-decoder, the input is looked up too, and a
+Saxena 2023 (prompt lookup decoding); LLMA, arXiv 2304.04487. For an encoder-decoder, the source is searched too, and a
 text is first drafted as a copy of it (aggressive decoding, Sun et al. 2021, arXiv 2106.04970).
 """
 
@@ -36,7 +36,7 @@ def lookup(
     source: Int[Array, " S"],
     source_length: Int[Array, ""],
 ) -> tuple[Int[Array, " K"], Int[Array, ""]]:
-    """Finds the longest earlier occurrence of the text's last tokens, the most recent of equals.
+    """Finds the longest earlier occurrence of the text's last tokens, the most recent one in a tie.
 
     Where the copy would run past the end of the text, it goes on periodically, as the copied tokens themselves would be
     looked up next.
@@ -46,9 +46,9 @@ def lookup(
       length: tokens of text in it.
       num_draft_tokens: K.
       min_match: the shortest match that counts, in tokens. A match of the whole text counts, however short.
-      max_match: the longest that is told apart from longer ones.
-      source: `[S]` what an encoder has read, which counts as text of long ago that begins as the text does; S = 0
-        where there is none.
+      max_match: the longest match; longer ones count as equal to it.
+      source: `[S]` what an encoder has read, which counts as the oldest text, after a copy of the text's first token;
+        S = 0 where there is none.
       source_length: the number of its tokens.
 
     Returns:
@@ -59,12 +59,12 @@ def lookup(
     place = jnp.arange(past.shape[0])
     in_text = place >= offset
     begin = jnp.where(in_text, offset, 0)
-    # The last token of source and of text, which nothing follows.
+    # The position of the last token of source and of text, after which there is nothing.
     last = jnp.where(in_text, offset + length - 1, source_length)
     matched = jnp.zeros(past.shape[0], jnp.int32)
     running = place < last
     for back in range(max_match):
-        # The token `back` before the end of the text, against the token `back` before every place.
+        # The token `back` before the end of the text, compared with the token `back` before every position.
         wanted = tokens[jnp.maximum(length - 1 - back, 0)]
         running = running & (jnp.roll(past, back) == wanted) & (place - back >= begin) & (length > back)
         matched = matched + running
@@ -77,15 +77,15 @@ def lookup(
 
 @functools.cache
 def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) -> Drafter:
-    """Drafts by looking the last tokens up in prompt and text; no model, no parameters, no host.
+    """Drafts by looking up the last tokens in prompt and text, on the device, without a model or parameters.
 
-    Of an encoder-decoder, the source is searched as well. A row without a match of at least `min_match` tokens drafts
+    For an encoder-decoder, the source is searched as well. A row without a match of at least `min_match` tokens drafts
     nothing; a step in which no row drafts is a plain one.
 
     Args:
       num_draft_tokens: K, the most tokens copied in a step.
       min_match: the shortest match that counts. One token alone predicts little.
-      max_match: the longest match that is told apart from longer ones.
+      max_match: the longest match; longer ones count as equal to it.
 
     Raises:
       ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, or matches that make no sense.

@@ -12,7 +12,7 @@ from specjax.types import Context, Drafter, Params, Proposal, Topology, Tree
 
 @functools.cache
 def none(*, num_draft_tokens: int = 0) -> Drafter:
-    """The loop decodes one token a step with the target alone.
+    """The loop decodes one token per step with the target alone.
 
     Args:
       num_draft_tokens: room for this many drafts, none of which is ever made: with `fixed_shape`, every target call

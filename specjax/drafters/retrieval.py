@@ -22,16 +22,16 @@ from specjax.types import Context, Draft, Drafter, Params, Proposal, Topology
 
 KIND = "retrieval"
 _END = -1
-"""Stands behind every text of the corpus, and beyond the last: no token, so that no match crosses it."""
+"""Follows every text of the corpus, and fills reads beyond the end. It is not a token, so that no match crosses it."""
 
 
 class Index(NamedTuple):
     """A corpus and its suffix array.
 
     Attributes:
-      tokens: `[N]` the texts, a -1 behind each.
-      suffixes: `[M]` the places of all tokens, in the order of the texts that begin there, of which the first `depth`
-        tokens count.
+      tokens: `[N]` the texts, with a -1 after each.
+      suffixes: `[M]` the positions of all tokens, in the order of the sequences that begin there, compared by their
+        first `depth` tokens.
     """
 
     tokens: Int[Array, " N"]
@@ -39,13 +39,13 @@ class Index(NamedTuple):
 
 
 class Datastore(NamedTuple):
-    """An indexed corpus: what a drafter drafts with.
+    """An indexed corpus, from which the drafter `retrieval` drafts.
 
     Attributes:
       params: the index; its arrays are arguments of the loop.
-      tokenizer: what the token ids mean, or None.
+      tokenizer: the tokenizer of the token ids, or None.
       vocab_size: V of the corpus.
-      depth: how many tokens the order of the suffix array rests on: the longest match that can be looked up.
+      depth: how many tokens the suffix array is sorted by: the longest match that can be looked up.
       info: what was indexed, as JSON values.
     """
 
@@ -57,10 +57,10 @@ class Datastore(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """Where the longest match of a text's last tokens stands.
+    """The occurrences in the corpus of the longest match of a text's last tokens.
 
     Attributes:
-      begin: `[]` the first of its places in the suffix array.
+      begin: `[]` the index of the first of them in the suffix array.
       number: `[]` how many there are.
       size: `[]` the match's length in tokens; 0: none.
     """
@@ -71,10 +71,10 @@ class Matches(NamedTuple):
 
 
 def suffix_array(tokens: Int[np.ndarray, " N"], depth: int) -> Int[np.ndarray, " N"]:
-    """The places of all tokens, ordered by at least the first `depth` tokens from there on, then by place.
+    """The positions of all tokens, ordered by at least the first `depth` tokens from there on, then by position.
 
-    Prefix doubling (Manber, Myers 1990): the ranks by h tokens, taken in pairs, are those by 2 h. What lies beyond the
-    end ranks lowest.
+    Prefix doubling (Manber, Myers 1990): the ranks by h tokens, taken in pairs, give those by 2 h. Beyond the end, the
+    rank is the lowest.
 
     Args:
       tokens: `[N]` at least -1.
@@ -98,15 +98,15 @@ def index_corpus(
     max_tokens: int = 50_000_000,
     tokenizer: Tokenizer | None = None,
 ) -> Datastore:
-    """Indexes texts. The datastore takes 8 bytes a token.
+    """Indexes texts. The datastore takes 8 bytes per token.
 
     Args:
       texts: token ids.
       vocab_size: V; ids lie below it.
-      depth: the longest match that can be looked up. What lies within it behind a match is ordered too, so that a
-        sample at even distances has the continuations in their proportions.
+      depth: the longest match that can be looked up. Within this depth, the tokens after a match are sorted too, so
+        that an evenly spaced sample has the continuations in their proportions.
       max_tokens: texts are left out, from the first that would exceed this on.
-      tokenizer: what the ids mean, which goes with the datastore.
+      tokenizer: the tokenizer of the ids, which is kept with the datastore.
 
     Raises:
       ValueError: for numbers that make no sense, no tokens, or tokens beyond the vocabulary.
@@ -134,7 +134,7 @@ def index_corpus(
 
 
 def save_datastore(datastore: Datastore, directory: str | pathlib.Path) -> None:
-    """Writes a datastore, and its tokenizer beside it, so that `load_datastore` reads them back bit by bit."""
+    """Writes a datastore and its tokenizer, so that `load_datastore` reads them back bit for bit."""
     store.write(directory, KIND, datastore.params._asdict(), datastore.info, datastore.tokenizer)
 
 
@@ -143,7 +143,7 @@ def load_datastore(path: str | pathlib.Path, *, tokenizer: Tokenizer | None = No
 
     Args:
       path: its directory, or the file in it.
-      tokenizer: what its ids have to mean, for a file that has no tokenizer beside it.
+      tokenizer: the tokenizer of its ids, for a directory without one.
 
     Raises:
       FileNotFoundError: where there is no such file.
@@ -155,7 +155,7 @@ def load_datastore(path: str | pathlib.Path, *, tokenizer: Tokenizer | None = No
 
 
 def _search(index: Index, pattern: Int[Array, " C"], size: Int[Array, ""], *, beyond: bool) -> Int[Array, ""]:
-    """The first place of the suffix array that is not below the pattern's first `size` tokens (or beyond them)."""
+    """The first index in the suffix array not below the pattern's first `size` tokens, or with `beyond` above them."""
     place = jnp.arange(pattern.shape[0])
 
     def before(rank: Array) -> Bool[Array, ""]:
@@ -176,7 +176,7 @@ def _search(index: Index, pattern: Int[Array, " C"], size: Int[Array, ""], *, be
 
 
 def lookup(index: Index, last: Int[Array, " C"], min_match: int) -> Matches:
-    """Finds where the longest match of a text's last tokens stands in the corpus.
+    """Finds the longest match of a text's last tokens in the corpus.
 
     Args:
       index: the corpus.
@@ -203,10 +203,10 @@ def spaced(count: Int[Array, ""], number: int) -> Int[Array, " S"]:
 
 
 def occurrences(index: Index, matches: Matches, num_occurrences: int) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
-    """Evenly spaced ones of the places where a match stands, all of them where they are few.
+    """Evenly spaced occurrences of a match, or all of them where there are few.
 
     Returns:
-      `[S]` the place of the token behind each, and whether there are so many.
+      `[S]` the position of the token after each, and whether there is such an occurrence.
     """
     n = jnp.arange(num_occurrences, dtype=jnp.int32)
     few = matches.number <= num_occurrences
@@ -220,7 +220,7 @@ def _next(index: Index, at: Int[Array, "*S"]) -> Int[Array, "*S"]:
 
 
 def histogram(index: Index, at: Int[Array, " S"], alive: Bool[Array, " S"], vocab_size: int) -> Float[Array, " V"]:
-    """How many of the occurrences that are alive go on with which token; one at the end of a text goes on with none."""
+    """How many of the occurrences that are alive continue with each token; at the end of a text there is none."""
     token = _next(index, at)
     known = alive & (token >= 0)
     return jnp.zeros(vocab_size).at[jnp.where(known, token, vocab_size)].add(1.0, mode="drop")
@@ -240,11 +240,11 @@ def retrieval(
       source: from `load_datastore` or `index_corpus`.
       num_draft_tokens: K.
       min_match: the shortest match that counts, in tokens.
-      max_match: the longest that is told apart from longer ones.
-      num_occurrences: the most places of the corpus that make one distribution.
+      max_match: the longest match; longer ones count as equal to it.
+      num_occurrences: the most occurrences in the corpus that are counted for one distribution.
 
     Raises:
-      ValueError: for numbers that make no sense, or matches that are longer than the datastore is deep.
+      ValueError: for numbers that make no sense, or a `max_match` above the datastore's depth.
     """
     check_num_draft_tokens(num_draft_tokens)
     if not 1 <= min_match <= max_match:

@@ -1,4 +1,4 @@
-"""Token texts in, files out: what counted and indexed drafts share on the host.
+"""Texts of token ids in, files out: shared on the host by the drafters that are counted or indexed from a corpus.
 
 directory/
   draft.safetensors   the arrays; its metadata hold kind, format version, what was counted, the vocabulary's
@@ -27,11 +27,11 @@ _KEY = "specjax"
 
 
 class Texts(NamedTuple):
-    """Many texts in one row.
+    """Many texts, concatenated.
 
     Attributes:
       tokens: `[N]` the tokens of all texts.
-      place: `[N]` the place of each in its own text, from 0.
+      place: `[N]` the position of each in its own text, from 0.
     """
 
     tokens: Int[np.ndarray, " N"]
@@ -39,10 +39,10 @@ class Texts(NamedTuple):
 
 
 def join(texts: Sequence[Sequence[int] | np.ndarray], vocab_size: int) -> Texts:
-    """Puts texts of token ids behind each other.
+    """Concatenates texts of token ids.
 
     Raises:
-      ValueError: for no tokens at all, or one that the vocabulary lacks.
+      ValueError: for no tokens at all, or a token outside the vocabulary.
     """
     length = np.asarray([len(text) for text in texts], np.int64)
     size = int(length.sum())
@@ -78,7 +78,7 @@ def write(
       kind: what `read` will ask for.
       arrays: by name.
       info: JSON values that go with them.
-      tokenizer: what the ids mean, saved beside them, or None.
+      tokenizer: the tokenizer of the ids, saved with them, or None.
     """
     from safetensors.numpy import save_file
 
@@ -99,7 +99,7 @@ def write(
 
 
 def _tokenizer(path: pathlib.Path, expected: str | None, tokenizer: Tokenizer | None) -> Tokenizer | None:
-    """The tokenizer given, or the one beside the file, once it is known to be that of the counts."""
+    """The tokenizer given, or the one in the file's directory, checked to be the one that the file was made with."""
     source = "the tokenizer given"
     if tokenizer is None and expected is not None and (path.parent / "tokenizer.json").is_file():
         source, tokenizer = str(path.parent / "tokenizer.json"), Tokenizer.from_directory(path.parent)
@@ -120,7 +120,7 @@ def read(
       path: the directory, or the file in it.
       kind: the kind that it has to be.
       names: the arrays that it has to hold.
-      tokenizer: what the ids have to mean; by default what lies beside the file says so.
+      tokenizer: the tokenizer that the ids must have; by default the one in the directory.
 
     Returns:
       the arrays, the info and the tokenizer.
@@ -138,18 +138,18 @@ def read(
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated, or no safetensors file ({error}): copy or make it again.") from error
     try:
         content = json.loads(metadata[_KEY])
         found, version, info, crcs = content["kind"], content["format"], dict(content["info"]), dict(content["crc32"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no draft of specjax: its metadata say nothing of one ({error!r}).") from error
+        raise ValueError(f"{path} is not a draft of specjax: its metadata do not describe one ({error!r}).") from error
     if version != FORMAT:
         raise ValueError(f"{path} is of format {version}, this specjax reads {FORMAT}: use a matching release.")
     if found != kind:
-        raise ValueError(f"{path} holds a draft of kind {found!r}, not {kind!r}: load it as what it is.")
+        raise ValueError(f"{path} holds a draft of kind {found!r}, not {kind!r}: use the loader of its kind.")
     damaged = [n for n in names if n not in arrays or zlib.crc32(arrays[n].tobytes()) != crcs.get(n)]
     if damaged:
         raise ValueError(f"{path} is damaged: array {damaged[0]!r} is not what was written. Copy or make it again.")

@@ -1,7 +1,7 @@
 """N-gram tables with back-off, counted from a corpus: the cheapest drafts there are.
 
 Leviathan et al. 2022, section 4, drafts with unigrams and bigrams. The estimate is interpolated absolute discounting
-(Ney, Essen, Kneser 1994): of a context h seen c(h) times,
+(Ney, Essen, Kneser 1994): for a context h seen c(h) times,
 
     p(w | h) = max(c(h w) - d, 0) / c(h) + backoff(h) p(w | h without its oldest token),
 
@@ -31,17 +31,17 @@ KIND = "ngram"
 class Trie(NamedTuple):
     """The contexts, read from their newest token backwards: one walk from the root passes those of every length.
 
-    Nodes lie in breadth-first order, so that the children of a node are neighbours, by ascending token. Node 0 is the
+    Nodes are in breadth-first order, so that the children of a node are adjacent, by ascending token. Node 0 is the
     empty context, whose distribution is dense.
 
     Attributes:
-      token: `[N]` the token that a node's context has at its old end; -1 for the root.
+      token: `[N]` the oldest token of each node's context; -1 for the root.
       children: `[N + 1]` the children of node i are the nodes `children[i]` to `children[i + 1] - 1`.
       successors: `[N + 1]` its successors are the entries `successors[i]` to `successors[i + 1] - 1`.
-      backoff: `[N]` the weight of the distribution after one token less.
-      successor: `[E]` the tokens that follow, those of a node from the most frequent on; padded at the end.
+      backoff: `[N]` the weight of the distribution after a context that is one token shorter.
+      successor: `[E]` the tokens that follow, those of a node by descending frequency; padded at the end.
       weight: `[E]` their discounted probabilities.
-      unigram: `[V]` the distribution after no context.
+      unigram: `[V]` the distribution without context.
     """
 
     token: Int[Array, " N"]
@@ -54,11 +54,11 @@ class Trie(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A counted table: what a drafter drafts with.
+    """A counted table, from which the drafter `table` drafts.
 
     Attributes:
       params: the trie; its arrays are arguments of the loop.
-      tokenizer: what the token ids mean, or None.
+      tokenizer: the tokenizer of the token ids, or None.
       vocab_size: V of the table.
       order: N; a distribution depends on the last N - 1 tokens.
       max_successors: the most successors that a context has.
@@ -85,7 +85,7 @@ class _Level(NamedTuple):
 
 
 def _discount(count: np.ndarray) -> float:
-    """d = n1 / (n1 + 2 n2), of the numbers of n-grams seen once and twice (Ney, Essen, Kneser 1994)."""
+    """d = n1 / (n1 + 2 n2), from the numbers of n-grams seen once and twice (Ney, Essen, Kneser 1994)."""
     once, twice = int(np.sum(count == 1)), int(np.sum(count == 2))
     # Kept below 1, where n-grams seen once would be lost, and above 0, where no mass would be left to back off with.
     return float(np.clip(once / max(once + 2 * twice, 1), 0.1, 0.9))
@@ -99,7 +99,7 @@ def _unigram(tokens: np.ndarray, vocab_size: int) -> tuple[np.ndarray, float]:
 
 
 def _ranks(owner: np.ndarray) -> np.ndarray:
-    """Of ascending owners: the place of each entry among those of its owner."""
+    """The index of each entry among those of its owner, for ascending owners."""
     starts = np.flatnonzero(np.append(True, owner[1:] != owner[:-1])) if len(owner) else owner
     return np.arange(len(owner)) - np.repeat(starts, np.diff(np.append(starts, len(owner))))
 
@@ -107,7 +107,7 @@ def _ranks(owner: np.ndarray) -> np.ndarray:
 def _levels(
     texts: store.Texts, order: int, vocab_size: int, context_tokens: int, min_count: int, max_successors: int
 ) -> tuple[list[_Level], dict[str, Any]]:
-    """Contexts of 1 to N - 1 tokens, and what was counted of them."""
+    """Contexts of 1 to N - 1 tokens, and statistics of the counts."""
     at = np.flatnonzero(texts.place >= context_tokens)
     node = np.zeros(len(at), np.int64)
     levels: list[_Level] = []
@@ -135,7 +135,7 @@ def _levels(
 
 
 def _prune(levels: list[_Level], max_entries: int) -> tuple[list[_Level], int]:
-    """Drops the rarest n-grams beyond `max_entries`, of equals the longest first; returns how many."""
+    """Drops the rarest n-grams beyond `max_entries`, in a tie the longest first; also returns how many."""
     count = np.concatenate([level.times for level in levels] or [np.zeros(0, np.int64)])
     excess = max(len(count) - max_entries, 0)
     if not excess:
@@ -159,8 +159,8 @@ def _prune(levels: list[_Level], max_entries: int) -> tuple[list[_Level], int]:
 def _trie(levels: list[_Level], unigram: np.ndarray, max_successors: int) -> Trie:
     """Contexts that have successors left, numbered through all levels.
 
-    A context that is left has its shorter ones left: their n-grams are at least as frequent, and pruning takes the
-    rarest first, of equals the longest.
+    If a context is left, so are its shorter ones: their n-grams are at least as frequent, and pruning takes the rarest
+    first, in a tie the longest.
     """
     token, parent, owner = [np.full(1, -1)], [np.zeros(0, np.int64)], []
     number, first = np.zeros(1, np.int64), 1
@@ -210,11 +210,11 @@ def count_ngrams(
       vocab_size: V; ids lie below it.
       order: N; 1 counts unigrams alone, 2 bigrams.
       min_count: n-grams of two tokens or more that are seen less often are dropped.
-      max_successors: the most tokens that a context lists, the most frequent ones. Every draft token reads so many of
-        each context.
+      max_successors: the most tokens that a context lists, the most frequent ones. Every draft token reads this many
+        for each context.
       max_entries: the most n-grams of two tokens or more that are kept; the rarest are dropped first.
-      context_tokens: so many tokens at the beginning of each text are context alone, and never drafted.
-      tokenizer: what the ids mean, which goes with the table.
+      context_tokens: how many tokens at the beginning of each text are only context, and never drafted.
+      tokenizer: the tokenizer of the ids, which is kept with the table.
 
     Raises:
       ValueError: for numbers that make no sense, no tokens, or tokens beyond the vocabulary.
@@ -249,7 +249,7 @@ def count_ngrams(
 
 
 def save_table(table: Table, directory: str | pathlib.Path) -> None:
-    """Writes a table, and its tokenizer beside it, so that `load_table` reads them back bit by bit."""
+    """Writes a table and its tokenizer, so that `load_table` reads them back bit for bit."""
     store.write(directory, KIND, table.params._asdict(), table.info, table.tokenizer)
 
 
@@ -258,7 +258,7 @@ def load_table(path: str | pathlib.Path, *, tokenizer: Tokenizer | None = None) 
 
     Args:
       path: its directory, or the file in it.
-      tokenizer: what its ids have to mean, for a file that has no tokenizer beside it.
+      tokenizer: the tokenizer of its ids, for a directory without one.
 
     Raises:
       FileNotFoundError: where there is no such file.

@@ -1,4 +1,4 @@
-"""Experiments, which configs run: `config.experiment` names an entry of `EXPERIMENTS`."""
+"""The experiments that configs run: `config.experiment` names an entry of `EXPERIMENTS`."""
 
 import importlib
 from collections.abc import Callable
@@ -15,11 +15,11 @@ EXPERIMENTS = {
 }
 """`module:function` by name, imported when asked for.
 
-The function takes `(config, workdir, *, overwrite=False, view=None)`: the config as the experiment's file in `configs`
-has it, the directory for its files, whether an earlier run there is deleted, and the screen (by default standard
-output). A run that was interrupted there is continued. It raises ValueError for values that make no sense, before
-anything is loaded, and for a directory that holds another run or a broken one; OSError for files that cannot be read or
-written; KeyboardInterrupt with what is finished.
+The function takes `(config, workdir, *, overwrite=False, view=None)`: the config as in the experiment's file in
+`configs`, the directory for its files, whether to delete an earlier run there, and the screen (by default standard
+output). An interrupted run there is continued. It raises ValueError for invalid values, before anything is loaded, and
+for a directory that holds another run or a broken one; OSError for files that cannot be read or written;
+KeyboardInterrupt, which says what is finished.
 """
 
 

@@ -1,8 +1,8 @@
 """Both sides of a comparison on the same prompts, in one process: same buffer, same batch, in turn.
 
-Every batch is decoded by both sides several times, and the medians count. What is timed is decoding alone, to the last
-token; reading the prompts (prefill) and compiling are reported apart. All that experiments
-do with a model is done here.
+Every batch is decoded by both sides several times, and the medians count. Only decoding is timed, to the last
+token; reading the prompts (prefill) and compilation are reported separately. All that experiments do with a model is
+done here.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from specjax.types import AnyDrafter, DecodeState
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """Prompts that are decoded together. The last batch is filled up with sequences that are done at once.
+    """Prompts that are decoded together. The last batch is padded with sequences that are done at once.
 
     Attributes:
       number: which batch of the run it is.
       prompts: at most as many as the run's batch size.
-      tokens: their token ids, filled up.
-      max_new_tokens: of each sequence.
-      seeds: of each sequence: that of the run plus the prompt's number, so that a text does not depend on the batching.
+      tokens: their token ids, padded to that size.
+      max_new_tokens: the most new tokens of each sequence.
+      seeds: the run's seed plus the number of each prompt, so that a text does not depend on the batching.
     """
 
     number: int
@@ -50,9 +50,9 @@ class Decoded:
 
     Attributes:
       generation: the texts.
-      state: its counters are what speculation did.
-      prefill_seconds: of checking, reading and prefilling the prompts.
-      seconds: of decoding.
+      state: the final state, with the counters of speculation.
+      prefill_seconds: the time of checking, reading and prefilling the prompts.
+      seconds: the time of decoding.
     """
 
     generation: api.Generation
@@ -69,11 +69,11 @@ class Workload:
       target: the target.
       prompts: what is decoded.
       encoded: their token ids.
-      max_new_tokens: of each text.
+      max_new_tokens: the most new tokens of each text.
       repeats: how often each side decodes a batch; medians count.
       seed: prompt i uses `seed + i`.
-      options: of `api.prepare`, the same for all drafters: `max_len`, `stop_strings` and others.
-      fields: of result rows: the names of `target` and `dtype`.
+      options: options of `api.prepare` that are the same for all drafters: `max_len`, `stop_strings` and others.
+      fields: fields of result rows: the names of `target` and `dtype`.
     """
 
     target: Pretrained
@@ -119,10 +119,10 @@ def workload(
       num_draft_tokens: the largest K.
       chat: put each prompt into the model's chat template.
       one_width: pad all prompts to the longest, so that one program reads them.
-      **options: others of `api.prepare`.
+      **options: further options of `api.prepare`.
 
     Raises:
-      ValueError: where the target knows fewer positions than a prompt and its text take.
+      ValueError: where the target knows fewer positions than a prompt and its text need.
     """
     encoded = api.encode(target, [prompt.text for prompt in prompts], chat=chat)
     inputs = decoding.read_inputs(target.model, encoded)
@@ -144,7 +144,7 @@ def workload(
 
 
 def prompt_width(batch: PromptBatch) -> int:
-    """The length that a batch's prompts are padded to: another one is another program."""
+    """The length that a batch's prompts are padded to; each length is compiled to its own program."""
     return decoding.pad_prompts(batch.tokens).tokens.shape[1]
 
 
@@ -155,7 +155,7 @@ class Bench:
     Attributes:
       work: what is decoded.
       drafter: the drafter of the speculative side.
-      options: of `api.prepare`: the rule, the sampling and `step_cost`, beside those of the workload.
+      options: options of `api.prepare` in addition to the workload's: the rule, the sampling and `step_cost`.
     """
 
     work: Workload
@@ -164,7 +164,7 @@ class Bench:
 
     @property
     def plain(self) -> AnyDrafter:
-        """Plain decoding: at a fixed shape, that of the drafter."""
+        """Plain decoding; with `fixed_shape`, in target calls of the drafter's shape."""
         k = self.drafter.num_draft_tokens if self.options["fixed_shape"] else 0
         return drafters.none(num_draft_tokens=k)
 
@@ -182,7 +182,7 @@ class Bench:
         return request._replace(state=jax.block_until_ready(request.state))
 
     def decode(self, drafter: AnyDrafter, batch: PromptBatch) -> Decoded:
-        """Decodes a batch and takes the time."""
+        """Decodes a batch and times it."""
         begin = time.perf_counter()
         request = self.prepare(drafter, batch)
         prefilled = time.perf_counter()
@@ -191,7 +191,7 @@ class Bench:
         return Decoded(api.finish(request, state), state, prefilled - begin, seconds)
 
     def grow(self, batch: PromptBatch) -> Iterator[api.Generation]:
-        """Decodes a batch by the speculative side, and yields what there is every two steps."""
+        """Decodes a batch on the speculative side, and yields the texts so far every two steps."""
         request = self.prepare(self.drafter, batch)
         for state in api.run_in_steps(request, steps=2):
             yield api.finish(request, state)
@@ -224,7 +224,7 @@ class Bench:
             return metrics.measure_costs(request.target.model, request.drafter, request.params, request.state)
 
     def measure(self, batch: PromptBatch) -> dict[str, list[Decoded]]:
-        """Decodes a batch by both sides in turn; which goes first changes from repeat to repeat."""
+        """Decodes a batch on both sides in turn; the side that goes first alternates between repeats."""
         sides: dict[str, list[Decoded]] = {"": [], "baseline_": []}
         order = [("baseline_", self.plain), ("", self.drafter)]
         for _ in range(self.work.repeats):
@@ -234,7 +234,7 @@ class Bench:
         return sides
 
     def common(self, costs: metrics.Costs, device: str, **fields: Any) -> Row:
-        """The fields of `results.COMMON`; those that the bench does not know are given."""
+        """The fields of `results.COMMON`; those that the bench does not know are passed as `fields`."""
         options, rule = self.work.options | self.options, self.options["verify"]
         own = {
             "verify": rule.name,
@@ -288,7 +288,7 @@ def device_name() -> str:
 
 
 def load(source: str, view: View, **options: Any) -> Pretrained:
-    """A model, loaded as `pretrained.load` does it."""
+    """Loads a model by `pretrained.load`."""
     with view.status(f"Loading {source}{pretrained.download_note(source)}"):
         loaded = pretrained.load(source, **options)
         jax.block_until_ready(loaded.params)
@@ -296,7 +296,7 @@ def load(source: str, view: View, **options: Any) -> Pretrained:
 
 
 def load_both(chosen: choices.Models, view: View) -> tuple[Pretrained, Callable[[int], AnyDrafter]]:
-    """The target and its drafter, by K.
+    """The target, and its drafter as a function of K.
 
     Raises:
       ValueError: where the target has no tokenizer, or what is loaded does not fit.

@@ -1,4 +1,4 @@
-"""Experiments that are lists of cells. Each is measured once, so that an interrupted run continues after the last."""
+"""Experiments as lists of cells. Each cell is measured once, so an interrupted run continues after its last cell."""
 
 import dataclasses
 import types
@@ -19,12 +19,12 @@ from specjax.types import AnyDrafter, Draft
 
 
 class Cell(NamedTuple):
-    """One thing that a sweep measures.
+    """One measurement of a sweep.
 
     Attributes:
-      key: what it measures, in words that no other cell has.
-      compute: measures it, to a value that JSON can hold; it may read the cells before it.
-      describe: from the value to what a line of the run says behind the key; None says nothing.
+      key: what it measures, in words; no two cells have the same key.
+      compute: measures it, and returns a JSON value; it may read the cells before it.
+      describe: maps the value to what the run prints after the key; None prints nothing.
     """
 
     key: str
@@ -52,7 +52,7 @@ def run(cells: Sequence[Cell], store: Store, view: View) -> None:
 def write_report(store: Store, measured: Any, report: types.ModuleType, view: View) -> None:
     """Writes `results.json`, `summary.md` and the plots, and prints what the run shows.
 
-    The module `report` has `figures`, `summary` and `findings` of what was measured.
+    The module `report` makes `figures`, `summary` and `findings` from what was measured.
     """
     store.write("results.json", results.to_json(measured.rows))
     images = plots.save(store.directory, report.figures(measured))
@@ -98,7 +98,7 @@ def timed(
 ) -> Row:
     """The row of a cell over the first prompts, which both sides decode in turn. `name` is that of the draft.
 
-    Under `clock` it has what each batch took.
+    Its `clock` has the times of each batch.
     """
     side = _bench(work, drafter, temperature, top_p, verify.rejection)
     batches = work.batches(batch_size, end=num_prompts)
@@ -116,7 +116,7 @@ def timed(
 
 
 class Texts(NamedTuple):
-    """The texts of prompts, in their order, and what was counted on the way: alpha, and the tokens of all texts."""
+    """The texts of prompts, in their order, with alpha and the number of tokens of all texts."""
 
     text: list[str]
     acceptance_rate: float
@@ -133,7 +133,7 @@ def texts(
     rule: verify.Rule = verify.rejection,
     top_p: float = 1.0,
 ) -> Texts:
-    """Decodes prompts in batches, untimed; with the rule `observe`, alpha is that over the whole text of the target."""
+    """Decodes prompts in batches, untimed; with the rule `observe`, alpha is measured over the target's whole text."""
     side = _bench(work, drafter, temperature, top_p, rule)
     text: list[str] = []
     num_tokens, overlap, judged = 0, 0.0, 0.0

@@ -1,7 +1,7 @@
 """The experiment of Chen et al. 2023 (arXiv 2302.01318): one target, one draft, K swept, on summaries and on programs.
 
-The cells, each of which an interrupted run finds done: for every way to sample, batch size and K the times of both
-sides (Figure 1), then the texts of both sides over many prompts, and how good they are (Table 1).
+The cells, each of which a resumed run skips if it is done: for every sampling, batch size and K, the times of both
+sides (Figure 1); then the texts of both sides over many prompts, and their quality (Table 1).
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ class Settings(choices.Models):
         if self.task == "summaries" and not self.data:
             raise ValueError("config.data is empty: give --config.data=FILE, JSONL with `input` and `target`.")
         if self.task == "humaneval" and self.execute != "False":
-            # Not after hours of decoding.
+            # Now, rather than after hours of decoding.
             self.judge()
 
 
@@ -103,7 +103,7 @@ class Task(NamedTuple):
     Attributes:
       prompts: one per problem.
       stop_strings: what ends a text.
-      judge: from the samples of some problems, by their numbers, to their scores; None where nothing is judged.
+      judge: maps the samples of some problems, by problem number, to scores; None where nothing is judged.
     """
 
     prompts: list[str]
@@ -148,7 +148,7 @@ def _problems(chosen: Settings, task: Task, target: Pretrained) -> list[int]:
     if len(found) < max(chosen.num_problems, 1):
         raise ValueError(
             f"{len(found)} of {len(task.prompts)} prompts have at most max_prompt_tokens={chosen.max_prompt_tokens} "
-            f"tokens, but num_problems={chosen.num_problems}: lower this, or raise that."
+            f"tokens, but num_problems={chosen.num_problems}: lower that, or raise max_prompt_tokens."
         )
     return found[: chosen.num_problems] if chosen.num_problems else found
 
@@ -161,7 +161,7 @@ class Sweep(NamedTuple):
       work: the prompts: all problems once, then all of them again.
       task: what is judged.
       problems: the numbers of the problems.
-      drafter_of: the drafter by K.
+      drafter_of: makes the drafter for a K.
       store: the finished cells.
     """
 
@@ -174,7 +174,7 @@ class Sweep(NamedTuple):
 
     @property
     def num_texts(self) -> int:
-        """The texts of each side that are judged."""
+        """The number of texts of each side that are judged."""
         return len(self.problems) * self.chosen.num_samples
 
     def timed(self, sampling: Sampling, batch_size: int, k: int) -> Row:
@@ -199,7 +199,7 @@ class Sweep(NamedTuple):
         return [Cell(f"{key}, {part.start}", partial(self.texts, side, sampling, part)) for part in ranges]
 
     def decoded(self, side: str, sampling: Sampling) -> list[str]:
-        """One side's texts, by the cells that are measured."""
+        """One side's texts, from the measured cells."""
         return [text for cell in self.chunks(side, sampling) for text in self.store.cells[cell.key]]
 
     def scores(self, side: str, sampling: Sampling) -> Scores:
@@ -257,7 +257,7 @@ def _about(chosen: Settings, num_problems: int) -> str:
 
 
 def _about_programs(chosen: Settings, number: int) -> str:
-    """Says whether and how the programs are run that the model writes."""
+    """Says whether and how the programs that the model writes are run."""
     limits = f"each in a jail, {chosen.seconds:g} s and {chosen.memory_gb:g} GB"
     if chosen.execute == "False":
         return f"No program is run, so there is no pass@k: --config.execute=True would run {number}, {limits}."

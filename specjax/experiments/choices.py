@@ -27,12 +27,12 @@ DRAFT_TOKENS = between(0, limits.MAX_DRAFT_TOKENS, "; 4 to 10 are common")
 """A number of draft tokens that a machine has memory for."""
 
 MAX_MATCH = 64
-"""Tokens of a match: each is a comparison with the whole text."""
+"""The longest match in tokens: each token is compared with the whole text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The keys that say what is loaded, and where it lies."""
+    """The keys that say what is loaded, and where it is placed."""
 
     target: Annotated[str, given("SOURCE")]
     drafter: str
@@ -47,7 +47,7 @@ class Models:
     draft_sharding: Annotated[str, one_of("split", "replicated")]
 
     known_drafters: ClassVar[tuple[str, ...]] = DRAFTERS
-    """The drafters that may be chosen, beside a user's own."""
+    """The drafters that may be chosen, besides a user's own."""
 
     def check(self) -> None:
         """Refuses a drafter that cannot be made, before anything is loaded.
@@ -74,7 +74,7 @@ class Models:
                 "drafter=ngram."
             )
         if name not in WITH_DRAFT and draft and not own.is_own(name):
-            raise ValueError(f"config.draft={draft!r} is of no use to drafter={name}: leave it out.")
+            raise ValueError(f"config.draft={draft!r} is not used by drafter={name}: leave it out.")
         if name in ("table", "retrieval") and not pathlib.Path(draft).expanduser().exists():
             raise FileNotFoundError(f"config.draft={draft!r} does not exist: configs/count.py makes such a draft.")
 
@@ -91,14 +91,14 @@ def rule(text: str) -> Rule:
     """The acceptance rule that config.verify names.
 
     Raises:
-      ValueError: for a name that is not known, numbers that make no sense, or a file without a rule.
+      ValueError: for an unknown name, invalid numbers, or a file without a rule.
       FileNotFoundError: where the file does not exist.
     """
     return own.rule(text) if own.is_own(text) else verify.parse(text)
 
 
 def check_seed(seed: int, texts: int = 0) -> None:
-    """Refuses a seed that is out of range for itself or for the seeds of the texts, which are counted from it.
+    """Refuses a seed that is out of range, or from which the seeds of the texts would run out of range.
 
     Raises:
       ValueError: naming the key, its value and the bound.
@@ -108,14 +108,14 @@ def check_seed(seed: int, texts: int = 0) -> None:
 
 
 def check_sampling(options: dict[str, Any]) -> None:
-    """Refuses sampling options that make no sense.
+    """Refuses invalid sampling options.
 
     Raises:
       ValueError: naming the option, its value and the bounds.
     """
     for key, value in options.items():
         if not math.isfinite(value):
-            raise ValueError(f"config.{key}={value} is no finite number.")
+            raise ValueError(f"config.{key}={value} is not a finite number.")
     try:
         sampling.options(1, **options)
     except (ValueError, OverflowError) as error:
@@ -135,7 +135,7 @@ def check_rule(text: str, temperature: float) -> None:
 
 
 def drafter_of(chosen: Models, target: Pretrained, load_draft: Callable[[], Pretrained]) -> Callable[[int], AnyDrafter]:
-    """The drafter that is chosen, by K.
+    """The chosen drafter, as a function of K.
 
     Raises:
       ValueError: where what is loaded does not fit.

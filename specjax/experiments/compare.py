@@ -54,7 +54,9 @@ class Settings(choices.Models):
         if self.regex and self.json_schema:
             raise ValueError("config.regex and config.json_schema are both given: choose one.")
         if self.json_schema and not pathlib.Path(self.json_schema).is_file():
-            raise FileNotFoundError(f"config.json_schema={self.json_schema!r} is no file: give one with a JSON schema.")
+            raise FileNotFoundError(
+                f"config.json_schema={self.json_schema!r} is not a file: give one with a JSON schema."
+            )
         if self.batch_size % self.mesh_data:
             raise ValueError(f"config.batch_size={self.batch_size} is not a multiple of mesh_data={self.mesh_data}.")
 
@@ -113,7 +115,7 @@ def _samples(side: Bench, batch: PromptBatch, ours: api.Generation, plain: api.G
 
 
 def _show_text(side: Bench, batch: PromptBatch, view: View) -> None:
-    """Decodes a batch once more, apart from what is timed, and prints it; the text of a single prompt as it grows."""
+    """Decodes a batch once more, untimed, and prints it; the text of a single prompt is printed as it grows."""
     tokenizer = side.work.target.tokenizer
     assert tokenizer is not None
     if len(batch.tokens) == 1:
@@ -129,7 +131,7 @@ def _show_text(side: Bench, batch: PromptBatch, view: View) -> None:
 def _with_costs(chosen: Settings, side: Bench, first: PromptBatch, store: RowStore, view: View) -> tuple[Bench, Row]:
     """The bench with the cost of a step, and the fields that all rows share."""
     if store.rows:
-        # A continued run goes on with the costs of its beginning: sampled text may depend on them.
+        # A resumed run keeps the costs that it measured first: sampled text may depend on them.
         costs, step_cost = results.costs_of(store.rows[0]), store.rows[0]["step_cost"]
     else:
         with view.status("Measuring the costs of a step"):

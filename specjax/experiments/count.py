@@ -25,13 +25,13 @@ from specjax.experiments.store import Store
 from specjax.text.tokenizer import Tokenizer
 
 _MATCHES = (2, 8)
-"""The matches, in tokens, that a datastore is tried with, as by `drafters.retrieval`; fewer where it is not so deep."""
+"""The shortest and longest match, in tokens, that a datastore is tested with, as in `drafters.retrieval`."""
 
 _CHUNK = 64
-"""Positions that are predicted at once: each takes a distribution over the vocabulary."""
+"""Positions that are predicted at once: each needs a distribution over the vocabulary."""
 
 Predict = Callable[[np.ndarray], jax.Array]
-"""From the last tokens of some texts, the newest first, `[B, C]`, to the distribution of the next token, `[B, V]`."""
+"""Maps the last tokens of texts, newest first, `[B, C]`, to the distribution of the next token, `[B, V]`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Settings:
     valid_tokens: Annotated[int, at_least(1)]
 
     def check(self) -> None:
-        """Refuses files that are not there."""
+        """Refuses files that do not exist."""
         for path in filter(None, (self.data, self.valid)):
             texts.check(path)
 
@@ -65,12 +65,12 @@ def _special(tokenizer: Tokenizer, key: str, token: str) -> list[int]:
         return []
     number = tokenizer.vocab().get(token)
     if number is None:
-        raise ValueError(f"config.{key}={token!r} is no token of this tokenizer: write it as its vocabulary does.")
+        raise ValueError(f"config.{key}={token!r} is not a token of this tokenizer: write it as its vocabulary does.")
     return [number]
 
 
 def encode(path: str, chosen: Settings, tokenizer: Tokenizer, view: View, what: str) -> list[np.ndarray]:
-    """The texts of a file as token ids, the begin and end tokens around each."""
+    """The texts of a file as token ids, each between the begin and end tokens."""
     found = texts.read(path, chosen.field, chosen.num_texts)
     begin, end = (_special(tokenizer, key, getattr(chosen, key)) for key in ("begin_token", "end_token"))
     encoded: list[np.ndarray] = []
@@ -83,7 +83,7 @@ def encode(path: str, chosen: Settings, tokenizer: Tokenizer, view: View, what: 
 
 
 def make(encoded: Sequence[np.ndarray], chosen: Settings, tokenizer: Tokenizer) -> Table | Datastore:
-    """Counts or indexes."""
+    """Counts the n-grams of a table, or indexes a datastore."""
     # Ids need not be dense: a vocabulary may be smaller than its largest id.
     vocab_size = max(tokenizer.vocab().values()) + 1
     if chosen.kind == "ngram":
@@ -103,7 +103,7 @@ def make(encoded: Sequence[np.ndarray], chosen: Settings, tokenizer: Tokenizer) 
 
 
 def predictor(source: Table | Datastore) -> tuple[Predict, int]:
-    """The prediction of a draft from the last tokens of a text, and how many of them it looks at."""
+    """A draft's function from the last tokens of a text to its prediction, and how many of them it reads."""
     if isinstance(source, Table):
 
         def of_table(params: Any, last: Any) -> Any:
@@ -127,7 +127,7 @@ def predictor(source: Table | Datastore) -> tuple[Predict, int]:
 def _contexts(encoded: Sequence[np.ndarray], size: int, first: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """The first tokens of some texts, at most `limit`, and the `size` tokens before each, the newest first.
 
-    Tokens before the position `first` of a text are not predicted; -1 stands where there is no token.
+    Tokens before the position `first` of a text are not predicted; -1 means that there is no token.
     """
     positions = ((text, i) for text in encoded for i in range(first, len(text)))
     contexts, wanted = [], []
@@ -151,7 +151,7 @@ def held_out(
     predict, size = predictor(source)
     contexts, tokens = _contexts(encoded, size, 1 if chosen.begin_token else 0, chosen.valid_tokens)
     padded = -(-len(tokens) // _CHUNK) * _CHUNK
-    # One program for all chunks: the last one is filled up.
+    # One program for all chunks: the last one is padded.
     contexts = np.pad(contexts, ((0, padded - len(tokens)), (0, 0)))
     probability, best, top = (np.zeros(len(tokens)) for _ in range(3))
     with view.progress(padded, what="held-out tokens") as bar:

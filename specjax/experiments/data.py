@@ -36,7 +36,7 @@ class Source(NamedTuple):
 
     Attributes:
       files: their names.
-      licence: under which they come.
+      licence: their licence.
       origin: where they come from.
       make: writes them: `(settings, directory, view)`.
     """
@@ -79,11 +79,11 @@ def _spec_bench(chosen: Settings, directory: pathlib.Path, view: View) -> None:
         prompts.read(path)
     except ValueError as error:
         path.unlink()
-        raise ValueError(f"{url} gave something else than Spec-Bench ({error})") from error
+        raise ValueError(f"{url} did not give Spec-Bench ({error})") from error
 
 
 class _Hub(NamedTuple):
-    """A data set of the Hugging Face hub; `pair` makes input and target of a row."""
+    """A data set of the Hugging Face hub; `pair` makes input and target from a row."""
 
     name: str
     config: str | None
@@ -156,11 +156,11 @@ SETS: dict[str, Source] = {
     ),
     "spec_bench": Source(("spec_bench.jsonl",), "Apache-2.0", SPEC_BENCH, _spec_bench),
 } | {name: _from_hub(name, hub) for name, hub in _HUB.items()}
-"""By name, what `config.sets` may hold."""
+"""The sets by the names that `config.sets` may hold."""
 
 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
-    """Makes the files that are not there yet, as `EXPERIMENTS` says."""
+    """Makes the files that do not exist yet, as `EXPERIMENTS` says."""
     view, directory = view or View(), pathlib.Path(workdir)
     chosen = parse(Settings, config)
     directory.mkdir(parents=True, exist_ok=True)

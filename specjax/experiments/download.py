@@ -1,4 +1,4 @@
-"""Downloads a file: an interrupted download is continued, and the file gets its name when it is whole and checked."""
+"""Downloads a file: an interrupted download is continued, and the file gets its name once complete and checked."""
 
 import hashlib
 import http.client
@@ -16,12 +16,12 @@ _SECONDS = 30.0
 
 
 def _open(url: str, begin: int) -> tuple[Any, int]:
-    """The answer of a server, and the byte that it begins with: 0 where the server cannot resume."""
+    """The response of a server, and the byte at which it begins: 0 where the server cannot resume."""
     headers = {"User-Agent": "specjax", "Range": f"bytes={begin}-"} if begin else {"User-Agent": "specjax"}
     try:
         answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not begin:  # 416: what is here is as long as the file, or longer.
+        if error.code != 416 or not begin:  # 416: the partial file is at least as long as the whole.
             raise
         return _open(url, 0)
     return answer, begin if getattr(answer, "status", None) == 206 else 0
@@ -41,19 +41,19 @@ def _receive(url: str, partial: pathlib.Path, view: View) -> None:
 
 
 def download(url: str, path: pathlib.Path, view: View, sha256: str = "") -> None:
-    """Downloads a file from http, https or file, unless it is there.
+    """Downloads a file from http, https or file, unless it exists.
 
-    Beside it, `.part` holds what has come so far. `sha256` is the checksum that it must have, empty where none is
-    known.
+    Until then, a file `.part` next to it holds what has arrived. `sha256` is the checksum that it must have, empty
+    where none is known.
 
     Raises:
-      OSError: where the server does not give the file, naming the URL and what to do.
+      OSError: where the server does not give the file, naming the URL and the remedy.
       ValueError: for a file with another checksum, which is deleted.
     """
     if path.exists():
         return
     if url.partition(":")[0] not in ("http", "https", "file"):
-        raise ValueError(f"{url!r} is no URL of a file: give http://, https:// or file://.")
+        raise ValueError(f"{url!r} is not the URL of a file: give http://, https:// or file://.")
     partial = path.with_name(path.name + ".part")
     view.line(f"Downloading {url}")
     try:
@@ -63,14 +63,14 @@ def download(url: str, path: pathlib.Path, view: View, sha256: str = "") -> None
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
         raise OSError(
             f"{url} could not be downloaded ({reason}): check the network; the same command goes on where it stopped. "
-            f"Or download it elsewhere, and lay it at {path}."
+            f"Or download it elsewhere, and save it as {path}."
         ) from error
     found = hashlib.sha256(partial.read_bytes()).hexdigest()
     if sha256 and found != sha256:
         partial.unlink()
         raise ValueError(
-            f"{url} has the SHA-256 {found}, not {sha256}: the file has changed, or was damaged. Try again, or lay a "
-            f"file that you trust at {path}."
+            f"{url} has the SHA-256 {found}, not {sha256}: the file has changed, or was damaged. Try again, or save "
+            f"a file that you trust as {path}."
         )
     os.replace(partial, path)
     view.line(f"{path}: {path.stat().st_size} bytes, SHA-256 {found}")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 USER, BUG = 1, 2
-"""Exit codes: of an error that a flag, a file or the machine provoked, and of one that is specjax's own."""
+"""Exit codes: for an error caused by a flag, a file or the machine, and for a bug of specjax."""
 
 _EXPECTED = (ValueError, OSError, FloatingPointError)
 """The errors that specjax and its libraries raise for wrong flags and files."""
@@ -33,7 +33,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     text = _one_line(error)
     named = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
-        return f"The memory does not suffice ({named[:300]}): {_MEMORY}.", USER
+        return f"Out of memory ({named[:300]}): {_MEMORY}.", USER
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"The disk is full ({text}): free some space; the same command continues.", USER
     if isinstance(error, ImportError) and error.name and not error.name.startswith("specjax"):

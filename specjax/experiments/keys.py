@@ -1,4 +1,4 @@
-"""The keys of a config file with the comments that stand beside them, for `--help`."""
+"""The keys of a config file with their comments, for `--help`."""
 
 import ast
 import difflib
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """The keys of a config and their values; those of a config within it with a dot."""
+    """The keys of a config and their values; those of a nested config are joined by a dot."""
     found: dict[str, Any] = {}
     for key in sorted(config):
         value = config[key]
@@ -22,7 +22,7 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def _target(line: ast.stmt) -> str | None:
-    """The key that a statement `config.KEY = ...` gives a value."""
+    """The key that a statement `config.KEY = ...` assigns to."""
     if not (isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Attribute)):
         return None
     names, node = [], line.targets[0]
@@ -33,7 +33,7 @@ def _target(line: ast.stmt) -> str | None:
 
 
 def comments(path: str | pathlib.Path) -> dict[str, str]:
-    """The comment of each `config.KEY = ...` of a file: behind it, else in the lines above it."""
+    """The comment of each `config.KEY = ...` of a file: on its line, else in the lines above it."""
     source = pathlib.Path(path).read_text(encoding="utf-8")
     found: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -64,7 +64,7 @@ def _imported(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def all_comments(path: str | pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[str, str]:
-    """The comments of a file, and of the files that it fills values into."""
+    """The comments of a file, and of the files whose values it fills in."""
     path = pathlib.Path(path)
     found: dict[str, str] = {}
     for base in _imported(path):
@@ -74,7 +74,7 @@ def all_comments(path: str | pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) 
 
 
 def _kind(value: Any) -> str:
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}.get(
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}.get(
         type(value), "a tuple, such as (1, 2)" if isinstance(value, tuple) else type(value).__name__
     )
 
@@ -92,14 +92,14 @@ def describe(config: ConfigDict, path: str | pathlib.Path) -> list[str]:
 
 
 def _same_kind(value: Any, default: Any) -> bool:
-    """Whether an entry of a tuple may stand where another does."""
+    """Whether an entry of a tuple is of the kind of another."""
     if isinstance(default, int | float) and not isinstance(default, bool):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, type(default))
 
 
 def wrong_tuple(config: ConfigDict, defaults: dict[str, Any]) -> str:
-    """The first key whose tuple holds something else than its default does, in words; nothing where all are right."""
+    """A sentence about the first key whose tuple has other kinds of entries than its default, or an empty string."""
     for key, value in flatten(config).items():
         default = defaults.get(key)
         if isinstance(default, tuple) and default and not all(_same_kind(entry, default[0]) for entry in value):
@@ -108,9 +108,9 @@ def wrong_tuple(config: ConfigDict, defaults: dict[str, Any]) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'K'?` where a known name is near, else nothing."""
+    """` Did you mean 'K'?` where a known name is similar, else nothing."""
     listed = list(known)
     near = difflib.get_close_matches(name, listed, n=1, cutoff=0.6)
-    # A key within another is often written without it.
+    # A nested key is often written without the key above it.
     near = near or [key for key in listed if key.rpartition(".")[2] == name][:1]
     return f" Did you mean {near[0]!r}?" if near else ""

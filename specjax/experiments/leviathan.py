@@ -1,11 +1,11 @@
 """The experiment of Leviathan et al. 2022 (arXiv 2211.17192): one target, drafts of several sizes, K swept.
 
-The stages, each of which an interrupted run finds done: the vocabulary, the models (trained, or loaded from where they
-are published), the n-gram tables, then the cells of three tables:
+The stages, each of which a resumed run skips if it is done: the vocabulary, the models (trained, or loaded from
+published weights), the n-gram tables, then the cells of three tables:
 
   Table 3  alpha = E[sum_x min(target, draft)] of every draft on text that the target generates;
-  Table 2  for every draft, temperature and K, what Theorem 3.8 predicts from alpha and c, and what the clock says,
-           with the quality of the text with and without speculation;
+  Table 2  for every draft, temperature and K, the speedup that Theorem 3.8 predicts from alpha and c, and the measured
+           one, with the quality of the text with and without speculation;
   Table 5  alpha of every draft at several degrees of lenience.
 """
 
@@ -66,7 +66,7 @@ class Settings:
     dtype: str
 
     def check(self) -> None:
-        """Refuses files that are needed and not there, before anything is trained."""
+        """Refuses missing files, before anything is trained."""
         if "target" not in self.models:
             raise ValueError(f"config.models has no 'target', only {', '.join(self.models)}.")
         trains = any(not model["source"] for model in self.models.values())
@@ -80,7 +80,7 @@ class Settings:
 
 
 class Draft(NamedTuple):
-    """A draft: its name, the drafter that it gives at some K, and its size in numbers."""
+    """A draft: its name, its drafter as a function of K, and how many numbers it consists of."""
 
     name: str
     drafter: Callable[[int], AnyDrafter]
@@ -88,7 +88,7 @@ class Draft(NamedTuple):
 
 
 def _train(config: Config, name: str, directory: pathlib.Path, view: View, overwrite: bool) -> str:
-    """Trains a model, or finds it trained, or goes on; returns where it is. The target makes the vocabulary."""
+    """Trains a model, resumes, or finds it trained; returns its directory. The target's run makes the vocabulary."""
     view.line(f"Training {name}", "bold")
     made: Any = ConfigDict(config.training.to_dict())
     model, target = config.models[name], config.models.target
@@ -126,7 +126,7 @@ def _size(params: Any) -> int:
 
 
 def _tables(chosen: Settings, target: Pretrained, view: View) -> list[Draft]:
-    """Unigram, bigram ... tables of the targets of the training data, as the target's texts have them."""
+    """Unigram, bigram ... tables of the targets of the training data, tokenised like the target's texts."""
     if not chosen.tables:
         return []
     tokenizer = target.tokenizer
@@ -159,7 +159,8 @@ def _pairs(chosen: Settings, target: Pretrained) -> tuple[list[prompts.Prompt], 
     if len(fits) < max(chosen.num_prompts, chosen.quality_prompts):
         raise ValueError(
             f"{chosen.test} has {len(fits)} inputs of at most max_prompt_tokens={chosen.max_prompt_tokens} tokens, but "
-            f"num_prompts={chosen.num_prompts} and quality_prompts={chosen.quality_prompts}: lower these, or raise it."
+            f"num_prompts={chosen.num_prompts} and quality_prompts={chosen.quality_prompts}: lower these, or "
+            "raise max_prompt_tokens."
         )
     return [found[i] for i in fits], [references[i] for i in fits]
 
@@ -179,7 +180,7 @@ class Sweep(NamedTuple):
         return [draft for draft in self.drafts if draft.name in self.chosen.timed_drafts] or list(self.drafts)
 
     def alpha(self, draft: Draft, temperature: float) -> dict[str, float]:
-        """Alpha of a draft on the target's own text: at least `alpha_tokens` of it, where the prompts suffice."""
+        """Alpha of a draft on the target's own text: at least `alpha_tokens` tokens, where the prompts suffice."""
         number, batch, rule = self.chosen.quality_prompts, self.chosen.quality_batch, verify.observe
         while True:
             found = cells.texts(self.work, draft.drafter(1), temperature, range(number), batch, rule=rule)
@@ -188,7 +189,7 @@ class Sweep(NamedTuple):
             number = min(2 * number, len(self.work.prompts))
 
     def best(self, draft: Draft, temperature: float) -> int:
-        """The fastest K of a draft, by the cells that are measured."""
+        """The fastest K of a draft, among the measured cells."""
         by_k = {k: self.store.cells[speed_key(draft, k, temperature)] for k in self.chosen.num_draft_tokens}
         return max(by_k, key=lambda k: by_k[k]["measured_speedup"])
 
@@ -273,7 +274,7 @@ def _about(chosen: Settings, sizes: dict[str, int]) -> str:
 
 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
-    """Runs the experiment, as `EXPERIMENTS` says; to overwrite deletes the models that were trained, too."""
+    """Runs the experiment, as `EXPERIMENTS` says; `overwrite` also deletes the trained models."""
     view, chosen = view or View(), parse(Settings, config)
     store = Store(workdir, config.to_dict(), overwrite=overwrite)
     store.write_config()

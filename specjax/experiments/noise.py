@@ -6,7 +6,7 @@ or a loss only where two things agree:
 1. The spread. The logarithms of the seconds of one side and batch scatter around their mean; their deviation s is
    pooled over both sides and all batches of a run, with as many degrees of freedom as there are timings beyond the
    first of each. A median of R timings has the variance s^2 / R for R <= 2, and at most s^2 pi / (2 R) for more. With
-   the logarithm of the measured speedup as its centre, the interval of Student's t at 95 % must leave out 1. For the
+   the logarithm of the measured speedup as its centre, the interval of Student's t at 95 % must exclude 1. For the
    sum of several batches, the variance of each side is weighted by the square of its share of the seconds.
    With one repeat a timing has no spread of its own: then s is that of plain decoding's seconds per token over the
    batches, which share one buffer and would take equally long on a quiet machine. One batch timed once has none.
@@ -17,7 +17,7 @@ or a loss only where two things agree:
    is thus never a gain, whatever the measured time is.
 
 `verdict` is "gain" or "loss" where both agree, "noise" where 1 lies in the interval, "unexplained" where the interval
-leaves out 1 but the calls do not say why, and "unknown" where there is no spread to compare with.
+excludes 1 but the calls do not say why, and "unknown" where there is no spread to compare with.
 """
 
 import math
@@ -34,15 +34,15 @@ TOLERANCE = 1.25
 
 GAIN, LOSS, NOISE, UNEXPLAINED, UNKNOWN = "gain", "loss", "noise", "unexplained", "unknown"
 MARKS = {GAIN: "", LOSS: "", NOISE: " ~", UNEXPLAINED: " ?", UNKNOWN: " ?"}
-"""The mark behind a speedup in tables."""
+"""The mark after a speedup in tables."""
 
 
 class Timings(NamedTuple):
     """The seconds of all repeats of one batch.
 
     Attributes:
-      plain: of plain decoding.
-      speculative: with speculation.
+      plain: seconds of plain decoding.
+      speculative: seconds with speculation.
       plain_tokens: new tokens of plain decoding.
     """
 
@@ -73,7 +73,7 @@ def scatter(batches: Sequence[Timings]) -> Scatter | None:
 
 
 def _variance(seconds: Sequence[Sequence[float]]) -> float:
-    """Of the logarithm of the sum of the batches' medians, in squared deviations of one timing."""
+    """The variance of the logarithm of the summed medians of batches, in units of the variance of one timing."""
     medians = np.asarray([np.median(side) for side in seconds])
     of_median = np.asarray([1 / len(side) if len(side) <= 2 else math.pi / 2 / len(side) for side in seconds])
     return float(np.sum((medians / medians.sum()) ** 2 * of_median))
@@ -89,9 +89,9 @@ def half_width(batches: Sequence[Timings], of: Scatter | None) -> float | None:
 
 
 def verdict(measured: float, explained: float, factor: float | None, *, check_size: bool = True) -> str:
-    """Whether a speedup is believed that was measured, by what the calls explain and the factor of `half_width`.
+    """Whether a measured speedup is believed, from what the calls explain and the factor of `half_width`.
 
-    With `check_size` the interval has to come near what the calls explain.
+    With `check_size`, the interval also has to come near what the calls explain.
     """
     if factor is None:
         return UNKNOWN

@@ -2,7 +2,7 @@
 
 A drafter is a function that returns a `specjax.Drafter`. It is called with those of these arguments that it names:
 `num_draft_tokens` (K), `target` (the loaded `Pretrained`) and `draft` (the text of config.draft). A rule is a
-`verify.Rule`, or a function without arguments that returns one. A relative FILE is looked up where the command is run.
+`verify.Rule`, or a function without arguments that returns one. A relative FILE is looked up in the current directory.
 """
 
 import functools
@@ -23,14 +23,14 @@ _ARGUMENTS = ("num_draft_tokens", "target", "draft")
 
 
 def is_own(text: str) -> bool:
-    """Whether a text names something in a file of the user's."""
+    """Whether a string names an object in a user's file."""
     head = text.partition(":")[0]
     return head.endswith(".py") or "/" in head
 
 
 @functools.cache
 def _module(path: pathlib.Path) -> Any:
-    """Runs a file once. It can import modules that lie beside it."""
+    """Runs a file once. It can import modules next to it."""
     name = f"specjax_own_{path.stem}_{abs(hash(path)):x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -65,7 +65,7 @@ def _own(key: str, text: str) -> Any:
             f"config.{key}={text!r}: the file {file} does not exist (seen from {pathlib.Path.cwd()})."
         )
     if path.is_dir() or path.suffix != ".py":
-        what = "is a directory" if path.is_dir() else "is no Python file"
+        what = "is a directory" if path.is_dir() else "is not a Python file"
         raise ValueError(f"config.{key}={text!r}: {file} {what}: write FILE.py:NAME.")
     if not name:
         raise ValueError(f"config.{key}={text!r} names a file, but nothing in it: write {file}:NAME.")
@@ -110,19 +110,19 @@ def rule(text: str) -> Rule:
         if needed:
             raise ValueError(
                 f"config.verify={text!r} takes {', '.join(needed)}: give a specjax.verify.Rule, or a function without "
-                f"arguments that returns one; a judge is made one by verify.Rule({found.__name__}, "
+                f"arguments that returns one; a judge becomes one by verify.Rule({found.__name__}, "
                 f"name={found.__name__!r}, exact=False)."
             )
         found = _guard(text, "function", found)()
     if not isinstance(found, Rule):
-        raise ValueError(f"config.verify={text!r} is a {type(found).__name__}, and no specjax.verify.Rule.")
+        raise ValueError(f"config.verify={text!r} is a {type(found).__name__}, not a specjax.verify.Rule.")
     if found.name.partition(":")[0] in verify.RULES and found is not verify.RULES.get(found.name):
         raise ValueError(f"config.verify={text!r} is called {found.name!r} as a rule of specjax: give it another name.")
     return found
 
 
 def drafter_function(text: str) -> Callable[..., Any]:
-    """The function of a file, whose arguments are those that can be given.
+    """The function of a file, which must only take arguments that specjax gives.
 
     Raises:
       ValueError: for something else.
@@ -149,10 +149,10 @@ def drafter_function(text: str) -> Callable[..., Any]:
 
 
 def drafter(text: str, draft: str, target: Pretrained) -> Callable[[int], AnyDrafter]:
-    """A user's drafter by K.
+    """A user's drafter, as a function of K.
 
     Raises:
-      ValueError: for a file without such a function; where the function raises; for what is no drafter of K tokens.
+      ValueError: for a file without such a function, one that raises, or one that returns no drafter of K tokens.
       FileNotFoundError: where the file does not exist.
     """
     function = drafter_function(text)
@@ -165,7 +165,7 @@ def drafter(text: str, draft: str, target: Pretrained) -> Callable[[int], AnyDra
         try:
             checked = contract.check(made)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"config.drafter={text!r} returns no drafter: {error}") from error
+            raise ValueError(f"config.drafter={text!r} does not return a drafter: {error}") from error
         if made.num_draft_tokens != k:
             raise ValueError(
                 f"config.drafter={text!r} returns a drafter of {made.num_draft_tokens} tokens where {k} were asked "

@@ -1,4 +1,4 @@
-"""Plans a target and a draft on chips that are not here: does it fit, what does a step take, which K is best."""
+"""Plans a target and a draft on chips that you don't have: does it fit, how long is a step, which K is best."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def setups(chosen: Settings) -> dict[str, Setup]:
     """The plans that the settings ask for, by the name of the draft.
 
     Raises:
-      ValueError: for a topology or a model that is not known.
+      ValueError: for an unknown topology or model.
       OSError: where a shape cannot be read.
     """
     topology = chips.parse(chosen.topology)
@@ -126,7 +126,7 @@ def _call(setup: Setup, side: str, tokens: int, cost: Cost, computed: Cost, prog
 
 
 def _with_compiled(cost: Callable[[int], Cost], side: str, compiled: aot.Compiled | None) -> Callable[[int], Cost]:
-    """Costs with what XLA made of the collectives, where it was asked."""
+    """Costs with the collectives that XLA compiled, where anything was compiled."""
     if compiled is None:
         return cost
     seen = {}
@@ -191,9 +191,9 @@ def _step(compiled: aot.Compiled) -> Row:
 
 
 def make_row(name: str, setup: Setup, chosen: Settings, compiled: aot.Compiled | None, exhausted: bool) -> Row:
-    """Everything that is known of one target and the draft `name` on one topology, as plain values.
+    """Everything that is known about one target and the draft `name` on one topology, as plain values.
 
-    `exhausted` says that XLA found no room for it.
+    `exhausted` says that XLA ran out of memory.
     """
     memory, fit = _memory(setup, compiled)
     return {
@@ -232,14 +232,14 @@ def make_row(name: str, setup: Setup, chosen: Settings, compiled: aot.Compiled |
 
 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
-    """Makes the plan, as `EXPERIMENTS` says; ValueError also for a topology that is not known, or libtpu missing."""
+    """Makes the plan, as `EXPERIMENTS` says; ValueError also for an unknown topology, or where libtpu is missing."""
     view, chosen = view or View(), parse(Settings, config)
     store = Store(workdir, config.to_dict(), overwrite=overwrite, names=FILES)
     if store.holds("results.json"):
         view.line(f"The plan is finished in {store.directory}{os.sep}; --overwrite makes it anew.")
         return
-    # Nothing is computed: whatever accelerator is here stays free. And a program for a TPU that is not here can be
-    # written to the compilation cache, but not read from it.
+    # Nothing is computed, so an accelerator of this machine stays free. And a program for a TPU that this machine does
+    # not have can be written to the compilation cache, but not read from it.
     jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from specjax import files
 
 KEYS = ("prompt", "input", "turns")
-"""The keys of a line that may hold its prompt; the first that is present counts, and of `turns` the first entry."""
+"""The keys of a line that may hold its prompt; the first that is present counts; for `turns`, its first entry."""
 
 MAX_PROMPT = 2**22
-"""The longest prompt, in characters: about a million tokens, more than any supported model knows positions."""
+"""The longest prompt, in characters: about a million tokens, more than the positions of any supported model."""
 
 
 class Prompt(NamedTuple):
@@ -53,14 +53,14 @@ def _label(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
     key = next((key for key in keys if key in fields), None)
     value = "" if key is None or fields[key] is None else fields[key]
     if not isinstance(value, str | int | float):
-        raise ValueError(f"{where} has a {type(value).__name__} under {key!r}: write a text or a number there.")
+        raise ValueError(f"{where} has a {type(value).__name__} under {key!r}: write a string or a number there.")
     return str(value)
 
 
 def _parse(fields: Any, number: int, where: str) -> Prompt:
     text = _text(fields) if isinstance(fields, dict) else None
     if text is None:
-        raise ValueError(f"{where} has no prompt: give it a text under one of {', '.join(map(repr, KEYS))}.")
+        raise ValueError(f"{where} has no prompt: give it a string under one of {', '.join(map(repr, KEYS))}.")
     if len(text) > MAX_PROMPT:
         raise ValueError(
             f"{where} has a prompt of {len(text)} characters, and at most {MAX_PROMPT} are read: shorten it, or leave "

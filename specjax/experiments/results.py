@@ -1,4 +1,4 @@
-"""The rows of `results.json`: their fields, values that are derived from counters and times, and sums of rows."""
+"""The rows of `results.json`: their fields, the values derived from counters and times, and sums of rows."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ REPEATS = tuple(f"{side}seconds_of_repeats" for side in SIDES)
 """Fields of a batch that list the seconds of each repeat; rows that are added up have none."""
 
 OF_PROMPT = ("num_prompts", "num_tokens", "num_identical", "target_calls", "draft_steps", "overlap")
-"""Fields that are added up over rows. So are, position by position, those of `BY_POSITION`."""
+"""Fields that are added up over rows, as are those of `BY_POSITION`, position by position."""
 
 BY_POSITION = ("proposed_by_position", "accepted_by_position", "accepted_histogram")
 
@@ -104,7 +104,7 @@ def _timings(rows: Sequence[Row]) -> list[noise.Timings]:
 
 
 def _judgement(row: Row, rows: Sequence[Row], scatter: noise.Scatter | None) -> Row:
-    """The fields that say whether a row's speedup is believed, from the rows of the batches it is of."""
+    """The fields that say whether a row's speedup is believed, from the rows of its batches."""
     costs = costs_of(row)
     drafting = row["draft_steps"] * max(costs.step_cost, 1.0)
     spent = row["target_calls"] - row["draft_steps"] + drafting
@@ -115,7 +115,7 @@ def _judgement(row: Row, rows: Sequence[Row], scatter: noise.Scatter | None) -> 
 def judged(rows: Sequence[Row]) -> list[Row]:
     """The rows of a run with `speedup_low`, `speedup_high` and `verdict`, by the scatter of all its timings.
 
-    What the calls explain is that of all rows of a batch, which share its time.
+    What the calls explain is computed over all rows of a batch, which share its time.
     """
     scatter = noise.scatter(_timings(rows))
     together: dict[Any, list[Row]] = {}
@@ -129,7 +129,7 @@ def judged(rows: Sequence[Row]) -> list[Row]:
 
 
 def derive(row: Row) -> Row:
-    """The row, completed by everything that follows from its counters, times and costs."""
+    """The row with everything that follows from its counters, times and costs."""
     summary, costs = _summary(row), costs_of(row)
     speed = row["batch_tokens"] / row["seconds"]
     plain = row["baseline_batch_tokens"] / row["baseline_seconds"]
@@ -165,12 +165,12 @@ def combine(rows: Sequence[Row], task: str, run: Sequence[Row] | None = None) ->
 
 
 def by_task(rows: Sequence[Row]) -> list[Row]:
-    """One row a task, in order of appearance."""
+    """One row per task, in order of appearance."""
     return [combine([r for r in rows if r["task"] == t], t, rows) for t in dict.fromkeys(row["task"] for row in rows)]
 
 
 def to_json(value: Any) -> str:
-    """JSON as all files of a workdir have it; a number that is not finite becomes null."""
+    """JSON in the format of all files of a workdir; numbers that are not finite become null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, float):

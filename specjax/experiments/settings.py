@@ -1,6 +1,6 @@
 """Settings of an experiment: a frozen dataclass that is filled from a config once, every field checked on the way.
 
-A field's checks stand in its annotation, as in `repeats: Annotated[int, at_least(1)]`. What concerns several fields is
+A field's checks are in its annotation, as in `repeats: Annotated[int, at_least(1)]`. What concerns several fields is
 checked by the method `check`.
 """
 
@@ -19,10 +19,10 @@ class Check(NamedTuple):
     """A condition on the value of a key.
 
     Attributes:
-      holds: whether a value is right.
+      holds: whether a value is valid.
       remedy: the end of an error, after the key and its value; KEY stands for the key.
-      each: the value is a tuple, and the check is one of each of its entries.
-      last: it is checked after everything else: what is missing is named where nothing is wrong.
+      each: the value is a tuple, and each of its entries is checked.
+      last: it is checked after everything else: a missing value is reported only where nothing else is wrong.
     """
 
     holds: Callable[[Any], bool]
@@ -32,22 +32,22 @@ class Check(NamedTuple):
 
 
 def at_least(low: float, more: str = "") -> Check:
-    """A number that is not less than another."""
+    """A number of at least `low`."""
     return Check(lambda value: value >= low, f"at least {low}{more}")
 
 
 def at_most(high: float) -> Check:
-    """A number that is not more than another."""
+    """A number of at most `high`."""
     return Check(lambda value: value <= high, f"at most {high}")
 
 
 def between(low: float, high: float, more: str = "") -> Check:
-    """A number between two others, these included."""
+    """A number from `low` to `high`, both included."""
     return Check(lambda value: low <= value <= high, f"from {low} to {high}{more}")
 
 
 def all_at_least(low: int) -> Check:
-    """A tuple of numbers, at least one, none of which is less than another number."""
+    """A tuple of one or more numbers, each at least `low`."""
     return Check(lambda values: bool(values) and min(values) >= low, f"one at least, and each at least {low}")
 
 
@@ -57,7 +57,7 @@ def one_of(*known: str) -> Check:
 
 
 def given(value: str) -> Check:
-    """A text that is not empty."""
+    """A string that is not empty."""
     return Check(bool, f"give --config.KEY={value}", last=True)
 
 
@@ -73,11 +73,11 @@ def _check(key: str, value: Any, check: Check) -> None:
 
 
 def parse(kind: type[T], config: Config) -> T:
-    """Fills a dataclass from the keys of its fields' names; a field that is a dataclass too, from the same config.
+    """Fills a dataclass from the keys named like its fields; a field that is itself a dataclass, from the same config.
 
     Raises:
       ValueError: naming the key, its value and the remedy.
-      OSError: for files that a key names and that are not there.
+      OSError: for a file that a key names and that does not exist.
     """
     values: dict[str, Any] = {}
     later: list[tuple[str, Check]] = []

@@ -1,4 +1,4 @@
-"""Files of prompts, texts and pairs that need no network: they are made from what comes with Python.
+"""Files of prompts, texts and pairs that need no network: they are made from texts that come with Python.
 
 The language reference (`pydoc_data`, shipped with CPython under the PSF licence) gives running text; the docstrings of
 the standard library give pairs of a description and its first line, its summary.
@@ -25,7 +25,7 @@ _LENGTH = (300, 1500)
 """Characters of a passage."""
 
 _SPLITS = {"test": 1, "valid": 1, "train": 18}
-"""Twentieths of the pairs."""
+"""The share of each split, in twentieths of the pairs."""
 
 
 def topics() -> dict[str, str]:

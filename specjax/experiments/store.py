@@ -1,7 +1,7 @@
 """The finished parts of a run in its work directory, so that the same command with the same config continues it.
 
 Runs differ in what they finish: the cells of a sweep (`Store.get`), the rows of prompts (`RowStore.add`), or one thing
-as a whole (`Store.holds`). Every file is written at once, so that an interrupted run leaves whole files. What is read
+as a whole (`Store.holds`). Files are written atomically, so that an interrupted run leaves whole files. What is read
 back decides what is measured and reported, so it is checked first.
 """
 
@@ -23,7 +23,7 @@ _BROKEN = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, 
 
 
 def clear(directory: pathlib.Path, names: Iterable[str], kept: str = "") -> None:
-    """Deletes files and directories of a run, but not the one that `kept` is the path of, or lies in."""
+    """Deletes files and directories of a run, except the one that is at the path `kept` or contains it."""
     spared = pathlib.Path(kept).expanduser().resolve() if kept else None
     for path in (directory / name for name in names):
         if spared is not None and path.resolve() in (spared, *spared.parents):
@@ -50,7 +50,7 @@ def _read_object(path: pathlib.Path) -> Row:
 def _read_cells(path: pathlib.Path) -> tuple[Row, Row, float]:
     content = _read_object(path)
     if content["checksum"] != _checksum(content):
-        raise ValueError("it is not as it was written, by its checksum")
+        raise ValueError("its checksum does not match its content")
     return content["settings"], content["cells"], content["seconds"]
 
 
@@ -59,10 +59,10 @@ class Store:
 
     Attributes:
       directory: the work directory.
-      config: of the run; that of an earlier run in the same directory must be equal.
+      config: the config of the run; that of an earlier run in the same directory must be equal.
       path: the file of the cells.
-      cells: those that are finished, by what they measure.
-      seconds: what they took.
+      cells: the finished cells, by key.
+      seconds: how long they took.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Store:
         overwrite: bool = False,
         names: Sequence[str] = (),
     ):
-        """Opens the directory; `overwrite` deletes the cells of an earlier run in it, and the files of these names.
+        """Opens the directory; `overwrite` deletes the cells of an earlier run in it, and the files of these `names`.
 
         Raises:
           ValueError: where an earlier run had another config, or its files are broken.
@@ -110,16 +110,16 @@ class Store:
             raise ValueError(f"{self.directory} holds a run with another config ({changes}): {_REMEDY}.")
 
     def holds(self, name: str) -> bool:
-        """Whether a file is there that a run with the same config wrote.
+        """Whether there is a file that a run with the same config wrote.
 
         Raises:
-          ValueError: where the run had another config, or nothing says which.
+          ValueError: where the run had another config, or an unknown one.
         """
         if not (self.directory / name).exists():
             return False
         path = self.directory / "config.json"
         if not path.exists():
-            raise ValueError(f"{path} is missing, so that nothing says what {name} is of: {_REMEDY}.")
+            raise ValueError(f"{path} is missing, so that the config of {name} is unknown: {_REMEDY}.")
         self._check_config(self.parse("config.json", _read_object))
         return True
 
@@ -129,7 +129,7 @@ class Store:
         files.write(self.directory / name, text)
 
     def write_config(self) -> None:
-        """Writes `config.json`, by which the run is known."""
+        """Writes `config.json`, which identifies the run."""
         self.write("config.json", results.to_json(self.config))
 
     def write_samples(self, samples: Sequence[Row]) -> None:
@@ -137,10 +137,10 @@ class Store:
         self.write("samples.jsonl", "".join(f"{json.dumps(sample, ensure_ascii=False)}\n" for sample in samples))
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The cell of a key, computed and written where it is not there."""
+        """The cell of a key, computed and written where it is missing."""
         if key not in self.cells:
             begin = time.perf_counter()
-            # The cells that follow may depend on what the clock of this one says.
+            # Later cells may depend on the times of this one.
             self.cells[key] = distributed.from_first(json.loads(results.to_json(compute())))
             self.seconds += time.perf_counter() - begin
             content = {"settings": self.config, "seconds": self.seconds, "cells": self.cells}
@@ -176,13 +176,13 @@ def _check_row(row: Row, number: int) -> None:
 
 
 def _read_rows(path: pathlib.Path) -> list[Row]:
-    """The rows of prompts, in order; the last row, of all prompts, has to follow from them."""
+    """The rows of prompts, in order; the last row, of all prompts, has to be derivable from them."""
     *rows, total = json.loads(path.read_text(encoding="utf-8"))
     for number, row in enumerate(rows):
         _check_row(row, number)
     if total["task"] != "all" or total["num_prompts"] != len(rows):
         raise ValueError("the row of all prompts is missing")
-    # What follows from counters and times is not believed but derived anew.
+    # What follows from counters and times is not read but derived anew.
     rows = results.judged([results.derive(row) for row in rows])
     results.combine(rows, "all")
     return rows
@@ -213,12 +213,12 @@ class RowStore(Store):
         self.write_config()
         has_samples = (self.directory / "samples.jsonl").exists()
         self.samples: list[Row] = self.parse("samples.jsonl", _read_samples) if has_samples else []
-        # The rows are written last: samples without their rows are of a batch that was not finished.
+        # The rows are written last: samples without rows are from a batch that was not finished.
         missing = len(self.samples) - len(self.rows)
         if not 0 <= missing <= max(int(config.get("batch_size", 1)), 1):
             path = self.directory / ("samples.jsonl" if missing < 0 else "results.json")
             found = f"{len(self.rows)} prompts in results.json, {len(self.samples)} in samples.jsonl"
-            raise ValueError(f"{path} is broken, since prompts are missing in it ({found}): {_REMEDY}.")
+            raise ValueError(f"{path} is broken, since prompts are missing from it ({found}): {_REMEDY}.")
         self.samples = self.samples[: len(self.rows)]
 
     def add(self, rows: Sequence[Row], samples: Sequence[Row]) -> None:
@@ -229,7 +229,7 @@ class RowStore(Store):
         self.write("results.json", results.to_json([*self.rows, results.combine(self.rows, "all")]))
 
     def check_resumable(self, prompts: Sequence[str], device: str) -> None:
-        """Makes sure that what is here was made from the same prompts on the same device.
+        """Checks that the finished rows are from the same prompts on the same device.
 
         Raises:
           ValueError: where it was not.
@@ -239,7 +239,7 @@ class RowStore(Store):
         for row, sample in zip(self.rows, self.samples, strict=True):
             found = ""
             if row["device"] != device:
-                found = f"rows measured on {row['device']}, and this is {device}"
+                found = f"rows measured on {row['device']}, but this is {device}"
             elif sample["prompt"] != prompts[row["prompt"]]:
                 found = "a run over other prompts; the data file has changed"
             if found:

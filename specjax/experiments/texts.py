@@ -36,7 +36,7 @@ def _plain(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
 
 
 def check(path: str | pathlib.Path) -> pathlib.Path:
-    """The path of a file that is there.
+    """The path of an existing file.
 
     Raises:
       FileNotFoundError: where there is no such file.

@@ -54,7 +54,7 @@ class Settings:
     optimisation: TrainConfig
 
     def check(self) -> None:
-        """Refuses a shape that makes no sense."""
+        """Refuses an invalid shape."""
         if not 0 <= self.extra_ids < self.vocab_size:
             raise ValueError(f"config.extra_ids={self.extra_ids}: at least 0, and fewer than config.vocab_size.")
         try:
@@ -64,7 +64,7 @@ class Settings:
 
 
 def _vocabulary(chosen: Settings, texts: Sequence[Text], workdir: pathlib.Path, view: View) -> Tokenizer:
-    """The one that is given, that of the run in the workdir, or one trained on the texts."""
+    """The vocabulary: the given one, that of the run in the workdir, or one trained on the texts."""
     path = workdir / SPIECE
     if chosen.vocabulary:
         return vocabulary.load(chosen.vocabulary)
@@ -171,7 +171,7 @@ def _finish(chosen: Settings, run: Run, curve: Curve, store: Store, view: View) 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
     """Trains a model, as `EXPERIMENTS` says; FloatingPointError where the loss is not finite.
 
-    `fit` keeps what is finished, and goes on after its last checkpoint; some keys may change from run to run.
+    `fit` resumes from the last checkpoint; some keys may change between runs.
     """
     view, chosen = view or View(), parse(Settings, config)
     store = Store(workdir, config.to_dict())

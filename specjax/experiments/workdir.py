@@ -6,7 +6,7 @@ the directory of an interrupted run to continue it.
 
 The lock is a file, `.lock`, that the system locks for the process (`flock`), and whose content names the process. The
 system releases it when the process ends, in whatever way, so a stale lock never blocks a run. Where a file system has
-no locks, the process that the file names is looked for among those of this host.
+no locks, the process that the file names is looked up on this host.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def default(file: str, config: Mapping[str, Any]) -> pathlib.Path:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host was started, in the system's words; None where there is none, or nothing says so."""
+    """When a process of this host was started, in the system's units; None where that is not known."""
     try:
         # What follows the name, which may hold anything, begins with the third field; the start is the 22nd.
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -58,7 +58,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _self() -> dict[str, Any]:
-    """Who has the lock, as the file says it."""
+    """This process, as the lock's file describes its owner."""
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -69,7 +69,7 @@ def _self() -> dict[str, Any]:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """The content of a lock's file; nothing where it cannot be read."""
+    """The content of a lock's file; empty where it cannot be read."""
     try:
         os.lseek(descriptor, 0, os.SEEK_SET)
         found = json.loads(os.read(descriptor, 1 << 16).decode())
@@ -100,7 +100,7 @@ def _refusal(path: pathlib.Path, owner: Mapping[str, Any], *, certain: bool) -> 
 
 
 def _take(path: pathlib.Path) -> int | None:
-    """Takes the lock; returns the open file, or None where its name was removed meanwhile: then try again."""
+    """Takes the lock; returns the open file, or None where the file was removed meanwhile: then try again."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except FileNotFoundError:

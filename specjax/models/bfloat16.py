@@ -1,4 +1,4 @@
-"""On CPUs, bfloat16 arrays are moved as integers, the only way to update them in place."""
+"""Moves bfloat16 arrays as integers on CPUs, the only way to update them there in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,15 @@ from jaxtyping import Array
 
 
 def moved(move: Callable[..., Array], arrays: tuple[Array, ...], *places: Array | None) -> Array:
-    """`move(*arrays, *places)`, where `move` moves numbers and computes none.
+    """`move(*arrays, *places)`, where `move` only moves values.
 
     XLA:CPU has no gather, slice or update of bfloat16 arrays: it converts the whole array to float32 and back, in every
     step of a loop. So bfloat16 is moved as integers there.
 
     Args:
-      move: such as `jnp.take` or an update of a slice; linear in `arrays`.
-      arrays: of one dtype.
-      *places: integers that say where to, or None.
+      move: such as `jnp.take` or a slice update; linear in `arrays`.
+      arrays: the arrays, all of one dtype.
+      *places: integer indices, or None.
     """
     if arrays[0].dtype != jnp.bfloat16:
         return move(*arrays, *places)

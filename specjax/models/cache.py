@@ -3,13 +3,13 @@
 **Invariant.** For every row, entries `0 .. length - 1` of every layer are exactly those that a fresh prefill of the
 row's first `length` tokens would write. Entries at or beyond `length` are stale: attention never sees them before
 they are overwritten, since a call writes its own tokens at `length ..` before it attends, and a query at position p
-attends to entries `0 .. p` only (of a tree, to its own path); and values are finite (`contain`), since 0 * NaN is NaN.
-So a rejected draft is one that is not committed; nothing is copied or cleared. The accepted path of a tree is moved to
-where a prefill would have written it (`commit`): keys are rotated by the depth in the tree, which is their position.
+attends to entries `0 .. p` only (in a tree, to its own path); and values are finite (`contain`), since 0 * NaN is NaN.
+So rejecting a draft means not committing it; nothing is copied or cleared. The accepted path of a tree is moved to
+where a prefill would have written it (`commit`): keys are rotated by their depth in the tree, which is their position.
 
 **Layout.** One array per layer, `[B, kv_heads, S, head_dim]`: the form that XLA updates in place inside a donated
-`while_loop`. With S before the heads, it is copied whole on every step. Where one layer's program is run for all of
-them (`DecoderConfig.scan_layers`), they lie in one array, `[B, layers, kv_heads, S, head_dim]`.
+`while_loop`. With S before the heads, it is copied whole on every step. Where one layer's program is run for all
+layers (`DecoderConfig.scan_layers`), they share one array, `[B, layers, kv_heads, S, head_dim]`.
 """
 
 import functools
@@ -59,7 +59,7 @@ def stack(cache: Cache) -> Cache:
 
 
 def axes_of(num_axes: int) -> tuple[str, ...]:
-    """The logical axes of one array of a cache of any family; an array of any other rank holds lengths."""
+    """The logical axes of an array in any family's cache; an array of any other rank holds lengths."""
     return {len(AXES): AXES, len(STACKED_AXES): STACKED_AXES}.get(num_axes, ("batch",))
 
 
@@ -76,8 +76,8 @@ def write(
 
     Args:
       buffer: keys or values of a layer, or of all.
-      new: what is written.
-      start: where.
+      new: the new entries.
+      start: where each row's new entries begin.
       layer: which layer to write, where the buffer holds all of them.
     """
     new = jnp.swapaxes(new, 1, 2).astype(buffer.dtype)
@@ -109,7 +109,7 @@ def write(
 
 
 def contain(values: Float[Array, "B T H D"]) -> tuple[Float[Array, "B T H D"], Bool[Array, "B T H D"]]:
-    """New values as they are cached, with 0 for what is not finite, and a mask of where that was.
+    """New values for the cache, with 0 in place of those that are not finite, and a mask of these.
 
     Entries that a query does not see have a weight of 0, but 0 * NaN is NaN: one draft token whose embedding is NaN
     would spoil the tokens before it. A token that attends to such an entry of its own has to become NaN; the mask says
@@ -120,16 +120,16 @@ def contain(values: Float[Array, "B T H D"]) -> tuple[Float[Array, "B T H D"], B
 
 
 CacheLike = TypeVar("CacheLike", bound=Any)
-"""A NamedTuple that has the fields of `Cache`, and others perhaps."""
+"""A NamedTuple that has the fields of `Cache`, and possibly others."""
 
 
 def commit(cache: CacheLike, path: Int[Array, "B P"] | None, count: Int[Array, " B"]) -> CacheLike:
     """Keeps entries of the last block (see `types.Model.commit`).
 
     Args:
-      cache: of any model.
-      path: the entries behind the length that are kept, in order; of those beyond `count` any will do. None: they stand
-        where they belong.
+      cache: the cache of any model.
+      path: the kept entries in order, counted from `length`; those beyond `count` are ignored. None: they are in place
+        already.
       count: how many are kept.
     """
     if path is not None and path.shape[1] > 1:
@@ -141,7 +141,7 @@ def commit(cache: CacheLike, path: Int[Array, "B P"] | None, count: Int[Array, "
 def _move(
     buffer: Float[Array, "B *L H S D"], path: Int[Array, "B P"], length: Int[Array, " B"]
 ) -> Float[Array, "B *L H S D"]:
-    """Writes the entries `length + path` of each row to `length ..`; the first of them is in its place already."""
+    """Writes the entries `length + path` of each row to `length ..`; the first of them is in place already."""
     rows, size, width = buffer.shape[0], *buffer.shape[-2:]
     heads = buffer.reshape(rows, -1, size, width)
 
@@ -149,7 +149,7 @@ def _move(
         return jax.vmap(lambda row, at: jnp.take(row, at, axis=1, mode="clip"))(heads, at)
 
     def one_by_one(heads: Array, at: Array) -> Array:
-        # XLA:CPU fuses a gather with the write that follows, and then copies the cache; a loop it leaves alone.
+        # XLA:CPU fuses a gather with the write that follows, and then copies the cache; it leaves a loop alone.
         _, kept = jax.lax.scan(lambda _, at: (None, gather(heads, at[:, None])), None, at.T)
         return jnp.moveaxis(kept[:, :, :, 0], 0, 2)
 
@@ -161,7 +161,7 @@ def _move(
 
 
 def of_layer(buffer: Float[Array, "B *L H S D"], layer: Int[Array, ""] | None) -> Float[Array, "B H S D"]:
-    """The keys or values of one layer: all of the buffer, or that layer of all."""
+    """The keys or values of one layer: the whole buffer, or that layer of it."""
     if layer is None:
         return buffer
     return bfloat16.moved(lambda b, i: jax.lax.dynamic_index_in_dim(b, i, axis=1, keepdims=False), (buffer,), layer)

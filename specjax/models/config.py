@@ -42,7 +42,7 @@ class LinearRopeScaling:
 
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
-"""What a feed-forward may compute: "gelu" is the exact one, "gelu_new" its approximation by tanh."""
+"""The activations of a feed-forward: "gelu" is the exact one, "gelu_new" its approximation by tanh."""
 
 POSITIONS = ("rotary", "learned")
 """How a decoder encodes positions: it rotates queries and keys, or adds a learned table to the embeddings."""
@@ -70,7 +70,7 @@ LIMITS = {
 
 
 def _check_fields(config: Any) -> None:
-    """Checks that every field is what it is declared as: a size within `LIMITS`, a finite number, True or False."""
+    """Checks that every field has its declared type: a size within `LIMITS`, a finite number, True or False."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
@@ -96,48 +96,48 @@ def _one_of(config: object, **choices: Sequence[str]) -> None:
 class DecoderConfig:
     """A decoder-only model; the defaults of the switches are those of the Llama family.
 
-    `presets` has published shapes. Loaded are Llama, SmolLM2, Mistral, Qwen2/2.5, Gemma 2 and 3, GPT-2, GPT-J, OPT and
-    GPTBigCode; a Chinchilla is `gated=False, activation="gelu"` without biases.
+    `presets` has published shapes. specjax loads Llama, SmolLM2, Mistral, Qwen2/2.5, Gemma 2 and 3, GPT-2, GPT-J, OPT
+    and GPTBigCode; a Chinchilla is `gated=False, activation="gelu"` without biases.
 
     Attributes:
       vocab_size: the width of the logits.
-      hidden_size: of the residual stream.
-      intermediate_size: of the feed-forward.
-      num_layers: how many blocks.
-      num_heads: of the queries.
-      num_kv_heads: of the keys and values; 1 is multi-query attention (arXiv 1911.02150).
-      head_dim: of a head.
-      max_position: the longest text; of learned positions, the length of their table.
+      hidden_size: the width of the residual stream.
+      intermediate_size: the inner width of the feed-forward.
+      num_layers: the number of blocks.
+      num_heads: the number of query heads.
+      num_kv_heads: the number of key/value heads; 1 is multi-query attention (arXiv 1911.02150).
+      head_dim: the width of a head.
+      max_position: the longest sequence; for learned positions, the length of their table.
       rope_theta: the base of the rotary angles.
-      rope_scaling: how they are stretched.
+      rope_scaling: how the rotary angles are stretched.
       norm_eps: what norms add to the variance.
-      tie_embeddings: whether the head is the embeddings' table.
+      tie_embeddings: whether the head is the embedding table.
       qkv_bias: whether queries, keys and values have biases.
       output_bias: whether attention's output has one.
       mlp_bias: whether the feed-forward has biases.
-      sliding_window: how many last tokens, itself included, a token sees; None for all.
-      dtype: of weights, matrix products and cache: "float32" or "bfloat16"; the residual stream, the softmaxes and the
-        logits are float32 in both.
+      sliding_window: how many tokens, itself and those before it, a token attends to; None for all.
+      dtype: that of weights, matrix products and cache, "float32" or "bfloat16"; the residual stream, the softmaxes and
+        the logits are float32 in both.
       positions: one of `POSITIONS`.
-      rotary_dim: how many first dimensions of a head are rotated; None for all.
+      rotary_dim: how many of a head's first dimensions are rotated; None for all.
       norm: one of `NORMS`.
       activation: one of `ACTIVATIONS`.
       gated: whether the feed-forward is `down(activation(gate(x)) * up(x))`, else `down(activation(up(x)))`.
       parallel: whether attention and feed-forward read the same normed input (GPT-J), else one after the other.
-      post_norms: whether what a block's two parts give is normed too before it is added (Gemma).
+      post_norms: whether the outputs of a block's two parts are normed too, before they are added (Gemma).
       qk_norm: whether queries and keys are normed, head by head, before they are rotated (Gemma 3).
       head_bias: whether the head has a bias.
       scale_embeddings: whether embeddings are multiplied by the root of `hidden_size`, rounded to `dtype` (Gemma).
       query_scale: what queries are multiplied by; None for `head_dim ** -0.5`.
       attention_softcap: c of the `c tanh(x / c)` that bounds attention's scores (Gemma 2); None for no bound.
-      logit_softcap: the same bound, of the logits.
-      global_layers: the layers, counted from 0, that `sliding_window` leaves alone.
-      local_rope_theta: the base of the rotary angles, unstretched, of the layers with a window (Gemma 3); None for the
-        same angles as the others.
+      logit_softcap: the same bound for the logits.
+      global_layers: the layers, counted from 0, without the sliding window.
+      local_rope_theta: the base of the unstretched rotary angles of layers with a window (Gemma 3); None for the same
+        angles as in the other layers.
       int8: whether matrices are stored in eight bits, with a scale for each output, and multiplied as integers on CPUs
         (`families.quantise`); everything else stays in `dtype`. Not for training.
-      scan_layers: whether one layer's program is compiled and run for every layer, whose parameters then are one array
-        each (`families.stack_layers`); else every layer is compiled. The text is the same; compiling takes less time, a
+      scan_layers: whether one layer's program is compiled and run for every layer, on stacked parameters
+        (`families.stack_layers`); else every layer is compiled. The text is the same; compilation takes less time, a
         step takes more (docs/results/layers.md).
     """
 
@@ -206,7 +206,7 @@ class DecoderConfig:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def is_windowed(self, layer: int) -> bool:
-        """Whether a layer sees the last `sliding_window` tokens only."""
+        """Whether a layer attends to the last `sliding_window` tokens only."""
         return self.sliding_window is not None and layer not in self.global_layers
 
 
@@ -214,7 +214,7 @@ class DecoderConfig:
 class T5Config:
     """An encoder-decoder of the T5 family: T5 (arXiv 1910.10683), T5 v1.1, Flan-T5, mT5 and umT5.
 
-    `bias_per_layer` gives every layer relative positions of its own (umT5), where T5's layers share the first's.
+    `bias_per_layer` gives every layer its own relative position bias (umT5), where T5's layers share the first's.
     `scale_outputs` divides the decoder's last hidden state by the root of the width before the head (T5 v1.0). `dtype`
     and `int8` are as in `DecoderConfig`.
     """

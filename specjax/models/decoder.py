@@ -21,15 +21,15 @@ from specjax.parallel import sharding
 from specjax.types import Batch, Block, Inputs, Model, ModelOutput, Tree
 
 PREFILL_CHUNK = 512
-"""The most tokens of a prompt that are read at a time: attention scores of a whole prompt grow with its square."""
+"""The most tokens of a prompt that are read at a time: attention scores grow with the square of its length."""
 
 
 Views = Mapping[bool, layers.View]
-"""What layers without and with a window know of the tokens' positions."""
+"""The views of layers without and with a window."""
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm, head. The table of a tied model is the head, `D -> V`."""
+    """Embedding, blocks, final norm, head. The embedding table of a tied model is the head, `D -> V`."""
 
     taps: tuple[int, ...] = ()
     """The hidden states that are the features of its outputs (`types.Model.with_taps`)."""
@@ -72,7 +72,7 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B T S"],
         distance: Int[Array, "B T S"],
     ) -> layers.View:
-        """What layers with or without a window know of the tokens' positions."""
+        """The view of layers with or without a window."""
         c, rope = self.config, None
         if c.positions == "rotary":
             angles = positions[:, :, None] * layers.rope_frequencies(c, windowed=windowed)
@@ -84,9 +84,9 @@ class Decoder(nnx.Module):
     def hidden(
         self, block: Block, cache: Cache, start: Int[Array, " B"] | None, packed: Batch | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F D"], Cache]:
-        """The last hidden states of a block behind `start` entries, those of the taps, and the cache with it written.
+        """The last hidden states of a block after `start` entries, those of the taps, and the updated cache.
 
-        A training batch fills an empty cache (`start` is None), and the segments of a row do not see each other.
+        A training batch fills an empty cache (`start` is None), and the segments of a row do not attend to each other.
         """
         rows, width = block.tokens.shape
         begin = jnp.zeros(rows, jnp.int32) if start is None else start
@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
     def read(
         self, tokens: Int[Array, "B P"], cache: Cache
     ) -> tuple[Float[Array, "B P D"], Float[Array, "B P F D"], Cache]:
-        """`hidden` of prompts, in chunks of one width, of which the last may read some tokens again."""
+        """`hidden` for prompts, in chunks of equal width; the last chunk may read some tokens again."""
         rows, width = tokens.shape
         num_chunks = -(-width // PREFILL_CHUNK)
         if num_chunks == 1:
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
         empty = jnp.zeros((rows, width, self.config.hidden_size), jnp.float32)
         taps = jnp.zeros((rows, width, len(self.taps), self.config.hidden_size), jnp.float32)
         found, features, cache = jax.lax.scan(read_chunk, (empty, taps, cache), starts)[0]
-        # NaN does not pass from a chunk to the next through the cache, but it must not be overlooked.
+        # NaN does not pass through the cache from one chunk to the next, but it must not be overlooked.
         broken = jnp.cumsum(jnp.isnan(jnp.sum(found, axis=-1)), axis=1) > 0
         return jnp.where(broken[..., None], jnp.nan, found), features, cache
 
@@ -160,7 +160,7 @@ class Decoder(nnx.Module):
 
 
 def _stack(blocks: list[layers.Layer]) -> layers.Layer:
-    """One block, each of whose parameters is that of all blocks, with an axis `layers` in front."""
+    """One block whose parameters are those of all blocks, stacked along a leading axis `layers`."""
     definition, first = nnx.split(blocks[0])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, *(nnx.state(block) for block in blocks[1:]))
     for _, variable in nnx.to_flat_state(stacked):
@@ -169,10 +169,10 @@ def _stack(blocks: list[layers.Layer]) -> layers.Layer:
 
 
 class ScannedDecoder(Decoder):
-    """A `Decoder` that runs one layer's program in a loop over the stacked parameters and cache of all."""
+    """A `Decoder` that runs one layer's program in a loop over the stacked parameters and cache of all layers."""
 
     def run_layers(self, x, views, windowed, cache, start):
-        """As `Decoder.run_layers`."""
+        """Like `Decoder.run_layers`."""
         definition, params = nnx.split(self.layers)
         is_tapped = any(tap < self.config.num_layers for tap in self.taps)
 
@@ -197,11 +197,11 @@ def module(config: DecoderConfig) -> type[Decoder]:
 
 
 def repeat_kv_heads(config: DecoderConfig, mesh: Mesh | AbstractMesh | None, rules: sharding.Rules) -> DecoderConfig:
-    """The shape with every key/value head as often as devices have to share it.
+    """The shape with key/value heads repeated, so that each device has one.
 
-    Where a mesh splits the heads over more devices than there are, but no more than there are query heads, each device
-    gets one head with the queries that are its own: weights and queries stay split, no product needs another
-    all-reduce, and no device's cache is larger than it would be with that head whole.
+    Where a mesh splits the heads over more devices than there are key/value heads, but no more than there are query
+    heads, each device gets one key/value head with its own queries: weights and queries stay split, no product needs
+    another all-reduce, and no device caches more than one head.
 
     Args:
       config: the shape.

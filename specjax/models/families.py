@@ -1,4 +1,4 @@
-"""The families of models: one table of what each of them is, and what can be done with a model of any.
+"""The model families: one table that describes each of them, and functions for a model of any family.
 
 A family is a class of shapes, a module that declares parameters, pure functions over these, and a reader of published
 weights.
@@ -20,17 +20,17 @@ from specjax.types import Model, Tree
 
 
 class Family(NamedTuple):
-    """All that is known of one kind of model apart from its shape.
+    """One kind of model, apart from its shape.
 
     Attributes:
       config: the class of its shapes.
       module: `config -> module class`, which declares the parameters.
       model: `(config, rules) -> Model`.
-      placed: `(config, mesh, rules) -> config`, the shape as it lies on a mesh or None.
+      placed: `(config, mesh, rules) -> config`, the shape as it is placed on a mesh (or None).
       can_scan: whether its layers can be scanned (`stack_layers`).
-      model_types: those of the `config.json` of published models that `parse` takes.
+      model_types: the `model_type`s of `config.json` that `parse` takes.
       parse: `(config.json, names of the tensors or None, dtype) -> config`.
-      read: the parameters from published tensors, `weights.naming.read` for one.
+      read: reads the parameters from published tensors, such as `weights.naming.read`.
     """
 
     config: type[Any]
@@ -65,7 +65,7 @@ FAMILIES = {
         read=t5_mapping.read,
     ),
 }
-"""By the name that checkpoints and training runs have for it. Whoever adds a family adds it here, and nowhere else."""
+"""By the name that checkpoints and training runs use. A new family is added here, and nowhere else."""
 
 _BY_CONFIG = {family.config: name for name, family in FAMILIES.items()}
 
@@ -104,7 +104,7 @@ def model(config: ModelConfig, rules: sharding.Rules = sharding.RULES) -> Model:
 
 
 def placed(config: ModelConfig, mesh: Mesh | AbstractMesh | None, rules: sharding.Rules) -> ModelConfig:
-    """The shape of a model as it lies on a mesh, where its key/value heads may be repeated (`decoder`)."""
+    """The shape of a model as it is placed on a mesh, where its key/value heads may be repeated (`decoder`)."""
     return of(config).placed(config, mesh, rules)
 
 
@@ -164,11 +164,11 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
 def quantise(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
     """The same model with its matrices in int8, rounded to 1/127 of each output's largest weight.
 
-    As a draft it proposes nearly what it did, in half of the memory, and the target's distribution stays exact; as a
-    target it is another model.
+    As a draft, it proposes nearly the same tokens in half the memory, and the text keeps the target's distribution
+    exactly; as a target, it is another model.
 
     Args:
-      config: of a model whose layers are not scanned yet.
+      config: the shape of a model whose layers are not scanned yet.
       params: its parameters.
 
     Raises:
@@ -192,12 +192,12 @@ def quantise(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
 
 
 def stack_layers(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
-    """The same model with `scan_layers`: its layers' parameters in one array each, where and as split as they were.
+    """The same model with `scan_layers`: its layers' parameters stacked, on the same devices and split as before.
 
-    For a moment there are both forms of the parameters.
+    For a moment, both forms of the parameters are in memory.
 
     Args:
-      config: of a decoder-only model.
+      config: the shape of a decoder-only model.
       params: its parameters.
 
     Raises:

@@ -1,6 +1,6 @@
 """The layers of the decoder-only models, as Flax NNX modules, and the norms and the attention that all models share.
 
-Every parameter names its logical axes beside its shape; matrices are those of `linear`.
+Every parameter names its logical axes next to its shape; matrices are `linear.Matrix`.
 """
 
 import functools
@@ -24,7 +24,7 @@ ACTIVATIONS = {
 }
 
 View = tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None, Bool[Array, "B T S"]]
-"""What a layer knows of positions: cosine and sine of the rotary angles (None: no rotation), and the attention mask."""
+"""A layer's view of positions: cosine and sine of the rotary angles (None: no rotation), and the attention mask."""
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
@@ -43,9 +43,9 @@ def declare_norm(module: nnx.Module, name: str, config: DecoderConfig, rngs: nnx
 
 
 def scale_of(weight: Float[Array, "..."], config: DecoderConfig) -> Float[Array, "..."]:
-    """What an RMS norm multiplies by.
+    """The factor of an RMS norm.
 
-    Of 1 + w, w is stored, as in published files, and the sum is float32: bfloat16 would round it to steps of 1/128.
+    For 1 + w, w is stored, as in published files, and the sum is float32: bfloat16 would round it to steps of 1/128.
     """
     return 1.0 + weight.astype(jnp.float32) if config.norm == "rms_plus_one" else weight
 
@@ -99,11 +99,11 @@ def visible(
     length: Int[Array, " B"],
     sees: Bool[Array, "B T W"] | None,
 ) -> tuple[Bool[Array, "B T S"], Int[Array, "B T S"]]:
-    """Which entries of a cache each token of a block sees, and how many positions before it they stand.
+    """Which entries of a cache each token of a block attends to, and how many positions before it they are.
 
     Args:
-      size: S, entries of the cache.
-      positions: of the tokens.
+      size: S, the number of entries of the cache.
+      positions: the positions of the tokens.
       length: the number of committed entries.
       sees: see `Block.sees`.
     """
@@ -113,7 +113,7 @@ def visible(
         return distance >= 0, distance
     slots = slots - length[:, None, None]
     behind = jnp.broadcast_to(jnp.clip(slots, 0, sees.shape[-1] - 1), distance.shape)
-    # What a token sees of a block is a path that ends with itself.
+    # The entries of a block that a token attends to are a path that ends with itself.
     later = jnp.cumsum(sees[..., ::-1], axis=-1, dtype=jnp.int32)[..., ::-1] - 1
     of_block = jnp.take_along_axis(jnp.where(sees, later, -1), behind, axis=-1)
     of_block = jnp.where(slots < sees.shape[-1], of_block, -1)
@@ -121,10 +121,10 @@ def visible(
 
 
 def from_zero(taps: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """Numbers of hidden states, of which negative ones count from the last, counted from the first.
+    """Replaces negative indices of hidden states, which count from the last, by those that count from the first.
 
     Raises:
-      ValueError: for a number that no hidden state has.
+      ValueError: for an index out of range.
     """
     for tap in taps:
         if not -num_layers - 1 <= tap <= num_layers:
@@ -133,7 +133,7 @@ def from_zero(taps: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
 
 
 def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
-    """Which tokens of packed rows are of the same text; padding, segment 0, sees padding."""
+    """Which tokens of packed rows are in the same segment; padding, segment 0, attends to padding."""
     return queries[:, :, None] == keys[:, None, :]
 
 
@@ -145,18 +145,18 @@ def attend(
     bias: Float[Array, "#B H T S"] | None = None,
     cap: float | None = None,
 ) -> Float[Array, "B T H G E"]:
-    """Softmax attention of G query heads a key/value head, softmax and sums in float32.
+    """Softmax attention of G query heads per key/value head, with softmax and sums in float32.
 
     The queries of a group are gathered as rows of one matrix per key/value head: XLA:CPU runs that product two to eight
     times faster than the einsum over the five axes.
 
     Args:
-      query: of T tokens, scaled.
-      keys: of S tokens.
-      values: of the same S tokens.
-      mask: which tokens each sees.
-      bias: what is added to the scores.
-      cap: what bounds the scores, see `softcap`.
+      query: the scaled queries of T tokens.
+      keys: the keys of S tokens.
+      values: the values of the same S tokens.
+      mask: which of the S tokens each of the T attends to.
+      bias: is added to the scores.
+      cap: the bound of the scores, see `softcap`.
     """
     rows, time, heads, group, size = query.shape
     matrix = jnp.swapaxes(query, 1, 2).reshape(rows, heads, time * group, size)
@@ -206,9 +206,9 @@ class Attention(nnx.Module):
         start: Int[Array, " B"] | None,
         layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B *L H S E"], Float[Array, "B *L H S E"]]:
-        """Writes the tokens' keys and values into the cache and attends to all that the view's mask lets through.
+        """Writes the tokens' keys and values into the cache, and attends to the entries that the view's mask allows.
 
-        The cache is the layer's own, or that of all layers, of which this is number `layer`.
+        The cache is the layer's own, or that of all layers, of which this one has the index `layer`.
         """
         c, (rope, mask) = self.config, view
         group = c.num_heads // c.num_kv_heads
@@ -239,10 +239,10 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """A feed-forward; gated (arXiv 2002.05202), gate and up projections are fused in one product."""
+    """A feed-forward; where it is gated (arXiv 2002.05202), the gate and up projections are fused into one product."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        """Declares the parameters. Ungated, `gate_up` is the up projection alone."""
+        """Declares the parameters. Without a gate, `gate_up` is the up projection alone."""
         c = config
         self.config = config
         inner = (2 if c.gated else 1, c.intermediate_size)
@@ -267,7 +267,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One layer: attention and feed-forward, each behind a norm (or both behind one), added to the float32 residual."""
+    """One layer: attention and feed-forward, each after a norm (or both after one), added to the float32 residual."""
 
     def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
@@ -283,7 +283,7 @@ class Layer(nnx.Module):
             declare_norm(self, "mlp_post_norm", c, rngs)
 
     def __call__(self, x: Float[Array, "B T D"], view: View, keys, values, start, layer=None):
-        """The residual stream after the layer, and the updated keys and values: its own, or all of which it is one."""
+        """The residual stream after the layer, and the updated keys and values: its own, or those of all layers."""
         c = self.config
         normed = normalize(self, "attention_norm", c, x)
         mixed, keys, values = self.attention(normed, view, keys, values, start, layer)

@@ -1,7 +1,7 @@
 """The matrices of all models: how one is stored, in float32, bfloat16 or int8, and the product with it.
 
-A model declares a `Matrix` by its shape and logical axes, and calls it; in which precision it is stored is known here
-alone.
+A model declares a `Matrix` by its shape and logical axes, and calls it; only this module knows the precision in which
+it is stored.
 """
 
 import math
@@ -21,7 +21,7 @@ def outputs_first(dtype: jax.typing.DTypeLike) -> bool:
     """Whether a matrix of this dtype is stored `[out, in]`.
 
     CPUs multiply bfloat16 and int8 up to three times faster where the weights of one output lie together, and float32
-    where those of one input do. TPUs and GPUs do not mind.
+    where those of one input do. TPUs and GPUs are equally fast with both.
     """
     return jnp.dtype(dtype).itemsize <= 2
 
@@ -61,10 +61,10 @@ class Matrix(nnx.Module):
         Args:
           rngs: random numbers.
           shape: the inputs' dimensions, then the outputs'.
-          axes: the logical axes, likewise.
-          dtype: of the weights where they are floats.
+          axes: the logical axes of these dimensions.
+          dtype: the dtype of the weights where they are floats.
           int8: whether they are rounded to eight bits (`quantise`).
-          init: by default normal with deviation 0.02.
+          init: by default normal with standard deviation 0.02.
           num_contracted: how many dimensions are the inputs'.
         """
         make = init or nnx.initializers.normal(0.02)
@@ -83,9 +83,9 @@ class Matrix(nnx.Module):
         return product_int8(x, self.values[...], self.scale[...], self.num_contracted)
 
     def look_up(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The weights of the outputs with these numbers: a head `D -> V` read as a table of embeddings.
+        """The weights of the outputs with these indices: a head `D -> V` read as an embedding table.
 
-        As `look_up`, in float32, and numbers beyond the last output read the last.
+        Like the function `look_up`: in float32, and indices beyond the last output read the last.
         """
         values = self.values[...]
         if not outputs_first(values.dtype):
@@ -98,7 +98,7 @@ class Matrix(nnx.Module):
 
 
 def is_matrix(contracted: Any) -> bool:
-    """Whether a part of the tree `families.num_contracted` is that of a `Matrix`."""
+    """Whether a part of the tree `families.num_contracted` belongs to a `Matrix`."""
     return isinstance(contracted, dict) and bool(contracted.get("values"))
 
 
@@ -115,18 +115,22 @@ def _dot(x: Array, weight: Array, num_contracted: int) -> Array:
     if not outputs_first(weight.dtype):
         contracted = (tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted)))
         return jax.lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=jnp.float32)
-    # As matrices: XLA would bring a weight of more axes into the order `[in, out]`, by a copy in every call.
-    kept, outputs = x.shape[: x.ndim - num_contracted], weight.shape[: weight.ndim - num_contracted]
-    rows, matrix = x.reshape(math.prod(kept), -1), weight.reshape(math.prod(outputs), -1)
 
-    def multiplied(a: Array, b: Array) -> Array:
-        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    def of_arrays(x: Array, weight: Array) -> Array:
+        # The outputs' axes stay apart: merged after another axis, one that is split over devices would be gathered.
+        inputs = (tuple(range(a.ndim - num_contracted, a.ndim)) for a in (x, weight))
+        return jax.lax.dot_general(x, weight, (tuple(inputs), ((), ())), preferred_element_type=jnp.float32)
 
-    # XLA:CPU multiplies few rows by a tall matrix up to 1.4 times faster where the matrix is on the left.
-    out = jax.lax.platform_dependent(
-        rows, matrix, cpu=lambda rows, matrix: multiplied(matrix, rows).T, default=multiplied
-    )
-    return out.reshape(*kept, *outputs)
+    def of_matrices(x: Array, weight: Array) -> Array:
+        # XLA:CPU would transpose a weight of more axes to `[in, out]`, by a copy in every call, and it multiplies few
+        # rows by a tall matrix up to 1.4 times faster where the matrix is on the left.
+        kept, outputs = x.shape[: x.ndim - num_contracted], weight.shape[: weight.ndim - num_contracted]
+        rows, matrix = x.reshape(math.prod(kept), -1), weight.reshape(math.prod(outputs), -1)
+        contracted = ((1,), (1,)), ((), ())
+        out = jax.lax.dot_general(matrix, rows, contracted, preferred_element_type=jnp.float32)
+        return out.T.reshape(*kept, *outputs)
+
+    return jax.lax.platform_dependent(x, weight, cpu=of_matrices, default=of_arrays)
 
 
 def product(x: Float[Array, "B T *i"], weight: Float[Array, "..."], num_contracted: int = 1) -> Float[Array, "B T *o"]:
@@ -147,10 +151,10 @@ def product(x: Float[Array, "B T *i"], weight: Float[Array, "..."], num_contract
 
 
 def quantise(weight: Float[Array, "..."], num_contracted: int) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
-    """A matrix in int8, `[out, in]`, and the float32 scale of each output: the largest weight is 127 of them.
+    """A matrix in int8, `[out, in]`, and the float32 scale of each output, 1/127 of its largest weight.
 
     Args:
-      weight: as `stored` says.
+      weight: with its axes in the order of `stored`.
       num_contracted: how many of its axes are the inputs'.
     """
     if not outputs_first(weight.dtype):
@@ -165,25 +169,24 @@ def quantise(weight: Float[Array, "..."], num_contracted: int) -> tuple[Int[Arra
 def product_int8(
     x: Float[Array, "B T *i"], weight: Int[Array, "..."], scale: Float[Array, "*o"], num_contracted: int = 1
 ) -> Float[Array, "B T *o"]:
-    """The product with a matrix of `quantise`, in float32.
+    """The product with a matrix from `quantise`, in float32.
 
-    CPUs multiply int8 by int8: every x is rounded to 15 bits of its row's largest, and its upper and lower seven make
-    two rows, of which no fewer are multiplied anyway (`product`). Sums of integers are exact, so a result does not
-    depend on how many rows there are. Elsewhere the weights are brought to bfloat16 as they are read.
+    CPUs multiply int8 by int8: every x is rounded to 15 bits, relative to the largest of its row, and split into an
+    upper and a lower int8 part, which are two rows of one product. Sums of integers are exact, so a result does not
+    depend on how many rows there are. Elsewhere the weights are converted to bfloat16 as they are read.
     """
-    kept, outputs = x.shape[: x.ndim - num_contracted], scale.shape
-    rows, matrix = x.reshape(math.prod(kept), -1).astype(jnp.float32), weight.reshape(math.prod(outputs), -1)
 
-    def integers(rows: Array, matrix: Array) -> Array:
+    def integers(x: Array, weight: Array) -> Array:
+        kept, outputs = x.shape[: x.ndim - num_contracted], weight.shape[: weight.ndim - num_contracted]
+        rows, matrix = x.reshape(math.prod(kept), -1).astype(jnp.float32), weight.reshape(math.prod(outputs), -1)
         step = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-30) / (127 * 128)
         whole = jnp.round(rows / step).astype(jnp.int32)
         both = jnp.concatenate([whole >> 7, whole & 127]).astype(jnp.int8)
         product = jax.lax.dot_general(matrix, both, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         upper, lower = jnp.split(product.T.astype(jnp.float32), 2)
-        return (128 * upper + lower) * step
+        return ((128 * upper + lower) * step).reshape(*kept, *outputs)
 
-    def floats(rows: Array, matrix: Array) -> Array:
-        return _dot(rows.astype(jnp.bfloat16), matrix.astype(jnp.bfloat16), 1)
+    def floats(x: Array, weight: Array) -> Array:
+        return _dot(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), num_contracted)
 
-    out = jax.lax.platform_dependent(rows, matrix, cpu=integers, default=floats)
-    return (out * scale.reshape(-1)).reshape(*kept, *outputs)
+    return jax.lax.platform_dependent(x, weight, cpu=integers, default=floats) * scale

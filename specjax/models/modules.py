@@ -1,7 +1,7 @@
-"""The border between Flax NNX modules, which declare parameters, and the pure functions that everything else is.
+"""The boundary between Flax NNX modules, which declare parameters, and the pure functions of everything else.
 
 A module class is built once, abstractly, and its structure is kept: `merge` binds parameters to it inside a jitted
-function, and the other functions here say what the parameters are without computing any.
+function, and the other functions here describe the parameters without computing any.
 """
 
 import functools
@@ -20,34 +20,34 @@ Build = Callable[..., nnx.Module]
 
 
 def variable(value: jax.Array, axes: sharding.Axes, *, num_contracted: int = 0) -> nnx.Param:
-    """A parameter with what is noted of it: its logical axes, and of a matrix how many of them products sum over.
+    """A parameter with its metadata: its logical axes, and for a matrix how many of them products sum over.
 
     Raises:
       ValueError: where there are not as many axes as the value has dimensions.
     """
     if value.ndim != len(axes):
-        raise ValueError(f"A parameter of shape {value.shape} needs as many logical axes, not {tuple(axes)}.")
+        raise ValueError(f"A parameter of shape {value.shape} needs one logical axis per dimension, not {tuple(axes)}.")
     return nnx.Param(value, axes=tuple(axes), num_contracted=num_contracted)
 
 
 def parameter(
     rngs: nnx.Rngs, shape: Sequence[int], axes: sharding.Axes, dtype: str, *, init: nnx.Initializer | None = None
 ) -> nnx.Param:
-    """One parameter that is no matrix: its shape, logical axes, dtype and initialiser in one place.
+    """A parameter that is not a matrix: its shape, logical axes, dtype and initialiser in one place.
 
     Args:
       rngs: random numbers.
-      shape: of the array.
+      shape: the shape of the array.
       axes: the logical axis of each dimension.
-      dtype: of the parameter.
-      init: by default normal with deviation 0.02.
+      dtype: the dtype of the array.
+      init: by default normal with standard deviation 0.02.
     """
     make = init or nnx.initializers.normal(0.02)
     return variable(make(rngs.params(), tuple(shape), jnp.dtype(dtype)), axes)
 
 
 class _OneKey(nnx.Rngs):
-    """The same key for every parameter: shapes need no other, and to count keys while tracing takes quadratic time."""
+    """The same key for every parameter: shapes need no others, and counting keys while tracing takes quadratic time."""
 
     def params(self) -> jax.Array:
         """The key."""
@@ -71,7 +71,7 @@ def abstract(build: Build, config: Any) -> Tree:
 
 
 def metadata(build: Build, config: Any, name: str) -> Tree:
-    """The parameter tree with each array replaced by what `variable` noted under that name."""
+    """The parameter tree with each array replaced by its metadata of that name (`variable`)."""
     flat = nnx.to_flat_state(_split(build, config, sharding.RULES)[1])
     return nnx.traversals.unflatten_mapping({path: variable.get_metadata()[name] for path, variable in flat})
 

@@ -4,10 +4,10 @@
 
 All are bfloat16; `dataclasses.replace(config, dtype="float32")` changes that.
 
-Of Gopher, Chinchilla and their draft, the papers give the layers, heads, widths, vocabulary, RMSNorm and a feed-forward
-of four times the width. Ours are the rotary positions, where the papers have Transformer-XL's relative ones, and GELU,
-which they do not name. So these shapes lack one projection of `hidden_size ** 2` a layer, by which Transformer-XL makes
-keys of distances: `chinchilla_70b` has 64.7e9 parameters.
+For Gopher, Chinchilla and their draft, the papers give the layers, heads, widths, vocabulary, RMSNorm and a
+feed-forward of four times the width. The rotary positions are ours (the papers use Transformer-XL's relative ones), and
+so is GELU (they name no activation). So these shapes lack one projection of `hidden_size ** 2` per layer, by which
+Transformer-XL computes keys for distances: `chinchilla_70b` has 64.7e9 parameters.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def _gopher(num_layers: int, hidden_size: int, num_heads: int) -> DecoderConfig:
 
 
 def _gpt(num_layers: int, hidden_size: int, num_heads: int, **others: Any) -> DecoderConfig:
-    """GPT-2's kind: learned positions, LayerNorm, biases everywhere, a feed-forward of four times the width."""
+    """GPT-2's architecture: learned positions, LayerNorm, biases everywhere, a feed-forward of four times the width."""
     return DecoderConfig(
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,

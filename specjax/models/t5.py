@@ -1,7 +1,7 @@
 """The T5 family as `Model`s: T5 (Raffel et al. 2019, arXiv 1910.10683), T5 v1.1, Flan-T5, mT5, umT5.
 
 The encoder runs once, in `prefill`; what the decoder needs of it, the keys and values of the cross-attention, lies in
-the cache beside those of the text. From then on an encoder-decoder is a decoder like any other.
+the cache next to those of the text. From then on an encoder-decoder is a decoder like any other.
 """
 
 import functools
@@ -31,12 +31,13 @@ class Cache(NamedTuple):
     The invariant of `models.cache` holds for `keys`, `values` and `length`; the others are written once.
 
     Attributes:
-      keys: of the text, one `[B, heads, L, head_dim]` array per layer.
+      keys: the keys of the text, one `[B, heads, L, head_dim]` array per layer.
       values: in the same layout as `keys`.
       length: `[B]` the number of valid entries of each row.
-      source_keys: of the encoder's output, one `[B, heads, S, head_dim]` array per layer; S = 0 before the prefill.
+      source_keys: the keys of the encoder's output, one `[B, heads, S, head_dim]` array per layer; S = 0 before the
+        prefill.
       source_values: in the same layout as `source_keys`.
-      source_length: `[B]` how many of them the row's source has.
+      source_length: `[B]` the number of tokens of each row's source.
     """
 
     keys: tuple[Float[Array, "B H L E"], ...]
@@ -50,8 +51,8 @@ class Cache(NamedTuple):
 def buckets(config: T5Config, *, bidirectional: bool) -> np.ndarray:
     """The bucket of every relative position (Raffel et al. 2019, section 2.1).
 
-    Small distances have a bucket each; greater ones share buckets that widen logarithmically up to `max_distance`, from
-    where on there is one. An encoder uses one half of the buckets for what comes after a token.
+    Small distances have a bucket each; greater ones share buckets that widen logarithmically up to `max_distance`,
+    beyond which there is one. An encoder uses one half of the buckets for what comes after a token.
 
     Returns:
       `[2 M + 1]` int32, M = `max_distance`: the buckets of the distances query - key from -M to M.
@@ -79,13 +80,13 @@ def relative_bias(
     *,
     bidirectional: bool,
 ) -> Float[Array, "B H T S"]:
-    """What is added to the attention scores by position.
+    """The bias that is added to the attention scores, by relative position.
 
     Args:
       config: the shape.
       table: the parameters.
-      distance: how many positions each of the S keys stands before the query.
-      bidirectional: whether tokens see what comes after them.
+      distance: how many positions each of the S keys is before the query.
+      bidirectional: whether tokens attend to those after them.
     """
     by_distance = table.astype(jnp.float32).T[:, buckets(config, bidirectional=bidirectional)]
     far = config.max_distance
@@ -93,7 +94,7 @@ def relative_bias(
 
 
 def _normal(*deviations: float) -> nnx.Initializer:
-    """Normal initialiser; of several deviations, each for one entry of the last axis but one."""
+    """Normal initialiser; several deviations are one for each entry of the second-to-last axis."""
 
     def make(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         scale = jnp.asarray(deviations)[:, None] if len(deviations) > 1 else max(deviations)
@@ -103,10 +104,10 @@ def _normal(*deviations: float) -> nnx.Initializer:
 
 
 class SelfAttention(nnx.Module):
-    """Attention without a scale, to which positions come as a bias; queries, keys and values by one product."""
+    """Attention without a scale, with positions as a bias; one product computes queries, keys and values."""
 
     def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs, *, has_bias: bool):
-        """Declares the parameters; the deviations are those that T5 trains from."""
+        """Declares the parameters; the standard deviations are those of T5's initialisation."""
         c, self.rules = config, rules
         heads, deviation = (c.num_heads, 3, c.head_dim), c.hidden_size**-0.5
         self.qkv = Matrix(
@@ -131,7 +132,7 @@ class SelfAttention(nnx.Module):
         values: Float[Array, "B H S E"],
         start: Int[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H S E"], Float[Array, "B H S E"]]:
-        """Writes the tokens' keys and values into the cache and attends to all that `mask` lets through."""
+        """Writes the tokens' keys and values into the cache, and attends to the entries that `mask` allows."""
         qkv = self.qkv(x)
         keys = cache_lib.constrain(cache_lib.write(keys, qkv[:, :, :, 1], start), self.rules)
         new_values, broken = qkv[:, :, :, 2], None
@@ -145,7 +146,7 @@ class SelfAttention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """The text attends to the encoder's output."""
+    """Attention from the text to the encoder's output."""
 
     def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
@@ -216,7 +217,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One layer of either side: self-attention, cross-attention in the decoder, feed-forward, each behind a norm."""
+    """One layer of either side: self-attention, cross-attention in the decoder, feed-forward, each after a norm."""
 
     def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs, *, is_decoder: bool, has_bias: bool):
         """Declares the parameters."""
@@ -232,7 +233,7 @@ class Layer(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], mask, bias, keys, values, start, source=None):
         """The residual stream after the layer, and the layer's updated keys and values.
 
-        `source` is, in the decoder, which tokens of the source each token sees, and their keys and values.
+        In the decoder, `source` is which tokens of the source each token attends to, and their keys and values.
         """
         normed = layers.rms_norm(x, self.attention_norm[...], self.eps)
         mixed, keys, values = self.attention(normed, mask, bias, keys, values, start)
@@ -247,7 +248,7 @@ def _norm(c: T5Config, rngs: nnx.Rngs) -> nnx.Param:
 
 
 class T5(nnx.Module):
-    """Embedding, encoder, decoder, head. The table of a tied model is the head, `D -> V`."""
+    """Embedding, encoder, decoder, head. The embedding table of a tied model is the head, `D -> V`."""
 
     taps: tuple[int, ...] = ()
     """The decoder's hidden states that are the features of its outputs (`types.Model.with_taps`)."""
@@ -275,7 +276,7 @@ class T5(nnx.Module):
         return self.head.look_up(tokens) if self.config.tie_embeddings else linear.look_up(self.embedding[...], tokens)
 
     def encode(self, source: Int[Array, "B S"], mask: Bool[Array, "B S S"]) -> Float[Array, "B S D"]:
-        """The encoder's output; each token sees those of its own source that `mask` lets through."""
+        """The encoder's output; each token attends to those that `mask` allows."""
         c, (rows, size) = self.config, source.shape
         x, bias = self.embed(source), None
         empty = jnp.zeros((rows, c.num_heads, size, c.head_dim), c.dtype)
@@ -290,9 +291,9 @@ class T5(nnx.Module):
     def hidden(
         self, block: Block, cache: Cache, start: Int[Array, " B"] | None, packed: Batch | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F D"], Cache]:
-        """The decoder's last hidden states of a block behind `start` entries, those of the taps, and the cache.
+        """The decoder's last hidden states of a block after `start` entries, those of the taps, and the cache.
 
-        A training batch fills an empty cache (`start` is None), and the segments of a row do not see each other.
+        A training batch fills an empty cache (`start` is None), and the segments of a row do not attend to each other.
         """
         c, tokens = self.config, block.tokens
         begin = jnp.zeros(tokens.shape[0], jnp.int32) if start is None else start
@@ -321,7 +322,7 @@ class T5(nnx.Module):
         return x, tapped, cache._replace(keys=tuple(keys), values=tuple(values))
 
     def read(self, encoded: Float[Array, "B S D"], length: Int[Array, " B"], cache: Cache) -> Cache:
-        """The cache with the encoder's output in it."""
+        """The cache with the keys and values of the encoder's output."""
         both = [block.cross.read(encoded) for block in self.decoder]
         keys, values = zip(*both, strict=True)
         return cache._replace(source_keys=keys, source_values=values, source_length=length)

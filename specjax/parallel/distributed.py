@@ -31,16 +31,16 @@ _WAIT = 300.0
 """Seconds that the other processes may take to join."""
 
 _PAUSE = 10.0
-"""Seconds between two lines that say whom a process waits for."""
+"""Seconds between two messages about the processes that this one waits for."""
 
 
 class _Process(NamedTuple):
-    """What a process is told about the others; None where the cluster knows.
+    """What the environment says about the processes; None where the cluster tells JAX.
 
     Attributes:
       address: HOST:PORT of the first process.
-      number: of processes.
-      place: of this one.
+      number: the number of processes.
+      place: the index of this one.
     """
 
     address: str | None
@@ -65,7 +65,7 @@ def _told() -> _Process:
     """What the environment says.
 
     Raises:
-      ValueError: where that cannot be.
+      ValueError: where it is inconsistent.
     """
     address, number, place = _read(_ADDRESS, str), _read(_NUMBER, int), _read(_PLACE, int)
     if address is not None and not re.fullmatch(r".+:\d+", address):
@@ -87,7 +87,7 @@ def _answers(address: str) -> bool:
 
 
 def _missing(process: _Process) -> str:
-    """Whom a process waits for."""
+    """The processes that this one waits for, in words."""
     if process.address is None:
         return "the other hosts that the cluster names"
     if process.place and not _answers(process.address):
@@ -102,7 +102,7 @@ def _missing(process: _Process) -> str:
 
 @contextlib.contextmanager
 def _announced(process: _Process, seconds: float) -> Iterator[None]:
-    """Says whom the block waits for, and ends this process with an error where it takes longer than that."""
+    """Says what the block waits for, and ends this process with an error where it takes longer than `seconds`."""
     joined, begin = threading.Event(), time.monotonic()
 
     def say(text: str) -> None:
@@ -131,20 +131,20 @@ def _announced(process: _Process, seconds: float) -> Iterator[None]:
 
 
 def initialize() -> None:
-    """Joins the processes of this program, before anything else uses JAX, and says whom it waits for.
+    """Joins the processes of this program, before anything else uses JAX, and says which of them it waits for.
 
-    Cloud TPU, SLURM and Open MPI tell JAX who they are; elsewhere JAX_COORDINATOR_ADDRESS (HOST:PORT of the first
-    process), JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...) do. SPECJAX_JOIN_TIMEOUT is how many seconds the others
-    may take, by default 300; then the process ends with an error.
+    On Cloud TPU, SLURM and Open MPI, JAX finds the processes itself; elsewhere JAX_COORDINATOR_ADDRESS (HOST:PORT of
+    the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID (0, 1, ...) say them. SPECJAX_JOIN_TIMEOUT is how many
+    seconds the others may take, by default 300; then the process ends with an error.
 
     Raises:
-      ValueError: where nothing says so, or a variable is wrong.
+      ValueError: where the processes are not known, or a variable is wrong.
     """
     process = _told()
     seconds = _read(_TIMEOUT, float) or _WAIT
     try:
         with _announced(process, seconds):
-            # The address JAX reads by itself.
+            # JAX reads the address by itself.
             jax.distributed.initialize(
                 num_processes=process.number, process_id=process.place, initialization_timeout=math.ceil(seconds) + 60
             )
@@ -192,7 +192,7 @@ def to_host(x: Any) -> np.ndarray:
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays that every process can read; as they are where there is one process."""
+    """Arrays that every process can read; unchanged where there is one process."""
     if mesh is None or jax.process_count() == 1:
         return tree
     return _copier(mesh)(tree)

@@ -61,7 +61,7 @@ def with_whole(names: str) -> Rules:
     split = [name for name, mesh_axis in RULES if mesh_axis is not None]
     for name in found:
         if name not in split:
-            raise ValueError(f"config.mesh_whole={names!r}: {name!r} is not split; choose of {', '.join(split)}.")
+            raise ValueError(f"config.mesh_whole={names!r}: {name!r} is not split; choose from {', '.join(split)}.")
     return override(RULES, **dict.fromkeys(found))
 
 
@@ -78,8 +78,8 @@ def make_mesh(data: int = 1, model: int = 1, width: int = 1) -> Mesh:
 
     Args:
       data: over how many devices the rows of a batch are split.
-      model: over how many the heads, the feed-forward's inner width and the vocabulary.
-      width: over how many the model's width, by `RULES_2D`.
+      model: over how many the heads, the feed-forward's inner width and the vocabulary are split.
+      width: over how many the model's width is split, by `RULES_2D`.
 
     Raises:
       ValueError: where there are not exactly that many devices.
@@ -97,7 +97,7 @@ def partition_spec(axes: Axes, rules: Rules) -> PartitionSpec:
     """The mesh axes of an array whose logical axes are `axes` (None: not split).
 
     Raises:
-      ValueError: for a name without a rule, or where two axes of the array land on one mesh axis.
+      ValueError: for a name without a rule, or where two axes of the array map to one mesh axis.
     """
     table = dict(rules)
     unknown = [a for a in axes if a is not None and a not in table]
@@ -116,7 +116,7 @@ def named_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Axes, 
     """The sharding of an array of that shape.
 
     Raises:
-      ValueError: also where a size does not divide by its mesh axis.
+      ValueError: also where a size does not divide over its mesh axis.
     """
     if len(shape) != len(axes):
         raise ValueError(f"An array of shape {tuple(shape)} cannot have the {len(axes)} logical axes {tuple(axes)}.")
@@ -151,7 +151,7 @@ def shard(tree: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def replicate_rest(tree: Any, mesh: Mesh) -> Any:
-    """Copies the arrays of `tree` that do not lie on the mesh to all of its devices."""
+    """Copies the arrays of `tree` that are not on the mesh to all of its devices."""
 
     def place(x: Any) -> Any:
         on_it = isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
@@ -161,12 +161,12 @@ def replicate_rest(tree: Any, mesh: Mesh) -> Any:
 
 
 def abstract(tree: Any, axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
-    """`tree`, of `jax.ShapeDtypeStruct`s, with the sharding in each that `shard` would give it.
+    """`tree`, of `jax.ShapeDtypeStruct`s, each with the sharding that `shard` would give it.
 
     Args:
       tree: a pytree of shapes.
-      axes: the same pytree with a tuple of axis names in each array's place.
-      mesh: where they would lie.
+      axes: the same pytree with each array replaced by a tuple of axis names.
+      mesh: where they would be placed.
       rules: logical to mesh axes.
     """
     leaves, treedef = jax.tree.flatten(tree)
@@ -184,8 +184,8 @@ def fitting(tree: Any, axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULE
 
     Args:
       tree: a pytree of arrays or shapes.
-      axes: the same pytree with a tuple of axis names in each array's place.
-      mesh: where they would lie.
+      axes: the same pytree with each array replaced by a tuple of axis names.
+      mesh: where they would be placed.
       rules: logical to mesh axes.
     """
     leaves, treedef = jax.tree.flatten(tree)
@@ -220,7 +220,7 @@ def constrain(x: jax.Array, axes: Axes, rules: Rules = RULES) -> jax.Array:
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters lie on; None where they lie on one device."""
+    """The mesh that parameters are on; None where they are on one device."""
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
             mesh = leaf.sharding.mesh

@@ -1,10 +1,10 @@
 """Compiles the decode step for TPUs that you don't have, and reads what XLA made of it.
 
 libtpu compiles for a topology by name; nothing is run. Compiling dozens of unrolled layers takes minutes, so a step is
-compiled with few layers, twice, and what is per layer is extrapolated (`extrapolate`): every layer is the same program.
+compiled with few layers, twice, and extrapolated to all of them (`extrapolate`): every layer is the same program.
 
 `cost_analysis` counts the body of a loop once, so operations and bytes are read from single calls, without a loop:
-`draft_call` and `target_call`, each with its sampling, options known, so that only the branch that runs is compiled.
+`draft_call` and `target_call`, each with its sampling, whose options are constants, so that one branch is compiled.
 """
 
 import time
@@ -18,9 +18,9 @@ from specjax import decoding, sampling
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters.model import choose
-from specjax.planning import plan
+from specjax.planning import cuda, libtpu, plan
+from specjax.planning.chips import Chip, Topology
 from specjax.planning.extrapolation import both_sides, combine, samples
-from specjax.planning.libtpu import is_available, make_mesh
 from specjax.planning.plan import Setup
 from specjax.planning.program import Counts, Program, cache_shapes, read
 from specjax.types import Block, History, Proposal, SamplingOptions, StepKeys
@@ -40,6 +40,20 @@ __all__ = [
 ]
 
 
+def is_available(chip: Chip) -> bool:
+    """Whether the compiler for a chip is installed."""
+    return (libtpu if chip.tpu else cuda).is_available()
+
+
+def make_mesh(topology: Topology, data: int) -> Mesh:
+    """The mesh of a topology that you don't have, `data` times `model`.
+
+    Raises:
+      ValueError: where its compiler is not installed, does not know the topology, or cannot be loaded.
+    """
+    return (libtpu if topology.chip.tpu else cuda).make_mesh(topology, data)
+
+
 def step(setup: Setup, mesh: Mesh, rule: Rule = verify.rejection) -> Any:
     """The whole loop (`decode.advance`), compiled: its state is donated, its sampling options are arguments."""
     placed = plan.shard(setup, mesh)
@@ -52,7 +66,7 @@ def step(setup: Setup, mesh: Mesh, rule: Rule = verify.rejection) -> Any:
 
 
 def _rows_like(mesh: Mesh, shape: tuple[int, ...], dtype: Any, vocab: str | None = None) -> jax.ShapeDtypeStruct:
-    """An array whose first axis is rows; and whose last is the vocabulary, where it is split."""
+    """An array whose first axis is rows, and whose last one is split over the mesh axis `vocab`."""
     spec = ["data", *[None] * (len(shape) - 2), vocab] if len(shape) > 1 else ["data"]
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
@@ -70,7 +84,7 @@ def _constant(numbers: dict[str, tuple[Any, Any]], rows: int) -> SamplingOptions
 
 
 def _no_history(rows: int, tokens: int) -> History:
-    """Without penalties and grammar, it is not read."""
+    """A placeholder: without penalties and a grammar, the history is not read."""
     none = jnp.zeros(rows, jnp.int32)
     nothing = jnp.zeros((rows, tokens), jnp.int32)
     return History(none[:, None], none, none, nothing[:, :0], None, nothing)
@@ -124,14 +138,14 @@ def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0,
 
 
 class Compiled(NamedTuple):
-    """What XLA makes of a plan.
+    """The programs that XLA compiles for a plan.
 
     Attributes:
       step: the whole loop.
       calls: single calls, by side and number of tokens: the draft of one, the target of one and of K + 1.
       layers: with how many layers of the target, and of the draft, programs were compiled.
       exact: whether those are all layers; else `step` and `calls` are extrapolated from them.
-      seconds: that compiling took.
+      seconds: the time that compilation took.
     """
 
     step: Program
@@ -144,12 +158,12 @@ class Compiled(NamedTuple):
 def extrapolate(
     setup: Setup, mesh: Mesh, *, temperature: float = 0.0, rule: Rule = verify.rejection, every_layer: bool = False
 ) -> Compiled:
-    """Compiles a plan with few layers and extrapolates, linearly in the layers of either side, to all.
+    """Compiles a plan with few layers and extrapolates to all, linearly in the layers of each side.
 
     Args:
       setup: the plan.
-      mesh: of `make_mesh`.
-      temperature: at which single calls sample.
+      mesh: from `make_mesh`.
+      temperature: the sampling temperature of single calls.
       rule: the acceptance rule.
       every_layer: compile all layers instead.
     """

@@ -19,21 +19,21 @@ class Chip:
     """An accelerator.
 
     Attributes:
-      name: as a topology names it, such as "v5e" of "v5e:2x4" or "H100" of "H100:8".
+      name: its name in a topology, such as "v5e" in "v5e:2x4" or "H100" in "H100:8".
       flops: bfloat16 multiplications and additions a second, dense.
       memory: bytes of its main memory.
       bandwidth: bytes per second between that memory and the chip.
       interconnect: bytes per second to and from other chips, both directions added up.
-      source: of those figures.
+      source: the source of those figures.
       base_latency: seconds that a collective takes before its first hop.
       hop_latency: seconds that a collective takes for each chip that data passes.
-      latency_source: of those two figures. They are the least certain of all.
+      latency_source: the source of those two figures, the least certain of all.
       tpu: whether it is a TPU, for which programs can be compiled ahead of time.
       devices: how many JAX devices a chip is.
-      dimensions: of the network of TPUs; 1 for GPUs, which are all connected to each other.
-      wraps_at: the dimensions of a slice close to rings where all are multiples of this; 0: never.
-      most: how many reach each other directly: a TPU pod, or GPUs by NVLink.
-      compiler_name: what libtpu calls it.
+      dimensions: the number of dimensions of a TPU network; 1 for GPUs, which are all connected to each other.
+      wraps_at: the dimensions of a slice close to rings where all of them are multiples of this; 0: never.
+      most: the most chips that reach each other directly: a TPU pod, or GPUs by NVLink.
+      compiler_name: its name in libtpu.
     """
 
     name: str
@@ -84,7 +84,7 @@ CHIPS = {
         _gpu("B200", 2250, 180 * _GB, 8000, 1800, f"{_NVIDIA}/dgx-b200 (an eighth; half of the sparse rate)"),
     )
 }
-"""By name."""
+"""The chips by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Topology:
     """Some chips that reach each other directly.
 
     Attributes:
-      chip: of which kind.
-      shape: how many in each dimension.
+      chip: the kind of chip.
+      shape: the number of chips in each dimension.
     """
 
     chip: Chip
@@ -106,12 +106,12 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """How many chips."""
+        """The number of chips."""
         return math.prod(self.shape)
 
     @property
     def num_devices(self) -> int:
-        """How many JAX devices."""
+        """The number of JAX devices."""
         return self.num_chips * self.chip.devices
 
 
@@ -123,7 +123,7 @@ def parse(name: str) -> Topology:
     """The chips of a name such as "v4:2x2x4", "v5e:2x4" or "H100:8".
 
     Raises:
-      ValueError: for a name that is not known; it lists those that are.
+      ValueError: for an unknown name; it lists the known ones.
     """
     kind, _, sizes = name.partition(":")
     chip = CHIPS.get(kind)
@@ -142,16 +142,16 @@ def parse(name: str) -> Topology:
 
 
 def all_reduce_seconds(topology: Topology, devices: int, size_in_bytes: float) -> float:
-    """How long an all-reduce takes at least: the way there and back, and the bytes.
+    """The least time of an all-reduce, in seconds: the latency there and back, and the bytes.
 
     Data goes to the farthest device and back (a reduce-scatter, then an all-gather), along a ring of GPUs or in every
-    dimension of a TPU slice; where the dimensions close to rings, the way is half as long. Every device sends
+    dimension of a TPU slice; where the dimensions close to rings, the distance is half as long. Every device sends
     `2 (n - 1) / n` of the array, and receives as much.
 
     Args:
-      topology: where.
-      devices: n, how many take part; neighbours.
-      size_in_bytes: of the array, whole on each of them.
+      topology: the chips.
+      devices: n, how many neighbouring devices take part.
+      size_in_bytes: the size of the array, which each device has whole.
     """
     chip = topology.chip
     if devices == 1:

@@ -18,14 +18,14 @@ from specjax.types import Block, Tree
 
 
 class Cost(NamedTuple):
-    """What one model call takes on each device.
+    """The cost of one model call on each device.
 
     Attributes:
       flops: multiplications and additions of its matrix products.
-      parameter_bytes: of the parameters that it reads.
-      cache_bytes: of the keys and values that it reads, which is the whole buffer.
-      all_reduces: how many.
-      all_reduce_bytes: of all of them.
+      parameter_bytes: bytes of the parameters that it reads.
+      cache_bytes: bytes of the keys and values that it reads: the whole buffer.
+      all_reduces: the number of all-reduces.
+      all_reduce_bytes: bytes of all of them together.
     """
 
     flops: float
@@ -55,14 +55,14 @@ class _Product(NamedTuple):
 
 
 def _inner(eqn: Any) -> Any:
-    """The program that an equation calls, if it does: of a branch, that for accelerators, which is the last."""
+    """The program that an equation calls, if any; for a branch, the last one, which is that for accelerators."""
     params = eqn.params
     found = params.get("jaxpr", params.get("call_jaxpr", (params.get("branches") or [None])[-1]))
     return getattr(found, "jaxpr", found)
 
 
 def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -> Generator[_Product, None, list[int]]:
-    """The matrix products of a program, noting which of its arguments are read, and which are only looked up in.
+    """The matrix products of a program, noting which of its arguments are read, and which only by look-ups of rows.
 
     Returns:
       which argument each result is another form of, or -1.
@@ -92,7 +92,7 @@ def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -
 
 
 def _reduced(config: ModelConfig, params: Tree, read: set[int], looked_up: set[int]) -> Iterator[int]:
-    """Numbers a token of each all-reduce: products whose contracted axes are split, lookups in a split vocabulary."""
+    """Values per token of each all-reduce: of products with split contracted axes, look-ups in a split vocabulary."""
     leaves, treedef = jax.tree.flatten(params)
     contracted, axes = (treedef.flatten_up_to(f(config)) for f in (families.num_contracted, families.param_axes))
     for i, (leaf, number, names) in enumerate(zip(leaves, contracted, axes, strict=True)):
@@ -106,9 +106,9 @@ def _reduced(config: ModelConfig, params: Tree, read: set[int], looked_up: set[i
 
 
 def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
-    """What a call of one side takes on each device, by the number of tokens that it reads of each row.
+    """The cost of a call of one side on each device, by the number of tokens that it reads per row.
 
-    Two calls are traced, of two and three tokens; every cost grows by as much with each further token.
+    Two calls are traced, of two and three tokens; every cost is linear in the number of tokens.
     """
     setup = unrolled(setup)
     placed = shard(setup, abstract_mesh(setup))
@@ -147,12 +147,12 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
 
 
 def with_collectives(cost: Callable[[int], Cost], seen: dict[int, tuple[float, float]]) -> Callable[[int], Cost]:
-    """Costs with the collectives that a compiled program has in the place of those that were computed.
+    """Costs with the collectives of compiled programs instead of the computed ones.
 
     Args:
-      cost: by number of tokens.
-      seen: how many, and the bytes of all, by number of tokens; in between and beyond, the line through the first and
-        the last.
+      cost: the cost by number of tokens.
+      seen: the number of collectives, and the bytes of all, by number of tokens; the others are on the line through the
+        first and the last.
     """
     first, last = min(seen), max(seen)
 

@@ -1,4 +1,4 @@
-"""From programs of few layers to that of all: every layer is the same program, so what one takes is linear in them."""
+"""Extrapolates from programs of few layers to all: every layer is the same program, so costs are linear in layers."""
 
 import collections
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from specjax.planning.program import Program
 
 FEW, MORE = 2, 4
-"""Layers that are compiled in the place of many."""
+"""Numbers of layers that are compiled instead of all."""
 
 
 def combine(programs: list[tuple[float, Program]]) -> Program:
-    """The sum of programs, each so many times."""
+    """The weighted sum of programs."""
     if len(programs) == 1:
         return programs[0][1]
 
@@ -38,7 +38,7 @@ def samples(layers: int, every: bool) -> list[tuple[float, int]]:
 
 
 def both_sides(targets: list[tuple[float, int]], drafts: list[tuple[float, int]]) -> dict[tuple[int, int], float]:
-    """The weights of programs with so many layers of the target and the draft, of `samples` of each.
+    """The weights of programs by the numbers of layers of the target and the draft, from the `samples` of each.
 
     f(t, d) = f(t0, d0) + (f(t, d0) - f(t0, d0)) + (f(t0, d) - f(t0, d0)): linear in both.
     """

@@ -14,9 +14,9 @@ class Fit(NamedTuple):
     """Whether a plan fits.
 
     Attributes:
-      needed: bytes on each device.
-      available: likewise.
-      remedies: where it does not fit, what would, each computed; else nothing.
+      needed: bytes needed on each device.
+      available: bytes available on each device.
+      remedies: where it does not fit, changes that would make it fit, each computed; else empty.
     """
 
     needed: int
@@ -25,18 +25,18 @@ class Fit(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether there is as much as it takes."""
+        """Whether there is enough memory."""
         return self.needed <= self.available
 
 
 def _larger(setup: Setup) -> Iterator[Setup]:
-    """The plan on twice as many chips, four times ..., which split the models, or, where they can, rows too.
+    """The plan on twice as many chips, four times ..., which split the models, or, where possible, the rows too.
 
     The smallest dimension of the topology is doubled.
     """
     shape = list(setup.topology.shape)
     while 2 * math.prod(shape) <= setup.topology.chip.most:
-        # The last of the smallest.
+        # The last of the smallest dimensions.
         i = max(range(len(shape)), key=lambda i: (-shape[i], i))
         shape[i] *= 2
         topology = dataclasses.replace(setup.topology, shape=tuple(shape))
@@ -47,7 +47,7 @@ def _larger(setup: Setup) -> Iterator[Setup]:
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest number in `low .. high` that fits, of those that fit up to some number."""
+    """The largest number in `low .. high` that fits, where all smaller ones fit too."""
     if high < low or not fits(low):
         return None
     while low < high:
@@ -63,7 +63,7 @@ def _in_bfloat16(setup: Setup) -> Setup:
 
 
 class _Budget(NamedTuple):
-    """What there is on each device, and what of that is taken by neither parameters nor state."""
+    """The memory of each device, and how much of it is used by neither parameters nor state."""
 
     available: int
     overhead: int
@@ -77,12 +77,12 @@ class _Budget(NamedTuple):
         return self.needs(setup) <= self.available
 
     def shown(self, setup: Setup) -> str:
-        """What a plan needs, for a person."""
+        """What a plan needs, in words."""
         return f"{self.needs(setup) / 2**30:.2f} GiB"
 
 
 def _narrower_or_more(setup: Setup, budget: _Budget) -> Iterator[str]:
-    """Half-wide numbers; more chips as things are; and, where bfloat16 alone is not enough, fewer of them with it."""
+    """Plans in bfloat16; on more chips; and, where bfloat16 alone is not enough, on more chips in bfloat16."""
     narrow, plans = _in_bfloat16(setup), [(setup, "", "")]
     if narrow != setup and budget.fits(narrow):
         yield f"bfloat16 needs {budget.shown(narrow)} a device: --config.dtype=bfloat16"
@@ -111,7 +111,7 @@ def _fewer_rows(setup: Setup, budget: _Budget) -> Iterator[str]:
 
 
 def _shorter(setup: Setup, budget: _Budget) -> Iterator[str]:
-    """The longest buffer that fits, and the texts that it has room for."""
+    """The longest buffer that fits, and the length of the texts that it has room for."""
     least = decoding.buffer_length(setup.prompt_tokens + 1, setup.num_draft_tokens) // decoding.BUFFER_MULTIPLE
 
     def of(n: int) -> Setup:
@@ -134,7 +134,7 @@ def fit(setup: Setup, overhead: int = 0) -> Fit:
 
     Args:
       setup: the plan.
-      overhead: bytes on each device beside parameters and state: temporaries, code, padding.
+      overhead: bytes on each device in addition to parameters and state: temporaries, code, padding.
     """
     budget = _Budget(setup.topology.chip.memory // setup.topology.chip.devices, overhead)
     remedies: list[str] = []

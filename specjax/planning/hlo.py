@@ -1,7 +1,7 @@
-"""Reads compiled XLA programs: what they copy, what they send between devices, and where in them.
+"""Reads compiled XLA programs: what they copy, what they send between devices, and where.
 
-XLA prints one instruction a line, `%name = TYPE opcode(operands), ..., metadata={op_name="..."}`. A type may end in the
-memory space that it lies in: `{...S(1)}` and higher are on-chip memories, none is the device's main memory.
+XLA prints one instruction a line, `%name = TYPE opcode(operands), ..., metadata={op_name="..."}`. A type may end in its
+memory space: `{...S(1)}` and higher are on-chip memories, none is the device's main memory.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-"""What moves data between devices."""
+"""The operations that move data between devices."""
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<opcode>[a-z][a-z0-9-]*)\(")
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[(?P<shape>[0-9,]*)\](?P<layout>\{[^}]*\})?")
@@ -33,7 +33,7 @@ class Array(NamedTuple):
 
     @property
     def size_in_bytes(self) -> int:
-        """Without padding; what has less than a byte counts one."""
+        """Without padding; elements smaller than a byte count as a byte."""
         bits = re.match(r"[a-z]+(\d+)", self.dtype)
         return math.prod(self.shape) * max(int(bits[1]) // 8, 1) if bits else math.prod(self.shape)
 
@@ -55,11 +55,11 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A collective as it stands in a program, once, however often it runs.
+    """A collective of a program, counted once, however often it runs.
 
     Attributes:
       kind: one of `COLLECTIVES`.
-      size_in_bytes: of its result on one device.
+      size_in_bytes: the size of its result on one device.
       op_name: the path of the JAX operation that it stems from.
     """
 
@@ -118,7 +118,7 @@ def copies(program: str, shapes: Sequence[Sequence[int]]) -> list[str]:
       shapes: on one device.
 
     Raises:
-      ValueError: where the program has no array of one of the shapes: nothing could be found.
+      ValueError: where the program has no array of one of the shapes, so that no copy could be found.
     """
     wanted = {tuple(shape) for shape in shapes}
     seen: set[tuple[int, ...]] = set()

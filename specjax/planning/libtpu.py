@@ -1,4 +1,4 @@
-"""libtpu, which compiles for TPUs that are not here by the name of their topology."""
+"""libtpu, which compiles for TPUs that you don't have, by the name of their topology."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ def is_available() -> bool:
 
 
 def make_mesh(topology: Topology, data: int) -> Mesh:
-    """The mesh of a topology that is not here, `data` times `model`.
+    """The mesh of a topology that you don't have, `data` times `model`.
 
     Raises:
       ValueError: where libtpu is not installed, does not know the topology, or cannot be loaded.
@@ -53,7 +53,7 @@ def make_mesh(topology: Topology, data: int) -> Mesh:
     except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"topology={topology.name!r}: libtpu does not give it ({reason}). There are sizes of 1, 2, 4, 8 ..."
+            f"topology={topology.name!r}: libtpu does not know it ({reason}). Sizes are 1, 2, 4, 8 ..."
         ) from error
     devices = topologies.make_mesh(description, (data, topology.num_devices // data), ("data", "model")).devices
     return Mesh(devices, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

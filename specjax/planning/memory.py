@@ -11,13 +11,13 @@ from specjax.types import Tree
 
 
 class Memory(NamedTuple):
-    """Bytes on each device for as long as a text is decoded.
+    """Bytes on each device while a text is decoded.
 
     Attributes:
-      target_parameters: of the target.
-      draft_parameters: of the draft.
-      target_cache: keys and values.
-      draft_cache: likewise.
+      target_parameters: the target's parameters.
+      draft_parameters: the draft's parameters.
+      target_cache: the target's keys and values.
+      draft_cache: the draft's keys and values.
       other: the rest of the loop's state.
     """
 
@@ -30,7 +30,7 @@ class Memory(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def memory(setup: Setup) -> Memory:
-    """What lies in each device's memory, temporaries not counted."""
+    """The contents of each device's memory, without temporaries."""
     setup, mesh = unrolled(setup), abstract_mesh(setup)
     # Caches are traced with one layer: all are alike, and there may be many.
     state = shard(with_layers(setup, 1, 1), mesh).state

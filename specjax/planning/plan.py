@@ -1,7 +1,7 @@
 """What a decode step takes on chips that you don't have, computed from shapes alone: memory, cost, time and fit.
 
-Each is in a file of its own in this folder; here they have one name. `aot` compiles the same step and reads what XLA
-made of it.
+Each is in a file of its own in this folder; this module collects them. `aot` compiles the same step and reads what
+XLA made of it.
 """
 
 from specjax.planning.cost import Cost, call_cost, with_collectives

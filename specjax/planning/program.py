@@ -17,18 +17,19 @@ Counts = Mapping[tuple[str, str], tuple[float, float, float]]
 
 
 class Program(NamedTuple):
-    """What XLA made of a program, of one device.
+    """What XLA made of a program, on one device.
 
     Attributes:
-      argument_bytes: of what goes in, as it lies in memory, padding and all.
-      output_bytes: of what comes out.
-      alias_bytes: of those outputs that are written in place of an argument.
-      temporary_bytes: beside.
-      code_bytes: of the program itself.
-      flops: counted by XLA; bodies of loops once.
-      bytes_accessed: likewise, on-chip memories and all; None where extrapolated, since it depends on what fits there.
+      argument_bytes: the size of the arguments in memory, padding included.
+      output_bytes: the size of the outputs.
+      alias_bytes: the size of those outputs that are written in place of an argument.
+      temporary_bytes: the size of the temporaries.
+      code_bytes: the size of the program itself.
+      flops: as XLA counts them; bodies of loops once.
+      bytes_accessed: as XLA counts them, with on-chip memories; None where extrapolated, since they depend on what fits
+        there.
       optimal_seconds: XLA's own estimate; None where it has none (it is not positive), or where extrapolated.
-      collectives: as they stand in the program, each once.
+      collectives: those in the program, each once.
       cache_copies: instructions that copy a layer's keys or values.
     """
 
@@ -53,7 +54,7 @@ def read(compiled: Any, cache_shapes: set[tuple[int, ...]]) -> Program:
 
     Args:
       compiled: as `lowered.compile()` gives it.
-      cache_shapes: of the layers' keys and values on one device.
+      cache_shapes: the shapes of the layers' keys and values on one device.
     """
     text, cost, stats = compiled.as_text(), compiled.cost_analysis() or {}, compiled.memory_analysis()
     found: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
@@ -75,6 +76,6 @@ def read(compiled: Any, cache_shapes: set[tuple[int, ...]]) -> Program:
 
 
 def cache_shapes(*caches: Any) -> set[tuple[int, ...]]:
-    """The shapes of the layers' keys and values on one device, of abstract caches (`plan.shard`)."""
+    """The shapes of the layers' keys and values on one device, from abstract caches (`plan.shard`)."""
     leaves = jax.tree.leaves(caches)
     return {x.sharding.shard_shape(x.shape) for x in leaves if len(cache_lib.axes_of(x.ndim)) > 1}

@@ -1,7 +1,7 @@
-"""The time of a call at the roofline, and what speculation should bring of it.
+"""The time of a call at the roofline, and the gain that speculation should bring.
 
-The time of a call is the larger of its arithmetic at the chip's peak and its bytes at the memory's peak, and after that
-its all-reduces, each of which waits for the slowest hop: nothing overlaps with them while one token follows another.
+The time of a call is the larger of its arithmetic at the chip's peak and its bytes at the memory's peak, plus its
+all-reduces, each of which waits for the slowest hop: nothing overlaps with them while one token follows another.
 So it is a prediction, and a lower bound.
 """
 
@@ -18,7 +18,7 @@ class Times(NamedTuple):
 
     Attributes:
       arithmetic: at the chip's peak rate.
-      memory: parameters and cache at the memory's.
+      memory: reading parameters and cache at the memory's peak rate.
       collectives: all-reduces, one after the other.
     """
 
@@ -33,7 +33,7 @@ class Times(NamedTuple):
 
 
 def times(setup: Setup, cost: Cost) -> Times:
-    """How long a call takes at the least, by its cost."""
+    """The least time that a call takes, from its cost."""
     chip, group = setup.topology.chip, setup.mesh_shape[1]
     one = chips.all_reduce_seconds(setup.topology, group, cost.all_reduce_bytes / max(cost.all_reduces, 1.0))
     return Times(
@@ -44,15 +44,15 @@ def times(setup: Setup, cost: Cost) -> Times:
 
 
 class Forecast(NamedTuple):
-    """What speculation should bring, of times at the roofline.
+    """What speculation should bring, from times at the roofline.
 
     Attributes:
       target: seconds of a target call that scores T = 1, 2 ... tokens.
       draft: seconds of a draft call of one token.
       cost_ratio: c.
       alpha: the acceptance rate that is assumed.
-      milliseconds: per token with K = 0, 1, 2 ... draft tokens a step, all rows together writing one each.
-      best: the K of the fewest.
+      milliseconds: the time per token with K = 0, 1, 2 ... draft tokens per step, in which each row writes one token.
+      best: the K of the least time.
     """
 
     target: list[float]
@@ -64,7 +64,7 @@ class Forecast(NamedTuple):
 
 
 def forecast(target: list[float], draft: float, alpha: float) -> Forecast:
-    """Theorem 3.8 of Leviathan et al. 2022 over roofline times, where scoring K + 1 tokens has its own.
+    """Theorem 3.8 of Leviathan et al. 2022 over roofline times, where scoring K + 1 tokens has its own time.
 
     Args:
       target: seconds of a target call that scores T = 1, 2 ... tokens.

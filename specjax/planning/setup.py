@@ -1,4 +1,4 @@
-"""What is planned, and the abstract arguments of its decode step, laid out on a mesh of devices that are not here."""
+"""What is planned, and the abstract arguments of its decode step on a mesh of devices that you don't have."""
 
 import dataclasses
 import functools
@@ -25,15 +25,15 @@ class Setup:
     """What is planned.
 
     Attributes:
-      target: its shape.
-      draft: its shape.
+      target: the target's shape.
+      draft: the draft's shape.
       topology: the chips.
-      data: over how many of the devices rows are split; the others split each row's model.
+      data: the number of devices that rows are split over; each model is split over the others.
       num_draft_tokens: K.
       batch_size: B.
-      prompt_tokens: of each row.
-      max_new_tokens: of each row.
-      max_len: the length of the buffer, or None for what these three need.
+      prompt_tokens: the length of each row's prompt.
+      max_new_tokens: the most new tokens of each row.
+      max_len: the length of the buffer; None: as long as prompt, new tokens and draft need.
       draft_replicated: every device has the whole draft, which then needs no collectives.
     """
 
@@ -100,9 +100,9 @@ class Sharded(NamedTuple):
     Attributes:
       models: target and draft, by side.
       drafter: the drafter around the draft.
-      rules: by side.
-      params: of both.
-      state: the loop's.
+      rules: the sharding rules by side.
+      params: the parameters of both.
+      state: the loop's state.
     """
 
     models: dict[str, Model]
@@ -123,12 +123,12 @@ def _wanted_rules(setup: Setup, side: str) -> sharding.Rules:
 
 
 def placed_config(setup: Setup, side: str) -> ModelConfig:
-    """The shape of one side as it lies on the mesh: its key/value heads repeated, where more devices share them."""
+    """The shape of one side as placed on the mesh: its key/value heads repeated, where more devices share them."""
     return families.placed(setup.side(side), abstract_mesh(setup), _wanted_rules(setup, side))
 
 
 def rules_of(setup: Setup, side: str, mesh: Mesh | AbstractMesh) -> sharding.Rules:
-    """The rules of one side: those of everybody, with what does not divide replicated."""
+    """The sharding rules of one side, with axes that do not divide replicated."""
     config, rules = placed_config(setup, side), _wanted_rules(setup, side)
     return sharding.fitting(families.abstract_params(config), families.param_axes(config), mesh, rules)
 
@@ -164,7 +164,7 @@ def _state_shapes(
     max_new_tokens: int,
     max_len: int,
 ) -> DecodeState:
-    """The loop's state after the prefill, wherever it lies."""
+    """The shapes of the loop's state after the prefill, without shardings."""
     model, drafter = families.model(target), drafters.model(families.model(draft), num_draft_tokens=num_draft_tokens)
     inputs, options = decoding.read_inputs(model, [[0] * prompt_tokens] * batch_size), sampling.options(batch_size)
 
@@ -183,7 +183,7 @@ def shard(setup: Setup, mesh: Mesh | AbstractMesh) -> Sharded:
     models = {}
     for side in SIDES:
         model = families.model(placed_config(setup, side), rules[side])
-        # The scope is to be seen in the compiled program's names, and changes nothing.
+        # The scope appears in the compiled program's names, and changes nothing else.
         models[side] = model._replace(apply=jax.named_scope(f"{side}_call")(model.apply))
     drafter = drafters.model(models["draft"], num_draft_tokens=setup.num_draft_tokens)
     drafter = drafter._replace(propose=jax.named_scope("drafting")(drafter.propose))

@@ -1,8 +1,8 @@
 """Finite automata over tokens, as tables that a jitted loop advances on the device.
 
 They constrain a text to a grammar (a regular expression, a JSON schema: which tokens are allowed next) and find stop
-strings that straddle tokens. `grammars` makes them of text, `tables` says how they are held; all that a user needs is
-named here.
+strings that straddle tokens. `grammars` makes them from text, `tables` says how they are stored; all that a user needs
+is exported here.
 """
 
 from collections.abc import Sequence
@@ -71,11 +71,11 @@ def allowed(automaton: Automaton, state: Int[Array, "*B"]) -> Bool[Array, "*B V"
 
 
 def from_table(next_state: Int[np.ndarray, "S V"]) -> Automaton:
-    """An automaton from its whole table, such as another grammar library gives.
+    """An automaton from its whole table, such as one from another grammar library.
 
     Args:
       next_state: `[S, V]`, the state after each token in each state, -1 where the token is forbidden. State 0 is the
-        start. Every state allows a token: the one after a stop token, say, again the stop tokens.
+        start. Every state allows at least one token: the state after a stop token, for example, the stop tokens again.
 
     Raises:
       ValueError: for a table that does not have this form, or is too large (`MAX_ENTRIES`) with equal columns merged.
@@ -104,8 +104,8 @@ def combine(
       vocab_size: V, needed only where all are None.
 
     Returns:
-      the table, and `[N]` int32: where each one's states begin in it. State s of the i-th is `start[i] + s`, so that
-      its start is `start[i]`.
+      the table, and `[N]` int32: where the states of each automaton begin in it. State s of the i-th is `start[i] + s`,
+      so that its start is `start[i]`.
 
     Raises:
       ValueError: for no automata, different vocabularies, or a table that is too large (`MAX_ENTRIES`).
@@ -124,7 +124,7 @@ def combine(
         token_class, table = anything if part is None else map(np.asarray, part)
         tables.append(table)
         classes.append(token_class)
-        # Numbered anew each time, the product of the class counts does not overflow.
+        # Renumbered each time, so that the product of the class counts does not overflow.
         joint = np.unique(joint * table.shape[1] + token_class, return_inverse=True)[1]
     _, example = np.unique(joint, return_index=True)
     offsets = np.cumsum([0, *(len(table) for table in tables)])

@@ -1,4 +1,4 @@
-"""Automata of the texts that a regular expression or a JSON schema describes, and of those with some string in them."""
+"""Automata for the texts that a regular expression or a JSON schema describes, and for finding stop strings."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from specjax.sampling.tables import DEAD, compress, only_useful, over_tokens
 from specjax.text.tokenizer import Tokenizer
 from specjax.types import Automaton
 
-# Keywords of JSON Schema that outlines-core reads over.
+# Keywords of JSON Schema that outlines-core ignores.
 _UNHEEDED = {
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
     *("uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems"),
@@ -26,7 +26,7 @@ _JSON_STRING = r'"([^"\\\x00-\x1F]|\\["\\/bfnrt]|\\u[0-9A-Fa-f]{4})*"'
 
 
 def _vocab_size(tokenizer: Tokenizer, vocab_size: int | None) -> int:
-    """The width of the model's logits where it is given, else what the tokenizer's ids need."""
+    """The width of the model's logits where it is given, else one more than the tokenizer's largest id."""
     return max(tokenizer.vocab().values()) + 1 if vocab_size is None else vocab_size
 
 
@@ -38,23 +38,23 @@ def _outlines_core(module: str = "outlines_core") -> Any:
 
 
 def _index(pattern: str, before: str = "", after: str = "") -> Any:
-    """What outlines-core makes of a pattern and a vocabulary of single bytes: its automaton over bytes."""
+    """The automaton over bytes that outlines-core makes from a pattern and a vocabulary of single bytes."""
     core = _outlines_core()
     vocabulary = core.Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})
     try:
         return core.Index(before + pattern + after, vocabulary)
     except ValueError as error:
         raise ValueError(
-            f"The pattern {pattern!r} cannot be compiled, or matches nothing ({error}). It is read as by Rust's regex "
-            "crate, without \\b: change what that does not know, such as look-around and back references."
+            f"The pattern {pattern!r} cannot be compiled, or matches nothing ({error}). It has the syntax of Rust's "
+            "regex crate, without \\b: change what that does not support, such as look-around and back references."
         ) from error
 
 
 def _byte_automaton(pattern: str) -> tuple[Int[np.ndarray, "S 256"], Bool[np.ndarray, " S"]]:
     """The automaton over bytes of a regular expression: `[S, 256]` successors, `[S]` whether a text may end there."""
-    # The package prefers earlier alternatives to longer ones: of "a|ab" it allows only "a". An end that has to be
-    # reached makes it keep all. It also refuses what looks around at its beginning (^, or an end that comes at once);
-    # so the beginning is a line break, which the text does not have.
+    # The package prefers earlier alternatives to longer ones: for "a|ab" it allows only "a". An end that has to be
+    # reached makes it keep all. It also refuses patterns that look around at their beginning (^, or an immediate end);
+    # so the pattern begins with a line break, which the text does not have.
     index = _index(pattern, "\n(?m:", r")\z")
     transitions = index.get_transitions()
     start = transitions[index.get_initial_state()][ord("\n")]
@@ -92,33 +92,33 @@ def regex(
     """The texts that match a regular expression as a whole.
 
     Where a match is complete, the stop tokens are allowed; they lead to the last state (S - 1), which allows nothing
-    but them. Other special tokens, tokens that add nothing and ids that the tokenizer lacks are never allowed, nor is
-    a token after which the vocabulary could not complete a match.
+    else. Other special tokens, tokens without text and ids that the tokenizer lacks are never allowed, nor is a token
+    after which the vocabulary could not complete a match.
 
     Args:
       pattern: a regular expression in the syntax of Rust's regex crate, without `\\b`; `^` and `$` match at the ends of
         lines, and are not needed around it.
-      tokenizer: tells the bytes of each token.
+      tokenizer: gives the bytes of each token.
       vocab_size: V, the width of the model's logits, where it is not the tokenizer's.
       stop_tokens: the ids that end a text; the tokenizer's `eos_token_ids` where it is None.
 
     Raises:
       ImportError: without outlines-core.
-      ValueError: for a pattern that cannot be compiled or that no tokens can write, for no stop tokens or such beyond
-        the vocabulary, and for a table that is too large (`MAX_ENTRIES`).
+      ValueError: for a pattern that cannot be compiled or that no tokens can write, for stop tokens that are missing or
+        beyond the vocabulary, and for a table that is too large (`MAX_ENTRIES`).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
-        # Unknown to Python, or wrong everywhere: "a)(b" would be right within the parentheses that it gets.
+        # Unknown to Python, or wrong everywhere: "a)(b" would be valid within the parentheses that are added to it.
         _index(pattern, "\n")
     return _grammar(pattern, tokenizer, vocab_size, stop_tokens)
 
 
 def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
-    """A schema and all that it is made of."""
+    """A schema and all of its subschemas."""
     if not isinstance(schema, Mapping):
         return
     yield schema
@@ -134,7 +134,7 @@ def _subschemas(schema: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _writes_strings(pattern: str) -> bool:
-    """Whether every text that matches is a string of JSON: a walk through both automata at once."""
+    """Whether every text that matches is a JSON string, by a walk through both automata at once."""
     table, final = _byte_automaton(pattern)
     json_table, json_final = _byte_automaton(_JSON_STRING)
     pending, seen = [(0, 0)], {(0, 0)}
@@ -152,7 +152,7 @@ def _writes_strings(pattern: str) -> bool:
 
 
 def _check_schema(schema: Any, build: Callable[[str], str]) -> None:
-    """Refuses what would give other texts than the schema asks for, and warns of what it cannot ask for."""
+    """Refuses schemas that would give texts other than they describe, and warns of keywords that are ignored."""
     parts = list(_subschemas(schema))
     for part in parts:
         if len(part.get("allOf", ())) > 1:
@@ -161,15 +161,15 @@ def _check_schema(schema: Any, build: Callable[[str], str]) -> None:
         if not form or "string" not in part.get("type", ()):
             continue
         if "minLength" in part or "maxLength" in part:
-            raise ValueError(f"Lengths beside {form} would replace it: write them into a pattern, as {{m,n}}.")
+            raise ValueError(f"Lengths in addition to {form} would replace it: put them into a pattern, as {{m,n}}.")
         if not _writes_strings(build(json.dumps({"type": "string"} | form))):
             raise ValueError(
-                f"Some texts of {form} are no JSON strings, for a quotation mark, backslash or control character may "
-                r'stand bare in them: give a pattern that leaves those out, with [^"\\\x00-\x1F] for any character '
+                f"Some texts of {form} are no JSON strings, since they may have unescaped quotation marks, backslashes "
+                r'or control characters: give a pattern that leaves those out, with [^"\\\x00-\x1F] for any character '
                 "and parentheses around alternatives."
             )
     if unheeded := sorted(_UNHEEDED.intersection(key for part in parts for key in part)):
-        warnings.warn(f"The grammar does not hold texts to {', '.join(unheeded)}: check afterwards.", stacklevel=3)
+        warnings.warn(f"The grammar does not enforce {', '.join(unheeded)}: check the text afterwards.", stacklevel=3)
 
 
 def json_schema(
@@ -180,17 +180,17 @@ def json_schema(
     stop_tokens: Sequence[int] | None = None,
     whitespace: str | None = None,
 ) -> Automaton:
-    """The JSON texts that a schema describes: `regex` of the expression that outlines-core makes of it.
+    """The JSON texts that a schema describes: `regex` of the expression that outlines-core makes from it.
 
-    That is a subset of JSON Schema: properties in the order of the schema and none beside them, references up to three
+    A subset of JSON Schema is supported: properties in the order of the schema and no others, references up to three
     levels deep, no bounds on numbers (such keywords warn).
 
     Args:
       schema: the schema, as text or parsed.
-      tokenizer: tells the bytes of each token.
+      tokenizer: gives the bytes of each token.
       vocab_size: V, the width of the model's logits, where it is not the tokenizer's.
       stop_tokens: the ids that end a text; the tokenizer's `eos_token_ids` where it is None.
-      whitespace: the pattern of what may stand between the parts; at most one space where it is None.
+      whitespace: the pattern of the text allowed between the parts; at most one space where it is None.
 
     Raises:
       ImportError: without outlines-core.
@@ -234,14 +234,14 @@ def _matcher(strings: Sequence[str]) -> tuple[Int[np.ndarray, "N 256"], Bool[np.
 
 
 def stop_strings(strings: Sequence[str], tokenizer: Tokenizer, *, vocab_size: int | None = None) -> Automaton:
-    """Finds the first of some strings in a text, wherever tokens cut it (Aho and Corasick, 1975).
+    """Finds the first of some strings in a text, wherever it falls among the tokens (Aho and Corasick, 1975).
 
     No token is forbidden. The last state (S - 1) means that one of the strings has occurred, and is never left. Special
-    tokens and ids that the tokenizer lacks add no text, and change nothing.
+    tokens and ids that the tokenizer lacks add no text, and do not change the state.
 
     Args:
       strings: at least one, none of them empty.
-      tokenizer: tells the bytes of each token.
+      tokenizer: gives the bytes of each token.
       vocab_size: V, the width of the model's logits, where it is not the tokenizer's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What changes logits before they become a distribution: penalties, bias, forbidden tokens, grammars.
+"""Logit processors, applied before logits become a distribution: penalties, bias, forbidden tokens, grammars.
 
 Each processor is written for one position of one sequence: `(logits[V], tokens[L], length, options...) -> logits[V]`,
 the logits of the token at position `length`, given `tokens[:length]`. `process` maps them over the rows and over the
@@ -16,8 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from specjax import control
 from specjax.sampling import automaton
 from specjax.types import History, Penalties
+
+PerRow = float | Sequence[float] | np.ndarray
+"""An option: one value for all rows, or one per row."""
 
 _NO_TOKEN = 2**31 - 1
 """A token id beyond every vocabulary, which pads `Penalties.bias_tokens`."""
@@ -31,7 +35,7 @@ def spread(
     Numbers that float32 would round to 0 are rounded away from it instead: 0 is often the value that means "off".
 
     Raises:
-      ValueError: for a value outside [low, high] (with `above`: (low, high]), or too few or many of them.
+      ValueError: for a value outside [low, high] (with `above`: (low, high]), or the wrong number of values.
       TypeError: for a value that is not a number.
     """
     try:
@@ -53,11 +57,11 @@ def spread(
 def penalties(
     batch_size: int,
     *,
-    repetition_penalty: float | Sequence[float] = 1.0,
-    presence_penalty: float | Sequence[float] = 0.0,
-    frequency_penalty: float | Sequence[float] = 0.0,
-    no_repeat_ngram_size: int | Sequence[int] = 0,
-    min_new_tokens: int | Sequence[int] = 0,
+    repetition_penalty: PerRow = 1.0,
+    presence_penalty: PerRow = 0.0,
+    frequency_penalty: PerRow = 0.0,
+    no_repeat_ngram_size: PerRow = 0,
+    min_new_tokens: PerRow = 0,
     logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
     suppress_tokens: Sequence[int] | None = None,
 ) -> Penalties | None:
@@ -65,12 +69,13 @@ def penalties(
 
     Args:
       batch_size: B.
-      repetition_penalty: from 1e-6 to 1e6; 1 is none (Keskar et al. 2019, arXiv 1909.05858).
-      presence_penalty: any number; 0 is none.
-      frequency_penalty: any number; 0 is none.
-      no_repeat_ngram_size: at least 0; 0 is none.
+      repetition_penalty: from 1e-6 to 1e6; 1: off (Keskar et al. 2019, arXiv 1909.05858).
+      presence_penalty: any number; 0: off.
+      frequency_penalty: any number; 0: off.
+      no_repeat_ngram_size: at least 0; 0: off.
       min_new_tokens: at least 0.
-      logit_bias: what to add to which tokens' logits, one mapping for all rows or one per row; -inf forbids a token.
+      logit_bias: from tokens to numbers added to their logits, one mapping for all rows or one per row; -inf forbids a
+        token.
       suppress_tokens: tokens that are forbidden in every row.
 
     Returns:
@@ -150,7 +155,7 @@ def presence_and_frequency(
 def no_repeat_ngram(
     logits: Float[Array, " V"], tokens: Int[Array, " L"], length: Int[Array, ""], size: Int[Array, ""]
 ) -> Float[Array, " V"]:
-    """Forbids the tokens that would complete an n-gram which prompt and text have already."""
+    """Forbids the tokens that would complete an n-gram that is already in prompt and text."""
     place = jnp.arange(tokens.shape[0])
 
     def match(back: Array, running: Bool[Array, " L"]) -> Bool[Array, " L"]:
@@ -192,7 +197,7 @@ def add_bias(
 
 
 def process(logits: Float[Array, "B T V"], options: Penalties | None, history: History) -> Float[Array, "B T V"]:
-    """The logits after all processors; what no row of the batch asks for is skipped at run time.
+    """The logits after all processors; those that no row of the batch uses are skipped at run time.
 
     Args:
       logits: `[B, T, V]` float32.
@@ -202,7 +207,7 @@ def process(logits: Float[Array, "B T V"], options: Penalties | None, history: H
     Returns:
       `[B, T, V]`; -inf where a token is forbidden.
     """
-    # Of a tree, each token has a text of its own.
+    # In a tree, each token has a text of its own.
     is_tree = history.tokens.ndim == 3
     positions = history.length
     if positions.ndim == 1:
@@ -214,7 +219,7 @@ def process(logits: Float[Array, "B T V"], options: Penalties | None, history: H
             over_positions = jax.vmap(processor, in_axes=(0, 0 if is_tree else None, 0, *options_axes))
             return jax.vmap(over_positions)(logits, history.tokens, positions, *row_options)
 
-        return jax.lax.cond(jnp.any(used), everywhere, lambda logits: logits, logits)
+        return control.alike(jax.lax.cond(jnp.any(used), everywhere, lambda logits: logits, logits), logits)
 
     if options is not None:
         o, prompt = options, history.prompt_length

@@ -2,7 +2,7 @@
 
 Grammars and strings are automata over bytes; a token is the composition of the steps of its bytes, a function from
 states to states, and tokens with equal functions share a class. So a table has a column for each class instead of each
-token, and states times tokens is never held: prefixes share their compositions, and equal compositions are kept once.
+token, and a table of states by tokens is never built: prefixes share compositions, and equal ones are kept once.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ DEAD = -1
 """The state that a forbidden token leads to. It stays dead and allows every token, since nothing after it counts."""
 
 MAX_ENTRIES = 2**28
-"""The most states times classes of a table: 1 GiB of int32. What is larger is refused, also while it is built."""
+"""The most states times classes of a table: 1 GiB of int32. A larger one is refused, even while it is being built."""
 
 
 class _Columns:
-    """The distinct columns of a table, numbered as they come."""
+    """The distinct columns of a table, numbered in order of appearance."""
 
     def __init__(self, num_states: int):
         self.num_states = num_states
@@ -45,7 +45,7 @@ def check_size(num_states: int, num_classes: int) -> None:
     if num_states * num_classes > MAX_ENTRIES:
         raise ValueError(
             f"The automaton has {num_states} states and {num_classes} or more classes of tokens; a table may have "
-            f"{MAX_ENTRIES} entries. Lower the bounds of repetitions ({{m,n}}, maxLength, maxItems), or ask for less."
+            f"{MAX_ENTRIES} entries. Lower the bounds of repetitions ({{m,n}}, maxLength, maxItems), or simplify it."
         )
 
 
@@ -77,7 +77,7 @@ def over_tokens(
     Returns:
       `[V]` the class of each token, `[S, C]` the successors under each class.
     """
-    # One more state, which leads to itself alone, stands for the successors that are missing.
+    # One more state, which leads only to itself, stands for the missing successors.
     num_states = len(by_byte)
     steps = np.full((num_states + 1, 256), num_states, np.int32)
     steps[:-1] = np.where(by_byte < 0, num_states, by_byte)
@@ -87,7 +87,7 @@ def over_tokens(
     columns = _Columns(num_states)
     token_class = np.full(vocab_size, columns.number(np.where(otherwise < 0, num_states, otherwise)))
     composed: dict[tuple[int, int], int] = {}
-    # The classes of the prefixes of the token before, the empty one first: in sorted order they are shared most.
+    # The classes of the prefixes of the previous token, the empty one first: in sorted order they are shared most.
     path, before = [columns.number(np.arange(num_states))], b""
     for text, token in sorted((text, token) for token, text in tokens.items() if token < vocab_size):
         shared = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
@@ -105,7 +105,7 @@ def over_tokens(
 
 
 def _reached(source: Int[np.ndarray, " E"], target: Int[np.ndarray, " E"], start: int, size: int) -> np.ndarray:
-    """`[size]`: whether edges lead from the start to a node."""
+    """`[size]`: whether each node can be reached from the start."""
     found = np.arange(size) == start
     while True:
         further = target[found[source]]
@@ -115,9 +115,9 @@ def _reached(source: Int[np.ndarray, " E"], target: Int[np.ndarray, " E"], start
 
 
 def only_useful(table: Int[np.ndarray, "S C"]) -> Int[np.ndarray, "R C"] | None:
-    """The table of the states that tokens lead to from the first and from which they lead to the last.
+    """The table of the states that can be reached from the first state and from which the last can be reached.
 
-    Their order stays. None: no tokens lead from the first to the last.
+    Their order is kept. None: the last state cannot be reached from the first.
     """
     size = len(table)
     successors = [np.unique(row[row >= 0]) for row in table]
@@ -128,7 +128,7 @@ def only_useful(table: Int[np.ndarray, "S C"]) -> Int[np.ndarray, "R C"] | None:
     useful = alive & _reached(source[inner], target[inner], 0, size)
     if not useful[0]:
         return None
-    # The last entry is what -1 finds.
+    # The last entry is the one at index -1.
     number = np.full(size + 1, DEAD, np.int32)
     number[np.flatnonzero(useful)] = np.arange(useful.sum())
     return number[table[useful]]

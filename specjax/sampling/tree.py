@@ -1,7 +1,7 @@
-"""Trees of draft tokens: what each node sees, how deep it stands, the text before it, and the path that is accepted.
+"""Trees of draft tokens: what each node attends to, its depth, the text before it, and the path that is accepted.
 
-A target reads a tree in one call (SpecInfer, arXiv 2305.09781, section 4.2): its nodes lie behind the last committed
-token in one block, each sees its ancestors alone, and stands at the position that its depth says.
+A target reads a tree in one call (SpecInfer, arXiv 2305.09781, section 4.2): its nodes follow the last committed token
+in one block, each attends only to itself and its ancestors, and its depth gives its position.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Shape(NamedTuple):
 
     Attributes:
       parent: `[B, T]` the parent of each token in the block; that of the root is the root.
-      sees: `[B, T, T]` whether each token sees another: its ancestors and itself.
+      sees: `[B, T, T]` whether each token attends to another: its ancestors and itself.
       depth: `[B, T]` the number of its ancestors.
     """
 
@@ -43,7 +43,7 @@ def shape(parent: Int[Array, "B N"], max_depth: int) -> Shape:
 
 
 def trace(table: Automaton, state: Int[Array, " B"], tokens: Int[Array, "B N"], tree: Shape, max_depth: int) -> Array:
-    """`[B, N + 1]` the state of an automaton after each token of the block, by its path."""
+    """`[B, N + 1]` the state of an automaton after each token of the block, along its path."""
     block = jnp.concatenate([jnp.zeros_like(tokens[:, :1]), tokens], axis=1)
     states = jnp.broadcast_to(state[:, None], block.shape)
     for level in range(1, max_depth + 1):
@@ -60,7 +60,7 @@ def texts(
     block = jnp.concatenate([jnp.zeros_like(drafts[:, :1]), drafts], axis=1)
 
     def of_row(text: Array, behind: Array, block: Array, sees: Array, depth: Array) -> Array:
-        # The node of each depth on a path: behind a text of n tokens, that of depth 1 stands at n.
+        # The node of each depth on a path: after a text of n tokens, that of depth 1 is at position n.
         on_path = sees[:, None, :] & (depth == behind[:, None] + 1)
         found = jnp.sum(jnp.where(on_path, block, 0), axis=-1)
         return jnp.where(jnp.any(on_path, axis=-1) & (behind >= 0), found, text)
@@ -74,7 +74,7 @@ def walk(
     """The path of one row along which every node is the target's own token.
 
     Args:
-      own: the target's token behind each token of the block.
+      own: the target's token after each token of the block.
       is_distribution: whether the target has a distribution there.
       proposal: the tree.
       max_depth: D.
@@ -108,14 +108,14 @@ def has_child(proposal: Proposal, path: Int[Array, "B P"]) -> Bool[Array, "B D"]
 def follow(
     history: History, tokens: Int[Array, "B N"], tree: Shape, max_depth: int, penalties: Penalties | None
 ) -> History:
-    """The history before the token that follows each token of a block, by its path (see `processors.follow`).
+    """The history before the token that follows each token of a block, along its path (see `processors.follow`).
 
     Args:
       history: before the first (T = 1).
       tokens: of the nodes.
       tree: the shape of the block.
       max_depth: D.
-      penalties: of the options, or None, where nobody will look at the texts.
+      penalties: of the options, or None, in which case the texts are not needed.
     """
     state = jnp.broadcast_to(history.grammar_state, tree.depth.shape)
     if history.grammar is not None:
@@ -127,6 +127,6 @@ def follow(
 
 
 def select(history: History, at: np.ndarray) -> History:
-    """Of a history of `follow`, that of some tokens of the block."""
+    """The part of a history from `follow` that belongs to some tokens of the block."""
     text = history.tokens if history.tokens.ndim == 2 else history.tokens[:, at]
     return history._replace(tokens=text, length=history.length[:, at], grammar_state=history.grammar_state[:, at])

@@ -2,31 +2,32 @@
 
 Speculative decoding is exact for whatever distribution the target is *given*; so penalties, temperature and truncation
 are applied to both sides first ("standardized sampling", Leviathan et al. 2022, §2.2), in the order of transformers:
-`processors`, then temperature, top-k, top-p, min-p, typical-p, epsilon cutoff. A vocabulary is never sorted: all cuts
-ask for a threshold, and thirty halvings of the bits of a float find it exactly.
+`processors`, then temperature, top-k, top-p, min-p, typical-p, epsilon cutoff. The vocabulary is never sorted: each cut
+needs only a threshold, which a bisection over the bits of a float finds exactly.
 """
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, UInt32
 
+from specjax import control
 from specjax.sampling import processors
+from specjax.sampling.processors import PerRow
 from specjax.types import History, PRNGKey, SamplingOptions
 
 
 def options(
     batch_size: int,
     *,
-    temperature: float | Sequence[float] = 0.0,
-    top_k: int | Sequence[int] = 0,
-    top_p: float | Sequence[float] = 1.0,
-    min_p: float | Sequence[float] = 0.0,
-    typical_p: float | Sequence[float] = 1.0,
-    epsilon_cutoff: float | Sequence[float] = 0.0,
+    temperature: PerRow = 0.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    min_p: PerRow = 0.0,
+    typical_p: PerRow = 1.0,
+    epsilon_cutoff: PerRow = 0.0,
     **penalties: Any,
 ) -> SamplingOptions:
     """Checks the options and broadcasts them to the rows.
@@ -68,7 +69,7 @@ def options(
 def _threshold(
     order: Integer[Array, "B T V"], measure: Float[Array, "B T V"], target: Float[Array, "B #T"], bits: int
 ) -> Integer[Array, "B T"]:
-    """The largest t for which the tokens of order >= t measure at least `target`, found from its highest bit down."""
+    """The largest t for which the tokens of order >= t measure at least `target`, found from the highest bit down."""
     one = jnp.ones((), order.dtype)
 
     def halve(i: Array, found: Integer[Array, "B T"]) -> Integer[Array, "B T"]:
@@ -85,12 +86,12 @@ def threshold(
     """The largest t for which the tokens of weight >= t measure at least `target` together.
 
     With measure 1 and target k this is the k-th largest weight; with the weights themselves and a mass, the cut of
-    nucleus sampling. Weights of [0, 1] order like their bits, so the bits of t are found from the highest down.
+    nucleus sampling. Weights in [0, 1] are ordered as their bits are, so the bits of t are found from the highest down.
 
     Args:
       weights: `[B, T, V]` in [0, 1].
-      measure: `[B, T, V]` not negative.
-      target: `[B, 1]` or `[B, T]`, at most the whole measure.
+      measure: `[B, T, V]` non-negative.
+      target: `[B, 1]` or `[B, T]`, at most the total measure.
     """
     found = _threshold(jax.lax.bitcast_convert_type(weights, jnp.int32), measure, target, 30)
     return jax.lax.bitcast_convert_type(found, jnp.float32)
@@ -104,7 +105,7 @@ def _order(logits: Float[Array, "B T V"]) -> UInt32[Array, "B T V"]:
 
 
 def _top_k(weights: Float[Array, "B T V"], k: Int[Array, " B"], logits: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
-    """Ranks by the logits: at a high temperature, weights of different logits are rounded to one number."""
+    """Ranks by the logits: at a high temperature, the weights of different logits may round to the same number."""
     size = weights.shape[-1]
     wanted = jnp.where((k <= 0) | (k > size), size, k).astype(jnp.float32)
     order = _order(logits)
@@ -122,7 +123,7 @@ def _typical_p(weights: Float[Array, "B T V"], p: Float[Array, " B"]) -> Float[A
     log_probs = jnp.log(weights / jnp.sum(weights, axis=-1, keepdims=True))
     probs = jnp.exp(log_probs)
     entropy = -jnp.sum(jnp.where(probs > 0, probs * log_probs, 0.0), axis=-1, keepdims=True)
-    # Floats that are not negative order like their bits; the most typical token comes first.
+    # Non-negative floats are ordered as their bits are; the most typical token comes first.
     infinity = jnp.asarray(jnp.inf, jnp.float32)
     distance = jnp.where(probs > 0, jnp.abs(-log_probs - entropy), infinity)
     order = jax.lax.bitcast_convert_type(infinity, jnp.int32) - jax.lax.bitcast_convert_type(distance, jnp.int32)
@@ -138,9 +139,9 @@ def _epsilon(weights: Float[Array, "B T V"], epsilon: Float[Array, " B"]) -> Flo
 
 
 def argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """The index of the largest value, the first of equals; any index where a value is NaN.
+    """The index of the largest value, the first one in a tie; any index where a value is NaN.
 
-    By two reductions that XLA:CPU vectorises: `jnp.argmax`, which it does not, takes five times as long.
+    Uses two reductions that XLA:CPU vectorises: `jnp.argmax`, which it does not, takes five times as long.
     """
     size = x.shape[-1]
     is_largest = x == jnp.max(x, axis=-1, keepdims=True)
@@ -148,17 +149,17 @@ def argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
 
 
 def greedy(logits: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
-    """One-hot at the argmax, the first of equals; NaN where logits are NaN or all are -inf."""
+    """One-hot at the argmax, the first one in a tie; NaN where logits are NaN or all are -inf."""
     one_hot = jax.nn.one_hot(argmax(logits), logits.shape[-1], dtype=jnp.float32)
     broken = jnp.isnan(logits) | (jnp.max(logits, axis=-1, keepdims=True) == -jnp.inf)
     return jnp.where(broken, jnp.nan, one_hot)
 
 
 def warp(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Array, "B T V"]:
-    """The distribution that results from the logits by temperature and truncation.
+    """The distribution that temperature and truncation make of the logits.
 
-    Ties at a cut are all kept. A row of temperature 0 is one-hot at its argmax. What no row of the batch asks for is
-    skipped at run time.
+    Ties at a cut are all kept. A row at temperature 0 is one-hot at its argmax. Options that no row of the batch uses
+    are skipped at run time.
 
     Args:
       logits: `[B, T, V]`; -inf forbids a token.
@@ -169,7 +170,7 @@ def warp(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Arra
     """
 
     def when(used: Array, cut: Any, option: Array, weights: Array) -> Array:
-        return jax.lax.cond(jnp.any(used), lambda w: cut(w, option), lambda w: w, weights)
+        return control.alike(jax.lax.cond(jnp.any(used), lambda w: cut(w, option), lambda w: w, weights), logits)
 
     def sampled() -> Array:
         s = sampling
@@ -183,17 +184,20 @@ def warp(logits: Float[Array, "B T V"], sampling: SamplingOptions) -> Float[Arra
         weights = when(s.typical_p < 1, _typical_p, s.typical_p, weights)
         weights = when(s.epsilon_cutoff > 0, _epsilon, s.epsilon_cutoff, weights)
         probs = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return jax.lax.cond(
-            jnp.any(s.temperature <= 0), lambda p: jnp.where(temperature > 0, p, greedy(logits)), lambda p: p, probs
+        return control.alike(
+            jax.lax.cond(
+                jnp.any(s.temperature <= 0), lambda p: jnp.where(temperature > 0, p, greedy(logits)), lambda p: p, probs
+            ),
+            logits,
         )
 
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: greedy(logits))
+    return control.alike(jax.lax.cond(jnp.any(sampling.temperature > 0), sampled, lambda: greedy(logits)), logits)
 
 
 def match_vocab(logits: Float[Array, "B T V"], vocab_size: int) -> Float[Array, "B T W"]:
     """Cuts or pads the draft's logits to the target's width; a token that one side lacks is never drafted.
 
-    Models of one tokenizer are often padded to different sizes.
+    The vocabularies of models with the same tokenizer are often padded to different sizes.
     """
     missing = vocab_size - logits.shape[-1]
     if missing <= 0:
@@ -202,7 +206,7 @@ def match_vocab(logits: Float[Array, "B T V"], vocab_size: int) -> Float[Array, 
 
 
 def probabilities(logits: Float[Array, "B T V"], sampling: SamplingOptions, history: History) -> Float[Array, "B T V"]:
-    """The distribution that a row's options turn its logits into: penalties, then `warp`.
+    """The distribution that a row's options make of its logits: penalties, then `warp`.
 
     Args:
       logits: `[B, T, V]`.

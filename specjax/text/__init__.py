@@ -1,1 +1,1 @@
-"""Tokenizers: loading, rebuilding out of model files, chat templates."""
+"""Tokenizers: loading, rebuilding from model files, chat templates."""

@@ -1,4 +1,4 @@
-"""Chat templates, rendered by a separate process within bounds of time, memory and output.
+"""Chat templates, rendered by a separate process within bounds on time, memory and output.
 
 The process (`chat_worker`) is started at the first template, waits for more, and ends with this process. A worker that
 exceeds a bound is killed, and the next template starts another.
@@ -36,8 +36,8 @@ class _Worker:
     """The running process; one request at a time."""
 
     def __init__(self):
-        # As for all of Python, the packages are where this process finds them. A session of its own: Ctrl-C is not
-        # meant for it.
+        # The worker finds packages where this process does. It has a session of its own, since Ctrl-C is not meant
+        # for it.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(pathlib.Path(chat_worker.__file__)), str(MAX_MEMORY)],
@@ -69,9 +69,9 @@ class _Worker:
                 self._process.stdin.flush()
             line = self._process.stdout.readline()
             answer = json.loads(line) if line.endswith(b"\n") else {}
-        except (OSError, ValueError):  # It ended while it was written to.
+        except (OSError, ValueError):  # It ended while the request was written.
             answer = {}
-        except BaseException:  # An interrupt: the answer would be taken for the next request's.
+        except BaseException:  # An interrupt: the answer would be taken for that of the next request.
             self.close()
             raise
         finally:
@@ -88,7 +88,7 @@ class _Worker:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # What was not written yet cannot be any more.
+                with contextlib.suppress(OSError):  # What was not written yet can no longer be.
                     pipe.close()
 
 
@@ -167,6 +167,6 @@ def render(
     elif "length" in answer:
         reason = f"makes a text of {answer['length']} characters, more than {MAX_LENGTH}"
     else:
-        # A process that gets no more memory says so, or crashes.
-        reason = f"takes more than {MAX_MEMORY >> 20} MiB of memory, or more time than there is"
+        # A process that runs out of memory says so, or crashes.
+        reason = f"takes more than {MAX_MEMORY >> 20} MiB of memory, or too much time"
     raise ValueError(f"{name} {reason}: {remedy}.")

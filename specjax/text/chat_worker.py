@@ -25,7 +25,7 @@ def _limit_memory(extra: int) -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    """Ends this process after that many seconds of CPU time from now on, even if nothing waits for it any more."""
+    """Ends this process after that many further seconds of CPU time, even if nothing waits for it any more."""
     if resource is not None:
         used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)

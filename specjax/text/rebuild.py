@@ -13,7 +13,7 @@ from specjax.text import sentencepiece_file
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
 MAX_TOKEN = 2**12
-"""The longest token of a SentencePiece BPE vocabulary, in characters, each of whose parts is looked up."""
+"""The longest token of a SentencePiece BPE vocabulary, in characters; every split of a token is looked up."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -67,7 +67,7 @@ def _byte_level_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     pre = fields.get("pre", "default")
     # A token may begin with a space only as "Ġ", so the first space from the second character on separates the two.
     merges = [(m[: (cut := m.index(" ", 1))], m[cut + 1 :]) for m in fields["merges"]]
-    # Llama 3 takes a word that is a token as it stands, even where the merges do not lead to it.
+    # Llama 3 keeps a word that is a token whole, even where the merges do not lead to it.
     whole = pre in ("llama-bpe", "llama3")
     backend = tokenizers.Tokenizer(models.BPE(vocab=_vocabulary(fields), merges=merges, ignore_merges=whole))
     if pre == "qwen2":
@@ -90,7 +90,7 @@ def _sentencepiece_merges(vocab: Mapping[str, int], scores: Sequence[float]) -> 
 
 
 def _sentencepiece_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer of Llama 2 and Mistral 7B: BPE over characters with "▁" for a space, bytes for what is unknown."""
+    """The tokenizer of Llama 2 and Mistral 7B: BPE over characters with "▁" for a space, else bytes."""
     vocab = _vocabulary(fields)
     unknown = fields["tokens"][fields.get("unknown_token_id", 0)]
     backend = tokenizers.Tokenizer(
@@ -111,7 +111,7 @@ def _sentencepiece_bpe(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 GGUF_MODELS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
-"""By `tokenizer.ggml.model`."""
+"""Functions that rebuild a tokenizer, by `tokenizer.ggml.model`."""
 
 
 def check_gguf_fields(fields: Mapping[str, Any], path: str | pathlib.Path) -> None:
@@ -134,7 +134,7 @@ def check_gguf_fields(fields: Mapping[str, Any], path: str | pathlib.Path) -> No
     for name, element in kinds.items():
         value = fields.get(name, [])
         if not isinstance(value, list) or not all(isinstance(x, element) for x in value):
-            raise ValueError(f"tokenizer.ggml.{name} of {path} is no list of {element.__name__}: download it again.")
+            raise ValueError(f"tokenizer.ggml.{name} of {path} is not a list of {element.__name__}: download it again.")
         if name in ("scores", "token_type") and name in fields and len(value) != len(fields["tokens"]):
             raise ValueError(
                 f"tokenizer.ggml.{name} of {path} has {len(value)} entries, but there are {len(fields['tokens'])} "
@@ -148,16 +148,16 @@ def extra_tokens(number: int) -> list[str]:
 
 
 def unigram(model: sentencepiece_file.Model) -> tokenizers.Tokenizer:
-    """The segmentation of greatest probability, spaces written as "▁"."""
+    """A tokenizer that finds the most probable segmentation, with spaces written as "▁"."""
     texts = [piece.text for piece in model.pieces]
     unknown = texts.index(model.roles["unk_token"])
     scores = [(piece.text, piece.score) for piece in model.pieces]
-    # The package's own stub knows the first of these arguments alone.
+    # The package's type stub has only the first of these arguments.
     model_of: Any = models.Unigram
     backend = tokenizers.Tokenizer(model_of(scores, unknown, model.byte_fallback))
     steps: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.strip:
-        # Not `Strip`, which takes all white space for a space.
+        # Not `Strip`, which removes all white space, not only spaces.
         steps += [normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.add_prefix:
         steps.append(normalizers.Prepend("▁"))
@@ -181,7 +181,7 @@ def add_gguf_tokens(backend: tokenizers.Tokenizer, fields: Mapping[str, Any]) ->
 
 
 def surround(backend: tokenizers.Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
-    """Puts a begin and an end token around a text, where wanted and known."""
+    """Puts a begin and an end token around a text, where they are wanted and known."""
     before, after = (special.get(f"{name}_token") if on else None for name, on in (("bos", bos), ("eos", eos)))
     tokens = dict.fromkeys(token for token in (before, after) if token is not None)
     backend.post_processor = processors.TemplateProcessing(

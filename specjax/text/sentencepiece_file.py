@@ -1,7 +1,6 @@
 """SentencePiece model files, read and extended without the library that trains them.
 
-Such a file is a protocol buffer (`sentencepiece_model.proto`), of which the fields are read that say how a text is
-encoded.
+Such a file is a protocol buffer (`sentencepiece_model.proto`); only the fields that say how a text is encoded are read.
 """
 
 import pathlib
@@ -13,7 +12,7 @@ from typing import NamedTuple
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 UNIGRAM = 1
-"""The only kind of model that is read (Kudo 2018, arXiv 1804.10959); T5's is of it."""
+"""The only kind of model that is read (Kudo 2018, arXiv 1804.10959), which is T5's."""
 
 MAX_BYTES = 2**28
 """The largest file that is read; umT5's has 4.5 MB."""
@@ -32,7 +31,7 @@ class Piece(NamedTuple):
     """One entry of the vocabulary; its index is its id.
 
     Attributes:
-      text: with "▁" for a space.
+      text: the text, with "▁" for a space.
       score: its log-probability.
       kind: `NORMAL`, ...
     """
@@ -43,7 +42,7 @@ class Piece(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a file says.
+    """The content of a file.
 
     Attributes:
       pieces: the vocabulary.
@@ -113,9 +112,9 @@ def _piece(value: int | bytes) -> Piece:
     fields = _message(value)
     score = fields.get(_SCORE, bytes(4))
     if not isinstance(score, bytes):
-        raise ValueError("a score that is no number")
+        raise ValueError("a score that is not a number")
     if not isinstance(fields.get(_KIND, NORMAL), int):
-        raise ValueError("a kind that is no number")
+        raise ValueError("a kind that is not a number")
     return Piece(_text(fields.get(_TEXT, b"")), struct.unpack("<f", score)[0], int(fields.get(_KIND, NORMAL)))
 
 
@@ -123,7 +122,7 @@ def read(path: str | pathlib.Path) -> Model:
     """Reads a unigram model.
 
     Args:
-      path: a `spiece.model` as T5's, or another file that SentencePiece wrote.
+      path: a `spiece.model` such as T5's, or another file that SentencePiece wrote.
 
     Raises:
       FileNotFoundError: where there is no such file.
@@ -142,9 +141,9 @@ def read(path: str | pathlib.Path) -> Model:
         kinds = {piece.text: piece.kind for piece in pieces}
         names = {role: _text(trainer.get(number, default.encode())) for role, (number, default) in _ROLES.items()}
         if UNKNOWN not in kinds.values():
-            raise ValueError("it has no piece for what is unknown")
+            raise ValueError("it has no piece for unknown characters")
         if kinds.get(names["unk_token"]) not in (CONTROL, UNKNOWN):
-            raise ValueError(f"its piece for what is unknown is not {names['unk_token']!r:.80}, as it says")
+            raise ValueError(f"its piece for unknown characters is not {names['unk_token']!r:.80}, as it says")
     except (ValueError, IndexError, struct.error) as error:
         raise ValueError(f"{path} is not a SentencePiece model ({error}): copy or download it again.") from error
     if trainer.get(_MODEL_TYPE, UNIGRAM) != UNIGRAM or trainer.get(_SUFFIX, 0) or not normalizer.get(_ESCAPE, 1):
@@ -183,7 +182,7 @@ def append(model: bytes, texts: Sequence[str]) -> bytes:
       model: the content of a file.
       texts: the pieces.
     """
-    # A repeated field goes on where a message is followed by another.
+    # Concatenated messages append to a repeated field.
     kind = _encoded(_KIND << 3 | _VARINT) + _encoded(USER_DEFINED)
     score = _encoded(_SCORE << 3 | _FIXED32) + struct.pack("<f", 0.0)
     return model + b"".join(_entry(_PIECES, _entry(_TEXT, text.encode()) + score + kind) for text in texts)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the `tokenizers` package alone: neither torch nor transformers at import time."""
+"""Text to token ids and back, with the `tokenizers` package alone: neither torch nor transformers is imported."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ class Tokenizer:
           backend: the tokenizer.
           special_tokens: by role: "bos_token", "eos_token", ...; chat templates may name them.
           chat_template: a Jinja template in the style of transformers.
-          eos_token_ids: further ids that end a text, beside "eos_token" and those of `END_TOKENS` that are special.
+          eos_token_ids: further ids that end a text, besides "eos_token" and those of `END_TOKENS` that are special.
           template_name: what errors call the chat template.
         """
         self.backend = backend
@@ -215,7 +215,7 @@ class Tokenizer:
         """
         model = sentencepiece_file.read(path)
         limits.check_size("extra_ids", extra_ids, 0, MAX_EXTRA_IDS)
-        with _naming(f"{path} is no vocabulary that can be rebuilt", "copy or download it again"):
+        with _naming(f"{path} is not a vocabulary that can be rebuilt", "copy or download it again"):
             return cls._of_pieces(model, extra_ids)
 
     @classmethod
@@ -291,7 +291,7 @@ def _steps(decoder: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _spelling(decoder: decoders.Decoder | None) -> Callable[[str], bytes]:
     """The function from a token, as the vocabulary spells it, to the bytes that it adds to a text."""
-    # What a decoder is made of is told by its pickled state alone.
+    # Only a decoder's pickled state tells what it consists of.
     steps = [] if decoder is None else _steps(json.loads(decoder.__getstate__()))
     replacements, kinds = [], []
     for step in steps:
@@ -300,14 +300,14 @@ def _spelling(decoder: decoders.Decoder | None) -> Callable[[str], bytes]:
             replacements.append((step["replacement"], " "))
         elif kind == "Replace" and "String" in pattern and "Fuse" not in kinds:
             replacements.append((pattern["String"], step["content"]))
-        # Once the tokens are fused, a strip concerns only how the text begins and ends.
+        # Once the tokens are fused, a strip affects only the beginning and the end of the text.
         elif not (kind in ("ByteLevel", "ByteFallback", "Fuse") or (kind == "Strip" and "Fuse" in kinds)):
-            raise ValueError(f"The bytes of a token cannot be told under the decoder {json.dumps(step)}.")
+            raise ValueError(f"The bytes of a token cannot be determined with the decoder {json.dumps(step)}.")
         kinds.append(kind)
     if not kinds:
         raise ValueError(
-            "The bytes of a token cannot be told: this tokenizer has no decoder. Set `tokenizer.backend.decoder`, "
-            "e.g. to tokenizers.decoders.ByteLevel()."
+            "The bytes of a token cannot be determined: this tokenizer has no decoder. Set "
+            "`tokenizer.backend.decoder`, e.g. to tokenizers.decoders.ByteLevel()."
         )
     letters = _byte_of_letter() if "ByteLevel" in kinds else {}
 
@@ -316,7 +316,7 @@ def _spelling(decoder: decoders.Decoder | None) -> Callable[[str], bytes]:
             token = token.replace(old, new)
         if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
             return bytes([int(token[3:5], 16)])
-        # A token with a letter beyond the alphabet, as users add them, stands for itself.
+        # A token with a letter outside the alphabet, such as those that users add, stands for itself.
         if letters and all(letter in letters for letter in token):
             return bytes(letters[letter] for letter in token)
         return token.encode()
@@ -378,7 +378,7 @@ def _template(directory: pathlib.Path, config: Mapping[str, Any]) -> Any:
 
 def _text(value: Any, name: str) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name} is a {type(value).__name__}, not a text: download it again.")
+        raise ValueError(f"{name} is a {type(value).__name__}, not a string: download it again.")
     return value
 
 

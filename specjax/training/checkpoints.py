@@ -25,7 +25,7 @@ class RunMismatch(ValueError):
 
 
 def _checksums(directory: pathlib.Path) -> dict[str, int]:
-    """CRC-32 of every file: orbax takes a flipped byte for data."""
+    """CRC-32 of every file: orbax reads a flipped byte as data."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     return {path.relative_to(directory).as_posix(): zlib.crc32(path.read_bytes()) for path in files}
 
@@ -44,9 +44,9 @@ class Checkpoints:
         """Opens or makes the directory.
 
         Args:
-          directory: of this run alone.
+          directory: used by this run alone.
           identity: JSON values; a run is continued only where they are equal.
-          keep: how many checkpoints are kept, the newest.
+          keep: how many of the newest checkpoints are kept.
         """
         self.directory = pathlib.Path(directory).absolute()
         self.identity = json.loads(json.dumps({"format": FORMAT, **identity}))
@@ -81,7 +81,7 @@ class Checkpoints:
         """The newest state, or None where there is none.
 
         Args:
-          abstract: its shapes, dtypes and where each array goes.
+          abstract: its shapes, dtypes and shardings.
 
         Raises:
           RunMismatch: for a checkpoint of a run with another identity, naming what differs.
@@ -109,7 +109,7 @@ class Checkpoints:
     def _check_files(self, directory: pathlib.Path, remedy: str) -> None:
         path = directory / CHECKSUMS
         if not path.is_file():
-            return  # The run ended between the checkpoint and this file; orbax's own is whole.
+            return  # The run ended between the checkpoint and this file; orbax's own files are complete.
         try:
             expected, found = json.loads(path.read_text(encoding="utf-8")), _checksums(directory)
             damaged = [name for name in sorted({*expected, *found}) if found.get(name) != expected.get(name)]

@@ -24,13 +24,13 @@ class TrainConfig:
       schedule: a name of `SCHEDULES`: what follows the warm-up.
       warmup_steps: steps in which the learning rate grows linearly.
       final_fraction: the learning rate at the end of a cosine, as a fraction of the peak.
-      weight_decay: of matrices and tables, times the learning rate.
+      weight_decay: the decay of matrices and tables, times the learning rate.
       beta1: decay of AdamW's mean of gradients.
       beta2: decay of its mean of their squares.
-      clip_norm: the gradient's greatest norm; 0 does not clip.
+      clip_norm: the largest norm of the gradient; 0 does not clip.
       z_loss: weight of the squared log-normaliser in the loss, which keeps logits small (arXiv 2204.02311, section 5).
-      dtype: of the matrix products, "float32" or "bfloat16". Parameters and loss are float32 in both.
-      seed: of the parameters and of the order of the texts.
+      dtype: that of the matrix products, "float32" or "bfloat16". Parameters and loss are float32 in both.
+      seed: determines the initial parameters and the order of the texts.
       eval_every: steps between two validations.
       save_every: steps between two checkpoints.
       log_every: steps between two reports.

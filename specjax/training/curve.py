@@ -11,11 +11,11 @@ Line = dict[str, Any]
 
 
 _STEP = ("loss", "grad_norm", "learning_rate", "num_targets", "num_tokens", "seconds", "tokens_per_second")
-"""What the line of a step has beside its number."""
+"""The fields of the line of a step, besides its number."""
 
 
 def _parse(text: bytes) -> Line | None:
-    """A line of the file; None where it is not one."""
+    """A line of the file; None where it is not a valid one."""
     try:
         line = json.loads(text.decode())
     except (ValueError, RecursionError):
@@ -64,8 +64,8 @@ class Curve:
         lines = [_parse(text) for text in whole]
         if None in lines:
             raise ValueError(
-                f"{self.path} is broken (line {lines.index(None) + 1} is no step and no validation): choose another "
-                "--workdir, or give --overwrite."
+                f"{self.path} is broken (line {lines.index(None) + 1} is neither a step nor a validation): choose "
+                "another --workdir, or give --overwrite."
             )
         last = _parse(rest)
         return [line for line in [*lines, last] if line is not None]

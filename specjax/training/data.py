@@ -1,7 +1,7 @@
 """From files of texts to packed batches.
 
 Texts share rows: they are packed once, first-fit, longest first, in windows of a shuffled order; every epoch then
-shuffles the rows anew. The batch of step n is determined by the seed and n, so that a resumed run reads the batches of
+reshuffles the rows. The batch of step n is determined by the seed and n, so that a resumed run reads the batches of
 an uninterrupted one.
 """
 
@@ -113,9 +113,9 @@ def read(source: str) -> list[Text]:
 
     Raises:
       FileNotFoundError: where there is no such file.
-      OSError: where a hub data set cannot be had, or the file is a directory or cannot be read.
-      ValueError: for what is not JSON or has other fields, a file that is damaged, a data set without texts, or
-        without `datasets`.
+      OSError: where a hub data set cannot be loaded, or the file is a directory or cannot be read.
+      ValueError: for a line that is not JSON or has other fields, a damaged file, a data set without texts, or where
+        `datasets` is not installed.
     """
     if source.startswith(HUB):
         texts = list(_read_hub(source.removeprefix(HUB)))
@@ -155,10 +155,10 @@ def encode(
 
     An encoder-decoder reads the input as the tokenizer encodes a prompt, and learns the target and the end token after
     its start token. A language model reads the input, encoded in the same way, and the target as one sequence, of which
-    it learns the target; of a `text` it learns everything, after the begin token where the vocabulary has one.
+    it learns the target; of a `text` it learns all tokens, after the begin token where the vocabulary has one.
 
     Args:
-      texts: of an encoder-decoder, all with an input.
+      texts: the texts; for an encoder-decoder, all with an input.
       tokenizer: the vocabulary.
       start_token: the start token of an encoder-decoder's decoder; None for a language model.
       target_length: T, the most tokens that a decoder reads.
@@ -182,7 +182,7 @@ def encode(
             source, context = given, [start_token]
         else:
             context = given if text.input is not None else begin
-        # Of a source that is too long, the end token stays.
+        # A source that is too long keeps its end token.
         fits = source if len(source) <= source_length else [*source[: source_length - 1], source[-1]]
         whole = [*context, *target, end]
         cut = whole[: target_length + 1]
@@ -206,11 +206,11 @@ def pack(
       examples: the texts.
       target_length: T, the tokens of a row.
       source_length: S, those of its source.
-      seed: of the order that windows are cut from.
+      seed: determines the order that windows are cut from.
       window: how many texts are packed together. More leave less padding, fewer mix better.
 
     Returns:
-      the numbers of the texts of each row.
+      the indices of the texts in each row.
     """
     targets = np.array([example.size for example in examples])
     sources = np.array([len(example.source) for example in examples])
@@ -241,7 +241,7 @@ class Dataset:
       rows: which of them share a row.
       target_length: T.
       source_length: S, or 0 for a language model.
-      seed: of the order of the rows.
+      seed: determines the order of the rows.
     """
 
     examples: list[Example]
@@ -252,12 +252,12 @@ class Dataset:
 
     @functools.cached_property
     def num_tokens(self) -> int:
-        """Of all texts, sources included."""
+        """The number of tokens of all texts, sources included."""
         return sum(example.size + len(example.source) for example in self.examples)
 
     @property
     def padding(self) -> float:
-        """The share of all rows that holds no text."""
+        """The share of padding in all rows."""
         return 1 - self.num_tokens / (len(self.rows) * (self.target_length + self.source_length))
 
     @functools.cached_property
@@ -269,7 +269,7 @@ class Dataset:
         return value
 
     def _rows(self, step: int, batch_size: int) -> Iterator[int]:
-        """The numbers of the rows that a step reads: epochs follow each other without a gap."""
+        """The indices of the rows that a step reads: epochs follow each other without a gap."""
         for place in range(step * batch_size, (step + 1) * batch_size):
             epoch, row = divmod(place, len(self.rows))
             yield int(_order(self.seed, epoch, len(self.rows))[row])
@@ -299,14 +299,14 @@ class Dataset:
         """What a step of training reads.
 
         Args:
-          step: from 0; any, in any order.
+          step: the step, from 0; steps may be read in any order.
           batch_size: B, in rows.
           mesh: where to place it, split over `data`; None for the default device.
         """
         return place(self._assemble(list(self._rows(step, batch_size)), batch_size), mesh)
 
     def in_order(self, batch_size: int, mesh: Mesh | None = None) -> Iterator[Batch]:
-        """All rows once; the last batch is filled up with empty ones."""
+        """All rows once; the last batch is padded with empty rows."""
         for begin in range(0, len(self.rows), batch_size):
             numbers = list(range(begin, min(begin + batch_size, len(self.rows))))
             yield place(self._assemble(numbers, batch_size), mesh)
@@ -326,7 +326,7 @@ def place(batch: Batch, mesh: Mesh | None) -> Batch:
 
 
 def dataset(encoded: Encoded, *, start_token: int | None, target_length: int, source_length: int, seed: int) -> Dataset:
-    """Packs tokenised texts, for the arguments that `encode` was given."""
+    """Packs tokenised texts, with the arguments that `encode` was given."""
     source_length = 0 if start_token is None else source_length
     rows = pack(encoded.examples, target_length=target_length, source_length=source_length, seed=seed)
     return Dataset(encoded.examples, rows, target_length, source_length, seed)

@@ -42,12 +42,12 @@ class Run(NamedTuple):
     """A training run: the model and its data.
 
     Attributes:
-      model_config: the shape, float32.
-      config: how.
+      model_config: the shape of the model, float32.
+      config: how it is trained.
       data: the texts to learn.
       valid: held-out texts, or None.
       tokenizer: the vocabulary.
-      mesh: where; None for the default device.
+      mesh: where it is trained; None for the default device.
     """
 
     model_config: ModelConfig
@@ -100,7 +100,7 @@ def identity(run: Run) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether the run was asked to end, by Ctrl-C or by the system; a second Ctrl-C does not wait.
+    """Whether the run was asked to end, by Ctrl-C or by the system; a second Ctrl-C ends it at once.
 
     An exception in the middle of a step would lose the state, which is donated to it.
     """
@@ -173,7 +173,7 @@ class _Loop:
         if made > self.run.config.save_every:
             raise ValueError(
                 f"{self.checkpoints.directory} holds no checkpoint, but {CURVE} beside it has {made} steps, of which "
-                "one was saved: bring the checkpoint back, choose another --workdir, or give --overwrite to begin anew."
+                "one was saved: restore that checkpoint, choose another --workdir, or give --overwrite to start over."
             )
 
     def add(self, lines: list[Line]) -> None:
@@ -185,7 +185,7 @@ class _Loop:
         pretrained.save(model, self.directory / MODEL)
 
     def look(self, step: int, params: Tree) -> None:
-        """Takes the validation loss, and keeps the best model so far."""
+        """Measures the validation loss, and keeps the best model so far."""
         if self.run.valid is None:
             return
         self.add([{"step": step, "valid_loss": evaluate(self.run, self.run.valid, params)}])
@@ -227,7 +227,7 @@ def fit(run: Run, directory: str | pathlib.Path, report: Report | None = None) -
 
     Args:
       run: what is trained.
-      directory: of this run alone.
+      directory: used by this run alone.
       report: called with the new lines of the curve every `log_every` steps and with every validation.
 
     Returns:

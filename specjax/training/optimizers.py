@@ -13,14 +13,14 @@ from specjax.training.config import TrainConfig
 from specjax.types import Tree
 
 Schedule = Callable[[Any], Any]
-"""From the number of steps that have been made to the learning rate of the next."""
+"""Maps the number of steps made to the learning rate of the next."""
 
 
 def schedule(config: TrainConfig) -> Schedule:
     """The learning rate: a linear warm-up to the peak, then what `config.schedule` names.
 
     "cosine" ends at `final_fraction` of the peak (arXiv 1608.03983, eq. 5); "inverse_sqrt" falls with the root of the
-    step, as T5's (arXiv 1910.10683, section 3.1.2).
+    step, as in T5 (arXiv 1910.10683, section 3.1.2).
     """
     peak, warmup = config.learning_rate, config.warmup_steps
 
@@ -38,7 +38,7 @@ def schedule(config: TrainConfig) -> Schedule:
 
 
 def _is_decayed(params: Tree) -> Tree:
-    """Norms and biases of one axis keep their size."""
+    """Which parameters are decayed: all but norms and biases, which have one axis."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
@@ -50,7 +50,7 @@ def adamw(rate: Schedule, config: TrainConfig) -> optax.GradientTransformation:
 
 
 def adafactor(rate: Schedule, config: TrainConfig) -> optax.GradientTransformation:
-    """Adafactor (arXiv 1804.04235), whose steps are relative to the size of the parameters, as T5 trains with."""
+    """Adafactor (arXiv 1804.04235), whose steps are relative to the size of the parameters, as in T5."""
 
     def decayed(step: Any) -> Any:
         return config.weight_decay * rate(step)
@@ -64,7 +64,7 @@ _OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor}
 
 @functools.cache
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimiser of a configuration, behind the clipping of the gradient's norm."""
+    """The optimiser of a configuration, after the clipping of the gradient's norm."""
     make = _OPTIMIZERS[config.optimizer] if isinstance(config.optimizer, str) else config.optimizer
     made = make(schedule(config), config)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), made) if config.clip_norm else made

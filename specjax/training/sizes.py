@@ -43,7 +43,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "6m": _decoder(256, 64, 768, 4, 4),
     },
 }
-"""By kind and name. Numbers are parameters with a vocabulary of 8192; "small" to "large" are T5 v1.1's."""
+"""By kind and name. Names that are numbers count parameters, with a vocabulary of 8192; the others are T5 v1.1's."""
 
 
 def model_config(kind: str, size: str, vocab_size: int, changes: Mapping[str, int] | None = None) -> ModelConfig:
@@ -61,13 +61,13 @@ def model_config(kind: str, size: str, vocab_size: int, changes: Mapping[str, in
     if kind not in SIZES:
         raise ValueError(f"kind={kind!r}: choose one of {', '.join(SIZES)}.")
     if size not in SIZES[kind]:
-        raise ValueError(f"size={size!r} is no {kind}: choose one of {', '.join(SIZES[kind])}.")
+        raise ValueError(f"size={size!r} is not a {kind} size: choose one of {', '.join(SIZES[kind])}.")
     given = {name: value for name, value in (changes or {}).items() if value}
     config = FAMILIES[kind].config
     known = {field.name for field in dataclasses.fields(config)}
     for name, value in given.items():
         if name not in known:
-            raise ValueError(f"model.{name}={value} is of no use to a {kind}: leave it 0.")
+            raise ValueError(f"model.{name}={value} is not used by a {kind}: leave it 0.")
         if value < 0:
             raise ValueError(f"model.{name}={value}: at least 1, or 0 for that of the size.")
     return config(vocab_size=vocab_size, **SIZES[kind][size] | given)

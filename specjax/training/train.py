@@ -1,6 +1,6 @@
 """The training step: one jitted function from state and batch to state and metrics.
 
-Parameters and the optimiser's moments are float32 and lie split over the mesh by the rules of inference
+Parameters and the optimiser's moments are float32 and split over the mesh by the rules of inference
 (`families.param_axes`), batches over `data`; the compiler adds up the gradients. A copy of the parameters in
 `TrainConfig.dtype` is made within the step for the matrix products.
 """
@@ -23,10 +23,10 @@ from specjax.types import Batch, Tree
 
 
 class TrainState(NamedTuple):
-    """What a step changes.
+    """The state that a step updates.
 
     Attributes:
-      params: float32.
+      params: the parameters, float32.
       optimizer: the state of the optimiser.
       step: `[]` how many steps were made.
     """
@@ -40,9 +40,9 @@ class Sums(NamedTuple):
     """Sums over the targets of a batch.
 
     Attributes:
-      loss: of weight times cross-entropy in nats.
-      square: of weight times the squared log-normaliser.
-      weight: of the weights.
+      loss: the sum of weight times cross-entropy, in nats.
+      square: the sum of weight times the squared log-normaliser.
+      weight: the sum of the weights.
     """
 
     loss: Float[Array, ""]
@@ -54,11 +54,11 @@ class Metrics(NamedTuple):
     """The metrics of a step.
 
     Attributes:
-      loss: cross-entropy in nats a target, before the step.
-      grad_norm: of the gradient, before it is clipped.
-      learning_rate: of the step.
+      loss: cross-entropy in nats per target, before the step.
+      grad_norm: the norm of the gradient, before it is clipped.
+      learning_rate: the learning rate of the step.
       num_targets: the sum of the weights.
-      num_tokens: what encoder and decoder have read, padding excluded.
+      num_tokens: the number of tokens that encoder and decoder read, padding excluded.
     """
 
     loss: Float[Array, ""]
@@ -77,9 +77,9 @@ def _abstract_state(model_config: ModelConfig, config: TrainConfig) -> TrainStat
 def abstract_state(
     model_config: ModelConfig, config: TrainConfig, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
 ) -> TrainState:
-    """The state with a `jax.ShapeDtypeStruct` in each array's place.
+    """The state with each array replaced by a `jax.ShapeDtypeStruct`.
 
-    A moment of a parameter's shape is split as the parameter is; smaller ones, as Adafactor's, are on every device.
+    A moment with a parameter's shape is split like the parameter; smaller ones, such as Adafactor's, are replicated.
 
     Raises:
       ValueError: for a model that is not float32, or a mesh that does not divide its axes.
@@ -87,7 +87,7 @@ def abstract_state(
     if model_config.dtype != "float32":
         raise ValueError(
             f"dtype={model_config.dtype!r}: parameters are trained in float32. Give TrainConfig that dtype, which "
-            "is then the matrix products' alone."
+            "is then used for the matrix products alone."
         )
     state = _abstract_state(model_config, config)
     if mesh is None:
@@ -118,11 +118,11 @@ def abstract_state(
 def init(
     model_config: ModelConfig, config: TrainConfig, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
 ) -> TrainState:
-    """The state that training begins from, each device's part made where it lies.
+    """The state that training begins from, each device's part made on that device.
 
     Args:
       model_config: the model's shape, float32.
-      config: its seed decides about the parameters.
+      config: its seed determines the parameters.
       mesh: where the state goes; None for the default device.
       rules: logical to mesh axes.
 
@@ -142,7 +142,7 @@ def sums(model_config: ModelConfig, params: Tree, batch: Batch) -> Sums:
     """The loss of a batch, added up in float32.
 
     Args:
-      model_config: of the parameters' dtype.
+      model_config: the shape, with the parameters' dtype.
       params: the parameters.
       batch: the batch.
 
@@ -163,7 +163,7 @@ def sums(model_config: ModelConfig, params: Tree, batch: Batch) -> Sums:
 def _objective(
     model_config: ModelConfig, config: TrainConfig, params: Tree, batch: Batch, total: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """A batch's part of what is minimised, and of the loss; `total` is the weight of all its microbatches."""
+    """A microbatch's part of the objective, and of the loss; `total` is the weight of all microbatches."""
     added = sums(*families.cast(model_config, params, config.dtype), batch)
     return (added.loss + config.z_loss * added.square) / total, added.loss / total
 

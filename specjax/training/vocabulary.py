@@ -14,10 +14,10 @@ PAD, EOS, UNKNOWN = 0, 1, 2
 """The ids that every vocabulary in this layout begins with."""
 
 MULTIPLE = 128
-"""What T5 pads the width of its logits to: 32100 tokens, 32128 logits. Meshes then divide it."""
+"""T5 pads the width of its logits to a multiple of this: 32100 tokens, 32128 logits. Meshes then divide it."""
 
 _LONGEST = 1 << 16
-"""Bytes; the library leaves longer texts out."""
+"""Bytes of the longest text; the library skips longer ones."""
 _THREADS = 8
 """Fixed, since rounding depends on how sums are split among threads."""
 
@@ -54,7 +54,7 @@ def train(
     Args:
       texts: what it is trained on, both inputs and targets.
       path: the file to write.
-      vocab_size: the number of tokens, all of them counted.
+      vocab_size: the number of all tokens.
       extra_ids: how many of these are T5's `<extra_id_0>`, ...; they are the last ones, the first at the very end.
       byte_fallback: whether characters without a token are spelt in bytes, which takes 256 tokens.
       character_coverage: the share of the characters that get a token of their own.
@@ -64,7 +64,7 @@ def train(
 
     Raises:
       ImportError: without the `sentencepiece` package.
-      ValueError: where the texts do not give a vocabulary of that size.
+      ValueError: where the texts do not suffice for a vocabulary of that size.
     """
     written, sentencepiece = io.BytesIO(), _sentencepiece()
     try:

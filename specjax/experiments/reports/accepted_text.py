@@ -1,4 +1,4 @@
-"""The accepted parts of a text: it is cut where accepted draft tokens begin and end, so that they can be marked."""
+"""Cuts a text where accepted draft tokens begin and end, so that they can be marked."""
 
 from collections.abc import Iterable, Sequence
 
@@ -23,7 +23,7 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 def merge(parts: Iterable[Segment]) -> list[Segment]:
-    """Joins neighbours that are alike and leaves out what is empty."""
+    """Joins adjacent segments of the same kind, and leaves out empty ones."""
     merged: list[Segment] = []
     for text, accepted in parts:
         if merged and merged[-1][1] == accepted:

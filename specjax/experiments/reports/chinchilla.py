@@ -13,7 +13,7 @@ from specjax.experiments.reports.tables import bullets, markdown, number, page, 
 from specjax.experiments.results import Row
 
 TOKENS = 128
-"""The paper's Figure 1 has the time in which a text grows by this number of tokens."""
+"""The paper's Figure 1 has the time for this number of tokens."""
 
 
 class Sampling(NamedTuple):
@@ -32,11 +32,11 @@ class Published(NamedTuple):
     """A line of the paper's Table 1: K = 4, batch 1.
 
     Attributes:
-      plain: the metric, without speculation.
-      speculative: and with it.
-      plain_ms: milliseconds per token.
-      speculative_ms: with speculation.
-      speedup: the one over the other.
+      plain: the metric without speculation.
+      speculative: the metric with speculation.
+      plain_ms: milliseconds per token without speculation.
+      speculative_ms: milliseconds per token with speculation.
+      speedup: the ratio of these two.
     """
 
     plain: str
@@ -69,13 +69,13 @@ class Measured(NamedTuple):
     """Everything that the run measured.
 
     Attributes:
-      name: of the experiment.
-      paper: which of the paper's tasks stands beside it: "xsum", "humaneval" or "".
+      name: the name of the experiment.
+      paper: which of the paper's tasks is shown next to it: "xsum", "humaneval" or "".
       about: a sentence about models, data and machine.
       rows: the timed cells, with their `clock`.
       scores: by side and sampling ("plain, greedy"), then metric: one score per problem, 0 to 100.
       quality_draft_tokens: K of the texts that were judged.
-      seconds: what measuring took.
+      seconds: how long measuring took.
     """
 
     name: str
@@ -111,7 +111,7 @@ def lines(rows: Sequence[Row]) -> list[Line]:
 
 
 def spread(rows: Sequence[Row], side: str = "") -> list[float]:
-    """P50, P90 and P99 of what `TOKENS` tokens of a text took; `side` "baseline_": without speculation.
+    """P50, P90 and P99 of the milliseconds for `TOKENS` tokens of a text; `side` "baseline_": without speculation.
 
     A text that ends early is counted as if it went on as fast, and so is a batch with such texts. Each is weighted by
     its tokens, so that one that ended at once counts little.
@@ -134,9 +134,9 @@ def loop_ms(row: Row) -> float:
 
 
 def efficiency(row: Row) -> float:
-    """The paper's measure of acceptance: tokens of a loop over K + 1, the token that the target adds among them.
+    """The paper's measure of acceptance: tokens of a loop over K + 1, the token that the target adds included.
 
-    It falls with K whatever the draft, and is no estimate of alpha.
+    It falls with K for any draft, and is not an estimate of alpha.
     """
     return row["block_efficiency"] / (row["num_draft_tokens"] + 1)
 

@@ -18,7 +18,7 @@ TERMINAL_LEGEND = (
 MANY = 12
 """With more prompts than this, tables and plots have a line per task instead of a line per prompt."""
 RARE = 0.05
-"""Below this share of steps, drafting cannot have cost much."""
+"""Below this share of drafting steps, drafting cannot have cost much."""
 
 
 def label(row: Row) -> str:

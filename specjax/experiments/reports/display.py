@@ -85,7 +85,7 @@ class View:
         self.console.print()
 
     def text(self, parts: Iterable[Segment]) -> None:
-        """Prints text without a line's end, accepted draft tokens marked."""
+        """Prints text without a newline, accepted draft tokens marked."""
         for raw, accepted in parts:
             part = printable.text(raw)
             if self.console.is_terminal:
@@ -117,7 +117,7 @@ class View:
         cells = [report.cells(row) for row in shown]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
         for i, name in enumerate(report.TERMINAL_HEADER):
-            # Names of prompts are folded where there is no room for them; numbers and headings never are.
+            # Names of prompts are wrapped where there is no room for them; numbers and headings never are.
             widest = max(len(part) for part in (*name.split("\n"), *(line[i] for line in cells)))
             table.add_column(
                 Text(name),

@@ -57,8 +57,8 @@ class Measured(NamedTuple):
     """Everything that the run measured.
 
     Attributes:
-      name: of the experiment.
-      paper: which of the paper's experiments stands beside it: "ende", "cnndm", "lm1b" or "".
+      name: the name of the experiment.
+      paper: which of the paper's experiments is shown next to it: "ende", "cnndm", "lm1b" or "".
       metric: the name of the quality metric.
       about: a sentence about models, data and machine.
       sizes: parameters of each model or entries of each table.
@@ -66,7 +66,7 @@ class Measured(NamedTuple):
       rows: the timed cells.
       quality: by temperature: the metric of plain decoding, and of each draft's speculative texts.
       lenience: by draft, then lenience: alpha.
-      seconds: what the stages took.
+      seconds: how long each stage took.
     """
 
     name: str
@@ -106,17 +106,17 @@ def sweeps(measured: Measured) -> list[Sweep]:
 
 
 def scored_prediction(row: Row, alpha: float) -> float:
-    """Theorem 3.8 with the measured cost of scoring K + 1 tokens, where the paper takes it as that of one."""
+    """Theorem 3.8 with the measured cost of scoring K + 1 tokens, which the paper takes as that of one."""
     return theory.walltime_factor(min(alpha, 1.0), row["num_draft_tokens"], row["cost_ratio"], row["score_cost"])
 
 
 def free_prediction(row: Row, alpha: float) -> float:
-    """Theorem 3.8 as it is, for alpha on the target's own text."""
+    """Theorem 3.8 as published, for alpha on the target's own text."""
     return theory.walltime_factor(min(alpha, 1.0), row["num_draft_tokens"], row["cost_ratio"])
 
 
 def step_cost(row: Row) -> float:
-    """A drafting step over a plain one, as it was measured: tokens per step over the speedup."""
+    """The measured cost of a drafting step over that of a plain one: tokens per step over the speedup."""
     return row["block_efficiency"] / row["measured_speedup"]
 
 
@@ -227,7 +227,7 @@ def speedup_plot(measured: Measured) -> Figure:
 
 
 def position_plot(measured: Measured) -> Figure:
-    """Acceptance by position in the draft, of the largest K of every draft."""
+    """Acceptance by position in the draft, for the largest K of every draft."""
 
     def draw(axes: Axes, sweep: Sweep, color: str) -> None:
         plots.by_position(axes, sweep.rows[-1]["acceptance_by_position"], color, printable.plot(sweep.draft))

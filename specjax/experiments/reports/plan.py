@@ -19,7 +19,7 @@ def _ms(value: float | None) -> str:
 
 
 def _unit(row: Row) -> str:
-    """The unit that figures are given for."""
+    """The unit that figures are for."""
     each = row["chip"]["devices"]
     return "chip" if each == 1 else f"device ({each} a chip)"
 
@@ -154,7 +154,7 @@ def _compilation(row: Row) -> str:
         return ""
     layers = row["compiled_layers"]
     words = " and ".join(f"{side} {' and '.join(map(str, layers[side]))}" for side in ("target", "draft"))
-    end = "the rest is extrapolated, linearly in the layers" if row["extrapolated"] else "which are all"
+    end = "the rest is extrapolated, linearly in the layers" if row["extrapolated"] else "these are all layers"
     return f"Compiled with layers: {words}; {end}. It took {row['compile_seconds']:.0f} s."
 
 

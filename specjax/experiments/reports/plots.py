@@ -13,7 +13,7 @@ from specjax.experiments.results import Row
 
 BLUE, ORANGE, GREY = "#3b6ea5", "#c8553d", "#666666"
 COLORS = (BLUE, ORANGE, "#5b8c5a", "#8a6bb0", "#b08a3e", GREY)
-"""Of lines, in their order."""
+"""The colors of lines, in order."""
 
 
 def panels(number: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
@@ -81,11 +81,11 @@ def speedup(rows: Sequence[Row]) -> Figure:
     axes.set_yticks(y, [printable.plot(compare.label(row)) for row in rows])
     axes.set_xlim(0, 1.1 * max(1.0, *values, *accounted))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    finish(axes, "Speculative over plain decoding (orange: slower; grey: not to be told)", "measured speedup", "")
+    finish(axes, "Speculative over plain decoding (orange: slower; grey: noise or unexplained)", "measured speedup", "")
     return figure
 
 
 def write(directory: pathlib.Path, shown: Sequence[Row]) -> list[str]:
-    """Writes the plots of a comparison, of the rows that its table shows, and returns their file names."""
+    """Writes the plots of a comparison, for the rows that its table shows, and returns their file names."""
     drafted = {"acceptance.png": acceptance(shown[-1])} if shown[-1]["draft_steps"] else {}
     return save(directory, drafted | {"speedup.png": speedup(shown)})

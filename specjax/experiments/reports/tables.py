@@ -35,7 +35,7 @@ def page(*parts: str) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number as a format specification has it; a dash where there is none."""
+    """A number in the format of a specification; a dash where there is none."""
     return "-" if value is None else format(value, form)
 
 

@@ -41,7 +41,7 @@ def facts(shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line]
         last, best = valid[-1]["valid_loss"], min(valid, key=lambda line: line["valid_loss"])
         found.append(("validation loss (last)", f"{last:.4f}, perplexity {perplexity(last):.2f}"))
         found.append(
-            ("validation loss (least)", f"{best['valid_loss']:.4f} at step {best['step']}, which `model/` is of")
+            ("validation loss (least)", f"{best['valid_loss']:.4f} at step {best['step']}, which `model/` holds")
         )
     return found
 

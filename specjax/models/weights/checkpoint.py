@@ -2,12 +2,12 @@
 
     directory/
       specjax.json    format version, shape, size and CRC-32 of every file of the parameters, and a CRC-32 of all this;
-                      written last, so that a directory with it was written to the end
+                      written last, so that a directory that has it is complete
       params/         orbax
 
-The checksums are checked before the shape is used, and before orbax reads: a `rope_theta` that was edited would
-give another text, a size that was edited would be allocated, and orbax takes a flipped byte for data and reports a
-missing file from a dozen threads.
+The checksums are checked before the shape is used, and before orbax reads: an edited `rope_theta` would change the
+text, an edited size would be allocated, and orbax reads a flipped byte as data and reports a missing file from a dozen
+threads.
 """
 
 import collections
@@ -45,7 +45,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
-    """The shape from what `config_to_json` gave.
+    """The shape from the values of `config_to_json`.
 
     Raises:
       ValueError: for a family that specjax does not know.
@@ -57,7 +57,7 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     if scaling := values.get("rope_scaling"):
         entries = dict(scaling)
         values["rope_scaling"] = _SCALINGS[entries.pop("type")](**entries)
-    if "global_layers" in values:  # JSON knows no tuples
+    if "global_layers" in values:  # JSON has no tuples
         values["global_layers"] = tuple(values["global_layers"])
     return families.FAMILIES[family].config(**values)
 
@@ -132,7 +132,7 @@ def describe(config: ModelConfig, manifest: Mapping[str, Sequence[int]]) -> dict
 
 
 def read_description(directory: str | pathlib.Path) -> tuple[ModelConfig, dict[str, list[int]]]:
-    """The shape, and size and CRC-32 of every file of the parameters, none of which is looked at.
+    """The shape, and size and CRC-32 of every file of the parameters; these files are not read.
 
     Raises:
       FileNotFoundError: where the directory holds no complete checkpoint.
@@ -155,17 +155,17 @@ def read_description(directory: str | pathlib.Path) -> tuple[ModelConfig, dict[s
         )
     if content.get("crc32") != _checksum(content):
         raise ValueError(
-            f"{path} is corrupt: it is not as it was saved, by its checksum. Save the model again with the "
+            f"{path} is corrupt: its checksum does not match its content. Save the model again with the "
             "configuration that it should have (`specjax.save`); an edited file may not fit the weights."
         )
     try:
         return config_from_json(content["config"]), content["files"]
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} describes no model ({error}): save the model again.") from error
+        raise ValueError(f"{path} does not describe a model ({error}): save the model again.") from error
 
 
 def _differ(expected: Tree, stored: Tree) -> str:
-    """How the shapes of the arrays differ from those in the files; nothing where they are the same."""
+    """How the shapes of the arrays differ from those in the files; empty where they are the same."""
     wanted, found = (collections.Counter(tuple(x.shape) for x in jax.tree.leaves(tree)) for tree in (expected, stored))
     missing, more = (sorted(a - b) for a, b in ((wanted, found), (found, wanted)))
     if not missing and not more:

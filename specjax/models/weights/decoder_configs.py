@@ -1,4 +1,4 @@
-"""The `config.json` of each decoder-only family, as transformers 4 or 5 wrote it, to the fields of `DecoderConfig`.
+"""Converts the `config.json` of decoder-only families, as of transformers 4 or 5, to the fields of `DecoderConfig`.
 
 A parser raises ValueError for an option that the decoder does not compute, KeyError for a missing entry, and any Python
 error for one of the wrong type; `naming_errors` turns these into sentences.
@@ -39,7 +39,7 @@ _SIZES = {
     **dict.fromkeys(("relative_attention_num_buckets",), LIMITS["num_buckets"]),
     **dict.fromkeys(("relative_attention_max_distance",), LIMITS["max_distance"]),
 }
-"""The entries that are whole numbers above zero, where a file has them, and the most that each may be."""
+"""The entries that, where a file has them, are positive whole numbers, and the largest value of each."""
 
 _NUMBERS = ("rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _NUMBERS += ("rope_local_base_freq", "rms_norm_eps", "layer_norm_epsilon")
@@ -73,7 +73,7 @@ def naming_errors(raw: Raw) -> Iterator[None]:
         raise ValueError(f"The model's config.json lacks {error.args[0]!r:.80}.") from None
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
         raise ValueError(
-            f"The model's config.json has an entry of another kind than its family's ({error}): download it again."
+            f"The model's config.json has an entry of the wrong type ({error}): download it again."
         ) from error
 
 
@@ -85,11 +85,11 @@ def _activation(raw: Raw, name: str, default: str) -> str:
 
 
 def _require(raw: Raw, **wanted: Any) -> None:
-    """Refuses options that have another value than the only one that is computed; None is the default."""
+    """Refuses options with another value than the only one that specjax computes; None is the default."""
     for name, value in wanted.items():
         if raw.get(name) not in (None, value):
             raise ValueError(
-                f"{name}={raw[name]!r} is not supported: of {raw['model_type']}, specjax computes {name}={value!r} "
+                f"{name}={raw[name]!r} is not supported: for {raw['model_type']}, specjax computes {name}={value!r} "
                 "only. Choose another model."
             )
 
@@ -101,7 +101,7 @@ def _rope(
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta", raw.get("rope_theta", default)))
     if (partial := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ValueError(f"partial_rotary_factor={partial}: of this family, specjax rotates whole heads only.")
+        raise ValueError(f"partial_rotary_factor={partial}: for this family, specjax rotates whole heads only.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -123,7 +123,7 @@ def _windows(raw: Raw, default: list[bool]) -> Fields:
 
     Args:
       raw: the parsed file, whose `layer_types` name each layer's attention.
-      default: whether each layer has it where that entry is missing.
+      default: whether each layer has a window where that entry is missing.
     """
     kinds = raw.get("layer_types") or ["sliding_attention" if slides else "full_attention" for slides in default]
     if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
@@ -218,7 +218,7 @@ def _gemma3(raw: Raw) -> Fields:
         rope, local = _rope(raw, max_position, 1e6), (float(raw.get("rope_local_base_freq", 1e4)), None)
     if local[1] is not None:
         raise ValueError(
-            "rope_parameters stretch the angles of layers with a window: specjax stretches the others' only."
+            "rope_parameters stretch the angles of layers with a window: specjax stretches only the other layers'."
         )
     period = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
     windows = _windows(raw, [(layer + 1) % period != 0 for layer in range(layers)])
@@ -326,7 +326,7 @@ PARSERS = {
     "gptj": _gptj,
     "opt": _opt,
 }
-"""By `model_type`."""
+"""Parsers by `model_type`."""
 
 
 def parse_config(raw: Raw, names: Collection[str] | None = None, dtype: str = "float32") -> DecoderConfig:
@@ -334,7 +334,7 @@ def parse_config(raw: Raw, names: Collection[str] | None = None, dtype: str = "f
 
     Args:
       raw: the parsed file.
-      names: the tensors of its weights, which nothing depends on.
+      names: the names of its tensors; unused.
       dtype: "float32" or "bfloat16", that of the weights once loaded.
 
     Raises:

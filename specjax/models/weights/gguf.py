@@ -26,7 +26,7 @@ TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K")
 MAGIC = b"GGUF"
 
 MAX_ENTRIES = 2**22
-"""The most entries that a file's metadata may have, those of arrays counted; Llama 3's has half a million."""
+"""The most entries that a file's metadata may have, array elements included; Llama 3's has half a million."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -60,10 +60,10 @@ class Tensor(NamedTuple):
     """One tensor of a file.
 
     Attributes:
-      name: llama.cpp's name of it.
+      name: its name in llama.cpp.
       shape: its shape in numpy's order (the last axis is contiguous).
       kind: its type, e.g. "Q4_K".
-      data: a view of the mapped file: the numbers of F32 and F16, else bytes `[rows..., bytes per row]`.
+      data: a view of the memory-mapped file: numbers for F32 and F16, else bytes `[rows..., bytes per row]`.
     """
 
     name: str
@@ -88,11 +88,11 @@ class File(NamedTuple):
 
 @functools.cache
 def _reader() -> Any:
-    """gguf's reader, which takes a file's word for how long everything in it is, with bounds."""
+    """gguf's reader, which trusts the lengths that a file gives, with bounds."""
     from gguf import GGUFReader
 
     class Bounded(GGUFReader):
-        """Reads nothing from behind the file's end, where there is nothing, without end."""
+        """Refuses lengths beyond the end of the file, for which gguf would read nothing, forever."""
 
         num_entries = 0
 
@@ -102,7 +102,7 @@ def _reader() -> Any:
             return super()._get(offset, dtype, count, override_order)
 
         def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
-            # Each entry of an array becomes an array.
+            # Each entry becomes an array.
             self.num_entries += 1
             if self.num_entries > MAX_ENTRIES:
                 raise ValueError(f"its metadata has more than {MAX_ENTRIES} entries")
@@ -135,10 +135,10 @@ def open_file(path: str | pathlib.Path) -> File:
             raise ValueError("its tensors overlap")
     except OSError:
         raise
-    except Exception as error:  # Whatever numpy and the package make of damaged numbers.
+    except Exception as error:  # Whatever numpy and the package raise for damaged numbers.
         raise ValueError(f"{path} is truncated or broken ({files.shorten(error)}): download it again.") from error
     if reader.byte_order == "S":  # `quants.dequantize` would read the bytes in this machine's order
-        raise ValueError(f"{path} is big-endian: turn it with gguf-convert-endian, or download a little-endian file.")
+        raise ValueError(f"{path} is big-endian: convert it with gguf-convert-endian, or download a little-endian one.")
     tensors = {
         tensor.name: Tensor(
             tensor.name, tuple(tensor.shape.tolist())[::-1], tensor.tensor_type.name, np.asarray(tensor.data)
@@ -149,7 +149,7 @@ def open_file(path: str | pathlib.Path) -> File:
 
 
 def _decimal(value: float) -> float:
-    """The number that was written as float32: 1e-5 of 9.999999747378752e-06."""
+    """The decimal number that was rounded to float32: 1e-5 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -168,8 +168,8 @@ def _rope_scaling(fields: Mapping[str, Any], architecture: str, has_factors: boo
 def _llama3_scaling(factors: np.ndarray, config: DecoderConfig) -> Llama3RopeScaling:
     """Recovers Llama 3's scaling from the factors that divide each angle.
 
-    Files do not hold the four numbers. The three that are not the factor are those of every Llama 3.1, 3.2 and 3.3;
-    whether they explain the factors is checked.
+    Files do not hold its four numbers. All but the factor are the same for every Llama 3.1, 3.2 and 3.3; whether they
+    explain the factors is checked.
     """
     half = config.head_dim // 2
     if factors.shape != (half,) or not np.isfinite(factors).all() or factors.min() <= 0:
@@ -198,11 +198,11 @@ _SIZES = {
     "feed_forward_length": "intermediate_size",
     "rope.dimension_count": "head_dim",
 }
-"""The entries that are sizes, and the fields of the configuration whose bounds they have."""
+"""The entries that are sizes, and the configuration fields whose limits apply to them."""
 
 
 def _check_fields(fields: Mapping[str, Any], arch: str) -> None:
-    """Checks the entries that something is computed from, where the file has them."""
+    """Checks the entries that are used, where the file has them."""
     for name, field in _SIZES.items():
         if (value := fields.get(f"{arch}.{name}")) is not None:
             check_size(f"{arch}.{name}", value, high=LIMITS[field])
@@ -261,7 +261,7 @@ def parse_config(fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...
 
 
 def dequantize(tensor: Tensor) -> np.ndarray:
-    """A tensor of the file in float32 (a view of the file where it is stored so).
+    """A tensor of the file in float32 (a view of the file where it is stored in float32).
 
     Raises:
       ValueError: for a type outside `TYPES`.

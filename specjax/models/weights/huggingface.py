@@ -29,7 +29,7 @@ HUB_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-"""What is downloaded of a hub repository."""
+"""The files that are downloaded from a hub repository."""
 
 
 def parse_config(raw: Mapping[str, Any], dtype: str = "float32", names: Collection[str] | None = None) -> ModelConfig:
@@ -38,7 +38,7 @@ def parse_config(raw: Mapping[str, Any], dtype: str = "float32", names: Collecti
     Args:
       raw: the parsed file.
       dtype: "float32" or "bfloat16", that of the weights once loaded; the file's own is ignored.
-      names: the tensors of its weights, where they are there.
+      names: the names of its tensors, where they are known.
 
     Raises:
       ValueError: for a model type, rope type or option that no family computes.
@@ -53,14 +53,14 @@ def parse_config(raw: Mapping[str, Any], dtype: str = "float32", names: Collecti
 
 
 class _Shards:
-    """The tensors of one or several safetensors files, read from disk when asked for."""
+    """The tensors of one or several safetensors files, read from disk when they are requested."""
 
     def __init__(self, directory: pathlib.Path):
-        """Finds the files and checks that all are there."""
+        """Finds the files and checks that all of them exist."""
         self._files = {name: self._open(directory / file) for name, file in self._index(directory).items()}
 
     def _index(self, directory: pathlib.Path) -> dict[str, str]:
-        """Tensor name to file name."""
+        """The file name of each tensor."""
         single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
         self._handles: dict[pathlib.Path, Any] = {}
         if index.is_file():
@@ -104,7 +104,7 @@ class _Shards:
         return set(self._files)
 
     def get(self, name: str) -> lazy.LazyArray:
-        """A tensor, of which nothing is read yet."""
+        """A tensor; nothing is read yet."""
         import safetensors
 
         try:
@@ -157,7 +157,7 @@ def load(
 
 
 def is_cached(repo_id: str) -> bool:
-    """Whether the hub's own cache has a repository; what is not a hub id is in no cache."""
+    """Whether the hub's own cache has a repository; False for a string that is not a hub id."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -168,7 +168,7 @@ def is_cached(repo_id: str) -> bool:
 
 
 def download(repo_id: str) -> pathlib.Path:
-    """Downloads what specjax reads of a hub repository, or finds it in the hub's own cache.
+    """Downloads the files of a hub repository that specjax reads, or finds them in the hub's own cache.
 
     Args:
       repo_id: e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
@@ -187,6 +187,6 @@ def download(repo_id: str) -> pathlib.Path:
     except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
-            f"{repo_id!r} is no local file or directory, and the Hugging Face hub did not give it ({reason}): check "
+            f"{repo_id!r} is not a local file or directory, and the Hugging Face hub did not give it ({reason}): check "
             "the name and the network, or download the model elsewhere and give its directory."
         ) from error

@@ -1,9 +1,9 @@
 """Arrays that are read from disk when they are needed, and only the part that is.
 
-A `LazyArray` takes numpy's own functions for bringing axes into another order (numpy's enhancement proposal 18), so
-that what fuses projections works on it as on an array: nothing is read until a slice of the result is, and then only
-the slices of the files that make it up. So each device's part of a model is read by the process that the device belongs
-to, and no process ever holds a whole matrix.
+A `LazyArray` supports numpy's functions that rearrange axes (numpy's enhancement proposal 18), so the code that fuses
+projections works on it as on an array: nothing is read until a slice of the result is read, and then only the slices of
+the files that make it up. So each device's part of a model is read by the process that the device belongs to, and no
+process ever holds a whole matrix.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 Region = tuple[slice, ...]
-"""One slice an axis, with start and stop, of step 1."""
+"""One slice per axis, with start and stop, of step 1."""
 
 
 class LazyArray:
-    """An array of a shape whose regions `read` gives."""
+    """An array whose regions are read by a function."""
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype, read: Callable[[Region], np.ndarray]):
         """Keeps the function; reads nothing."""
@@ -31,20 +31,20 @@ class LazyArray:
 
     @property
     def T(self) -> "LazyArray":
-        """With the axes in reverse order."""
+        """The array with its axes in reverse order."""
         return self.transpose(range(self.ndim)[::-1])
 
     def read(self, region: Region) -> np.ndarray:
-        """The numbers of a region."""
+        """The values of a region."""
         return self._read(region)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """All numbers."""
-        del copy  # from the disk: nothing else refers to them
+        """All values."""
+        del copy  # read from disk: nothing else refers to them
         return np.asarray(self.read(tuple(slice(0, size) for size in self.shape)), dtype)
 
     def __getitem__(self, index: Any) -> "LazyArray":
-        """The part that slices of a positive step and numbers select; as in numpy, a number's axis is gone.
+        """The part that integers and slices of positive step select; as in numpy, an integer removes its axis.
 
         Raises:
           TypeError: for anything else.
@@ -52,7 +52,7 @@ class LazyArray:
         index = index if isinstance(index, tuple) else (index,)
         index += (slice(None),) * (self.ndim - len(index))
         if any(isinstance(i, int) for i in index):
-            # One past the last is no slice's end where the number counts from the end.
+            # For an index of -1, i + 1 would be 0, which does not end a slice after the last element.
             places = [i % size if isinstance(i, int) else i for i, size in zip(index, self.shape, strict=True)]
             part = self[tuple(slice(i, i + 1) if isinstance(i, int) else i for i in places)]
             kept = [size for i, size in zip(index, part.shape, strict=True) if not isinstance(i, int)]
@@ -63,14 +63,14 @@ class LazyArray:
 
         def read(region: Region) -> np.ndarray:
             chosen = [r[i] for r, i in zip(ranges, region, strict=True)]
-            # A range that is empty has no last element.
+            # An empty range has no last element.
             whole = tuple(slice(r[0], r[-1] + 1) if r else slice(0, 0) for r in chosen)
             return self.read(whole)[tuple(slice(None, None, r.step) for r in chosen)]
 
         return LazyArray([len(r) for r in ranges], self.dtype, read)
 
     def transpose(self, order: Sequence[int]) -> "LazyArray":
-        """With axis i of the result being axis `order[i]`."""
+        """The array whose axis i is axis `order[i]` of this one."""
         order = [axis % self.ndim for axis in order]
         places = np.argsort(order)
 
@@ -80,7 +80,7 @@ class LazyArray:
         return LazyArray([self.shape[axis] for axis in order], self.dtype, read)
 
     def reshape(self, *sizes: Any) -> "LazyArray":
-        """The same numbers in another shape, given as sizes or as a tuple of them, of which one may be -1.
+        """The same values in another shape, given as sizes or as a tuple of them, of which one may be -1.
 
         Raises:
           ValueError: where the sizes do not divide.
@@ -93,9 +93,9 @@ class LazyArray:
         def read(region: Region) -> np.ndarray:
             whole: list[slice] = []  # what is read of the old axes
             middle: list[int] = []  # its shape, once the old axes of each group are one
-            cuts: list[slice] = []  # what of that the outermost new axis asks for
+            cuts: list[slice] = []  # the part of it that the outermost new axis selects
             sizes: list[int] = []  # its shape with the new axes
-            inner: list[slice] = []  # what of those the other new axes ask for
+            inner: list[slice] = []  # the parts of those that the other new axes select
             for old, fresh in groups:
                 if not fresh:
                     whole += [slice(0, 1)] * len(old)
@@ -116,7 +116,7 @@ class LazyArray:
         return LazyArray(new, self.dtype, read)
 
     def __array_function__(self, func: Callable, types: Any, args: Any, kwargs: Any) -> Any:
-        """numpy's functions that only rearrange numbers."""
+        """numpy's functions that only rearrange values."""
         del types
         if func not in _FUNCTIONS:
             return NotImplemented
@@ -124,13 +124,13 @@ class LazyArray:
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The fewest axes of both shapes that hold the same numbers: `[([axes of old], [axes of new]), ...]`."""
+    """The smallest groups of axes of both shapes that hold the same values: `[([axes of old], [axes of new]), ...]`."""
     if math.prod(old) != math.prod(new):
         raise ValueError(f"An array of shape {tuple(old)} cannot have the shape {tuple(new)}.")
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        # An axis of one stands alone: beside another, it would be the outermost, and all of that be read.
+        # An axis of size 1 is its own group: before another axis, it would be outermost, and all of that be read.
         lone_old, lone_new = (i < len(old) and old[i] == 1), (j < len(new) and new[j] == 1)
         if lone_old != lone_new:
             groups.append(([i], []) if lone_old else ([], [j]))

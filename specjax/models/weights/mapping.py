@@ -1,9 +1,9 @@
 """From the tensors of a decoder under Hugging Face's names to the fused parameters of `decoder`.
 
-The names are those of Llama, and of Gemma for what Llama lacks; `naming` says where other families hold the same.
-Hugging Face stores a projection as `[out, in]`, with the heads' dimensions flattened; the decoder keeps heads apart,
-fuses what reads the same input, and stores it as `linear.stored` says. One array is read, fused, cast and placed at a
-time, and of that only what this process's devices hold.
+The names are those of Llama, and of Gemma for what Llama lacks; `naming` has those of other families. Hugging Face
+stores a projection as `[out, in]`, with the heads' dimensions flattened; the decoder keeps heads apart, fuses
+projections that read the same input, and stores them as `linear.stored` says. One array is read, fused, cast and placed
+at a time, and only the parts of it that this process's devices hold.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -34,10 +34,10 @@ HARMLESS = (
 """Endings of the names of tensors that some files hold although no model reads them: copies, and leftovers."""
 
 Place = Callable[[Tensor, Any, Any], Any]
-"""`(array, axes, contracted)`: puts one array, whose inputs' axes come first, where its logical axes say.
+"""`(array, axes, contracted)`: places one array, whose inputs' axes come first, as its logical axes say.
 
-The last two are its parts of `families.param_axes` and `families.num_contracted`; of a matrix they are dicts, and so is
-what comes back.
+The last two are its parts of `families.param_axes` and `families.num_contracted`; for a matrix they are dicts, and so
+is the result.
 """
 
 
@@ -49,7 +49,7 @@ def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Pla
         if linear.is_matrix(contracted):
             return {"values": place(array, axes["values"], contracted["values"])}
         array = np.transpose(array, linear.stored(array.ndim, contracted, dtype))
-        # Copies of their own: on CPU, JAX may keep the very buffer, which could be a view of a mapped file.
+        # Copies: on CPUs, JAX may keep the buffer itself, which could be a view of a memory-mapped file.
         if mesh is None:
             return jax.device_put(np.array(array, dtype=dtype, order="C"))
         where = sharding.named_sharding(mesh, array.shape, axes, rules)
@@ -74,7 +74,7 @@ def unpermute(rows: Tensor, num_heads: int, rotated: int | None = None) -> Tenso
     Args:
       rows: `[num_heads * head_dim, ...]`.
       num_heads: the number of heads in it.
-      rotated: how many first rows of a head are rotated; None for all.
+      rotated: how many of a head's first rows are rotated; None for all.
     """
     heads = rows.reshape(num_heads, -1, *rows.shape[1:])
     turned, rest = np.split(heads, [heads.shape[1] if rotated is None else rotated], axis=1)
@@ -82,7 +82,7 @@ def unpermute(rows: Tensor, num_heads: int, rotated: int | None = None) -> Tenso
 
 
 def _norms(c: DecoderConfig) -> dict[str, str]:
-    """The norms of a layer: the parameter's name, the tensor's."""
+    """The norms of a layer: tensor names by parameter name."""
     norms = {"attention_norm": "input_layernorm"}
     if not c.parallel:
         norms["mlp_norm"] = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
@@ -92,7 +92,7 @@ def _norms(c: DecoderConfig) -> dict[str, str]:
 
 
 def _norm_parts(c: DecoderConfig) -> dict[str, str]:
-    """What a norm consists of: the tensor's kind, and what its parameter's name ends with."""
+    """The parts of a norm: the ending of the parameter's name by that of the tensor's."""
     return {"weight": "", "bias": "_bias"} if c.norm == "layer" else {"weight": ""}
 
 
@@ -141,7 +141,7 @@ def check_names(expected: Collection[str], names: Collection[str], source: str) 
       source: what to call the file in the error.
 
     Raises:
-      ValueError: for a missing tensor, or one that this model would ignore and so compute something else.
+      ValueError: for a missing tensor, or an unexpected one, without which the model would compute something else.
     """
     wanted, found = set(expected), set(names)
     harmless = {name for name in found if name.endswith(HARMLESS)}
@@ -156,7 +156,7 @@ def check_names(expected: Collection[str], names: Collection[str], source: str) 
 
 
 def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
-    """Gives tensors by name, once their shapes are checked."""
+    """A function that returns tensors by name, with their shapes checked."""
 
     def get(name: str) -> Tensor:
         try:
@@ -176,12 +176,12 @@ def checked(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Callable
 def repeat_kv_heads(
     config: DecoderConfig, repeated: DecoderConfig, tensors: Callable[[str], Tensor]
 ) -> Callable[[str], Tensor]:
-    """The tensors of `decoder.repeat_kv_heads`.
+    """The tensors with heads repeated as in `decoder.repeat_kv_heads`.
 
     Args:
       config: the shape of the tensors.
-      repeated: the same with more key/value heads.
-      tensors: by name.
+      repeated: the same shape with more key/value heads.
+      tensors: the tensors by name.
     """
     heads, times = config.num_kv_heads, repeated.num_kv_heads // config.num_kv_heads
 

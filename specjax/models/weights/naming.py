@@ -19,7 +19,7 @@ class Source(NamedTuple):
     Attributes:
       name: the tensor of the file; it may hold several of the decoder's.
       shape: its shape.
-      read: gives the decoder's tensor.
+      read: extracts the decoder's tensor from it.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Naming(NamedTuple):
 
     Attributes:
       base: what names begin with, except the head's; files of a model without its head leave it out.
-      layers: what stands between that and the number of a layer.
+      layers: what is between the base and the number of a layer.
       stems: the family's names by ours, without `base`, or within a layer.
       adapt: `(config, our name, source) -> source`, for tensors that are stored in another way.
     """
@@ -58,7 +58,7 @@ def _fused(c: DecoderConfig, name: str, source: Source) -> Source:
 
 
 def _gpt2(c: DecoderConfig, name: str, source: Source) -> Source:
-    """Matrices of the layers are stored `[in, out]`, too."""
+    """The layers' matrices are stored `[in, out]`, too."""
     fused = _fused(c, name, source)
     if len(fused.shape) == 1 or ".layers." not in name:
         return fused
@@ -73,7 +73,7 @@ def _gptj(c: DecoderConfig, name: str, source: Source) -> Source:
 
 
 def _opt(c: DecoderConfig, name: str, source: Source) -> Source:
-    """Position 0 is row 2 of the table; the first two are of padding."""
+    """Position 0 is row 2 of the table; the first two rows are for padding."""
     del c
     if name != "model.embed_positions.weight":
         return source
@@ -124,16 +124,16 @@ NAMINGS = {
     "gptj": Naming("transformer.", "h.", _GPTJ, _gptj),
     "opt": Naming("model.", "decoder.layers.", _OPT, _opt),
 }
-"""By `model_type`; the others use `mapping`'s names."""
+"""Names by `model_type`; the other families use `mapping`'s names."""
 
 
 def sources(model_type: str, config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:
     """Where a file holds each tensor of the decoder.
 
     Args:
-      model_type: of `config.json`.
+      model_type: that of `config.json`.
       config: the shape.
-      names: the tensors of the file, which tell whether names have their base.
+      names: the names of the file's tensors, which show whether they have the base.
 
     Returns:
       The sources by the names of `mapping.tensor_shapes`.
@@ -182,13 +182,13 @@ def read(
     mesh: Mesh | None,
     rules: sharding.Rules,
 ) -> tuple[DecoderConfig, Tree]:
-    """The parameters of a published decoder, and its shape as it lies on the mesh.
+    """The parameters of a published decoder, and its shape as it is placed on the mesh.
 
     Args:
       config: the shape of the tensors.
-      model_type: of `config.json`.
-      names: of all tensors.
-      tensors: by name.
+      model_type: that of `config.json`.
+      names: the names of all tensors.
+      tensors: the tensors by name.
       source: what to call the files in an error.
       mesh: where to place the parameters; None for the default device.
       rules: logical to mesh axes.

@@ -10,7 +10,7 @@ from specjax.models.weights import checkpoint, huggingface
 
 
 def _download(repo_id: str) -> pathlib.Path:
-    """The directory of a hub repository's `config.json`, which alone is downloaded."""
+    """The directory of a hub repository's `config.json`, the only file that is downloaded."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -19,8 +19,8 @@ def _download(repo_id: str) -> pathlib.Path:
     except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
-            f"{repo_id!r} is no preset ({', '.join(presets.PRESETS)}) and no directory, and the Hugging Face hub did "
-            f"not give its config.json ({reason}): check the name and the network."
+            f"{repo_id!r} is neither a preset ({', '.join(presets.PRESETS)}) nor a directory, and the Hugging Face hub "
+            f"did not give its config.json ({reason}): check the name and the network."
         ) from error
 
 

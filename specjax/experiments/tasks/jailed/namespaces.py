@@ -15,7 +15,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 _NEW_USER = 0x10000000
 _NEW_OTHERS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
-"""Of mounts, cgroups, host names, System V memory, processes and networks."""
+"""New namespaces of mounts, cgroups, host names, System V memory, processes and networks."""
 
 _NOSUID, _NODEV, _BIND, _REC, _PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
 _DETACH, _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY = 0x2, -100, 0x8000, 0x1
@@ -62,7 +62,7 @@ def _bind(path: str) -> None:
 
 
 def _isolate() -> None:
-    """Leaves the namespaces of this process; as root, without a new one of users, in which root would stay root."""
+    """Enters new namespaces; as root, without a new user namespace, in which root would stay root."""
     if os.geteuid() == 0 and _LIBC.unshare(_NEW_OTHERS) == 0:
         return
     user, group = os.geteuid(), os.getegid()
@@ -73,7 +73,7 @@ def _isolate() -> None:
 
 
 def _enter(spec: dict[str, Any]) -> None:
-    """Makes a root of what may be seen, and enters it."""
+    """Makes a root directory that has only what may be seen, and enters it."""
     os.umask(0o022)
     _mount("none", "/", flags=_REC | _PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m")
@@ -85,7 +85,7 @@ def _enter(spec: dict[str, Any]) -> None:
     folder = f"/new{spec['folder']}"
     os.makedirs(folder)
     _mount("tmpfs", folder, "tmpfs", _NOSUID | _NODEV, f"size={spec['size']},nr_inodes=4096,mode=1777")
-    # The links in paths are those of the old root.
+    # Links within the paths are resolved in the old root.
     for path in spec["paths"]:
         _bind(path)
         _read_only(f"/new{path}", recursive=True)
@@ -123,7 +123,7 @@ def main() -> int:
     second = os.fork()
     if second:
         return _wait(second)
-    # The capabilities of the namespaces end here, but for root's, which gives up root before it runs any program.
+    # The capabilities of the namespaces end here, except for root, which gives up root before it runs any program.
     return os.execv(command[0], command)
 
 

@@ -1,4 +1,4 @@
-"""The side of the program: defines its function, and answers calls. Whatever it answers, it does not judge itself."""
+"""The program's side: defines its function, and answers calls. It has no part in the verdict."""
 
 import os
 from typing import Any
@@ -43,7 +43,7 @@ def main() -> None:
             protocol.send(answers, answer)
         except OSError:
             break
-        except BaseException as error:  # Of a value that cannot be sent.
+        except BaseException as error:  # A value that cannot be sent.
             protocol.send(answers, _raised(error))
         arguments, options = protocol.receive(requests)
         assert function is not None

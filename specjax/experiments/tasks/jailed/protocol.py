@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, KeysView
 from typing import Any
 
 MAX_FRAME = 4 << 20
-"""Bytes of the longest frame that is read."""
+"""The longest frame that is read, in bytes."""
 
 MAX_ITEMS = 1 << 17
-"""Items that are taken from an iterator."""
+"""The most items that are taken from an iterator."""
 
 _LISTED: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _WRITTEN = {"decimal": "Decimal", "fractions": "Fraction"}
-"""By module, the types of numbers that are sent as they are written."""
+"""By module, the types of numbers that are sent as strings."""
 
 
 class Refused(Exception):
@@ -27,11 +27,11 @@ class Refused(Exception):
 
 
 class Foreign:
-    """An object of the other side that is no plain value: it equals nothing but itself.
+    """An object of the other side that is not a plain value: it equals nothing but itself.
 
     Attributes:
-      name: of its type.
-      truth: of it.
+      name: the name of its type.
+      truth: its truth value.
       items: what it yields, None where it is not iterable.
     """
 
@@ -54,7 +54,7 @@ def _encode_object(value: Any) -> Any:
         return [kind.__module__, str(value)]
     if kind.__module__ == "numpy" and hasattr(value, "dtype") and not getattr(value, "shape", None):
         item = value.item()
-        # `numpy.True_` equals True, but is not True: no more is the number 1.
+        # `numpy.True_` equals True, but is not True; 1 has both properties too.
         return encode(int(item) if isinstance(item, bool) else item)
     if isinstance(value, KeysView):
         return ["keys", _encode_items(value)]
@@ -121,10 +121,10 @@ _DECODE: dict[str, Callable[[Any], Any]] = {
 
 
 def decode(tree: Any) -> Any:
-    """The value of what JSON held.
+    """The value of a parsed frame.
 
     Raises:
-      Exception: of whatever kind for what `encode` never makes.
+      Exception: of any kind, for what `encode` never makes.
     """
     if tree is None or isinstance(tree, (bool, str)):
         return tree
@@ -151,11 +151,11 @@ def receive(fd: int, wait: Callable[[int], Any] | None = None) -> Any:
     """Reads a frame, and never more than its longest length.
 
     Args:
-      fd: from where.
+      fd: the file descriptor.
       wait: called before each read; it may raise.
 
     Raises:
-      Refused: for what is no frame.
+      Refused: for what is not a frame.
       EOFError: where the other side has ended.
     """
     length = int.from_bytes(_exactly(fd, 4, wait), "big")

@@ -1,4 +1,4 @@
-"""The side of the test: it has the assertions, calls the program's function through pipes, and gives the verdict."""
+"""The test's side: it has the assertions, calls the program's function through pipes, and gives the verdict."""
 
 import builtins
 import os
@@ -10,24 +10,24 @@ from confine import confine
 
 
 class Ended(BaseException):
-    """The program has ended, or answers what is no answer: no test may go on after that."""
+    """The program has ended, or gives an invalid answer: no test may go on after that."""
 
 
 class Raised(Exception):
-    """The program raised an error of its own kind."""
+    """The program raised an error for which there is no built-in type."""
 
 
 def _error(names: list[str], text: str) -> BaseException:
     """The error that a program raised, as the built-in type that is nearest to it."""
     for name in names:
         kind = getattr(builtins, name, None)
-        # These end a loop, and would end one of the test.
+        # These end a loop, and would end a loop of the test.
         if name in ("StopIteration", "StopAsyncIteration") or not isinstance(kind, type):
             continue
         if issubclass(kind, Exception) and kind is not Exception:
             try:
                 return kind(text) if name == names[0] else kind(f"{names[0]}: {text}")
-            except TypeError:  # UnicodeError's kinds need more.
+            except TypeError:  # Subclasses of UnicodeError need more.
                 continue
     return Raised(f"{names[0]}: {text}")
 

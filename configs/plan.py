@@ -7,12 +7,12 @@ Command:
 
 A SHAPE is a preset (`specjax/models/presets.py`), a directory with `config.json`, or a hub id, of which only
 `config.json` is read. A topology is a TPU slice (v4:2x2x4, v5e:2x4, v5p:2x2x1, v6e:2x4, v7x:2x2x1) or GPUs (A100:8,
-H100:8, H200:8, B200:8). For TPUs the real decode step is compiled (`pip install -e '.[tpu]'`) and read; for GPUs
-everything is computed from shapes.
+H100:8, H200:8, B200:8). The real decode step is compiled and read: for TPUs with `pip install -e '.[tpu]'`, for GPUs
+with `pip install -e '.[cuda-plan]'`, without which everything is computed from shapes.
 
 Hardware: any CPU; nothing is run. Expected: whether it fits, and if not, what would; collectives; the time of a draft
 call and of a target call at the roofline, hence c, the best K and ms/token, which are predictions and lower bounds. A
-minute or two for a TPU, for which programs of two and of four layers are compiled; seconds for GPUs.
+minute or two, since programs of two and of four layers are compiled; seconds with `--config.compile=False`.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.verify = "rejection"  # The rule, as configs/compare.py has it.
     config.temperature = 0.0  # The temperature of the single calls that are compiled.
 
-    config.compile = True  # For TPUs; False computes everything from shapes.
+    config.compile = True  # False computes everything from shapes.
     config.layers = "few"  # Compile two and four layers, and extrapolate; or all.
     config.reference_ms = ConfigDict()  # Published ms/token by SHAPE, to print beside the predictions.
     return config

@@ -253,6 +253,7 @@ def smollm2():
     return loaded, reference.eval()
 
 
+@pytest.mark.slow
 def test_smollm2_logits(smollm2):
     loaded, reference = smollm2
     text = pathlib.Path(__file__).read_text()[:3000]

@@ -84,7 +84,7 @@ def _rank(logits: Float[Array, "B W V"], key: Array, history: History, context: 
         drawn = jnp.log(sampling.warp.warp(logits, options)) + noise[:, None]
         return jnp.where((options.temperature > 0)[:, None, None], drawn, logits)
 
-    ranked = jax.lax.cond(jnp.any(options.temperature > 0), noisy, lambda: logits)
+    ranked = control.alike(jax.lax.cond(jnp.any(options.temperature > 0), noisy, lambda: logits), logits)
     return jnp.where(jnp.isnan(ranked), -jnp.inf, ranked)
 
 
@@ -132,7 +132,7 @@ def drafter(draft: Model, levels: tuple[Level, ...]) -> Drafter:
             at = np.asarray(behind) + 1
             history = tree.follow(context.history, tokens, shape, depth, context.sampling.penalties)
             ranked = _rank(logits, context.keys[:, i], tree.select(history, at), context)
-            best, index = jax.lax.top_k(ranked, max(level.ranks) + 1)
+            best, index = sampling.warp.top(ranked, max(level.ranks) + 1)
             row_of = np.asarray([behind.index(parent) for parent in level.parents])
             found, score = (x[:, row_of, np.asarray(level.ranks)] for x in (index, best))
             tokens = tokens.at[:, np.asarray(level.nodes)].set(jnp.where(score > -jnp.inf, found, -1))

@@ -185,6 +185,10 @@ def _step(compiled: aot.Compiled) -> Row:
     return {
         "collectives": _collectives(step.collectives),
         "cache_copies": step.cache_copies,
+        "gathered_bytes": step.gathered_bytes,
+        "temporary_bytes": step.temporary_bytes,
+        "kernels_per_step": step.kernels,
+        "host_predicates": step.host_predicates,
         "output_bytes": step.output_bytes,
         "alias_bytes": step.alias_bytes,
     }
@@ -244,7 +248,14 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []
     for name, setup in setups(chosen).items():
-        compiled, compiles = None, setup.topology.chip.tpu and chosen.compile
+        chip = setup.topology.chip
+        # Without a compiler for GPUs, shapes alone say much; for TPUs, the error names the compiler.
+        compiled, compiles = None, chosen.compile and (chip.tpu or aot.is_available(chip))
+        if chosen.compile and not compiles:
+            view.line(
+                f"Computed from shapes: JAX's CUDA plugin, which compiles for {chip.name} without a GPU, is not "
+                "installed (pip install -e '.[cuda-plan]')."
+            )
         if compiles:
             with view.status(f"Compiling {chosen.target} with {name} for {setup.topology.name} (a minute or two)"):
                 compiled = _compiled(setup, chosen)

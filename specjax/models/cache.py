@@ -145,16 +145,14 @@ def _move(
     rows, size, width = buffer.shape[0], *buffer.shape[-2:]
     heads = buffer.reshape(rows, -1, size, width)
 
-    def gather(heads: Array, at: Array) -> Array:
-        return jax.vmap(lambda row, at: jnp.take(row, at, axis=1, mode="clip"))(heads, at)
-
-    def one_by_one(heads: Array, at: Array) -> Array:
-        # XLA:CPU fuses a gather with the write that follows, and then copies the cache; it leaves a loop alone.
-        _, kept = jax.lax.scan(lambda _, at: (None, gather(heads, at[:, None])), None, at.T)
-        return jnp.moveaxis(kept[:, :, :, 0], 0, 2)
+    def entry(heads: Array, at: Array) -> Array:
+        return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, 1, axis=1))(heads, at)[:, :, 0]
 
     def read(heads: Array, at: Array) -> Array:
-        return jax.lax.platform_dependent(heads, at, cpu=one_by_one, default=gather)
+        # One entry at a time, in a loop: XLA:CPU fuses a gather of them with the write that follows, and then copies
+        # the cache; XLA:TPU copies it into another layout for such a gather.
+        _, kept = jax.lax.scan(lambda _, at: (None, entry(heads, at)), None, at.T)
+        return jnp.moveaxis(kept, 0, 2)
 
     kept = bfloat16.moved(read, (heads,), length[:, None] + path[:, 1:])
     return write(heads, jnp.swapaxes(kept, 1, 2), length + 1).reshape(buffer.shape)

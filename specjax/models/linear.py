@@ -87,6 +87,9 @@ class Matrix(nnx.Module):
 
         Like the function `look_up`: in float32, and indices beyond the last output read the last.
         """
+        if tokens.size == 1:
+            # XLA:GPU makes a slice of the lookup of one token, and gathers a table that is split over devices for it.
+            return self.look_up(jnp.concatenate([tokens, tokens], axis=1))[:, :1]
         values = self.values[...]
         if not outputs_first(values.dtype):
             tokens = jnp.minimum(tokens, values.shape[1] - 1)
@@ -108,6 +111,8 @@ def look_up(table: Float[Array, "V D"] | Int[Array, "V D"], tokens: Int[Array, "
     Ids beyond the table read its last row, since a draft may know fewer tokens than its target.
     """
     tokens = jnp.minimum(tokens, table.shape[0] - 1)
+    if tokens.size == 1:  # As above.
+        return look_up(table, jnp.concatenate([tokens, tokens], axis=1))[:, :1]
     return bfloat16.moved(lambda table, tokens: jnp.take(table, tokens, axis=0), (table,), tokens).astype(jnp.float32)
 
 

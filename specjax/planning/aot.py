@@ -1,4 +1,4 @@
-"""Compiles the decode step for TPUs that you don't have, and reads what XLA made of it.
+"""Compiles the decode step for TPUs and GPUs that you don't have, and reads what XLA made of it.
 
 libtpu compiles for a topology by name; nothing is run. Compiling dozens of unrolled layers takes minutes, so a step is
 compiled with few layers, twice, and extrapolated to all of them (`extrapolate`): every layer is the same program.

@@ -90,6 +90,62 @@ def instructions(program: str) -> Iterator[Instruction]:
         yield Instruction(match["opcode"], arrays, name[1] if name else "", line.strip())
 
 
+class Kernels(NamedTuple):
+    """The kernels of a program, each once, however often it runs.
+
+    Attributes:
+      fusions: kernels that XLA writes.
+      library_calls: custom calls, such as matrix products of a library.
+      others: instructions that are neither, such as copies.
+      host_predicates: loops and conditions for which the host reads a predicate from the device.
+    """
+
+    fusions: int
+    library_calls: int
+    others: int
+    host_predicates: int
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+_INSIDE = re.compile(r"\b(?:calls|to_apply)=%?([\w.-]+)")
+# What is no kernel of its own: it names, or waits for, what others make.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "call", "opt-barrier"}
+_FREE |= {"partition-id", "replica-id"}
+
+
+def kernels(program: str) -> Kernels:
+    """The kernels of a GPU program, outside of the computations that fusions and reductions are made of.
+
+    Args:
+      program: as `compiled.as_text()` gives it.
+    """
+    inside = set()
+    for instruction in instructions(program):
+        if instruction.opcode != "call" and not instruction.opcode.startswith("async"):
+            inside.update(_INSIDE.findall(instruction.text))
+    counts = dict.fromkeys(Kernels._fields, 0)
+    counted = False
+    for line in program.splitlines():
+        if begin := _COMPUTATION.match(line):
+            counted = begin["name"] not in inside
+        match = _INSTRUCTION.match(line)
+        if match is None or not counted:
+            continue
+        opcode = match["opcode"]
+        if opcode in _FREE or opcode.endswith("-done"):
+            continue
+        if opcode in ("while", "conditional"):
+            # A loop whose number of rounds XLA knows needs no predicate.
+            counts["host_predicates"] += "known_trip_count" not in line
+        elif opcode == "fusion":
+            counts["fusions"] += 1
+        elif opcode == "custom-call":
+            counts["library_calls"] += 1
+        else:
+            counts["others"] += 1
+    return Kernels(**counts)
+
+
 def collectives(program: str) -> list[Collective]:
     """What a program sends between devices.
 

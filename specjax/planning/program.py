@@ -31,6 +31,9 @@ class Program(NamedTuple):
       optimal_seconds: XLA's own estimate; None where it has none (it is not positive), or where extrapolated.
       collectives: those in the program, each once.
       cache_copies: instructions that copy a layer's keys or values.
+      gathered_bytes: of all collectives that are not all-reduces: parameters, caches or logits that are gathered.
+      kernels: fusions, library calls and other instructions, each once.
+      host_predicates: loops and conditions for which the host reads a predicate; on GPUs a round trip each.
     """
 
     argument_bytes: float
@@ -43,6 +46,9 @@ class Program(NamedTuple):
     optimal_seconds: float | None
     collectives: Counts
     cache_copies: float
+    gathered_bytes: float
+    kernels: float
+    host_predicates: float
 
 
 def _part(op_name: str) -> str:
@@ -60,7 +66,7 @@ def read(compiled: Any, cache_shapes: set[tuple[int, ...]]) -> Program:
     found: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     for collective in hlo.collectives(text):
         found[_part(collective.op_name), collective.kind].append(collective.size_in_bytes)
-    seconds = float(cost.get("optimal_seconds", -1.0))
+    seconds, kernels = float(cost.get("optimal_seconds", -1.0)), hlo.kernels(text)
     return Program(
         stats.argument_size_in_bytes,
         stats.output_size_in_bytes,
@@ -72,6 +78,9 @@ def read(compiled: Any, cache_shapes: set[tuple[int, ...]]) -> Program:
         seconds if seconds > 0 else None,
         {key: (len(sizes), sum(sizes), max(sizes)) for key, sizes in sorted(found.items())},
         len(hlo.copies(text, sorted(cache_shapes))),
+        sum(sum(sizes) for (_, kind), sizes in found.items() if kind != "all-reduce"),
+        sum(kernels[:3]),
+        kernels.host_predicates,
     )
 
 

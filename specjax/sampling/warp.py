@@ -148,6 +148,21 @@ def argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
     return size - 1 - jnp.max(jnp.where(is_largest, size - 1 - jnp.arange(size, dtype=jnp.int32), 0), axis=-1)
 
 
+def top(x: Float[Array, "*B V"], k: int) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
+    """The k largest values and their indices, the first one in a tie; beyond those that are finite, -inf.
+
+    k maxima: `jax.lax.top_k` gathers a vocabulary that is split over devices, and sorts on GPUs.
+    """
+
+    def take(left: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+        index = argmax(left)
+        rest = jnp.where(jnp.arange(x.shape[-1]) == index[..., None], -jnp.inf, left)
+        return rest, (jnp.max(left, axis=-1), index)
+
+    _, (values, indices) = jax.lax.scan(take, x, None, length=k)
+    return jnp.moveaxis(values, 0, -1), jnp.moveaxis(indices, 0, -1)
+
+
 def greedy(logits: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
     """One-hot at the argmax, the first one in a tie; NaN where logits are NaN or all are -inf."""
     one_hot = jax.nn.one_hot(argmax(logits), logits.shape[-1], dtype=jnp.float32)

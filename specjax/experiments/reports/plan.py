@@ -73,11 +73,16 @@ def headlines(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         lines += [fit(row), _prediction(row), *_references(row)]
         if row["step"]:
-            step = row["step"]
+            step, gathered = row["step"], row["step"]["gathered_bytes"] / 1e6
             lines.append(
-                f"Compiled step: {step['cache_copies']:g} cache copies; "
+                f"Compiled step: {step['cache_copies']:g} cache copies; {gathered:.3g} MB gathered; "
                 f"{step['alias_bytes'] / step['output_bytes']:.2%} of the state is written in place."
             )
+            if not row["chip"]["tpu"]:
+                lines.append(
+                    f"Kernels in the program of the loop: {step['kernels_per_step']:g}, each once; "
+                    f"{step['host_predicates']:g} loops and conditions wait for a predicate that the host reads."
+                )
     return lines
 
 

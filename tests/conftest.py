@@ -23,8 +23,7 @@ import pytest
 CACHE_BYTES = 1 << 30
 """A run that finds more compiled programs than this begins anew."""
 
-# XLA's lowest level, and the older of its two ways to write loops for CPUs: half the time to compile.
-QUICK = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": "false"}
+OPTIMISATION = "xla_backend_optimization_level"
 
 Catches = Callable[..., contextlib.AbstractContextManager[None]]
 
@@ -36,11 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """How programs are compiled and kept, here and in the processes that tests start."""
-    # The default run compiles quickly; `-m slow` as users do.
+    # The default run compiles at XLA's lowest level, which takes less time; `-m slow` at the level of users.
     flags = os.environ.get("XLA_FLAGS", "")
-    if config.option.markexpr == "not slow":
-        quick = " ".join(f"--{name}={value}" for name, value in QUICK.items() if name not in flags)
-        os.environ["XLA_FLAGS"] = f"{flags} {quick}".strip()
+    if config.option.markexpr == "not slow" and OPTIMISATION not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{OPTIMISATION}=0".strip()
     if os.environ.get("SPECJAX_TEST_CACHE") != "0":
         for name, value in {
             "jax_compilation_cache_dir": str(programs()),

@@ -142,8 +142,8 @@ def right_pad(prompts: Sequence[Sequence[int]], width: int) -> Inputs:
     return Inputs(jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32))
 
 
-OPTIMISED = {"xla_backend_optimization_level": 2, "xla_cpu_use_fusion_emitters": True}
-"""For programs that take longer to run than to compile; the default run compiles all others quickly (`conftest`)."""
+OPTIMISED = {"xla_backend_optimization_level": 2}
+"""For programs that take longer to run than to compile; the default run compiles all others at level 0."""
 
 
 @functools.cache

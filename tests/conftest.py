@@ -88,7 +88,9 @@ def _within_budget(item: pytest.Item, phase: str, share: float) -> Generator[Non
     result = yield
     seconds = _cpu_seconds() - begin
     item.user_properties.append(("cpu", seconds))
-    budget = share * float(os.environ.get("SPECJAX_TEST_CPU_SECONDS") or item.config.getini("cpu_seconds"))
+    seconds_each = float(os.environ.get("SPECJAX_TEST_CPU_SECONDS") or item.config.getini("cpu_seconds"))
+    own = item.get_closest_marker("budget")
+    budget = share * (max(seconds_each, own.args[0]) if own and seconds_each else seconds_each)
     if 0 < budget < seconds and item.get_closest_marker("slow") is None:
         pytest.fail(
             f"{phase} took {seconds:.1f} s of CPU time, and has {budget:g} s in the default run. "

@@ -49,7 +49,7 @@ WRONG = [
     ("", ["--config=."], ["'.' is a directory"]),
     ("", ["--config=bad.py"], ["bad.py is not a config (SyntaxError"]),
     ("", ["--config=exits.py"], ["exits.py is not a config (SystemExit"]),
-    ("", ["--config=list.py"], ["has to return a ConfigDict"]),
+    ("", ["--config=list.py"], ["must return a ConfigDict"]),
     ("chinchilla/xsum", ["--config={config}:huge"], ["is not a variant"]),
     (Q, ["--nope"], ["Unknown flag --nope"]),
     (Q, ["--workdri=x"], ["Did you mean --workdir?"]),

@@ -615,7 +615,7 @@ def test_launched(files, tmp_path, capsys):
     assert "200 texts" in output
     assert "padding" in output
     assert "Step 3: validation loss" in output
-    assert "which model/ is of" in output
+    assert "which model/ holds" in output
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"checkpoints", "config.json", "loss.png", "model", "summary.md", "train.jsonl"}
     assert "| validation loss (least) |" in (tmp_path / "summary.md").read_text()

@@ -666,7 +666,7 @@ def test_corrupt_checkpoints(tmp_path):
         r"is missing": lambda d: (d / data).unlink(),
         r"specjax.json is corrupt": lambda d: (d / "specjax.json").write_text("{"),
         r"format 99": edit(format=99),
-        r"not as it was saved": edit(config={"vocab_size": 3}),
+        r"its checksum does not match": edit(config={"vocab_size": 3}),
     }
     for message, change in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -418,7 +418,12 @@ def test_gpus_are_planned_without_a_compiler(tmp_path, capsys, monkeypatch):
 
 def test_several_drafts_stand_beside_each_other_and_what_does_not_fit_is_said(tmp_path, capsys):
     large = dataclasses.replace(WIDE, vocab_size=4_000_000, hidden_size=4096)
-    values = {"target": _directory(tmp_path / "large", large), "topology": "H100:1", "dtype": "float32", "compile": False}
+    values = {
+        "target": _directory(tmp_path / "large", large),
+        "topology": "H100:1",
+        "dtype": "float32",
+        "compile": False,
+    }
     directory = _directory(tmp_path / "draft", NARROW)
     arguments = _launch(tmp_path, draft=f"{directory},{directory}-other", **values)
     _directory(tmp_path / "draft-other", dataclasses.replace(NARROW, num_layers=4))

@@ -215,7 +215,7 @@ def test_a_walk_ends_at_the_first_node_that_is_not_the_targets_own():
 
 def test_a_model_that_drafts_a_tree_for_itself_is_always_accepted():
     model, params = testing.tiny_decoder(0)
-    drafter = drafters.model(model, topology=[(0,), (1,), (0, 0), (0, 1), (0, 0, 0)])
+    drafter = drafters.model(model, topology=[(0,), (1,), (0, 0)])
     both = Params(params, params)
     prompts = random_prompts(4, 61)
     options = sampling.options(4, temperature=[0.0, 1.0, 0.7, 0.0], repetition_penalty=[1.0, 1.2, 1.0, 1.3])

@@ -58,6 +58,7 @@ def test_shard_over_a_mesh(source):
     assert "The text equals one device's." in said
 
 
+@pytest.mark.budget(60)
 def test_write_a_drafter(source, capsys):
     example("write_a_drafter.py")["main"](source, PROMPT)
     said = capsys.readouterr().out

@@ -222,6 +222,7 @@ The rules see every kind of proposal in `test_verify`; all cells together are de
 assert set(CELLS) >= IN_EVERY_RUN
 
 
+@pytest.mark.budget(60)
 @pytest.mark.parametrize(("drafter", "rule", "stop"), sorted(IN_EVERY_RUN))
 def test_matrix(drafter: str, rule: str, stop: str):
     check_cell(drafter, rule, stop, ROWS)

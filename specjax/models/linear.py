@@ -123,8 +123,8 @@ def _dot(x: Array, weight: Array, num_contracted: int) -> Array:
 
     def of_arrays(x: Array, weight: Array) -> Array:
         # The outputs' axes stay apart: merged after another axis, one that is split over devices would be gathered.
-        inputs = (tuple(range(a.ndim - num_contracted, a.ndim)) for a in (x, weight))
-        return jax.lax.dot_general(x, weight, (tuple(inputs), ((), ())), preferred_element_type=jnp.float32)
+        inputs, summed = (tuple(range(a.ndim - num_contracted, a.ndim)) for a in (x, weight))
+        return jax.lax.dot_general(x, weight, ((inputs, summed), ((), ())), preferred_element_type=jnp.float32)
 
     def of_matrices(x: Array, weight: Array) -> Array:
         # XLA:CPU would transpose a weight of more axes to `[in, out]`, by a copy in every call, and it multiplies few

@@ -144,6 +144,36 @@ def test_a_copy_within_the_main_memory_is_found_and_a_prefetch_is_none():
         hlo.copies(PROGRAM, [(7, 7)])
 
 
+GPU_PROGRAM = """
+HloModule jit_f
+%fused_add (p: f32[4]) -> f32[4] {
+  ROOT %add.1 = f32[4]{0} add(%p, %p)
+}
+%max (a: f32[], b: f32[]) -> f32[] {
+  ROOT %maximum.1 = f32[] maximum(%a, %b)
+}
+%body (arg: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %arg = (s32[], f32[4]{0}) parameter(0)
+  %gte = f32[4]{0} get-tuple-element(%arg), index=1
+  %fusion.1 = f32[4]{0} fusion(%gte), kind=kLoop, calls=%fused_add
+  %gemm = (f32[4]{0}, s8[64]{0}) custom-call(%fusion.1), custom_call_target="__cublas$gemm"
+  %reduce.1 = f32[]{:T(128)} reduce(%gte, %zero), dimensions={0}, to_apply=%max
+  ROOT %tuple = (s32[], f32[4]{0}) tuple(%n, %fusion.1)
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %copy.1 = f32[4]{0} copy(%x)
+  %while.1 = (s32[], f32[4]{0}) while(%init), condition=%cond, body=%body
+  %while.2 = (s32[], f32[4]{0}) while(%while.1), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %cond.1 = f32[4]{0} conditional(%p, %a, %b), true_computation=%t, false_computation=%f
+}
+"""
+
+
+def test_kernels_are_counted_once_and_loops_whose_rounds_are_unknown():
+    # The sum and the maximum inside of a fusion and a reduction are no kernels of their own.
+    assert hlo.kernels(GPU_PROGRAM) == hlo.Kernels(fusions=1, library_calls=1, others=2, host_predicates=2)
+
+
 def test_an_update_that_is_not_in_place_is_a_copy():
     cache = jax.ShapeDtypeStruct((4, 64, 8), jnp.float32)
 
@@ -498,6 +528,12 @@ def test_a_slice_that_libtpu_does_not_know_is_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: topology='v5e:3x5': libtpu does not know it")
     assert error.count("\n") == 1
+
+
+def test_without_the_cuda_plugin_the_error_names_the_remedy(monkeypatch):
+    monkeypatch.setattr("specjax.planning.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"Compiling for H100:8 needs .*pip install -e '.\[cuda-plan\]'"):
+        aot.make_mesh(chips.parse("H100:8"), 1)
 
 
 def test_without_libtpu_the_error_names_the_remedy(monkeypatch):

@@ -175,6 +175,15 @@ def test_ties_at_a_cut_are_all_kept():
         np.testing.assert_allclose(probabilities(logits, temperature=1.0, **options), [1 / 3] * 3 + [0], atol=1e-7)
 
 
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_the_largest_are_those_of_top_k_and_the_first_of_equals(k: int):
+    x = jnp.asarray([[[3.0, -1.0, 3.0, 2.0, -jnp.inf, 3.0, 2.0]], [[-jnp.inf] * 6 + [0.5]]])
+    (values, indices), (wanted, at) = sampling.warp.top(x, k), jax.lax.top_k(x, k)
+    np.testing.assert_array_equal(values, wanted)
+    finite = np.asarray(wanted) > -np.inf
+    np.testing.assert_array_equal(np.asarray(indices)[finite], np.asarray(at)[finite])
+
+
 def test_greedy_is_one_hot_at_the_first_of_equals():
     np.testing.assert_array_equal(probabilities(np.array([0.0, 2.0, 2.0, -np.inf]), temperature=0.0), [0, 1, 0, 0])
 

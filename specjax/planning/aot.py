@@ -1,7 +1,8 @@
 """Compiles the decode step for TPUs and GPUs that you don't have, and reads what XLA made of it.
 
-libtpu compiles for a topology by name; nothing is run. Compiling dozens of unrolled layers takes minutes, so a step is
-compiled with few layers, twice, and extrapolated to all of them (`extrapolate`): every layer is the same program.
+libtpu and the CUDA plugin of JAX compile for a topology; nothing is run. Compiling dozens of unrolled layers takes
+minutes, so a step is compiled with few layers, twice, and extrapolated to all of them (`extrapolate`): every layer is
+the same program.
 
 `cost_analysis` counts the body of a loop once, so operations and bytes are read from single calls, without a loop:
 `draft_call` and `target_call`, each with its sampling, whose options are constants, so that one branch is compiled.

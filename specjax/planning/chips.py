@@ -28,7 +28,7 @@ class Chip:
       base_latency: seconds that a collective takes before its first hop.
       hop_latency: seconds that a collective takes for each chip that data passes.
       latency_source: the source of those two figures, the least certain of all.
-      tpu: whether it is a TPU, for which programs can be compiled ahead of time.
+      tpu: whether it is a TPU, not a GPU.
       devices: how many JAX devices a chip is.
       dimensions: the number of dimensions of a TPU network; 1 for GPUs, which are all connected to each other.
       wraps_at: the dimensions of a slice close to rings where all of them are multiples of this; 0: never.

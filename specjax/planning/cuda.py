@@ -41,7 +41,7 @@ class _Gpu(NamedTuple):
 
 _HOPPER = (233_472, 232_448)
 
-# Figures of openxla/xla, xla/backends/gpu/target_config/specs (read 2026-11-29), which agree with NVIDIA's data sheets.
+# Figures of openxla/xla, xla/backends/gpu/target_config/specs (read on 2026-11-29).
 _GPUS = {
     "A100": _Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, (167_936, 166_912), 41_943_040, 1.41, 85_100_068_864),
     "H100": _Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, _HOPPER, 52_428_800, 1.98, 84_942_979_072),

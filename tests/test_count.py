@@ -97,8 +97,8 @@ def test_a_datastore_is_indexed_saved_and_tried(tokenizer, data, tmp_path, capsy
     assert "something found" in capsys.readouterr().out
 
 
-@pytest.mark.budget(60)
-@pytest.mark.parametrize("kind", [pytest.param("ngram", marks=pytest.mark.slow), "retrieval"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ngram", "retrieval"])
 def test_the_comparison_takes_the_draft(kind, tokenizer, data, tmp_path):
     assert launch.main(_arguments(tmp_path / "draft", tokenizer, data, kind=kind, valid="")) == 0
     config = DecoderConfig(

@@ -64,7 +64,7 @@ def assert_fresh(cache, tokens: np.ndarray, params, atol: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "ngram", "model"))
+@pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "model"))
 def test_the_rolled_back_cache_is_that_of_a_fresh_prefill(drafter: str, temperature: float):
     chosen, params = drafter_of(drafter)
     state = start(chosen, params, options=sampling.options(5, temperature=temperature))
@@ -173,7 +173,7 @@ IN_PLACE = [(drafter, rows, dtype) for drafter in ("none", "ngram", "model") for
 
 @pytest.mark.parametrize(
     ("drafter", "rows", "dtype"),
-    usual(IN_PLACE, ("ngram", 1, "float32"), ("model", 1, "bfloat16"), ("model", 2, "bfloat16")),
+    usual(IN_PLACE, ("model", 1, "bfloat16")),
 )
 def test_the_compiled_loop_updates_caches_in_place_and_sorts_nothing(drafter: str, rows: int, dtype: str):
     chosen, params = drafter_of(drafter, dtype=dtype)
@@ -301,7 +301,7 @@ def nan_run(drafter: str, temperature: float, target_table, draft_table):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.01])
-@pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "none", "model"))
+@pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "none"))
 def test_a_target_that_is_not_a_number_ends_the_row_and_is_named(drafter: str, temperature: float):
     target, chosen, params, state = nan_run(drafter, temperature, NAN_TABLE, SOUND_TABLE)
     with pytest.raises(

@@ -113,6 +113,7 @@ def decoded(model, params, drafter, draft_params=None):
     return compiled(both, state, np.int32(80))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", usual(CONFIGS, "gemma3"))
 def test_speculation_writes_the_text_of_plain_decoding(name):
     """The greedy rows, and with the coupled rule the sampled ones too."""

@@ -115,6 +115,7 @@ def test_a_draft_model_and_a_rerun(target, draft, data, tmp_path, capsys):
     assert _rows(tmp_path)[-1]["num_draft_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_sampled_text_is_not_called_identical(target, data, tmp_path, capsys):
     arguments = _compare(target, data, tmp_path, temperature=1.0, top_k=5, step_cost=0, show_text=True, num_prompts=2)
     assert launch.main(arguments) == 0

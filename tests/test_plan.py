@@ -400,14 +400,6 @@ def _launch(tmp_path: pathlib.Path, **values) -> list[str]:
     return ["launch", f"--config={PLAN}", *arguments, f"--workdir={tmp_path / 'run'}", "--nocompilation_cache"]
 
 
-@pytest.fixture(autouse=True)
-def keep_the_compilation_cache():
-    """A plan is made without it."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-
-
 def _rows(tmp_path: pathlib.Path) -> list[dict]:
     return json.loads((tmp_path / "run" / "results.json").read_text())
 

@@ -233,6 +233,7 @@ def test_a_datastore_is_read_as_it_was_saved(tmp_path):
         drafters.load_datastore(tmp_path)
 
 
+@pytest.mark.slow
 def test_greedy_text_is_plain_decodings():
     plain, _ = greedy_text(drafters.none(), ())
     noise = random_corpus(vocab_size=61)

@@ -109,12 +109,14 @@ def test_text_of_two_processes_is_the_text_of_one_device(texts_of_two):
             assert_same_text(case)
 
 
+@pytest.mark.slow
 def test_cache_is_split_over_rows_and_heads_and_stays_so(report):
     rows, heads, *rest = report["cache_shape"]
     assert report["cache_shard"] == [rows // 2, heads // 4, *rest]
     assert report["cache_shard_after"] == report["cache_shard"]
 
 
+@pytest.mark.slow
 def test_cache_is_neither_copied_nor_gathered(report):
     assert report["cache_copies"] == 0
     assert report["collectives"]["all-reduce"] > 0

@@ -163,6 +163,7 @@ def test_a_dry_run_prints_the_commands(sweep, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
     """The real command on the real comparison: the second of two cells is interrupted."""
     target = save_tiny_decoder(tmp_path / "target", 0)

@@ -73,7 +73,7 @@ def _inputs(name: str, tokens: Any, length: Any) -> Inputs:
     return Inputs(tokens, length, source, jnp.asarray([6, 4, 5])[: tokens.shape[0]])
 
 
-@pytest.mark.parametrize("name", usual(CONFIGS, "window", "t5"))
+@pytest.mark.parametrize("name", usual(CONFIGS, "window"))
 def test_a_tree_is_read_as_its_paths_would_be_and_commit_leaves_the_cache_of_a_prefill(name: str):
     model, params = _model(name)
     rng = np.random.default_rng(0)
@@ -131,7 +131,7 @@ def test_entries_that_earlier_blocks_wrote_are_seen_where_the_block_says():
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole.logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [pytest.param("rotary", marks=pytest.mark.slow), "scanned", "t5"])
+@pytest.mark.parametrize("name", usual(["rotary", "scanned", "t5"], "scanned"))
 def test_taps_are_the_hidden_states_that_they_are_called(name: str):
     model, params = _model(name)
     assert model.with_taps is not None
@@ -235,11 +235,7 @@ def test_a_model_that_drafts_a_tree_for_itself_is_always_accepted():
 
 @pytest.mark.parametrize(
     ("dtype", "rows"),
-    [
-        ("bfloat16", 1),
-        ("float32", 2),
-        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("float32", 1), ("bfloat16", 2))),
-    ],
+    usual([("bfloat16", 1), ("float32", 2), ("float32", 1), ("bfloat16", 2)], ("bfloat16", 1)),
 )
 def test_the_compiled_loop_moves_the_accepted_path_and_copies_no_cache(dtype: str, rows: int):
     model, params = testing.tiny_decoder(0, dtype=dtype)

@@ -242,10 +242,8 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     if store.holds("results.json"):
         view.line(f"The plan is finished in {store.directory}{os.sep}; --overwrite makes it anew.")
         return
-    # Nothing is computed, so an accelerator of this machine stays free. And a program for a TPU that this machine does
-    # not have can be written to the compilation cache, but not read from it.
+    # Nothing is computed, so an accelerator of this machine stays free.
     jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
     rows = []
     for name, setup in setups(chosen).items():
         chip = setup.topology.chip

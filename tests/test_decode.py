@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_prompts, right_pad, texts, usual
+from helpers import EMITTERS_OF_USERS, random_prompts, right_pad, texts, usual
 
 from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
+from specjax.models import attention
 from specjax.planning import hlo
 from specjax.types import Block, DecodeState, Drafter, Inputs, Model, Params
 
@@ -63,7 +64,7 @@ def assert_fresh(cache, tokens: np.ndarray, params, atol: float = 1e-5) -> None:
             np.testing.assert_allclose(got[row, :, :n], wanted[row, :, :n], atol=atol)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", usual([0.0, 1.0], 1.0))
 @pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "model"))
 def test_the_rolled_back_cache_is_that_of_a_fresh_prefill(drafter: str, temperature: float):
     chosen, params = drafter_of(drafter)
@@ -168,21 +169,29 @@ def cache_bytes(state: DecodeState) -> int:
     return sum(x.nbytes for cache in caches for x in (*cache.keys, *cache.values))
 
 
-IN_PLACE = [(drafter, rows, dtype) for drafter in ("none", "ngram", "model") for rows in (1, 2) for dtype in DTYPES]
+IN_PLACE = [
+    (drafter, rows, dtype, size)
+    for drafter in ("none", "ngram", "model")
+    for rows in (1, 2)
+    for dtype in DTYPES
+    for size in (64, 2 * attention.BLOCK)
+]
 
 
 @pytest.mark.parametrize(
-    ("drafter", "rows", "dtype"),
-    usual(IN_PLACE, ("model", 1, "bfloat16")),
+    ("drafter", "rows", "dtype", "size"),
+    usual(IN_PLACE, ("model", 1, "bfloat16", 64), ("ngram", 1, "bfloat16", 2 * attention.BLOCK)),
 )
-def test_the_compiled_loop_updates_caches_in_place_and_sorts_nothing(drafter: str, rows: int, dtype: str):
+def test_the_compiled_loop_updates_caches_in_place_and_sorts_nothing(drafter: str, rows: int, dtype: str, size: int):
     chosen, params = drafter_of(drafter, dtype=dtype)
-    state = start(chosen, params, PROMPTS[:rows], dtype=dtype)
-    compiled = ADVANCE.lower(tiny(dtype)[0], chosen, verify.rejection, params, state, np.int32(4)).compile()
+    state = start(chosen, params, PROMPTS[:rows], dtype=dtype, max_len=size)
+    compiled = ADVANCE.lower(tiny(dtype)[0], chosen, verify.rejection, params, state, np.int32(4)).compile(
+        EMITTERS_OF_USERS
+    )
     text = compiled.as_text()
     copies = hlo.copies(text, [state.rows.cache.keys[0].shape])
     assert not copies, f"{len(copies)} copies of a cache, such as {copies[0][:200]}"
-    if rows > 1:
+    if rows > 1 or size > attention.BLOCK:
         # XLA:CPU would convert a whole bfloat16 cache in every write; see `models.bfloat16`.
         shape = ",".join(map(str, state.rows.cache.keys[0].shape))
         assert dtype == "float32" or f"f32[{shape}]" not in text
@@ -315,7 +324,7 @@ def test_a_target_that_is_not_a_number_ends_the_row_and_is_named(drafter: str, t
     assert np.asarray(final.rows.failed_at).tolist() == [-1, 8, -1]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.01])
+@pytest.mark.parametrize("temperature", usual([0.0, 0.01], 0.01))
 def test_a_draft_that_is_not_a_number_ends_the_row_and_is_named(temperature: float):
     target, chosen, params, state = nan_run("model", temperature, SOUND_TABLE, NAN_TABLE)
     with pytest.raises(FloatingPointError, match=r"draft's logits .* position \d+ of row 1, .*: the text before it"):

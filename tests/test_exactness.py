@@ -93,6 +93,7 @@ def test_texts_of_a_ragged_batch_are_distributed_as_the_target(drafter: str, k: 
     assert_drafts_accepted(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["temperature 1", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_exact_where_the_draft_knows_fewer_tokens_than_the_target(options: str):
     result = sample(pair("model, narrower vocabulary", 3), ragged(options))
@@ -100,6 +101,7 @@ def test_exact_where_the_draft_knows_fewer_tokens_than_the_target(options: str):
     assert_drafts_accepted(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", usual(["ngram 1", "model"], "model"))
 def test_exact_while_rows_pause_their_drafts(drafter: str):
     # At this cost a row pauses at once after a rejection.

@@ -62,7 +62,7 @@ def prefill(model, params, inputs, size):
     return model.prefill(params, inputs, model.init_cache(inputs.tokens.shape[0], size))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", usual(CONFIGS, "gpt2", "gemma2"))
 def test_prefill_then_apply_after_a_rollback_is_one_prefill(name):
     model, params = tiny(name)
     model = compiled(model)

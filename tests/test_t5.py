@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from helpers import compiled, feed, usual, with_rows
+from helpers import EMITTERS_OF_USERS, compiled, feed, usual, with_rows
 
 import specjax
 from specjax import decoding
@@ -222,6 +222,7 @@ def test_every_drafter_keeps_the_text(rule, tmp_path):
             assert ours.stats.acceptance_rate == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_is_that_of_its_source_alone(tmp_path):
     _, target = load(tmp_path)
     together = specjax.generate(target, SOURCES, max_new_tokens=20, max_len=64).tokens
@@ -381,7 +382,7 @@ def test_the_compiled_loop_copies_no_cache(name, rows, tmp_path):
     inputs = decoding.read_inputs(target.model, SOURCES[:rows])
     state = decoding.prefill(target.model, drafter, params, inputs, max_new_tokens=20)
     args = target.model, drafter, verify.rejection, params, state, np.int32(4)
-    compiled: Any = decoding.advance.lower(*args).compile()
+    compiled: Any = decoding.advance.lower(*args).compile(EMITTERS_OF_USERS)
     shapes = [x.shape for x in (state.rows.cache.keys[0], state.rows.cache.source_keys[0])]
     copies = hlo.copies(compiled.as_text(), shapes)
     assert not copies, f"{len(copies)} copies, such as {copies[0][:200]}"

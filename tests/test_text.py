@@ -250,6 +250,7 @@ def test_smollm2_equals_byte_pair_encoding_written_out(smollm2_path):
     assert tokenizer.encode("in 2024") == [vocab["in"], vocab["Ġ"], *(vocab[digit] for digit in "2024")]
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers(smollm2_path, smollm2_reference):
     """Apart from digits: transformers' GGUF reader leaves out that SmolLM2 splits them one by one."""
     tokenizer = Tokenizer.from_gguf(gguf.open_file(smollm2_path).fields)

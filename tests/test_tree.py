@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Group, Pair, compiled, random_prompts, sample, texts, usual
+from helpers import EMITTERS_OF_USERS, Group, Pair, compiled, random_prompts, sample, texts, usual
 
 import specjax
 from specjax import decoding, drafters, sampling, testing
@@ -243,7 +243,9 @@ def test_the_compiled_loop_moves_the_accepted_path_and_copies_no_cache(dtype: st
     both = Params(params, params)
     inputs = decoding.pad_prompts([[1, 2, 3]] * rows)
     state = decoding.prefill(model, drafter, both, inputs, max_new_tokens=8, max_len=64)
-    compiled = decoding.advance.lower(model, drafter, verify.coupled, both, state, np.int32(4)).compile()
+    compiled = decoding.advance.lower(model, drafter, verify.coupled, both, state, np.int32(4)).compile(
+        EMITTERS_OF_USERS
+    )
     copies = hlo.copies(compiled.as_text() or "", [state.rows.cache.keys[0].shape])
     assert not copies, f"{len(copies)} copies of a cache, such as {copies[0][:200]}"
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.models import bfloat16
+from specjax.models import attention, bfloat16
 from specjax.parallel import sharding
 
 # Above this many rows, a write is one batched scatter instead of one slice update per row: the compiled program
@@ -102,7 +102,7 @@ def write(
             buffer = jax.lax.dynamic_update_slice(buffer, new[row : row + 1], (row, *where, 0, start[row], 0))
         return buffer
 
-    if rows == 1:
+    if rows == 1 and buffer.shape[-2] <= attention.BLOCK:
         # Updated as integers, a single row is computed twice too, and copied. Its conversions are small.
         return update(buffer, new, start, layer)
     return bfloat16.moved(update, (buffer, new), start, layer)

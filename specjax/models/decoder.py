@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from specjax.models import attention, layers, linear, modules
 from specjax.models import cache as cache_lib
-from specjax.models import layers, linear, modules
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
 from specjax.parallel import sharding
@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
         logits = self.head(hidden)
         if self.config.head_bias:
             logits = logits + self.head_bias[...].astype(jnp.float32)
-        logits = layers.softcap(logits, self.config.logit_softcap)
+        logits = attention.softcap(logits, self.config.logit_softcap)
         return sharding.constrain(logits, ("batch", "tokens", "vocab"), self.rules)
 
 

@@ -1,4 +1,4 @@
-"""The layers of the decoder-only models, as Flax NNX modules, and the norms and the attention that all models share.
+"""The layers of the decoder-only models, as Flax NNX modules, and the norms that all models share.
 
 Every parameter names its logical axes next to its shape; matrices are `linear.Matrix`.
 """
@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
+from specjax.models.attention import attend
 from specjax.models.config import DecoderConfig, LinearRopeScaling
 from specjax.models.linear import Matrix
 from specjax.models.modules import parameter
@@ -58,11 +59,6 @@ def normalize(module: nnx.Module, name: str, config: DecoderConfig, x: Float[Arr
     # LayerNorm: arXiv 1607.06450.
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     return rms_norm(centred, weight, config.norm_eps) + getattr(module, f"{name}_bias")[...].astype(jnp.float32)
-
-
-def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-    """`c tanh(x / c)`, which bounds x to (-c, c) (Gemma 2, arXiv 2408.00118, section 2); None: x."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rope_frequencies(config: DecoderConfig, *, windowed: bool = False) -> Float[Array, " half"]:
@@ -137,41 +133,6 @@ def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Ar
     return queries[:, :, None] == keys[:, None, :]
 
 
-def attend(
-    query: Float[Array, "B T H G E"],
-    keys: Float[Array, "B H S E"],
-    values: Float[Array, "B H S E"],
-    mask: Bool[Array, "#B T S"],
-    bias: Float[Array, "#B H T S"] | None = None,
-    cap: float | None = None,
-) -> Float[Array, "B T H G E"]:
-    """Softmax attention of G query heads per key/value head, with softmax and sums in float32.
-
-    The queries of a group are gathered as rows of one matrix per key/value head: XLA:CPU runs that product two to eight
-    times faster than the einsum over the five axes.
-
-    Args:
-      query: the scaled queries of T tokens.
-      keys: the keys of S tokens.
-      values: the values of the same S tokens.
-      mask: which of the S tokens each of the T attends to.
-      bias: is added to the scores.
-      cap: the bound of the scores, see `softcap`.
-    """
-    rows, time, heads, group, size = query.shape
-    matrix = jnp.swapaxes(query, 1, 2).reshape(rows, heads, time * group, size)
-    batch = ((0, 1), (0, 1))
-    scores = jax.lax.dot_general(matrix, keys, (((3,), (3,)), batch), preferred_element_type=jnp.float32)
-    scores = scores.reshape(rows, heads, time, group, -1)
-    scores = softcap(scores, cap)
-    if bias is not None:
-        scores = scores + bias[:, :, :, None]
-    scores = jnp.where(mask[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype).reshape(rows, heads, time * group, -1)
-    mixed = jax.lax.dot_general(weights, values, (((3,), (2,)), batch), preferred_element_type=jnp.float32)
-    return jnp.swapaxes(mixed.reshape(rows, heads, time, group, size), 1, 2)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv 2305.13245) over the cache.
 
@@ -229,7 +190,9 @@ class Attention(nnx.Module):
         own_keys, own_values = cache_lib.of_layer(keys, layer), cache_lib.of_layer(values, layer)
 
         query = query_key[:, :, :, :group] * (c.head_dim**-0.5 if c.query_scale is None else c.query_scale)
-        mixed = attend(query.astype(keys.dtype), own_keys, own_values, mask, cap=c.attention_softcap)
+        mixed = attend(
+            query.astype(keys.dtype), own_keys, own_values, mask, cap=c.attention_softcap, in_cache=start is not None
+        )
         if broken is not None:
             mixed = jnp.where(broken[:, :, :, None], jnp.nan, mixed)
         out = self.out(mixed)

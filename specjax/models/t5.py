@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
 from specjax.models import layers, linear, modules
+from specjax.models.attention import attend
 from specjax.models.config import T5Config
 from specjax.models.linear import Matrix
 from specjax.parallel import sharding
@@ -139,7 +140,8 @@ class SelfAttention(nnx.Module):
         if start is not None:
             new_values, broken = cache_lib.contain(new_values)
         values = cache_lib.constrain(cache_lib.write(values, new_values, start), self.rules)
-        mixed = layers.attend(qkv[:, :, :, :1].astype(keys.dtype), keys, values, mask, bias)
+        query = qkv[:, :, :, :1].astype(keys.dtype)
+        mixed = attend(query, keys, values, mask, bias, in_cache=start is not None)
         if broken is not None:
             mixed = jnp.where(broken[:, :, :, None], jnp.nan, mixed)
         return self.out(mixed[:, :, :, 0]), keys, values
@@ -185,7 +187,7 @@ class CrossAttention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attends to the source."""
         query = self.query(x)[:, :, :, None].astype(keys.dtype)
-        mixed = layers.attend(query, keys, values, mask)
+        mixed = attend(query, keys, values, mask)
         return self.out(mixed[:, :, :, 0])
 
 

@@ -39,6 +39,9 @@ class _Gpu(NamedTuple):
     memory: int
 
 
+# XLA captures loops and conditions in CUDA graphs from CUDA 12.3 on; without these it takes the driver to be older.
+_VERSIONS = ("driver_version", "kernel_mode_driver_version", "runtime_version", "compile_time_toolkit_version")
+
 _HOPPER = (233_472, 232_448)
 
 # Figures of openxla/xla, xla/backends/gpu/target_config/specs (read on 2026-11-29).
@@ -83,6 +86,7 @@ def _target_config(topology: Topology) -> str:
         "device_memory_size": gpu.memory,
     }
     numbers = " ".join(f"{name}: {value}" for name, value in fields.items())
+    numbers += "".join(f' {name}: "13.0.0"' for name in _VERSIONS)
     capability = f"cuda_compute_capability {{ major: {major} minor: {minor} }}"
     return (
         f'gpu_device_info {{ {capability} {numbers} }} platform_name: "CUDA" '

@@ -602,6 +602,28 @@ def test_the_compiled_step_copies_no_cache_and_gathers_nothing(family: str, topo
         assert program.collectives[part, "all-reduce"][2] <= 1024 < 4 * setup.target.vocab_size / 4 + 1
 
 
+VARIANTS = [("int8", family, chip) for family in FAMILIES for chip in ("v5e:2x2", "H100:1", "H100:4")]
+# On GPUs, XLA writes a scanned layer's slice of the cache to memory (docs/limits.md).
+VARIANTS.append(("scan_layers", "decoder", "v5e:2x2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "family", "topology"), VARIANTS)
+def test_small_weights_and_scanned_layers_are_read_in_place(variant: str, family: str, topology: str):
+    setup = gate_setup(family, topology)
+    mesh = gate_mesh(setup)
+    wide, narrow = (dataclasses.replace(setup.side(side), **{variant: True}) for side in plan.SIDES)
+    setup = dataclasses.replace(setup, target=wide, draft=narrow)
+    placed = plan.shard(setup, mesh)
+    program = aot.read(aot.step(setup, mesh), aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
+    assert program.cache_copies == 0
+    assert program.gathered_bytes == 0
+    # Neither the head in bfloat16 nor a layer's keys are among the temporaries.
+    devices = setup.topology.num_devices
+    assert program.temporary_bytes < wide.vocab_size * wide.hidden_size * 2 / devices
+    assert program.temporary_bytes < setup.buffer * (16 // devices) * 128 * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "topology"), GATE)
 def test_a_compiled_tree_moves_its_path_and_copies_no_cache(family: str, topology: str):

@@ -1,6 +1,7 @@
 """Cases and checks that the tests share; `test_mutants` holds the same checks against planted bugs."""
 
 import functools
+import importlib.metadata
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import pytest
 import tokenizers
@@ -143,7 +143,9 @@ def right_pad(prompts: Sequence[Sequence[int]], width: int) -> Inputs:
     return Inputs(jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32))
 
 
-EMITTERS_OF_USERS = {"xla_cpu_use_fusion_emitters": True} if jaxlib.__version__.startswith("0.10.") else {}
+EMITTERS_OF_USERS: dict[str, str | bool] = (
+    {"xla_cpu_use_fusion_emitters": True} if importlib.metadata.version("jaxlib").startswith("0.10.") else {}
+)
 """For programs whose instructions a test reads; the default run compiles all others with XLA's older emitters."""
 
 OPTIMISED = {"xla_backend_optimization_level": 2}

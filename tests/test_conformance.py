@@ -183,6 +183,7 @@ def test_a_planted_bug_is_named(bug: str):
 SOURCE = Pretrained(*testing.tabular(1, vocab_size=V, order=5), None, None)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 def test_a_model_whose_cache_is_not_rolled_back_is_named():
     stale = drafters.model(SOURCE, num_draft_tokens=K).drafter._replace(update=lambda params, state, feedback: state)
     problem = conformance._perfect_problem(SOURCE.model, SOURCE.params, stale, 1)

@@ -216,7 +216,8 @@ def test_a_budget_of_nothing_returns_the_prompt():
     assert np.asarray(state.rows.stats.target_calls)[[0, 2, 4]].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("drafter", usual(["ngram", "model"], "ngram"))
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", ["ngram", "model"])
 def test_a_text_may_fill_its_buffer_to_the_last_slot(drafter: str):
     chosen, params = drafter_of(drafter)
     prompts = [[1, 2, 3], [4]]
@@ -324,7 +325,8 @@ def test_a_target_that_is_not_a_number_ends_the_row_and_is_named(drafter: str, t
     assert np.asarray(final.rows.failed_at).tolist() == [-1, 8, -1]
 
 
-@pytest.mark.parametrize("temperature", usual([0.0, 0.01], 0.01))
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
 def test_a_draft_that_is_not_a_number_ends_the_row_and_is_named(temperature: float):
     target, chosen, params, state = nan_run("model", temperature, SOUND_TABLE, NAN_TABLE)
     with pytest.raises(FloatingPointError, match=r"draft's logits .* position \d+ of row 1, .*: the text before it"):

@@ -114,7 +114,7 @@ def decoded(model, params, drafter, draft_params=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", usual(CONFIGS, "gemma3"))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_speculation_writes_the_text_of_plain_decoding(name):
     """The greedy rows, and with the coupled rule the sampled ones too."""
     model, params = tiny(name)
@@ -159,6 +159,7 @@ def test_scanned_layers_are_cast_and_split_as_they_are():
     assert tuple(down(config)) == (None, *down(CONFIGS["gemma3"]))
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_with_scanned_layers_and_saved_with_them(tmp_path):
     source = save_tiny_decoder(tmp_path / "source", 0)
     plain, scanned = (specjax.load(source, scan_layers=scan) for scan in (False, True))

@@ -173,12 +173,11 @@ def survives_jit(state: DecodeState) -> None:
 
 SOUND = [(check, rule) for check in (exact, stops, own_seed, sound_counters) for rule in EXACT_RULES]
 SOUND += [(check, verify.coupled) for check in (same_text, often_accepted)]
+
+
 # The matrix holds rules to the same in every run.
-IN_EVERY_RUN = [SOUND[-1]]
-CELLS = [cell if cell in IN_EVERY_RUN else pytest.param(*cell, marks=pytest.mark.slow) for cell in SOUND]
-
-
-@pytest.mark.parametrize(("check", "rule"), CELLS, ids=lambda cell: getattr(cell, "name", None) or cell.__name__)
+@pytest.mark.slow
+@pytest.mark.parametrize(("check", "rule"), SOUND, ids=lambda cell: getattr(cell, "name", None) or cell.__name__)
 def test_sound_code_passes(check: Check, rule: Rule):
     check(by_model(), rule=rule)
 
@@ -295,7 +294,8 @@ BLOCK = {
 }
 
 
-@pytest.mark.parametrize("bug", usual(BLOCK, "block verification takes each token's own ratio"))
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BLOCK)
 def test_exactness_catches_block_verification(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
     _block(monkeypatch, BLOCK[bug])
     with catches(bug, "joint distribution", "not distributed"):
@@ -391,7 +391,7 @@ DRAFTERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", usual(DRAFTERS, "improbable draft tokens dropped"))
+@pytest.mark.parametrize("bug", DRAFTERS)
 def test_exactness_catches_drafter(bug: str, catches: Any):
     with catches(bug, "joint distribution", "not distributed"):
         exact(DRAFTERS[bug]())
@@ -416,6 +416,7 @@ def test_perfect_acceptance_catches_a_draft_cache_that_is_not_caught_up(catches:
         perfect(_proposes(pair, propose))
 
 
+@pytest.mark.slow
 def test_the_acceptance_bound_catches_coupling_without_shared_noise(catches: Any):
     with catches("coupled draft draws with its own noise", "acceptance bound", "overlap"):
         often_accepted(by_model(), rule=dataclasses.replace(verify.coupled, coupled=False))
@@ -464,7 +465,8 @@ KEYS: dict[str, tuple[Callable[..., Any], Check, str, str, Rule]] = {
 }
 
 
-@pytest.mark.parametrize("bug", usual(KEYS, "coupled noise of the step, not of the position"))
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", KEYS)
 def test_checks_catch_keys(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
     change, check, name, match, rule = KEYS[bug]
     _keys(monkeypatch, change)
@@ -552,7 +554,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], list[Group]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", usual(DISTRIBUTIONS, "penalties that do not see the drafts before a position"))
+@pytest.mark.parametrize("bug", DISTRIBUTIONS)
 def test_exactness_catches_distribution(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
     plant, groups = DISTRIBUTIONS[bug]
     plant(monkeypatch)
@@ -617,7 +619,8 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("bug", usual(STEPS, "all rows rolled back alike"))
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", STEPS)
 def test_exactness_catches_step(bug: str, catches: Any):
     with catches(bug, "joint distribution", "not distributed"):
         exact(by_model(), step=_then(STEPS[bug]))

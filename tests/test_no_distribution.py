@@ -183,6 +183,7 @@ def test_exact_where_a_grammar_and_no_repeat_leave_few_tokens(drafter: str, rule
 # A draft that knows none of the tokens that the options leave.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("min_confidence", "rule"),
     [
@@ -271,6 +272,7 @@ def test_the_loop_is_exact_whatever_ids_and_lengths_a_drafter_gives(token: int, 
     assert_exact(sample(Pair(TARGET, TABLE, proposing(token, length)), groups, rule=rule, step=decoding.decode_step))
 
 
+@pytest.mark.slow
 def test_a_token_whose_embedding_is_nan_spoils_only_what_follows_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decoder, "PREFILL_CHUNK", 16)
     target, params = testing.tiny_decoder(0)

@@ -150,7 +150,8 @@ def pretrained(model: Model, params: Any) -> Pretrained:
     return Pretrained(model, params, None, None)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", TABULAR)
 def test_several_texts_of_a_prompt_are_those_of_the_prompt_repeated(drafter: str):
     target = pretrained(TARGET, TABLE)
     chosen = TABULAR[drafter]
@@ -194,7 +195,7 @@ def test_a_text_depends_on_its_own_seed_and_not_on_its_neighbours(drafter: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
+@pytest.mark.parametrize("drafter", TABULAR)
 def test_a_text_does_not_depend_on_the_batch_size(drafter: str):
     together = texts(tabular_run(drafter))
     for rows in ([4], [2, 3, 4, 5, 6, 7, 8]):

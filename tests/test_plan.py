@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import usual
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from specjax import decoding, drafters, experiments, launch, theory
+from specjax import experiments, launch, theory
 from specjax.decoding import verify
 from specjax.models import families, presets
 from specjax.models.config import DecoderConfig, T5Config
@@ -477,6 +477,7 @@ def test_tpus_are_planned_end_to_end(tmp_path):
     assert "| target call | all-reduce |" in summary
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_what_xla_finds_no_room_for_does_not_fit(tmp_path, capsys):
     large = dataclasses.replace(WIDE, vocab_size=4_000_000, hidden_size=4096)
@@ -627,16 +628,11 @@ def test_small_weights_and_scanned_layers_are_read_in_place(variant: str, family
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "topology"), GATE)
 def test_a_compiled_tree_moves_its_path_and_copies_no_cache(family: str, topology: str):
-    # The state of a tree as deep as the chain is the chain's.
     setup = gate_setup(family, topology)
     mesh = gate_mesh(setup)
     placed = plan.shard(setup, mesh)
-    drafter = drafters.model(placed.models["draft"], topology=(2, 2, 1))
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    with jax.set_mesh(mesh):
-        compiled = decoding.advance.lower(
-            placed.models["target"], drafter, verify.coupled, placed.params, placed.state, number
-        ).compile()
+    # The state of a tree as deep as the chain is the chain's.
+    compiled = aot.step(setup, mesh, verify.coupled, (2, 2, 1))
     program = aot.read(compiled, aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
     assert program.cache_copies == 0
     assert program.gathered_bytes == 0

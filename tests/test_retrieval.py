@@ -153,6 +153,7 @@ def test_stated_probabilities_follow_the_drafted_tokens(min_match, temperature):
     assert set(lengths) >= ({1, 4} if min_match == 1 else {0, 1, 4})
 
 
+@pytest.mark.slow
 def test_a_row_drafts_only_as_much_as_it_may():
     datastore = drafters.index_corpus([[0, 1, 2, 3, 4]] * 3, vocab_size=5)
     drafter = drafters.retrieval(datastore, num_draft_tokens=3, min_match=1)

@@ -379,6 +379,7 @@ def test_greedy_text_is_plain_decodings(order):
     assert accepted > (0 if order == 1 else 20)
 
 
+@pytest.mark.slow
 def test_another_table_of_the_same_shapes_compiles_nothing():
     plain, _ = greedy_text(drafters.none(), ())
     table = drafters.count_ngrams(plain, vocab_size=61, order=2, max_successors=4)

@@ -233,6 +233,7 @@ def smollm2_reference(smollm2_path):
     return transformers.AutoTokenizer.from_pretrained(str(smollm2_path.parent), gguf_file=smollm2_path.name)
 
 
+@pytest.mark.slow
 def test_smollm2_equals_byte_pair_encoding_written_out(smollm2_path):
     fields = gguf.open_file(smollm2_path).fields
     tokenizer = Tokenizer.from_gguf(fields)

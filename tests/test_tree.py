@@ -213,6 +213,7 @@ def test_a_walk_ends_at_the_first_node_that_is_not_the_targets_own():
     assert (int(nothing.num_accepted), int(nothing.tokens[0])) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_model_that_drafts_a_tree_for_itself_is_always_accepted():
     model, params = testing.tiny_decoder(0)
     drafter = drafters.model(model, topology=[(0,), (1,), (0, 0)])

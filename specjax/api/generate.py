@@ -131,8 +131,8 @@ def generate(
         them, as in transformers.
       grammar: restricts the text (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) per prompt.
       logprobs: None; a number n keeps the log-probability of every new token, and of the n most probable ones.
-      step_cost: the time of a drafting step divided by that of a plain step. A row whose drafts do not win it back
-        stops drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
+      step_cost: the time of a drafting step divided by that of a plain step. A row whose accepted drafts do not make
+        up for it stops drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
       max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
       prompt_width: the length that prompts are padded to; by default the next of a few fixed lengths.
       fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding

@@ -209,7 +209,7 @@ def count_ngrams(
       texts: token ids.
       vocab_size: V; ids lie below it.
       order: N; 1 counts unigrams alone, 2 bigrams.
-      min_count: n-grams of two tokens or more that are seen less often are dropped.
+      min_count: n-grams of two tokens or more that occur fewer times are dropped.
       max_successors: the most tokens that a context lists, the most frequent ones. Every draft token reads this many
         for each context.
       max_entries: the most n-grams of two tokens or more that are kept; the rarest are dropped first.

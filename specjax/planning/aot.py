@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specjax import decoding, sampling
+from specjax import decoding, drafters, sampling
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters.model import choose
@@ -68,14 +68,20 @@ def _compile(lowered: Any) -> Any:
         compilation_cache.reset_cache()
 
 
-def step(setup: Setup, mesh: Mesh, rule: Rule = verify.rejection) -> Any:
-    """The whole loop (`decode.advance`), compiled: its state is donated, its sampling options are arguments."""
+def step(setup: Setup, mesh: Mesh, rule: Rule = verify.rejection, topology: Any = None) -> Any:
+    """The whole loop (`decoding.advance`), compiled: its state is donated, its sampling options are arguments.
+
+    Args:
+      setup: the plan.
+      mesh: from `make_mesh`.
+      rule: the acceptance rule.
+      topology: of a tree as deep as the plan's chain is long (`drafters.model`); None: the chain.
+    """
     placed = plan.shard(setup, mesh)
+    drafter = placed.drafter if topology is None else drafters.model(placed.models["draft"], topology=topology)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        lowered = decoding.advance.lower(
-            placed.models["target"], placed.drafter, rule, placed.params, placed.state, number
-        )
+        lowered = decoding.advance.lower(placed.models["target"], drafter, rule, placed.params, placed.state, number)
         return _compile(lowered)
 
 

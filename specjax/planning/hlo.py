@@ -108,7 +108,7 @@ class Kernels(NamedTuple):
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 _INSIDE = re.compile(r"\b(?:calls|to_apply)=%?([\w.-]+)")
-# What is no kernel of its own: it names, or waits for, what others make.
+# These are not kernels: they name, or wait for, what others make.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "call", "opt-barrier"}
 _FREE |= {"partition-id", "replica-id"}
 

@@ -17,7 +17,8 @@ def arrays(entries: int, dtype: str) -> tuple[Any, Any, Any]:
     """Queries, keys and values."""
     rng = np.random.default_rng(entries)
     shapes = (ROWS, TIME, HEADS, GROUP, SIZE), (ROWS, HEADS, entries, SIZE), (ROWS, HEADS, entries, SIZE)
-    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    query, keys, values = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    return query, keys, values
 
 
 def mask_of(entries: int, lengths: tuple[int, ...], window: int | None = None) -> Any:

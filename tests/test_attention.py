@@ -82,3 +82,20 @@ def test_a_row_does_not_depend_on_the_longest_row():
     short, _ = both(query, keys, values, mask_of(4 * BLOCK, (5, 3, 0)))
     beside_a_long_one, _ = both(query, keys, values, mask_of(4 * BLOCK, (5, 3 * BLOCK, 0)))
     np.testing.assert_array_equal(short[[0, 2]], beside_a_long_one[[0, 2]])
+
+
+def test_nan_stays_with_the_query_that_has_it_and_with_those_that_see_it():
+    query, keys, values = arrays(3 * BLOCK, "float32")
+    mask = mask_of(3 * BLOCK, (BLOCK + 2, 5, BLOCK))
+    # The key of the second token of the first row, and the query of the third token of the second row.
+    spoiled = query.at[1, 2].set(jnp.nan), keys.at[0, :, BLOCK + 3].set(jnp.nan), values
+    broken = np.zeros((ROWS, TIME), bool)
+    broken[0, 1:] = broken[1, 2] = True
+    for found in both(*spoiled, mask):
+        np.testing.assert_array_equal(np.isnan(found).all(axis=(2, 3, 4)), broken)
+        np.testing.assert_array_equal(np.isnan(found).any(axis=(2, 3, 4)), broken)
+
+
+def test_a_query_that_attends_to_nothing_is_finite():
+    mask = mask_of(3 * BLOCK, (BLOCK + 2, 5, BLOCK)).at[1, 2].set(False)
+    assert all(np.isfinite(found).all() for found in both(*arrays(3 * BLOCK, "float32"), mask))

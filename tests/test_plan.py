@@ -578,7 +578,9 @@ def test_the_compiled_step_copies_no_cache_and_gathers_nothing(family: str, topo
     setup = gate_setup(family, topology)
     mesh = gate_mesh(setup)
     placed = plan.shard(setup, mesh)
+    cached = jax.config.values["jax_enable_compilation_cache"]
     program = aot.read(aot.step(setup, mesh), aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
+    assert jax.config.values["jax_enable_compilation_cache"] == cached, "a plan leaves the compilation cache as it was"
     assert program.cache_copies == 0
     assert program.gathered_bytes == 0, "neither parameters nor logits nor caches"
     devices = setup.topology.num_devices

@@ -129,4 +129,5 @@ def _by_blocks(
     each = (rows, heads, mask.shape[1], queries // mask.shape[1])
     begin = jnp.full(each, _LEAST), jnp.zeros(each), jnp.zeros(matrix.shape, jnp.float32)
     _, total, mixed = jax.lax.fori_loop(first // BLOCK, -(-end // BLOCK), read, begin)
-    return mixed / total.reshape(rows, heads, queries, 1)
+    # The largest weight is 1: only a query that attends to nothing has a sum below.
+    return mixed / jnp.maximum(total, 1.0).reshape(rows, heads, queries, 1)

@@ -1,6 +1,6 @@
 """Attention to a cache of which a part is in use: the einsum that reads it whole, and what reads only that part.
 
-    python benchmarks/attention.py --buffer=8192 --used=200,2000,8000
+    python benchmarks/attention.py --buffer=8192 --used=200 --used=8000
 
 On TPUs and GPUs, the Pallas kernel of `specjax.models.attention_kernel`; on CPUs, the blocks of
 `specjax.models.attention`. Prints the median of each call in microseconds, in turn, and the bandwidth at which the part
@@ -21,7 +21,7 @@ from absl import app, flags
 from specjax.models import attention, attention_kernel, layers
 
 _BUFFER = flags.DEFINE_integer("buffer", 8192, "Entries of the cache.", lower_bound=16)
-_USED = flags.DEFINE_list("used", ["200", "2000", "8000"], "Committed entries of each row.")
+_USED = flags.DEFINE_multi_integer("used", [200, 2000, 8000], "Committed entries of each row.", lower_bound=0)
 _ROWS = flags.DEFINE_integer("batch_size", 1, "Rows.", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 5, "Tokens of a row that are scored at once.", lower_bound=1, upper_bound=32)
 _HEADS = flags.DEFINE_integer("kv_heads", 8, "Key/value heads.", lower_bound=1)
@@ -48,12 +48,9 @@ def by_kernel(query: Any, keys: Any, values: Any, length: Any, *, form: Any) -> 
 
 def contenders() -> dict[str, Attend]:
     """What is compared on this machine, the einsum first."""
-    forms = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
-    ours = (
-        functools.partial(by_mask, in_cache=True)
-        if jax.default_backend() == "cpu"
-        else functools.partial(by_kernel, form=forms[jax.default_backend()])
-    )
+    backend = jax.default_backend()
+    on_cpu = functools.partial(by_mask, in_cache=True)
+    ours = on_cpu if backend == "cpu" else functools.partial(by_kernel, form=backend)
     return {"whole": functools.partial(by_mask, in_cache=False), "part": ours}
 
 
@@ -66,7 +63,7 @@ def main(argv: list[str]) -> None:
     query = jnp.asarray(rng.normal(size=(rows, _TOKENS.value, _HEADS.value, _GROUP.value, size)), _DTYPE.value)
     programs = {name: jax.jit(function) for name, function in contenders().items()}
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {keys.shape} {keys.dtype}, {_TOKENS.value} tokens")
-    for used in map(int, _USED.value):
+    for used in _USED.value:
         if used + _TOKENS.value > _BUFFER.value:
             raise app.UsageError(f"--used={used} and {_TOKENS.value} tokens do not fit --buffer={_BUFFER.value}.")
         length = jnp.full(rows, used, jnp.int32)

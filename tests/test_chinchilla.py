@@ -77,9 +77,9 @@ def test_summaries_with_and_without_speculation(target, data, tmp_path, capfd):
     assert "seed: 0 before, 1 now" in capfd.readouterr().err
 
 
-# The runs of this experiment from end to end.
-@pytest.mark.slow
-@pytest.mark.parametrize("execute", ["True", "False"])
+# The one run of this experiment from end to end.
+@pytest.mark.budget(60)
+@pytest.mark.parametrize("execute", ["True", pytest.param("False", marks=pytest.mark.slow)])
 def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkeypatch, capfd):
     ran = []
 

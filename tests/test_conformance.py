@@ -190,6 +190,7 @@ def test_a_model_whose_cache_is_not_rolled_back_is_named():
     assert "does not hold the text that was committed" in problem
 
 
+@pytest.mark.slow
 def test_a_sound_drafter_passes():
     report = testing.check_drafter(_changed(lambda p, c: p), num_texts=1024)
     assert "distributed as the target's" in str(report)

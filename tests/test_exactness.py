@@ -74,11 +74,8 @@ def ragged(options: str) -> list[Group]:
     return [Group(a, 102_000, **OPTIONS[options]), Group(b, 102_000, **OPTIONS[options]), *few]
 
 
-IN_EVERY_RUN = [
-    ("none", 0, "mixed"),
-    ("model", 3, "mixed"),
-]
-"""Every option without drafts and with drafts that are sampled."""
+IN_EVERY_RUN = [("model", 3, "mixed")]
+"""Every option, with drafts that are sampled."""
 
 CELLS = [
     cell if cell in IN_EVERY_RUN else pytest.param(*cell, marks=pytest.mark.slow)
@@ -194,13 +191,13 @@ def _greedy(kind: str, drafter, draft_params=None) -> DecodeState:
     ("kind", "drafter", "k"),
     [
         ("decoder", "ngram 1", 4),
-        ("decoder", "self", 4),
         *(
             pytest.param(*cell, marks=pytest.mark.slow)
             for cell in (
                 *(("table", drafter, 1) for drafter in ("ngram 1", "model", "self")),
                 *(("table", drafter, 4) for drafter in ("ngram 1", "model", "self")),
                 ("decoder", "model", 1),
+                ("decoder", "self", 4),
                 ("table", "ngram 2", 4),
                 *(("decoder", drafter, 4) for drafter in ("ngram 2", "model")),
                 *(("decoder", drafter, 0) for drafter in ("ngram 1", "model")),
@@ -324,6 +321,7 @@ def test_k_0_is_plain_decoding(drafter: str):
     assert np.asarray(results[0].rows.stats.histogram).shape == (8, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("drafter", usual(["ngram", "model"], "model"))
 def test_stream_yields_the_tokens_of_generate(drafter: str, steps: int):

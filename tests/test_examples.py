@@ -49,6 +49,7 @@ def test_speculate(source, draft, with_draft_model, capsys):
     assert "identical text: True" in said
 
 
+@pytest.mark.slow
 def test_shard_over_a_mesh(source):
     # A process of its own: the number of virtual devices is fixed when JAX starts.
     said = in_a_process(
@@ -58,6 +59,7 @@ def test_shard_over_a_mesh(source):
     assert "The text equals one device's." in said
 
 
+@pytest.mark.slow
 @pytest.mark.budget(60)
 def test_write_a_drafter(source, capsys):
     example("write_a_drafter.py")["main"](source, PROMPT)
@@ -67,6 +69,7 @@ def test_write_a_drafter(source, capsys):
     assert "identical text: True" in said
 
 
+@pytest.mark.slow
 def test_write_a_rule(source, capsys):
     found = example("write_a_rule.py")
     assert isinstance(found["rule"], Rule)

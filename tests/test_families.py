@@ -125,6 +125,7 @@ def test_speculation_writes_the_text_of_plain_decoding(name):
     assert len({tuple(text[-20:]) for text in texts(plain)}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", usual(CONFIGS, "gemma3"))
 def test_layers_that_are_scanned_write_the_text_of_those_that_are_not(name):
     model, params = tiny(name)

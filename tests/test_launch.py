@@ -248,6 +248,7 @@ def test_errors_are_one_line(arguments, words, tmp_path, monkeypatch, capsys):
         assert word in error
 
 
+@pytest.mark.slow
 def test_a_failed_start_does_not_claim_the_workdir(target, data, tmp_path, capsys):
     assert launch.main(_compare("/no/such/model", data, tmp_path)) == 1
     assert launch.main(_compare(target, data, tmp_path, num_prompts=1)) == 0
@@ -330,6 +331,7 @@ def own(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_drafter_and_a_rule_of_ones_own(target, data, own, tmp_path, capsys):
     options = {"drafter": f"{own}:copier", "draft": "note", "verify": f"{own}:mine", "num_prompts": 2}
     with pytest.warns(UserWarning, match="verify=mine has no `at_zero` of its own"):

@@ -257,6 +257,7 @@ def test_an_id_outside_the_vocabulary_is_never_accepted(rule: Rule):
             assert ((first >= 0) & (first < 4)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "length", "rule"),
     [
@@ -342,6 +343,7 @@ BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", usual(BUGS, "NaN is certain acceptance in block verification"))
 def test_planted_bugs_are_caught(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
     plant, check = BUGS[bug]

@@ -296,6 +296,7 @@ def test_what_fits_needs_no_remedy():
     assert found.needed == sum(plan.memory(setup_of()))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would():
     setup = setup_of(batch_size=32, max_new_tokens=4000)
     setup = dataclasses.replace(setup, target=dataclasses.replace(WIDE, dtype="float32"))
@@ -573,7 +574,7 @@ def gate_mesh(setup: plan.Setup) -> Mesh:
 
 
 @pytest.mark.budget(60)
-@pytest.mark.parametrize(("family", "topology"), usual(GATE, ("decoder", "v5e:2x2"), ("decoder", "H100:4")))
+@pytest.mark.parametrize(("family", "topology"), usual(GATE, ("decoder", "v5e:2x2")))
 def test_the_compiled_step_copies_no_cache_and_gathers_nothing(family: str, topology: str):
     setup = gate_setup(family, topology)
     mesh = gate_mesh(setup)

@@ -116,6 +116,7 @@ def tried(request, tmp_path_factory):
     return Tried(outcomes, seconds, grown, touched, alive, in_jail())
 
 
+@pytest.mark.slow
 def test_no_forgery_passes(tried):
     passed = [name for name in hostile.FORGERIES if tried.outcomes[name] == sandbox.PASSED]
     assert not passed

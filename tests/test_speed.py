@@ -4,6 +4,9 @@ import json
 import pathlib
 import sys
 
+import gguf
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
@@ -18,7 +21,7 @@ from specjax.metrics import Costs
 def given(tmp_path):
     def parse(**values):
         flags.FLAGS.unparse_flags()
-        flags.FLAGS(["speed", "--data=x", "--notransformers", *(f"--{k}={v}" for k, v in values.items())])
+        flags.FLAGS(["speed", "--data=x", "--peers=", *(f"--{k}={v}" for k, v in values.items())])
 
     parse()
     yield parse
@@ -89,7 +92,8 @@ def test_the_report():
     modes = ["specjax plain", "specjax ngram", "transformers plain", "transformers lookup 3"]
 
     def row(id, category, *milliseconds):
-        fields = {"id": id, "category": category, "new_tokens": 8, "identical": True, "transformers agrees": False}
+        fields = {"id": id, "category": category, "new_tokens": 8, "identical": True}
+        fields["agrees"] = {"specjax plain": True, "transformers plain": id == 3}
         return fields | {"milliseconds": dict(zip(modes, milliseconds, strict=True))}
 
     rows = [
@@ -111,4 +115,42 @@ def test_the_report():
     assert "1.41x (95 %: 1.00 to 2.00)" in table[4]
     assert "Slower than plain decoding on 1 of 4 prompts; the worst has 0.50x (a 2)" in text
     assert "1.00x (95 %" not in text.split("Without the first prompt")[1].splitlines()[0]
-    assert "Plain specjax over plain transformers" in text
+    assert "Plain specjax over plain transformers: 1.68x (95 %: 1.41 to 2.00); n-gram" in text
+    assert "its best mode (transformers lookup 3): 1.68x" in text
+    assert "Plain texts are identical on 1 of 4 prompts." in text
+
+
+def test_an_engine_that_is_not_installed_is_left_out_with_a_message(given, monkeypatch, capsys):
+    given(peers="transformers,openvino")
+    monkeypatch.setattr(speed.peers, "version", lambda name: "5" if name == "transformers" else None)
+    assert speed.installed() == {"transformers": "5"}
+    assert "openvino is left out: it is not installed (pip install openvino-genai)." in capsys.readouterr().err
+    given(peers="vllm")
+    with pytest.raises(ValueError, match="--peers=vllm: there is no such engine; choose among transformers, llama"):
+        speed.installed()
+
+
+def test_weights_for_other_engines_are_rounded_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECJAX_CACHE", str(tmp_path / "cache"))
+    values = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_uint32("llama.block_count", 3)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_tensor("matrix", values)
+    writer.add_tensor("norm", values[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for dtype, stored in (("float32", "F32"), ("bfloat16", "BF16"), ("bfloat16", "F16")):
+        copy = speed.peers.rewritten(tmp_path / "model.gguf", dtype, stored)
+        reader = gguf.GGUFReader(copy)
+        assert reader.fields["llama.block_count"].contents() == 3
+        assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+        kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        assert kinds == {"matrix": stored, "norm": "F32"}
+        got = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
+        rounded = np.asarray(jnp.asarray(values, dtype), np.float32)
+        np.testing.assert_allclose(got["matrix"], rounded, rtol=0, atol=1e-7 if stored == "F16" else 0)
+        np.testing.assert_array_equal(got["norm"], rounded[0])
+        assert speed.peers.rewritten(tmp_path / "model.gguf", dtype, stored) == copy

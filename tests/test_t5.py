@@ -137,6 +137,7 @@ def test_the_way_to_hugging_face_and_back(name, dtype, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, t5_mapping.from_huggingface(config, tensors), params)
 
 
+@pytest.mark.slow
 def test_the_cases_cover_what_they_name(tmp_path):
     configs = {name: load(tmp_path, name)[1].config for name in CASES}
     configs = {name: c for name, c in configs.items() if isinstance(c, T5Config)}

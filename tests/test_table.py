@@ -398,6 +398,7 @@ def test_negative_k_is_refused():
         drafters.table(counted_table(), num_draft_tokens=-1)
 
 
+@pytest.mark.slow
 def test_through_the_front_door(tmp_path):
     model, params = testing.tiny_decoder(0, vocab_size=5)
     target = specjax.Pretrained(model, params, LETTERS, None)  # pyright: ignore[reportArgumentType]

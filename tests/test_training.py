@@ -609,6 +609,7 @@ def command(workdir: pathlib.Path, **values) -> list[str]:
     return ["launch", f"--config={CONFIG}", f"--workdir={workdir}", "--nocompilation_cache", *flags]
 
 
+@pytest.mark.slow
 def test_launched(files, tmp_path, capsys):
     assert launch.main(command(tmp_path, **files)) == 0
     output = capsys.readouterr().out
@@ -646,6 +647,7 @@ def test_launched_with_a_vocabulary_of_its_own(files, tmp_path, capsys):
     assert (tmp_path / "spiece.model").is_file()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(files, tmp_path):
     arguments = command(tmp_path, **files, num_steps=100_000, save_every=100_000, eval_every=100_000, log_every=1)[1:]
     program = [sys.executable, "-m", "specjax.launch", *arguments]

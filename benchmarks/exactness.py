@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 import specjax
-from specjax import api, decoding, files
+from specjax import api, decoding
 from specjax.decoding import verify
 from specjax.experiments import prompts
 from specjax.types import AnyDrafter
@@ -80,7 +80,7 @@ def decode_all(
 def main(argv: list[str]) -> None:
     """Decodes, compares, and prints two Markdown tables."""
     del argv
-    jax.config.update("jax_compilation_cache_dir", str(files.cache_directory() / "jax"))
+    api.keep_programs()
     target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
     draft = specjax.load(_DRAFT.value or _TARGET.value, dtype="float32" if _DRAFT.value else "bfloat16")
     chosen = choose(target)

@@ -27,7 +27,7 @@ import numpy as np
 from absl import app, flags
 
 import specjax
-from specjax import api, decoding, files
+from specjax import api, decoding
 from specjax.experiments.reports import tables
 from specjax.experiments.tasks import human_eval
 from specjax.types import AnyDrafter
@@ -191,7 +191,7 @@ def summarise(rows: dict[str, dict[str, Any]], modes: list[str]) -> str:
 def main(argv: list[str]) -> None:
     """Measures and prints a Markdown table."""
     del argv
-    jax.config.update("jax_compilation_cache_dir", str(files.cache_directory() / "jax"))
+    api.keep_programs()
     names = (
         "target",
         "draft",

@@ -129,6 +129,7 @@ def llama_cpp_runs(work: Work) -> dict[str, Run]:
             n_threads=work.threads,
             n_threads_batch=work.threads,
             draft_model=draft,
+            logits_all=draft is not None,  # The binding needs it for drafts, and does not see to it for long prompts.
             verbose=False,
         )
 

@@ -278,8 +278,7 @@ def measure_all(
 def main(argv: list[str]) -> None:
     """Measures, and prints Markdown that `docs/results/speed.md` can take."""
     del argv
-    jax.config.update("jax_compilation_cache_dir", str(files.cache_directory() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    api.keep_programs()
     try:
         chosen = questions(_DATA.value, _PER_CATEGORY.value, _CATEGORIES.value)
         record = Record(pathlib.Path(_OUT.value or f"runs/speed-{_DTYPE.value}.json"))

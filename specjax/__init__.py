@@ -2,7 +2,7 @@
 
 from specjax import decoding as decode
 from specjax import drafters, metrics, sampling, theory
-from specjax.api import Generation, Pretrained, beam_search, generate, load, save, stream
+from specjax.api import Generation, Pretrained, beam_search, generate, load, save, stream, warm
 from specjax.decoding import verify
 from specjax.models.config import DecoderConfig, T5Config
 from specjax.parallel import sharding
@@ -32,4 +32,5 @@ __all__ = [
     "stream",
     "theory",
     "verify",
+    "warm",
 ]

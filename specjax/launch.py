@@ -168,26 +168,14 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     return values, config
 
 
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX has been told of another one."""
-    import jax
-
-    from specjax import files
-
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        directory = files.cache_directory() / "jax"
-        directory.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 def _run(values: flags.FlagValues, config: ConfigDict, workdir: pathlib.Path) -> None:
     from specjax import experiments
+    from specjax.api import keep_programs
     from specjax.experiments import workdir as places
 
     run = experiments.get(str(config.experiment))
     if values.compilation_cache:
-        enable_compilation_cache()
+        keep_programs()
     if values.distributed:
         _run_distributed(run, config, workdir, values.overwrite)
     else:

@@ -12,7 +12,7 @@ import jax
 import pytest
 from helpers import WORDS, save_tiny_decoder
 
-from specjax import experiments, launch
+from specjax import api, experiments, launch
 from specjax.experiments import compare as compare_experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -201,10 +201,10 @@ def test_compilation_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SPECJAX_CACHE", str(tmp_path))
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        launch.enable_compilation_cache()
+        api.keep_programs()
         assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "jax")
         jax.config.update("jax_compilation_cache_dir", "elsewhere")
-        launch.enable_compilation_cache()
+        api.keep_programs()
         assert jax.config.values["jax_compilation_cache_dir"] == "elsewhere"
     finally:
         for name, value in before.items():

@@ -4,16 +4,19 @@ from specjax.api.beam import beam_search
 from specjax.api.generate import Generation, finish, generate, readable, run, run_in_steps, stream
 from specjax.api.pretrained import Pretrained, load, load_tokenizer, save
 from specjax.api.request import Request, check_vocabularies, encode, place, prepare
+from specjax.api.warm import Shape, keep_programs, warm
 
 __all__ = [
     "Generation",
     "Pretrained",
     "Request",
+    "Shape",
     "beam_search",
     "check_vocabularies",
     "encode",
     "finish",
     "generate",
+    "keep_programs",
     "load",
     "load_tokenizer",
     "place",
@@ -23,4 +26,5 @@ __all__ = [
     "run_in_steps",
     "save",
     "stream",
+    "warm",
 ]

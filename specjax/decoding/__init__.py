@@ -1,6 +1,13 @@
 """The decoding loop over pytrees, for code that shards, serves or measures."""
 
-from specjax.decoding.buffers import BUFFER_MULTIPLE, buffer_length, pad_prompts, read_inputs, text_limits
+from specjax.decoding.buffers import (
+    BUFFER_MULTIPLE,
+    buffer_length,
+    pad_prompts,
+    read_inputs,
+    round_up,
+    text_limits,
+)
 from specjax.decoding.loop import advance, check, generate, stream
 from specjax.decoding.prefill import DEFAULT_STEP_COST, prefill, repeat, row_keys, spread_seeds
 from specjax.decoding.step import apply_rule, decode_step, history_of, propose, step_keys
@@ -20,6 +27,7 @@ __all__ = [
     "propose",
     "read_inputs",
     "repeat",
+    "round_up",
     "row_keys",
     "spread_seeds",
     "step_keys",

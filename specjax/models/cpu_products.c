@@ -187,6 +187,14 @@ static Job *make_job(const XLA_FFI_Buffer *x, const XLA_FFI_Buffer *w, const XLA
   return job;
 }
 
+// Whether a call of the interface failed. Without threads from XLA, the caller does all the work.
+static int failed(const XLA_FFI_Api *api, XLA_FFI_Error *error) {
+  if (!error) return 0;
+  XLA_FFI_Error_Destroy_Args destroy = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, NULL, error};
+  api->XLA_FFI_Error_Destroy(&destroy);
+  return 1;
+}
+
 XLA_FFI_Error *specjax_product(XLA_FFI_CallFrame *frame) {
   if (frame->extension_start && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
     XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)frame->extension_start)->metadata;
@@ -204,11 +212,7 @@ XLA_FFI_Error *specjax_product(XLA_FFI_CallFrame *frame) {
   int64_t threads = 1;
   XLA_FFI_ThreadPool_NumThreads_Args number = {
       XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL, frame->ctx, &threads};
-  XLA_FFI_Error *error = api->XLA_FFI_ThreadPool_NumThreads(&number);
-  if (error) {
-    free(job);
-    return error;
-  }
+  if (failed(api, api->XLA_FFI_ThreadPool_NumThreads(&number)) || threads < 1) threads = 1;
   // Two chunks a thread, so that a thread that starts late does not leave half of the work to the others.
   int64_t each = job->outputs / (2 * threads) / LANES * LANES;
   if (!job->is_bfloat16 && each > COLUMNS) each = COLUMNS;
@@ -217,8 +221,7 @@ XLA_FFI_Error *specjax_product(XLA_FFI_CallFrame *frame) {
   for (long helper = 1; helper < threads && helper < job->chunks; helper++) {
     atomic_fetch_add(&job->users, 1);
     XLA_FFI_ThreadPool_Schedule_Args task = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL, frame->ctx, help, job};
-    error = api->XLA_FFI_ThreadPool_Schedule(&task);
-    if (error) {
+    if (failed(api, api->XLA_FFI_ThreadPool_Schedule(&task))) {
       leave(job);
       break;
     }
@@ -227,5 +230,5 @@ XLA_FFI_Error *specjax_product(XLA_FFI_CallFrame *frame) {
   run_chunks(job);
   while (atomic_load(&job->done) < job->chunks) PAUSE();
   leave(job);
-  return error;
+  return NULL;
 }

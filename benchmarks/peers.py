@@ -11,10 +11,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import gguf
-
-from specjax import files
-
 Run = Callable[[list[int]], list[int]]
 """From the token ids of a prompt to those of its continuation."""
 
@@ -52,6 +48,10 @@ def rewritten(path: pathlib.Path, dtype: str, stored: str) -> pathlib.Path:
     Returns:
       the copy, in the cache directory of specjax; one that is there is taken as it is.
     """
+    import gguf
+
+    from specjax import files
+
     key = hashlib.sha256(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode()).hexdigest()[:8]
     copy = files.cache_directory() / "gguf" / f"{path.stem}-{dtype}-{stored}-{key}.gguf"
     if copy.exists():

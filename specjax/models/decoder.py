@@ -122,7 +122,8 @@ class Decoder(nnx.Module):
         keys, values, states = list(cache.keys), list(cache.values), {}
         for i, block in enumerate(self.layers):
             states[i] = x
-            x, keys[i], values[i] = block(x, views[windowed[i]], keys[i], values[i], start)
+            run = modules.traced_once(block)
+            x, keys[i], values[i] = run(x, views[windowed[i]], keys[i], values[i], start)
         return x, tuple(keys), tuple(values), states
 
     def read(

@@ -65,6 +65,20 @@ def merge(build: Build, config: Any, rules: sharding.Rules, params: Tree) -> Any
     return nnx.merge(_split(build, config, rules)[0], nnx.State(params))
 
 
+def traced_once(layer: nnx.Module) -> Callable[..., Any]:
+    """The layer's call, traced and lowered once for all layers of the same structure and shapes.
+
+    Tracing is most of what a call waits for where its programs are in the compilation cache. XLA inlines the calls.
+    """
+    definition, params = nnx.split(layer)
+    return functools.partial(_call, definition, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(definition: Any, params: Any, *arguments: Any) -> Any:
+    return nnx.merge(definition, params)(*arguments)
+
+
 def abstract(build: Build, config: Any) -> Tree:
     """The parameter tree with each array replaced by a `jax.ShapeDtypeStruct`: nested dicts, layers keyed by number."""
     return nnx.to_pure_dict(_split(build, config, sharding.RULES)[1])

@@ -287,7 +287,7 @@ class T5(nnx.Module):
                 positions = jnp.arange(size)
                 distance = (positions[:, None] - positions)[None]
                 bias = relative_bias(c, block.attention.bias[...], distance, bidirectional=True)
-            x, _, _ = block(x, mask, bias, empty, empty, None)
+            x, _, _ = modules.traced_once(block)(x, mask, bias, empty, empty, None)
         return layers.rms_norm(x, self.encoder_norm[...], c.norm_eps)
 
     def hidden(
@@ -317,7 +317,8 @@ class T5(nnx.Module):
             if bias is None or c.bias_per_layer:
                 bias = relative_bias(c, layer.attention.bias[...], distance, bidirectional=False)
             source = sees, cache.source_keys[i], cache.source_values[i]
-            x, keys[i], values[i] = layer(x, mask, bias, keys[i], values[i], start, source)
+            run = modules.traced_once(layer)
+            x, keys[i], values[i] = run(x, mask, bias, keys[i], values[i], start, source)
         x = states[c.num_layers] = layers.rms_norm(x, self.norm[...], c.norm_eps)
         features = [states[tap] for tap in self.taps]
         tapped = jnp.stack(features, axis=2) if features else x[:, :, None][:, :, :0]

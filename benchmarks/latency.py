@@ -50,6 +50,7 @@ def child() -> dict[str, float]:
         begin = time.perf_counter()
 
     import specjax
+    from specjax import api
 
     lap("import")
     target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
@@ -61,7 +62,7 @@ def child() -> dict[str, float]:
         specjax.warm(target, prompt_lengths=[SHORT, LONG], progress=False, **options)
         lap("warm")
     else:
-        specjax.api.keep_programs()
+        api.keep_programs()
     for name, length in (("first call", SHORT), ("again", SHORT), ("a longer prompt", LONG)):
         specjax.generate(target, [prompt[:length]], **options)
         lap(name)
@@ -117,7 +118,7 @@ def second_table() -> str:
     def ours(ids: list[int]) -> list[int]:
         return specjax.generate(target, [ids], max_new_tokens=1, stop_tokens=()).tokens[0]
 
-    runs = {"specjax": ours}
+    runs: dict[str, peers.Run] = {"specjax": ours}
     for name in _PEERS.value:
         if peers.version(name) is None:
             print(f"{name} is left out: it is not installed ({peers.ENGINES[name].install}).", file=sys.stderr)

@@ -62,8 +62,8 @@ def rewritten(path: pathlib.Path, dtype: str, stored: str) -> pathlib.Path:
     writer = gguf.GGUFWriter(written, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            kinds = (*field.types, None)
-            writer.add_key_value(name, field.contents(), kinds[0], kinds[1])
+            kind, *inner = field.types
+            writer.add_key_value(name, field.contents(), kind, *inner)
     types = gguf.GGMLQuantizationType
     writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[stored])
     for tensor in reader.tensors:
@@ -117,8 +117,8 @@ def transformers_runs(work: Work) -> dict[str, Run]:
 
 def llama_cpp_runs(work: Work) -> dict[str, Run]:
     """llama.cpp by its Python binding, plain and with the binding's prompt lookup."""
-    import llama_cpp
-    from llama_cpp import llama_speculative
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+    from llama_cpp import llama_speculative  # pyright: ignore[reportMissingImports]
 
     path = rewritten(work.path, work.dtype, {"float32": "F32", "bfloat16": "BF16"}[work.dtype])
 
@@ -151,8 +151,8 @@ def llama_cpp_runs(work: Work) -> dict[str, Run]:
 def openvino_runs(work: Work) -> dict[str, Run]:
     """OpenVINO GenAI, plain and with its prompt lookup. It reads matrices of float16, which hold rounded weights."""
     import numpy as np
-    import openvino
-    import openvino_genai
+    import openvino  # pyright: ignore[reportMissingImports]
+    import openvino_genai  # pyright: ignore[reportMissingImports]
 
     path = rewritten(work.path, work.dtype, "F16")
     precision = {"float32": "f32", "bfloat16": "bf16"}[work.dtype]

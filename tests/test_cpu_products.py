@@ -42,18 +42,20 @@ LARGE = [(1, 576, 960), (3, 576, 49152), (4, 1536, 576), (5, 4100, 70), (8, 2048
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_products_are_those_of_float64(dtype, shape):
-    x, weight = arrays(0, *shape, dtype)
+    rows, inputs, outputs = shape
+    x, weight = arrays(0, rows, inputs, outputs, dtype)
     np.testing.assert_allclose(cpu_products.product(x, weight), expected(x, weight), rtol=1e-4, atol=1e-3)
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000), SHAPES, st.sampled_from(DTYPES))
 def test_any_shape_is_multiplied_and_each_row_is_what_it_would_be_alone(seed, shape, dtype):
-    x, weight = arrays(seed, *shape, dtype)
+    num_rows, inputs, outputs = shape
+    x, weight = arrays(seed, num_rows, inputs, outputs, dtype)
     compiled, rows = jax.jit(cpu_products.product), np.asarray(x)
     got = np.asarray(compiled(rows, weight))
     np.testing.assert_allclose(got, expected(x, weight), rtol=1e-5, atol=1e-4)
-    for row in range(shape[0]):
+    for row in range(num_rows):
         np.testing.assert_array_equal(compiled(rows[row : row + 1], weight)[0], got[row])
 
 

@@ -160,6 +160,15 @@ def test_scanned_layers_are_cast_and_split_as_they_are():
     assert tuple(down(config)) == (None, *down(CONFIGS["gemma3"]))
 
 
+@pytest.mark.parametrize("name", ["gptj", "gemma3"])
+def test_layers_of_one_structure_are_traced_once(name):
+    model, params = tiny(name)
+    apply: Any = compiled(model).apply
+    lowered = apply.lower(params, Block(jnp.zeros((2, 3), jnp.int32)), model.init_cache(2, 16)).as_text()
+    assert lowered.count("func.func private @_call") == 1
+    assert lowered.count("call @_call") == CONFIGS[name].num_layers > 1
+
+
 @pytest.mark.slow
 def test_a_model_is_loaded_with_scanned_layers_and_saved_with_them(tmp_path):
     source = save_tiny_decoder(tmp_path / "source", 0)

@@ -1,6 +1,7 @@
 """What is compiled ahead is what later calls need."""
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,11 @@ T5 = tiny(T5Config(61, 16, 8, 32, 1, 1, 2))
 
 
 @pytest.mark.parametrize(
-    ("target", "shapes"), [(DECODER, [(16, 64), (48, 128)]), (T5, [(16, 64), (48, 64)])], ids=["decoder", "t5"]
+    ("target", "shapes"),
+    [
+        pytest.param(DECODER, [(16, 64), (48, 128)], id="decoder"),
+        pytest.param(T5, [(16, 64), (48, 64)], id="t5", marks=pytest.mark.slow),
+    ],
 )
 def test_calls_of_warm_lengths_compile_nothing(target, shapes, capsys):
     options = {"drafter": drafters.ngram(num_draft_tokens=3), "max_new_tokens": 40, "stop_tokens": ()}
@@ -46,10 +51,11 @@ def test_fixed_shapes_are_one_program_and_mistakes_are_named(capsys):
     options = {"prompt_width": 32, "max_len": 128, "max_new_tokens": 40, "stop_tokens": (), "progress": False}
     assert list(specjax.warm(DECODER, prompt_lengths=range(1, 33), **options)) == [api.Shape(32, 128)]
     assert not capsys.readouterr().err
+    wrong: dict[str, Any]
     for wrong in ({"prompt_lengths": []}, {"prompt_lengths": [0, 3]}, {"prompt_lengths": [3], "batch_size": 0}):
         with pytest.raises(ValueError, match=r"prompt_lengths=\[.*at least one length, and only whole numbers from 1"):
             specjax.warm(DECODER, **wrong)
-    with pytest.raises(ValueError, match="knows 256 positions"):
+    with pytest.raises(ValueError, match="up to 250 tokens with max_new_tokens=40 do not fit the 256 positions"):
         specjax.warm(DECODER, prompt_lengths=[250], max_new_tokens=40)
 
 

@@ -67,13 +67,20 @@ def warm(
       The shapes that were compiled, and the seconds that each took.
 
     Raises:
-      ValueError: for no lengths, lengths below 1, a batch without prompts, or what `generate` refuses.
+      ValueError: for no lengths, lengths below 1 or beyond the target's positions, a batch without prompts, or what
+        `generate` refuses.
     """
     lengths = sorted(set(prompt_lengths))
     if not lengths or lengths[0] < 1 or batch_size < 1:
         raise ValueError(
             f"prompt_lengths={lengths[:3]}, batch_size={batch_size}: give at least one length, and only whole numbers "
             "from 1 on."
+        )
+    longest = max_new_tokens + (lengths[-1] if target.model.start_token is None else 1)
+    if longest > target.model.max_len:
+        raise ValueError(
+            f"Prompts of up to {lengths[-1]} tokens with max_new_tokens={max_new_tokens} do not fit the "
+            f"{target.model.max_len} positions that the target knows: lower one of them."
         )
     drafter = options.get("drafter")
     num_draft_tokens = 0 if drafter is None else contract.check(drafter).drafter.num_draft_tokens
@@ -82,15 +89,15 @@ def warm(
         width = options.get("prompt_width") or decoding.round_up(length, 16)
         # An encoder-decoder encodes the prompt, and its text begins with one token.
         begin, least = (length, width) if target.model.start_token is None else (1, 1)
-        longest = decoding.buffer_length(begin + max_new_tokens, num_draft_tokens)
-        shapes[Shape(width, options.get("max_len") or max(longest, least))] = length
+        buffer = decoding.buffer_length(begin + max_new_tokens, num_draft_tokens)
+        shapes[Shape(width, options.get("max_len") or max(buffer, least))] = length
     keep_programs()
 
     def compile_shape(shape: Shape) -> float:
         begin = time.perf_counter()
         prompts = [[0] * shapes[shape]] * batch_size
         # The number of new tokens is an argument of the programs: one token runs them all.
-        own = options | {"prompt_width": shape.prompt_width, "max_len": shape.max_len}
+        own: dict[str, Any] = options | {"prompt_width": shape.prompt_width, "max_len": shape.max_len}
         generate(target, prompts, max_new_tokens=min(1, max_new_tokens), **own)
         return time.perf_counter() - begin
 

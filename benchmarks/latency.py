@@ -119,11 +119,8 @@ def second_table() -> str:
         return specjax.generate(target, [ids], max_new_tokens=1, stop_tokens=()).tokens[0]
 
     runs: dict[str, peers.Run] = {"specjax": ours}
-    for name in _PEERS.value:
-        if peers.version(name) is None:
-            print(f"{name} is left out: it is not installed ({peers.ENGINES[name].install}).", file=sys.stderr)
-        else:
-            runs[f"{name} {peers.version(name)}"] = peers.ENGINES[name].runs(work)["plain"]
+    for name, version in peers.installed(tuple(_PEERS.value)).items():
+        runs[f"{name} {version}"] = peers.ENGINES[name].runs(work)["plain"]
     lines = ["| prompt | " + " | ".join(runs) + " |", "|---:|" + "---:|" * len(runs)]
     for length in lengths:
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -146,9 +143,10 @@ def main(argv: list[str]) -> None:
     if _CHILD.value:
         print(json.dumps(child()))
         return
-    unknown = [name for name in _PEERS.value if name not in peers.ENGINES]
-    if unknown:
-        sys.exit(f"error: --peers={unknown[0]}: there is no such engine; choose among {', '.join(peers.ENGINES)}.")
+    try:
+        peers.installed(tuple(_PEERS.value))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     command = shlex.join(["python", "benchmarks/latency.py", *sys.argv[1:]])
     print(f"`{command.replace(_DATA.value, pathlib.Path(_DATA.value).name)}`\n")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}"

@@ -5,9 +5,11 @@ llama.cpp for this machine), `pip install openvino-genai`. What they would keep 
 off.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -202,3 +204,22 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(ENGINES[name].package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@functools.cache
+def installed(names: tuple[str, ...]) -> dict[str, str]:
+    """The versions of those of the engines that are installed; says of the others, once, how to install them.
+
+    Raises:
+      ValueError: for an engine that does not exist.
+    """
+    found = {}
+    for name in names:
+        if name not in ENGINES:
+            raise ValueError(f"--peers={name}: there is no such engine; choose among {', '.join(ENGINES)}.")
+        own = version(name)
+        if own is None:
+            print(f"{name} is left out: it is not installed ({ENGINES[name].install}).", file=sys.stderr)
+        else:
+            found[name] = own
+    return found

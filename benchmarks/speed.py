@@ -96,24 +96,6 @@ def specjax_run(target: specjax.Pretrained, drafter: AnyDrafter, step_cost: floa
     return run
 
 
-def installed() -> dict[str, str]:
-    """The versions of the chosen engines that are installed; says of the others how to install them.
-
-    Raises:
-      ValueError: for an engine that does not exist.
-    """
-    found = {}
-    for name in _PEERS.value:
-        if name not in peers.ENGINES:
-            raise ValueError(f"--peers={name}: there is no such engine; choose among {', '.join(peers.ENGINES)}.")
-        version = peers.version(name)
-        if version is None:
-            print(f"{name} is left out: it is not installed ({peers.ENGINES[name].install}).", file=sys.stderr)
-        else:
-            found[name] = version
-    return found
-
-
 def peer_runs(target: specjax.Pretrained, longest: int) -> dict[str, peers.Run]:
     """The modes of the engines that are installed, on the weights of the same GGUF file."""
     assert target.tokenizer is not None
@@ -127,7 +109,8 @@ def peer_runs(target: specjax.Pretrained, longest: int) -> dict[str, peers.Run]:
         lookup,
         os.cpu_count() or 1,
     )
-    return {f"{name} {mode}": run for name in installed() for mode, run in peers.ENGINES[name].runs(work).items()}
+    engines = {name: peers.ENGINES[name].runs(work) for name in peers.installed(tuple(_PEERS.value))}
+    return {f"{name} {mode}": run for name, runs in engines.items() for mode, run in runs.items()}
 
 
 def loop_overhead(target: specjax.Pretrained, drafter: AnyDrafter, prompt: list[int]) -> float:
@@ -186,7 +169,7 @@ def settings() -> dict[str, Any]:
         "num_draft_tokens": _DRAFT_TOKENS.value,
         "repeats": _REPEATS.value,
         "lookup": _LOOKUP.value,
-        "versions": {"jax": importlib.metadata.version("jax")} | installed(),
+        "versions": {"jax": importlib.metadata.version("jax")} | peers.installed(tuple(_PEERS.value)),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
     }
 

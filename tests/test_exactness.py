@@ -83,6 +83,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.budget(60)
 @pytest.mark.parametrize(("drafter", "k", "options"), CELLS)
 def test_texts_of_a_ragged_batch_are_distributed_as_the_target(drafter: str, k: int, options: str):
     result = sample(pair(drafter, k), ragged(options))

@@ -120,14 +120,12 @@ def test_the_report():
     assert "Plain texts are identical on 1 of 4 prompts." in text
 
 
-def test_an_engine_that_is_not_installed_is_left_out_with_a_message(given, monkeypatch, capsys):
-    given(peers="transformers,openvino")
+def test_an_engine_that_is_not_installed_is_left_out_with_a_message(monkeypatch, capsys):
     monkeypatch.setattr(speed.peers, "version", lambda name: "5" if name == "transformers" else None)
-    assert speed.installed() == {"transformers": "5"}
+    assert speed.peers.installed(("transformers", "openvino")) == {"transformers": "5"}
     assert "openvino is left out: it is not installed (pip install openvino-genai)." in capsys.readouterr().err
-    given(peers="vllm")
     with pytest.raises(ValueError, match="--peers=vllm: there is no such engine; choose among transformers, llama"):
-        speed.installed()
+        speed.peers.installed(("vllm",))
 
 
 def test_weights_for_other_engines_are_rounded_once_and_kept(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def test_speculation_writes_the_text_of_plain_decoding(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", usual(CONFIGS, "gemma3"))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_layers_that_are_scanned_write_the_text_of_those_that_are_not(name):
     model, params = tiny(name)
     config, stacked = families.stack_layers(CONFIGS[name], params)

@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 from helpers import WORDS, save_tiny_decoder
 
-from specjax import api, experiments, launch
+from specjax import experiments, launch
 from specjax.experiments import compare as compare_experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -191,24 +190,6 @@ def test_interrupt(target, data, tmp_path):
     rows = _rows(tmp_path)
     assert _measurements(rows[:finished]) == before
     assert [row["prompt"] for row in rows[:-1]] == list(range(40))
-
-
-def test_compilation_cache(tmp_path, monkeypatch):
-    before = {
-        name: jax.config.values[name]
-        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    }
-    monkeypatch.setenv("SPECJAX_CACHE", str(tmp_path))
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        api.keep_programs()
-        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "jax")
-        jax.config.update("jax_compilation_cache_dir", "elsewhere")
-        api.keep_programs()
-        assert jax.config.values["jax_compilation_cache_dir"] == "elsewhere"
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ THREE_ONE = automaton.from_table(np.array([[0, 0, 0, 1], [0, 2, 0, 1], [2, 2, 2,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
+@pytest.mark.parametrize("drafter", TABULAR)
 def test_a_row_ends_where_a_stop_string_does_and_nowhere_else(drafter: str):
     state = tabular_run(drafter, stop_strings=THREE_ONE)
     assert texts(state) == texts(tabular_run("none", stop_strings=THREE_ONE))
@@ -108,7 +108,7 @@ def test_a_row_ends_where_a_stop_string_does_and_nowhere_else(drafter: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
+@pytest.mark.parametrize("drafter", TABULAR)
 def test_rows_may_have_grammars_of_their_own(drafter: str):
     # Twice the same token is forbidden; or 0 and 1 alternate; or nothing is asked.
     no_repeats = automaton.from_table(

@@ -24,12 +24,12 @@
 #endif
 
 enum {
-  LANES = 16,       // 64 bytes: a cache line and an AVX-512 register, or several smaller registers
+  LANES = 16,         // 64 bytes: a cache line and an AVX-512 register, or several smaller registers
   BLOCK = 2 * LANES,  // bfloat16 weights of a cache line
-  TILE = 4,         // outputs, and rows, whose sums are in registers at the same time
-  DEPTH = 8,        // float32 inputs that are added to the sums of all rows at a time
-  COLUMNS = 512,    // float32 outputs whose sums, for MAX_ROWS rows, fit into the first cache
-  MAX_ROWS = 16,    // as in cpu_products.py
+  TILE = 4,           // outputs, and rows, whose sums are in registers at the same time
+  DEPTH = 8,          // float32 inputs that are added to the sums of all rows at a time
+  COLUMNS = 512,      // float32 outputs whose sums, for MAX_ROWS rows, fit into the first cache
+  MAX_ROWS = 16,      // the largest of `cpu_products.MAX_ROWS`
 };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -60,7 +60,8 @@ typedef struct {
 } Job;
 
 // Adds the products of a block of inputs to the sums [T, O]. A bfloat16 is the upper half of a float32.
-INLINE void add_block(floats sums[TILE][TILE], const words *packed, const float *x, int64_t padded, const int O, const int T) {
+INLINE void add_block(
+    floats sums[TILE][TILE], const words *packed, const float *x, int64_t padded, const int O, const int T) {
   for (int odd = 0; odd < 2; odd++) {
     floats xs[TILE];
     for (int t = 0; t < T; t++) xs[t] = load(x + t * padded + odd * LANES);

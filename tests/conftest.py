@@ -28,6 +28,9 @@ OPTIMISATION = "xla_backend_optimization_level"
 OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 """XLA:CPU's emitters before those of MLIR compile in half the time. An unknown flag ends the process: 0.10 knows it."""
 
+CHEAP = pytest.StashKey[bool]()
+"""Whether this process compiles at the lowest level, as the default run does; `-m slow` compiles as users do."""
+
 Catches = Callable[..., contextlib.AbstractContextManager[None]]
 
 
@@ -38,14 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """How programs are compiled and kept, here and in the processes that tests start."""
-    # The default run compiles at XLA's lowest level, which takes less time; `-m slow` at the level of users.
-    flags = os.environ.get("XLA_FLAGS", "")
-    if config.option.markexpr == "not slow" and OPTIMISATION not in flags:
-        os.environ["XLA_FLAGS"] = flags = f"{flags} --{OPTIMISATION}=0".strip()
-        if importlib.metadata.version("jaxlib").startswith("0.10."):
-            os.environ["XLA_FLAGS"] += f" {OLDER_EMITTERS}"
-            jax.jit(lambda: 0)()  # XLA reads its flags once. libtpu, which reads them later, does not know this one.
-            os.environ["XLA_FLAGS"] = flags
+    config.stash[CHEAP] = _compile_cheaply() if config.option.markexpr == "not slow" else False
     if os.environ.get("SPECJAX_TEST_CACHE") != "0":
         for name, value in {
             "jax_compilation_cache_dir": str(programs()),
@@ -55,6 +51,23 @@ def pytest_configure(config: pytest.Config) -> None:
             if name.upper() not in os.environ:
                 os.environ[name.upper()] = str(value)
                 jax.config.update(name, value)
+
+
+def _compile_cheaply() -> bool:
+    """Compiles this process's programs at XLA's lowest level and by its older emitters, which takes far less time.
+
+    A level of the user's own, in XLA_FLAGS, is kept. Workers of a parallel run inherit that of this function.
+    """
+    flags, level = os.environ.get("XLA_FLAGS", ""), f"--{OPTIMISATION}=0"
+    if OPTIMISATION in flags and level not in flags.split():
+        return False
+    flags = flags if level in flags.split() else f"{flags} {level}".strip()
+    os.environ["XLA_FLAGS"] = flags
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] = f"{flags} {OLDER_EMITTERS}"
+        jax.jit(lambda: 0)()  # XLA reads its flags once. libtpu, which reads them later, does not know this one.
+        os.environ["XLA_FLAGS"] = flags
+    return True
 
 
 def programs() -> pathlib.Path:

@@ -62,3 +62,9 @@ def test_the_cache_of_programs_begins_anew_where_it_has_grown_too_large(tmp_path
     (kept.parent / "of another jaxlib" / "more").write_bytes(bytes(60))
     conftest.bound_cache()
     assert not kept.exists()
+
+
+def test_the_default_run_compiles_cheaply_in_every_process(request):
+    flags = os.environ.get("XLA_FLAGS", "")
+    other_level = conftest.OPTIMISATION in flags and f"--{conftest.OPTIMISATION}=0" not in flags.split()
+    assert request.config.stash[conftest.CHEAP] == (request.config.option.markexpr == "not slow" and not other_level)

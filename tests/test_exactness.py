@@ -74,17 +74,10 @@ def ragged(options: str) -> list[Group]:
     return [Group(a, 102_000, **OPTIONS[options]), Group(b, 102_000, **OPTIONS[options]), *few]
 
 
-IN_EVERY_RUN = [("model", 3, "mixed")]
-"""Every option, with drafts that are sampled."""
-
-CELLS = [
-    cell if cell in IN_EVERY_RUN else pytest.param(*cell, marks=pytest.mark.slow)
-    for cell in [(*pair, options) for pair in PAIRS for options in [*OPTIONS, "mixed"]]
-]
-
-
-@pytest.mark.budget(60)
-@pytest.mark.parametrize(("drafter", "k", "options"), CELLS)
+# `test_matrix` has a smaller sample of every option in every run.
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [*OPTIONS, "mixed"])
+@pytest.mark.parametrize(("drafter", "k"), PAIRS)
 def test_texts_of_a_ragged_batch_are_distributed_as_the_target(drafter: str, k: int, options: str):
     result = sample(pair(drafter, k), ragged(options))
     assert_exact(result)
@@ -272,7 +265,7 @@ def _long_memory_drafters():
     }
 
 
-@pytest.mark.parametrize("step_cost", [0.0, 1.7, 2.5])
+@pytest.mark.parametrize("step_cost", usual([0.0, 1.7, 2.5], 1.7))
 @pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "model"))
 def test_a_row_decodes_to_the_same_text_alone_and_in_a_batch(drafter: str, step_cost: float):
     chosen, draft_params = _long_memory_drafters()[drafter]

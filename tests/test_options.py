@@ -57,7 +57,7 @@ def tabular_run(
 # Log-probabilities.
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", usual([0.0, 1.0], 1.0))
 @pytest.mark.parametrize("drafter", usual(TABULAR, "model"))
 def test_log_probabilities_are_the_targets_own_and_those_of_plain_decoding(drafter: str, temperature: float):
     state = tabular_run(drafter, temperature=temperature, top_logprobs=2)

@@ -22,7 +22,8 @@ from specjax.experiments.prompts import Prompt
 from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
 from specjax.parallel import sharding
-from specjax.types import AnyDrafter, DecodeState
+from specjax.state import DecodeState
+from specjax.types import AnyDrafter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ def workload(
     name: str,
     prompts: Sequence[Prompt],
     chosen: Any,
-    num_draft_tokens: int,
+    num_read: int,
     *,
     chat: bool = False,
     one_width: bool = False,
@@ -116,7 +117,7 @@ def workload(
       name: what results call it.
       prompts: what is decoded.
       chosen: settings with `max_new_tokens`, `repeats`, `seed` and `dtype`.
-      num_draft_tokens: the largest K.
+      num_read: the most draft tokens and probes of a step (`Topology.num_read`), of all drafters that will be used.
       chat: put each prompt into the model's chat template.
       one_width: pad all prompts to the longest, so that one program reads them.
       **options: further options of `api.prepare`.
@@ -134,7 +135,7 @@ def workload(
             f"Prompt {longest} has {length} tokens; with {chosen.max_new_tokens} new ones that makes {needed}, but the "
             f"target knows {known} positions: lower config.max_new_tokens, or leave the prompt out."
         )
-    max_len = decoding.buffer_length(needed, num_draft_tokens)
+    max_len = decoding.buffer_length(needed, num_read)
     if one_width:
         options["prompt_width"] = max(map(len, encoded))
     else:

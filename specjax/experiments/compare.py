@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from specjax import api
 from specjax.api.pretrained import Pretrained
+from specjax.drafters import contract
 from specjax.experiments import bench, choices, prompts, results
 from specjax.experiments.bench import Bench, PromptBatch
 from specjax.experiments.prompts import Prompt
@@ -86,7 +87,7 @@ def _bench(chosen: Settings, texts: Sequence[Prompt], view: View) -> Bench:
         chosen.target,
         texts,
         chosen,
-        drafter.num_draft_tokens,
+        contract.check(drafter).drafter.topology.num_read,
         chat=chat,
         stop_strings=tuple(chosen.stop_strings),
         grammar=_grammar(chosen, target),

@@ -78,7 +78,7 @@ class Costs:
       plain: the target reads one token per row.
       score: the target reads K + 1 tokens per row.
       draft: the drafter proposes K tokens per row.
-      num_draft_tokens: K.
+      num_draft_tokens: K; of a tree its depth, the most tokens of it that can become text.
     """
 
     plain: float
@@ -203,8 +203,8 @@ def measure_costs(
       calls: the least number of rounds of each timed loop.
       repeats: how often each loop is timed; the median counts.
     """
-    k = drafter.num_draft_tokens
-    loops = [_scoring(target, params, state, drafter.topology, width) for width in (1, drafter.topology.num_read + 1)]
+    k, topology = drafter.topology.depth, drafter.topology
+    loops = [_scoring(target, params, state, topology, width) for width in (1, topology.num_read + 1)]
     if k:
         loops.append(_drafting(target, drafter, params, state))
     # A model that takes about a millisecond is called more often, or the overhead of timing would dominate.

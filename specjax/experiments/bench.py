@@ -17,13 +17,14 @@ import numpy as np
 from specjax import api, decoding, drafters, metrics
 from specjax.api import pretrained
 from specjax.api.pretrained import Pretrained
+from specjax.drafters import contract
 from specjax.experiments import choices, results
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
 from specjax.parallel import sharding
 from specjax.state import DecodeState
-from specjax.types import AnyDrafter
+from specjax.types import AnyDrafter, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +167,13 @@ class Bench:
     @property
     def plain(self) -> AnyDrafter:
         """Plain decoding; with `fixed_shape`, in target calls of the drafter's shape."""
-        k = self.drafter.num_draft_tokens if self.options["fixed_shape"] else 0
+        k = self.topology.num_read if self.options["fixed_shape"] else 0
         return drafters.none(num_draft_tokens=k)
+
+    @property
+    def topology(self) -> Topology:
+        """The shape of what the drafter proposes."""
+        return contract.check(self.drafter).drafter.topology
 
     def prepare(self, drafter: AnyDrafter, batch: PromptBatch) -> api.Request:
         """Reads a batch's prompts into the caches of one side."""
@@ -240,7 +246,7 @@ class Bench:
         own = {
             "verify": rule.name,
             "exact": rule.exact,
-            "num_draft_tokens": self.drafter.num_draft_tokens,
+            "num_draft_tokens": self.topology.depth,
             "max_new_tokens": self.work.max_new_tokens,
             "seed": self.work.seed,
             "repeats": self.work.repeats,

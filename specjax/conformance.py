@@ -21,7 +21,8 @@ from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
-from specjax.types import Block, Context, DecodeState, Drafter, Feedback, Model, Params, Proposal, Tree
+from specjax.state import DecodeState
+from specjax.types import Block, Context, Drafter, Feedback, Model, Params, Proposal, Tree
 
 SIGNIFICANCE = 1e-6
 """Below this p-value a distribution is wrong."""
@@ -81,7 +82,7 @@ class Trial(NamedTuple):
     def max_len(self) -> int:
         """The length of the buffer."""
         longest = max(len(p) + b for p, b in zip(self.prompts, self.budgets, strict=True))
-        return decoding.buffer_length(longest, self.drafter.num_draft_tokens)
+        return decoding.buffer_length(longest, self.drafter.topology.num_read)
 
     def decode(self, rule: Rule, drafter: Drafter | None = None, *, reverse: bool = False) -> DecodeState:
         """Decodes all rows; every call scores K + 1 tokens."""
@@ -135,16 +136,17 @@ def _context(target: Model, drafter: Drafter, state: DecodeState) -> Context:
 
 def _trace_problem(trial: Trial) -> str:
     """The error that tracing the drafter raises; empty where there is none."""
-    drafter, (k, depth, _) = trial.drafter, trial.drafter.topology
+    drafter, topology = trial.drafter, trial.drafter.topology
 
     def traced(params: Params, state: DecodeState) -> Tree:
         context = _context(trial.target, drafter, state)
         _, after, cache = contract.propose(drafter, params, state.rows.drafter, state.rows.cache, context)
         rows = len(trial.prompts)
-        output, _ = trial.target.apply(params.target, Block(jnp.zeros((rows, k + 1), jnp.int32)), cache)
-        tokens, one = jnp.zeros((rows, depth + 1), jnp.int32), jnp.ones(rows, jnp.int32)
-        features = output.features[:, : depth + 1]
-        return contract.update(drafter, params, after, Feedback(tokens, one, state.rows.length + 1, features, output))
+        block = Block(jnp.zeros((rows, topology.num_read + 1), jnp.int32))
+        output, _ = trial.target.apply(params.target, block, cache)
+        tokens, one = jnp.zeros((rows, topology.depth + 1), jnp.int32), jnp.ones(rows, jnp.int32)
+        features, length = output.features[:, : topology.depth + 1], state.rows.length + 1
+        return contract.update(drafter, params, after, Feedback(tokens, one, length, features, output, context=context))
 
     where = contract.describe(drafter.init)
     try:
@@ -210,8 +212,9 @@ def _value_problems(proposal: Proposal, room: np.ndarray, k: int, vocab_size: in
 
     yield from rows(length > k, lambda r: f"proposes length {length[r]}, which is above K = {k}")
     yield from rows(length < 0, lambda r: f"proposes length {length[r]}, which is negative")
+    most = room if proposal.parent is None else np.where(room > 0, k, 0)  # A tree has more nodes than it is deep.
     yield from rows(
-        (length > room) & (length <= k),
+        (length > most) & (length <= k),
         lambda r: f"proposes length {length[r]} where context.max_draft allows {room[r]}: take the minimum of both",
     )
     # In a tree, a node that has no token is -1.

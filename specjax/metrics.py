@@ -13,7 +13,8 @@ from jaxtyping import Array
 from specjax import decoding, sampling, theory
 from specjax.decoding import verify
 from specjax.sampling import tree
-from specjax.types import Block, DecodeState, Drafter, Feedback, Model, Params, Stats, Topology
+from specjax.state import DecodeState, Stats
+from specjax.types import Block, Drafter, Feedback, Model, Params, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Costs:
       plain: the target reads one token per row.
       score: the target reads K + 1 tokens per row.
       draft: the drafter proposes K tokens per row.
-      num_draft_tokens: K.
+      num_draft_tokens: K; of a tree its depth, the most tokens of it that can become text.
     """
 
     plain: float
@@ -132,12 +133,12 @@ class _Timed:
 
 
 def _scoring(target: Model, params: Params, state: DecodeState, topology: Topology, width: int) -> _Timed:
-    """Rounds in which the target reads one token per row, or the block of a step with drafts."""
+    """Rounds in which the target reads one token per row, or the block of a step with drafts (and probes)."""
     rows = state.rows.length.shape[0]
 
     def block_of(tokens: Array) -> Block:
-        if width == 1 or topology.parents is None:
-            return Block(tokens)
+        if width == 1 or topology.parents is None or topology.num_probes:
+            return Block(tokens)  # A mask adds little to a call.
         parents = jnp.broadcast_to(jnp.asarray(topology.parents, jnp.int32), (rows, topology.num_nodes))
         shape = tree.shape(parents, topology.depth)
         return Block(tokens, shape.depth, shape.sees)
@@ -159,17 +160,19 @@ def _scoring(target: Model, params: Params, state: DecodeState, topology: Topolo
 def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeState) -> _Timed:
     """Rounds in which the drafter proposes as much as it can, with the code of the loop."""
     rows, depth = state.rows.length.shape[0], drafter.topology.depth
-    read = Block(jnp.zeros((rows, drafter.topology.num_nodes + 1), jnp.int32))
+    read = Block(jnp.zeros((rows, drafter.topology.num_read + 1), jnp.int32))
 
     def propose(params: Params, state: DecodeState, drafter_state: Any, shift: Array) -> tuple[Any, Array, Any]:
         state = state._replace(rows=state.rows._replace(drafter=drafter_state, length=state.rows.length + shift))
         room = jnp.full(rows, depth, jnp.int32)
         keys = decoding.step_keys(state.rows.seed, state.rows.length, depth)
-        proposal, drafter_state, _ = decoding.propose(target, drafter, verify.rejection, params, state, room, *keys)
+        context = decoding.context_of(target, drafter, verify.rejection, state, room, *keys)
+        proposal, drafter_state, _ = decoding.propose(drafter, params, state, context)
         shapes = jax.eval_shape(lambda: target.apply(params.target, read, state.rows.cache)[0])
         output = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         nothing = jnp.zeros((rows, depth + 1), jnp.int32)
-        feedback = Feedback(nothing, nothing[:, 0], state.rows.length, output.features[:, : depth + 1], output)
+        features = output.features[:, : depth + 1]
+        feedback = Feedback(nothing, nothing[:, 0], state.rows.length, features, output, context=context)
         # Token ids are never below -1, but the compiler cannot know: the next round has to wait for this one.
         shift = jnp.minimum(jnp.sum(proposal.tokens + 1, axis=-1), 0)
         # The distributions are part of the work, though they are not used here.
@@ -200,8 +203,8 @@ def measure_costs(
       calls: the least number of rounds of each timed loop.
       repeats: how often each loop is timed; the median counts.
     """
-    k = drafter.num_draft_tokens
-    loops = [_scoring(target, params, state, drafter.topology, width) for width in (1, k + 1)]
+    k, topology = drafter.topology.depth, drafter.topology
+    loops = [_scoring(target, params, state, topology, width) for width in (1, topology.num_read + 1)]
     if k:
         loops.append(_drafting(target, drafter, params, state))
     # A model that takes about a millisecond is called more often, or the overhead of timing would dominate.

@@ -1,8 +1,8 @@
-"""Every type that the modules of specjax share. No logic lives here.
+"""Every type that the modules of specjax share, except what the loop carries (`state`). No logic lives here.
 
 Axis names: `B` rows of a batch, `L` the text buffer, `P` a padded prompt, `S` a padded source, `T` tokens of one model
-call, `N` draft tokens (nodes) of one step, `D` the depth of their tree, `V` the vocabulary, `F` tapped layers, `E` the
-width of the model. For a chain, N = D = K.
+call, `N` draft tokens (nodes) of one step, `D` the depth of their tree, `M` probes behind them, `V` the vocabulary, `F`
+tapped layers, `E` the width of the model. For a chain, N = D = K.
 """
 
 from typing import Any, NamedTuple
@@ -130,11 +130,13 @@ class Topology(NamedTuple):
       num_nodes: N, the most tokens that it proposes.
       depth: D, the most of them on one path. N = D is a chain.
       parents: the parent of each node, where that is the same in every step; None: it is in `Proposal.parent`.
+      num_probes: M, how many tokens behind the nodes the target reads for their outputs alone (`Probes`).
     """
 
     num_nodes: int
     depth: int
     parents: tuple[int, ...] | None = None
+    num_probes: int = 0
 
     @classmethod
     def chain(cls, num_draft_tokens: int) -> "Topology":
@@ -145,6 +147,28 @@ class Topology(NamedTuple):
     def is_chain(self) -> bool:
         """Whether every node continues the one before it."""
         return self.num_nodes == self.depth
+
+    @property
+    def num_read(self) -> int:
+        """N + M, the most tokens that the target reads in a step behind the last committed one."""
+        return self.num_nodes + self.num_probes
+
+
+class Probes(NamedTuple):
+    """Tokens that the target reads behind a proposal's nodes. No rule judges them, and none becomes text.
+
+    Only their outputs come back (`Feedback.output`), for the drafter to draft the next tokens from.
+
+    Attributes:
+      tokens: `[B, M]` token ids.
+      depth: `[B, M]` the position of each, counted from the last committed token, which has depth 0.
+      sees: `[B, M, N + 1 + M]` which tokens of the block each attends to: the last committed token, the nodes, then the
+        probes. As in `Block.sees`, they form a path, which ends with the probe itself. No node sees a probe.
+    """
+
+    tokens: Int[Array, "B M"]
+    depth: Int[Array, "B M"]
+    sees: Bool[Array, "B M W"]
 
 
 class Proposal(NamedTuple):
@@ -159,12 +183,15 @@ class Proposal(NamedTuple):
         were chosen deterministically (their distribution is one-hot).
       parent: `[B, N]` the node that each continues; -1 is the last committed token. None: a chain,
         `parent = arange(N) - 1`.
+      probes: what the target reads besides (`Topology.num_probes`), for every row that may draft in the step, whether
+        or not any token is proposed for it. None: nothing. The rules see None.
     """
 
     tokens: Int[Array, "*B N"]
     length: Int[Array, "*B"]
     probs: Float[Array, "*B N V"] | None
     parent: Int[Array, "*B N"] | None = None
+    probes: Probes | None = None
 
 
 class Verdict(NamedTuple):
@@ -193,8 +220,11 @@ class Feedback(NamedTuple):
       length: `[B]` the length of each sequence, these tokens included.
       features: `[B, T, F, E]` the target's features (`Drafter.taps`) at the tokens that it read: for a prompt its
         tokens; after a step the last token before the step, then the accepted draft tokens.
-      output: the whole output of the target's call, rejected tokens included.
+      output: the whole output of the target's call: that of the last token before the step, of all nodes, rejected ones
+        included, and of the probes. It says something about the first of these alone for a row that could not draft.
       inputs: the prompt; None after a step.
+      context: what the drafter saw when it proposed; a row could draft where `context.max_draft > 0`. None for a
+        prompt.
     """
 
     tokens: Int[Array, "B T"]
@@ -203,6 +233,7 @@ class Feedback(NamedTuple):
     features: Float[Array, "B T F E"]
     output: ModelOutput
     inputs: Inputs | None = None
+    context: "Context | None" = None
 
 
 class Automaton(NamedTuple):
@@ -306,6 +337,7 @@ class Context(NamedTuple):
       max_draft: `[B]` the deepest draft token that a row can use in this step; 0: draft nothing for it.
       sampling: the rows' sampling options, which target and draft share.
       vocab_size: V of the target.
+      coupled: whether `keys` are those that the target draws the same positions with (`verify.Rule.coupled`).
     """
 
     history: History
@@ -313,6 +345,7 @@ class Context(NamedTuple):
     max_draft: Int[Array, " B"]
     sampling: SamplingOptions
     vocab_size: int
+    coupled: bool = False
 
 
 class Drafter(NamedTuple):
@@ -374,126 +407,6 @@ class Params(NamedTuple):
 
     target: Tree
     draft: Tree
-
-
-class Stats(NamedTuple):
-    """Counters of each row, kept on the device.
-
-    Attributes:
-      target_calls: `[B]` steps that the row took part in.
-      draft_steps: `[B]` those in which at least one token was proposed for it.
-      proposed: `[B, D]` how often position k of a draft was judged, i.e. all before it had been accepted.
-      accepted: `[B, D]` how often position k was accepted.
-      histogram: `[B, D + 1]` steps by number of accepted draft tokens.
-      overlap: `[B]` sum of `sum_x min(target(x), draft(x))` over the judged positions (the paper's beta); for trees and
-        for rules that are not exact, the number of accepted tokens.
-    """
-
-    target_calls: Int[Array, " B"]
-    draft_steps: Int[Array, " B"]
-    proposed: Int[Array, "B D"]
-    accepted: Int[Array, "B D"]
-    histogram: Int[Array, "B D+1"]
-    overlap: Float[Array, " B"]
-
-
-class Logprobs(NamedTuple):
-    """Log-probabilities under the target itself (its softmax, before any option), by position in the text.
-
-    Attributes:
-      token: `[B, L]` float32, of the token at each position.
-      top_tokens: `[B, L, N]` the N most probable tokens at each position, most probable first.
-      top: `[B, L, N]` float32, their log-probabilities.
-    """
-
-    token: Float[Array, "B L"]
-    top_tokens: Int[Array, "B L N"]
-    top: Float[Array, "B L N"]
-
-
-class Adaptation(NamedTuple):
-    """What decides whether a row drafts (see `adaptive`).
-
-    Attributes:
-      gain: `[B]` a running mean of accepted tokens per drafting step.
-      pause: `[B]` steps left without drafting.
-      backoff: `[B]` how long the next pause will be.
-    """
-
-    gain: Float[Array, " B"]
-    pause: Int[Array, " B"]
-    backoff: Int[Array, " B"]
-
-
-class Rows(NamedTuple):
-    """What the loop carries for each row. B is the first axis of every array, so that rows can be inserted or repeated.
-
-    Attributes:
-      tokens: `[B, L]` prompts and committed tokens; what lies beyond `length` is stale.
-      from_draft: `[B, L]` whether a token was an accepted draft token.
-      length: `[B]` the number of tokens in each row.
-      prompt_length: `[B]` how many of them belong to the prompt.
-      limit: `[B]` the length at which a row stops.
-      done: `[B]`.
-      failed_at: `[B]` the position at which the next token had no distribution (NaN logits, or every token forbidden),
-        or -1.
-      draft_failed: `[B]` whether that was the draft's distribution.
-      seed: `[B]` one random key per row.
-      sampling: the sampling options.
-      stop_tokens: `[B, X]` token ids that end the row (-1: padding).
-      stop_state: `[B]` the state of `Shared.stop_strings` after the text.
-      grammar_state: `[B]` the state of `Shared.grammar` after the text.
-      logprobs: log-probabilities of the text, or None where they were not requested.
-      adaptation: what decides whether a row drafts.
-      cache: the target's cache. It holds all tokens of a text except the last one.
-      drafter: the drafter's state.
-      stats: counters.
-    """
-
-    tokens: Int[Array, "B L"]
-    from_draft: Bool[Array, "B L"]
-    length: Int[Array, " B"]
-    prompt_length: Int[Array, " B"]
-    limit: Int[Array, " B"]
-    done: Bool[Array, " B"]
-    failed_at: Int[Array, " B"]
-    draft_failed: Bool[Array, " B"]
-    seed: Key[Array, " B"]
-    sampling: SamplingOptions
-    stop_tokens: Int[Array, "B X"]
-    stop_state: Int[Array, " B"]
-    grammar_state: Int[Array, " B"]
-    logprobs: Logprobs | None
-    adaptation: Adaptation
-    cache: Any
-    drafter: Tree
-    stats: Stats
-
-
-class Shared(NamedTuple):
-    """What all rows share.
-
-    Attributes:
-      stop_strings: an automaton whose last state means that one of the strings has occurred, or None.
-      grammar: an automaton of the tokens that may follow, or None.
-      step_cost: `[]` time of a drafting step divided by that of a plain step (see `adaptive`).
-    """
-
-    stop_strings: Automaton | None
-    grammar: Automaton | None
-    step_cost: Float[Array, ""]
-
-
-class DecodeState(NamedTuple):
-    """Everything that the loop carries.
-
-    Attributes:
-      rows: the state of each row.
-      shared: what all rows share.
-    """
-
-    rows: Rows
-    shared: Shared
 
 
 PRNGKey = jax.Array

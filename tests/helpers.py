@@ -22,19 +22,9 @@ from specjax.decoding.verify import Rule
 from specjax.drafters import contract
 from specjax.models import families
 from specjax.sampling import automaton
+from specjax.state import DecodeState
 from specjax.text.tokenizer import Tokenizer
-from specjax.types import (
-    Automaton,
-    Block,
-    Context,
-    DecodeState,
-    Drafter,
-    History,
-    Inputs,
-    Model,
-    Params,
-    SamplingOptions,
-)
+from specjax.types import Automaton, Block, Context, Drafter, History, Inputs, Model, Params, SamplingOptions
 
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "then", "it", "ran", "to", "see", "who", "was", "there"]
 """The vocabulary of `save_tiny_decoder`."""

@@ -61,7 +61,7 @@ RULES = {
     "top_k_gap": verify.top_k(3, gap=1.0),
     "distance": verify.distance(2),
 }
-DRAFTERS = ("none", "ngram", "model", "tree", "table", "retrieval")
+DRAFTERS = ("none", "ngram", "model", "tree", "table", "retrieval", "jacobi", "lookahead", "mask_tokens")
 
 Case = tuple[str, str, str]
 Meshes = dict[str, tuple[dict[str, int], sharding.Rules, sharding.Rules, list[Case]]]
@@ -80,6 +80,7 @@ MAIN: list[Case] = [
 REST: list[Case] = (
     [("decoder", "model", rule) for rule in ("block", "lenient", "typical", "top_k", "top_k_gap", "distance")]
     + [("decoder", drafter, "rejection") for drafter in ("none", "ngram", "table", "retrieval")]
+    + [("decoder", drafter, "coupled") for drafter in ("jacobi", "lookahead", "mask_tokens")]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
 SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D
@@ -140,6 +141,9 @@ def text(
         "ngram": lambda: drafters.ngram(num_draft_tokens=3, min_match=1),
         "model": lambda: drafters.model(load(family, 1, mesh, draft_rules), num_draft_tokens=3),
         "tree": lambda: drafters.model(load(family, 1, mesh, draft_rules), topology=(2, 2)),
+        "jacobi": lambda: drafters.jacobi(num_draft_tokens=3),
+        "lookahead": lambda: drafters.lookahead(window=3, ngram=3, guesses=2, num_buckets=8),
+        "mask_tokens": lambda: drafters.mask_tokens(mask_token=0, num_draft_tokens=2),
         "table": lambda: drafters.table(drafters.count_ngrams(CORPUS, vocab_size=256), num_draft_tokens=3),
         "retrieval": lambda: drafters.retrieval(drafters.index_corpus(CORPUS, vocab_size=256), num_draft_tokens=3),
     }[drafter]()

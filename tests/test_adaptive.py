@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.decoding import adaptive
-from specjax.types import Adaptation
+from specjax.state import Adaptation
 
 
 def follow(accepted: list[list[int]], step_cost: float, k: int = 4) -> tuple[np.ndarray, Adaptation]:

@@ -14,7 +14,8 @@ from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
 from specjax.models import attention
 from specjax.planning import hlo
-from specjax.types import Block, DecodeState, Drafter, Inputs, Model, Params
+from specjax.state import DecodeState
+from specjax.types import Block, Drafter, Inputs, Model, Params
 
 ADVANCE = cast(Any, decoding.advance)
 """For what a jitted function has and its type does not say."""

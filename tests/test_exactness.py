@@ -25,7 +25,8 @@ from helpers import (
 
 from specjax import decoding, drafters, sampling, testing, theory
 from specjax.decoding import adaptive, verify
-from specjax.types import DecodeState, Params
+from specjax.state import DecodeState
+from specjax.types import Params
 
 TARGET, TABLE = testing.tabular(0)
 DRAFT, DRAFT_TABLE = testing.tabular(1)

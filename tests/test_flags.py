@@ -81,7 +81,11 @@ WRONG = [
     ("leviathan/mini_ende", ["--config.temperatures=hot"], ["write it as (0.0, 1.0)"]),
     # Values.
     (Q, ["--config.experiment=sweep"], ["'sweep'", "compare"]),
-    (Q, ["--config.drafter=magic"], ["choose one of model, ngram, none, table, retrieval, or FILE.py:FUNCTION"]),
+    (
+        Q,
+        ["--config.drafter=magic"],
+        ["choose one of model, ngram, none, table, retrieval,", "mask_tokens, or FILE.py:FUNCTION"],
+    ),
     (Q, ["--config.drafter="], ["choose one of"]),
     (Q, ["--config.drafter=model"], ["--config.draft=SOURCE"]),
     (Q, ["--config.drafter=table", "--config.draft=nowhere"], ["'nowhere' does not exist"]),
@@ -90,6 +94,8 @@ WRONG = [
     (Q, ["--config.min_confidence=2.0"], ["min_confidence=2.0"]),
     (Q, ["--config.min_confidence=nan"], ["min_confidence=nan"]),
     (Q, ["--config.min_match=0"], ["min_match=0: from 1 to 64"]),
+    (Q, ["--config.drafter=jacobi", "--config.num_draft_tokens=0"], ["num_draft_tokens=0", "jacobi needs at least 1"]),
+    (Q, ["--config.drafter=lookahead", "--config.window=0"], ["window=0: from 1 to 256"]),
     (Q, ["--config.min_match=1000000"], ["min_match=1000000: from 1 to 64"]),
     (Q, ["--config.num_draft_tokens=1000000"], ["num_draft_tokens=1000000: from 0 to 1024"]),
     (Q, ["--config.num_draft_tokens=-1"], ["num_draft_tokens=-1"]),
@@ -271,7 +277,7 @@ def test_help_explains_every_key(path: pathlib.Path):
 def test_help_names_choices(capsys):
     assert launch.main(["launch", f"--config={CONFIGS / 'compare.py'}", "--help"]) == 0
     output = capsys.readouterr().out
-    assert "--config.drafter='ngram'\n      a string. model, ngram, table, retrieval, none, or FILE.py" in output
+    assert "--config.drafter='ngram'\n      a string. model, ngram, table, retrieval, none; jacobi," in output
     assert "Exact: rejection, block, coupled" in output
     assert "lenient:0.3, typical:0.09,0.3" in output
 

@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "specjax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = (
-    ("types", "protocols", "theory", "files", "limits", "control"),
+    ("types", "state", "protocols", "theory", "files", "limits", "control"),
     ("text", "parallel"),
     ("sampling", "models"),
     ("drafters", "decoding"),

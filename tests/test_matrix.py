@@ -30,6 +30,9 @@ DRAFTERS = {
     "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.35), DRAFT_TABLE),
     "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),
     "model, tree": Pair(TARGET, TABLE, drafters.model(DRAFT, topology=(2, 2, 1)), DRAFT_TABLE),
+    "jacobi": Pair(TARGET, TABLE, drafters.jacobi(num_draft_tokens=3)),
+    "lookahead": Pair(TARGET, TABLE, drafters.lookahead(window=3, ngram=3, guesses=3, num_buckets=4)),
+    "mask_tokens": Pair(TARGET, TABLE, drafters.mask_tokens(mask_token=1, num_draft_tokens=2)),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(
         TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8).drafter, CORPUS.params

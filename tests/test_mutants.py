@@ -34,7 +34,8 @@ from specjax.decoding import step as decode_step
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.sampling import automaton, processors, tree
-from specjax.types import DecodeState, Drafter, Proposal, StepKeys, Verdict
+from specjax.state import DecodeState
+from specjax.types import Drafter, Proposal, StepKeys, Verdict
 
 TARGET, TABLE = testing.tabular(0)
 DRAFT, DRAFT_TABLE = testing.tabular(1)

@@ -15,7 +15,8 @@ from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.sampling import automaton
-from specjax.types import DecodeState, Drafter, Model, Params
+from specjax.state import DecodeState
+from specjax.types import Drafter, Model, Params
 
 TARGET, TABLE = testing.tabular(0, order=3)
 DRAFT, DRAFT_TABLE = testing.tabular(1, order=2)

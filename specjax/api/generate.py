@@ -11,7 +11,7 @@ from specjax.api.request import Request, prepare
 from specjax.decoding.prefill import DEFAULT_STEP_COST
 from specjax.decoding.verify import rejection
 from specjax.parallel import distributed, sharding
-from specjax.types import DecodeState
+from specjax.state import DecodeState
 
 
 class Generation(NamedTuple):

@@ -18,8 +18,9 @@ from specjax.decoding.verify import parse as parse_rule
 from specjax.drafters import contract
 from specjax.parallel import sharding
 from specjax.sampling import automaton
+from specjax.state import DecodeState
 from specjax.text.tokenizer import Tokenizer
-from specjax.types import Automaton, DecodeState, Drafter, Inputs, Model, Params, SamplingOptions
+from specjax.types import Automaton, Drafter, Inputs, Model, Params, SamplingOptions
 
 
 class Request(NamedTuple):

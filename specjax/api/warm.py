@@ -83,13 +83,13 @@ def warm(
             f"{target.model.max_len} positions that the target knows: lower one of them."
         )
     drafter = options.get("drafter")
-    num_draft_tokens = 0 if drafter is None else contract.check(drafter).drafter.num_draft_tokens
+    num_read = 0 if drafter is None else contract.check(drafter).drafter.topology.num_read
     shapes: dict[Shape, int] = {}
     for length in lengths:
         width = options.get("prompt_width") or decoding.round_up(length, 16)
         # An encoder-decoder encodes the prompt, and its text begins with one token.
         begin, least = (length, width) if target.model.start_token is None else (1, 1)
-        buffer = decoding.buffer_length(begin + max_new_tokens, num_draft_tokens)
+        buffer = decoding.buffer_length(begin + max_new_tokens, num_read)
         shapes[Shape(width, options.get("max_len") or max(buffer, least))] = length
     keep_programs()
 

@@ -10,7 +10,7 @@ from specjax.decoding.buffers import (
 )
 from specjax.decoding.loop import advance, check, generate, stream
 from specjax.decoding.prefill import DEFAULT_STEP_COST, prefill, repeat, row_keys, spread_seeds
-from specjax.decoding.step import apply_rule, decode_step, history_of, propose, step_keys
+from specjax.decoding.step import apply_rule, context_of, decode_step, history_of, propose, step_keys
 
 __all__ = [
     "BUFFER_MULTIPLE",
@@ -19,6 +19,7 @@ __all__ = [
     "apply_rule",
     "buffer_length",
     "check",
+    "context_of",
     "decode_step",
     "generate",
     "history_of",

@@ -9,7 +9,7 @@ uses its own counters alone: its pauses, and so its text, do not depend on its n
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.types import Adaptation
+from specjax.state import Adaptation
 
 MEMORY = 0.75
 """Weight of the past in the running mean of accepted tokens."""

@@ -16,9 +16,9 @@ BUFFER_MULTIPLE = 64
 """Buffers are rounded up to multiples of at least this many tokens, so that a few programs serve all lengths."""
 
 
-def buffer_length(limit: int, num_draft_tokens: int) -> int:
-    """The buffer length for texts of at most `limit` tokens: a step may write K tokens beyond the text."""
-    return round_up(limit + num_draft_tokens + 1, BUFFER_MULTIPLE)
+def buffer_length(limit: int, num_read: int) -> int:
+    """The buffer length for texts of at most `limit` tokens: a step may write `num_read` tokens beyond the text."""
+    return round_up(limit + num_read + 1, BUFFER_MULTIPLE)
 
 
 def round_up(size: int, least: int) -> int:
@@ -88,7 +88,7 @@ def _budgets(max_new_tokens: Any, rows: int) -> np.ndarray:
 def text_limits(
     inputs: Inputs,
     max_new_tokens: Any,
-    num_draft_tokens: int,
+    num_read: int,
     max_len: int | None,
     models: Mapping[str, Model],
 ) -> tuple[np.ndarray, int]:
@@ -97,7 +97,7 @@ def text_limits(
     Args:
       inputs: padded prompts.
       max_new_tokens: how many tokens each row may add; one number, or one per row.
-      num_draft_tokens: how many draft tokens a step may write after a text.
+      num_read: how many draft tokens and probes a step may write after a text (`Topology.num_read`).
       max_len: the length of the buffer, or None for the smallest that holds everything.
       models: the models that will read the texts, by their names in error messages.
 
@@ -111,7 +111,7 @@ def text_limits(
     rows, width = inputs.tokens.shape
     lengths, budget = distributed.to_host(inputs.length), _budgets(max_new_tokens, rows)
     limit = lengths + budget
-    longest, k = int(limit.max()), num_draft_tokens
+    longest, k = int(limit.max()), num_read
     texts = f"A prompt of {int(lengths.max())} tokens (padded to {width}) with {int(budget.max())} new tokens"
     if max_len is None:
         max_len = max(buffer_length(longest, k), width)

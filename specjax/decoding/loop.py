@@ -11,7 +11,8 @@ from jaxtyping import Array, Int
 from specjax.decoding.step import decode_step
 from specjax.decoding.verify import Rule
 from specjax.parallel import distributed
-from specjax.types import DecodeState, Drafter, Model, Params
+from specjax.state import DecodeState
+from specjax.types import Drafter, Model, Params
 
 
 @functools.partial(jax.jit, static_argnames=("target", "drafter", "rule", "fixed_shape"), donate_argnames=("state",))

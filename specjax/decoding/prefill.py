@@ -13,20 +13,8 @@ from specjax import sampling
 from specjax.decoding import adaptive, buffers
 from specjax.drafters import contract
 from specjax.sampling import automaton, processors
-from specjax.types import (
-    Automaton,
-    DecodeState,
-    Drafter,
-    Feedback,
-    Inputs,
-    Logprobs,
-    Model,
-    Params,
-    Rows,
-    SamplingOptions,
-    Shared,
-    Stats,
-)
+from specjax.state import DecodeState, Logprobs, Rows, Shared, Stats
+from specjax.types import Automaton, Drafter, Feedback, Inputs, Model, Params, SamplingOptions
 
 DEFAULT_STEP_COST = 1.2
 """Time of a drafting step over that of a plain step, where it has not been measured."""
@@ -171,7 +159,8 @@ def prefill(
       ValueError: where a text does not fit the buffer or the model, or an option makes no sense.
     """
     rows = inputs.tokens.shape[0]
-    limit, max_len = buffers.text_limits(inputs, max_new_tokens, drafter.num_draft_tokens, max_len, {"target": target})
+    num_read = drafter.topology.num_read
+    limit, max_len = buffers.text_limits(inputs, max_new_tokens, num_read, max_len, {"target": target})
     if top_logprobs is not None and not 0 <= top_logprobs <= target.vocab_size:
         raise ValueError(f"top_logprobs={top_logprobs} is outside [0, {target.vocab_size}].")
     penalties = options.penalties if options is not None else None

@@ -18,22 +18,19 @@ from specjax.decoding import adaptive, verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
 from specjax.sampling import automaton, processors, tree
+from specjax.state import Adaptation, DecodeState, Logprobs, Stats
 from specjax.types import (
-    Adaptation,
     Automaton,
     Block,
     Context,
-    DecodeState,
     Drafter,
     Feedback,
     History,
-    Logprobs,
     Model,
     ModelOutput,
     Params,
     Proposal,
     SamplingOptions,
-    Stats,
     StepKeys,
     Topology,
     Verdict,
@@ -79,12 +76,14 @@ def decode_step(
     may_draft = running & adaptive.drafts(rows.adaptation)
     room = jnp.where(may_draft, jnp.minimum(topology.depth, rows.limit - rows.length - 1), 0)
     draft_keys, keys = step_keys(rows.seed, rows.length, topology.depth)
-    proposal, drafter_state, cache = propose(target, drafter, rule, params, state, room, draft_keys, keys)
+    context = context_of(target, drafter, rule, state, room, draft_keys, keys)
+    proposal, drafter_state, cache = propose(drafter, params, state, context)
+    num_read = _num_read(proposal, room)
 
     # Score and verify. Where no row drafts, this is a plain decoding step and costs no more.
     widths = (topology.num_nodes + 1,) if fixed_shape or not topology.num_nodes else (1, topology.num_nodes + 1)
     score = functools.partial(_score, target, rule, params, state, proposal, keys, topology)
-    scored = _at_width(score, widths, jnp.any(proposal.length > 0), cache)
+    scored = _at_width(score, widths, jnp.any(num_read > 0), cache)
     verdict, n = scored.verdict, scored.verdict.num_accepted
 
     # Commit: up to the first stop, within the row's budget, and nothing that was drawn from NaN.
@@ -104,12 +103,12 @@ def decode_step(
     cache = target.commit(scored.cache, verdict.path, emitted)
 
     # Update the drafter and the counters.
-    features = _on_path(scored.output.features, verdict.path)
-    feedback = Feedback(verdict.tokens, emitted, length, features, scored.output)
+    features = _on_path(scored.output.features[:, : topology.num_nodes + 1], verdict.path)
+    feedback = Feedback(verdict.tokens, emitted, length, features, scored.output, context=context)
     is_accepted = is_judged & (position[:-1] < n[:, None])
     # The probability of acceptance where it is known, for chains under exact rules; otherwise whether it was accepted.
     overlap = scored.overlap if rule.exact and topology.is_chain else is_accepted.astype(jnp.float32)
-    learned = adaptive.update(rows.adaptation, proposal.length, n, state.shared.step_cost)
+    learned = adaptive.update(rows.adaptation, num_read, n, state.shared.step_cost)
     after = rows._replace(
         tokens=_write(rows.tokens, verdict.tokens, rows.length),
         from_draft=_write(rows.from_draft, position < n[:, None], rows.length),
@@ -140,32 +139,46 @@ def step_keys(seed: Array, length: Int[Array, " B"], depth: int) -> tuple[Array,
     return jax.vmap(of_row)(seed, length)
 
 
-def propose(
+def context_of(
     target: Model,
     drafter: Drafter,
     rule: Rule,
-    params: Params,
     state: DecodeState,
     room: Int[Array, " B"],
     draft_keys: Array,
     keys: StepKeys,
-) -> tuple[Proposal, Any, Any]:
-    """The drafts of all rows at the beginning of a step, the drafter's state, and the target's cache.
+) -> Context:
+    """What the drafter may look at when it proposes.
 
     Args:
       target: the target.
       drafter: the drafter.
       rule: the acceptance rule; a coupled one makes the draft sample with the noise that the target samples with.
-      params: the parameters of both.
       state: before the step.
       room: `[B]` the deepest draft token that each row can use.
       draft_keys: `[B, D]` for drafting.
       keys: those of verification.
     """
     chosen = keys.token[:, : drafter.topology.depth] if rule.coupled else draft_keys
-    context = Context(history_of(state), chosen, room, state.rows.sampling, target.vocab_size)
+    return Context(history_of(state), chosen, room, state.rows.sampling, target.vocab_size, rule.coupled)
+
+
+def propose(drafter: Drafter, params: Params, state: DecodeState, context: Context) -> tuple[Proposal, Any, Any]:
+    """The drafts of all rows at the beginning of a step, the drafter's state, and the target's cache.
+
+    Args:
+      drafter: the drafter.
+      params: the parameters of both.
+      state: before the step.
+      context: from `context_of`.
+    """
     proposal, drafter_state, cache = contract.propose(drafter, params, state.rows.drafter, state.rows.cache, context)
-    return _within_text(state, proposal, room, drafter.topology), drafter_state, cache
+    return _within_text(state, proposal, context.max_draft, drafter.topology), drafter_state, cache
+
+
+def _num_read(proposal: Proposal, room: Int[Array, " B"]) -> Int[Array, " B"]:
+    """0 for the rows that need nothing but their last token read: those without drafts, and without room for probes."""
+    return proposal.length if proposal.probes is None else jnp.maximum(proposal.length, room)
 
 
 def history_of(state: DecodeState) -> History:
@@ -330,8 +343,8 @@ def _score(
       keys: of the step.
       topology: of the drafter.
       cache: the target's.
-      width: how many tokens the target reads: the last one and all nodes, or the last one alone where no row drafts.
-        The results are padded to the shapes of the first case.
+      width: how many tokens are judged: the last one and all nodes, behind which the target reads the probes, or the
+        last one alone where no row drafts. The results are padded to the shapes of the first case.
 
     Returns:
       the cache; the verdict; the overlap at each draft position; whether the target's logits failed where the last
@@ -353,8 +366,10 @@ def _score(
         # Nodes that are left out of the proposal are -1; they are read as some token that no proposed node sees.
         block = Block(jnp.maximum(block.tokens, 0), shape.depth, shape.sees)
         history = tree.follow(history_of(state), judged.tokens, shape, depth, penalties)
+    if num_nodes and proposal.probes is not None:
+        block = tree.with_probes(block, proposal.probes)
     output, cache = target.apply(params.target, block, cache)
-    verdict, target_probs = apply_rule(rule, rows.sampling, judged, keys, output.logits, history)
+    verdict, target_probs = apply_rule(rule, rows.sampling, judged, keys, output.logits[:, :width], history)
     broken = _on_path(jnp.isnan(jnp.sum(target_probs, axis=-1)), verdict.path)
     failed = _first(broken) <= verdict.num_accepted
     logprobs = None
@@ -377,7 +392,7 @@ def _widen(scored: _Scored, topology: Topology, proposal: Proposal) -> _Scored:
     return scored._replace(
         verdict=verdict._replace(tokens=tokens, path=None if proposal.parent is None else jnp.zeros_like(tokens)),
         overlap=pad(scored.overlap, depth),
-        output=jax.tree.map(lambda x: pad(x, topology.num_nodes), scored.output),
+        output=jax.tree.map(lambda x: pad(x, topology.num_read), scored.output),
         logprobs=jax.tree.map(lambda x: pad(x, depth), scored.logprobs),
     )
 

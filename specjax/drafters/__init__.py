@@ -1,5 +1,8 @@
 """Drafters: pure functions that propose tokens. One file per family."""
 
+from specjax.drafters.jacobi import jacobi
+from specjax.drafters.lookahead import lookahead
+from specjax.drafters.mask_tokens import mask_tokens
 from specjax.drafters.model import model
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
@@ -11,8 +14,11 @@ __all__ = [
     "Table",
     "count_ngrams",
     "index_corpus",
+    "jacobi",
     "load_datastore",
     "load_table",
+    "lookahead",
+    "mask_tokens",
     "model",
     "ngram",
     "none",

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.types import Context, Draft, Drafter, Feedback, Params, Proposal, Topology, Tree
+from specjax.types import Context, Draft, Drafter, Feedback, Params, Probes, Proposal, Topology, Tree
 
 REMEDY = "`specjax.types` documents a drafter, and specjax.testing.check_drafter(drafter, target) tests one"
 
@@ -67,9 +67,37 @@ def check_proposal(proposal: Any, drafter: Drafter, batch_size: int, vocab_size:
         if value.dtype != jnp.dtype(dtype):
             raise TypeError(_blame(drafter.propose, f"proposes {field} of type {value.dtype}, not {dtype}"))
 
+    check_probes(proposal.probes, drafter, batch_size)
     if (proposal.parent is None) != topology.is_chain:
         wrong = "a chain with parents" if topology.is_chain else "a tree without parents"
         raise ValueError(_blame(drafter.propose, f"proposes {wrong}, but its topology is {topology}"))
+
+
+def check_probes(probes: Any, drafter: Drafter, batch_size: int) -> None:
+    """Checks the shapes and types of the probes of a proposal.
+
+    Raises:
+      TypeError, ValueError: as `check_proposal` does.
+    """
+    number, nodes = drafter.topology.num_probes, drafter.num_draft_tokens
+    if probes is None and not number:
+        return
+    if not isinstance(probes, Probes) or not number:
+        raise TypeError(
+            _blame(drafter.propose, f"proposes {_kind(probes)} as probes, but its topology has num_probes={number}")
+        )
+    wanted = {
+        "tokens": ((batch_size, number), "int32", "[B, M]"),
+        "depth": ((batch_size, number), "int32", "[B, M]"),
+        "sees": ((batch_size, number, nodes + 1 + number), "bool", "[B, M, N + 1 + M]"),
+    }
+    for field, (shape, dtype, axes) in wanted.items():
+        value = getattr(probes, field)
+        if tuple(value.shape) != shape or value.dtype != jnp.dtype(dtype):
+            found = f"{value.dtype}{list(value.shape)}"
+            raise ValueError(
+                _blame(drafter.propose, f"proposes probes whose {field} are {found}, not {axes} = {dtype}{list(shape)}")
+            )
 
 
 def _kind(value: Any) -> str:
@@ -127,11 +155,17 @@ def check(drafter: Any) -> Draft:
     if not isinstance(given, Drafter):
         from specjax import drafters
 
-        for name in ("ngram", "none", "model", "table", "retrieval"):
+        inside = {
+            "model": "specjax.load(...)",
+            "table": "drafters.load_table(...)",
+            "retrieval": "drafters.load_datastore(...)",
+            "mask_tokens": "mask_token=...",
+        }
+        for name in ("ngram", "none", "jacobi", "lookahead", *inside):
             if drafter is getattr(drafters, name):
-                inside = {"model": "specjax.load(...)", "table": "drafters.load_table(...)"}.get(name, "")
-                inside = "drafters.load_datastore(...)" if name == "retrieval" else inside
-                raise TypeError(f"drafter=drafters.{name} is not called: write drafters.{name}({inside}).")
+                raise TypeError(
+                    f"drafter=drafters.{name} is not called: write drafters.{name}({inside.get(name, '')})."
+                )
         if callable(drafter):
             raise TypeError(
                 f"drafter={describe(drafter)} is a function: call it, and give the Drafter that it returns."

@@ -17,12 +17,14 @@ import numpy as np
 from specjax import api, decoding, drafters, metrics
 from specjax.api import pretrained
 from specjax.api.pretrained import Pretrained
+from specjax.drafters import contract
 from specjax.experiments import choices, results
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
 from specjax.parallel import sharding
-from specjax.types import AnyDrafter, DecodeState
+from specjax.state import DecodeState
+from specjax.types import AnyDrafter, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ def workload(
     name: str,
     prompts: Sequence[Prompt],
     chosen: Any,
-    num_draft_tokens: int,
+    num_read: int,
     *,
     chat: bool = False,
     one_width: bool = False,
@@ -116,7 +118,7 @@ def workload(
       name: what results call it.
       prompts: what is decoded.
       chosen: settings with `max_new_tokens`, `repeats`, `seed` and `dtype`.
-      num_draft_tokens: the largest K.
+      num_read: the most draft tokens and probes of a step (`Topology.num_read`), of all drafters that will be used.
       chat: put each prompt into the model's chat template.
       one_width: pad all prompts to the longest, so that one program reads them.
       **options: further options of `api.prepare`.
@@ -134,7 +136,7 @@ def workload(
             f"Prompt {longest} has {length} tokens; with {chosen.max_new_tokens} new ones that makes {needed}, but the "
             f"target knows {known} positions: lower config.max_new_tokens, or leave the prompt out."
         )
-    max_len = decoding.buffer_length(needed, num_draft_tokens)
+    max_len = decoding.buffer_length(needed, num_read)
     if one_width:
         options["prompt_width"] = max(map(len, encoded))
     else:
@@ -165,8 +167,13 @@ class Bench:
     @property
     def plain(self) -> AnyDrafter:
         """Plain decoding; with `fixed_shape`, in target calls of the drafter's shape."""
-        k = self.drafter.num_draft_tokens if self.options["fixed_shape"] else 0
+        k = self.topology.num_read if self.options["fixed_shape"] else 0
         return drafters.none(num_draft_tokens=k)
+
+    @property
+    def topology(self) -> Topology:
+        """The shape of what the drafter proposes."""
+        return contract.check(self.drafter).drafter.topology
 
     def prepare(self, drafter: AnyDrafter, batch: PromptBatch) -> api.Request:
         """Reads a batch's prompts into the caches of one side."""
@@ -239,7 +246,7 @@ class Bench:
         own = {
             "verify": rule.name,
             "exact": rule.exact,
-            "num_draft_tokens": self.drafter.num_draft_tokens,
+            "num_draft_tokens": self.topology.depth,
             "max_new_tokens": self.work.max_new_tokens,
             "seed": self.work.seed,
             "repeats": self.work.repeats,

@@ -18,7 +18,7 @@ from specjax.experiments.settings import Check, at_least, between, given, one_of
 from specjax.parallel import sharding
 from specjax.types import AnyDrafter
 
-DRAFTERS = ("model", "ngram", "none", "table", "retrieval")
+DRAFTERS = ("model", "ngram", "none", "table", "retrieval", "jacobi", "lookahead", "mask_tokens")
 
 WITH_DRAFT = {"model": "SOURCE", "table": "PATH (of configs/count.py)", "retrieval": "PATH (of configs/count.py)"}
 """Drafters that need `config.draft`, and what that is."""
@@ -79,6 +79,15 @@ class Models:
             raise FileNotFoundError(f"config.draft={draft!r} does not exist: configs/count.py makes such a draft.")
 
 
+@dataclasses.dataclass(frozen=True)
+class AllModels(Models):
+    """The keys of `Models`, and those of the drafters that need the target alone."""
+
+    window: Annotated[int, between(1, 256, " trajectories")]
+    guesses: Annotated[int, between(1, 256)]
+    mask_token: Annotated[int, at_least(0)]
+
+
 def name_of(text: str) -> str:
     """The name of a drafter in tables: for one in a file, without the directories."""
     if not own.is_own(text):
@@ -134,6 +143,17 @@ def check_rule(text: str, temperature: float) -> None:
         raise ValueError(f"config.verify='greedy' is for temperature 0, not {temperature}: choose rejection.")
 
 
+def check_draft_tokens(drafter: str, num_draft_tokens: int) -> None:
+    """Refuses a number of draft tokens that is too small for a drafter.
+
+    Raises:
+      ValueError: naming the key, its value and the remedy.
+    """
+    least = {"jacobi": 1, "mask_tokens": 1, "lookahead": 2}.get(drafter, 0)
+    if num_draft_tokens < least:
+        raise ValueError(f"config.num_draft_tokens={num_draft_tokens}: drafter={drafter} needs at least {least}.")
+
+
 def drafter_of(chosen: Models, target: Pretrained, load_draft: Callable[[], Pretrained]) -> Callable[[int], AnyDrafter]:
     """The chosen drafter, as a function of K.
 
@@ -144,6 +164,13 @@ def drafter_of(chosen: Models, target: Pretrained, load_draft: Callable[[], Pret
     shortest, longest = chosen.min_match, max(chosen.min_match, 8)
     if own.is_own(chosen.drafter):
         return own.drafter(chosen.drafter, chosen.draft, target)
+    if isinstance(chosen, AllModels) and chosen.drafter == "lookahead":
+        sizes = {"window": chosen.window, "guesses": chosen.guesses}
+        return lambda k: drafters.lookahead(ngram=k + 1, **sizes)
+    if isinstance(chosen, AllModels) and chosen.drafter == "mask_tokens":
+        return lambda k: drafters.mask_tokens(mask_token=chosen.mask_token, num_draft_tokens=k)
+    if chosen.drafter == "jacobi":
+        return lambda k: drafters.jacobi(num_draft_tokens=k)
     if chosen.drafter == "model":
         draft = load_draft()
         return lambda k: drafters.model(draft, num_draft_tokens=k, min_confidence=chosen.min_confidence)

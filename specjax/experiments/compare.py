@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from specjax import api
 from specjax.api.pretrained import Pretrained
+from specjax.drafters import contract
 from specjax.experiments import bench, choices, prompts, results
 from specjax.experiments.bench import Bench, PromptBatch
 from specjax.experiments.prompts import Prompt
@@ -25,7 +26,7 @@ from specjax.types import Automaton
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(choices.Models):
+class Settings(choices.AllModels):
     """The keys of `configs/compare.py`."""
 
     data: Annotated[str, given("FILE")]
@@ -51,6 +52,7 @@ class Settings(choices.Models):
         choices.check_seed(self.seed, self.num_prompts)
         choices.check_sampling(dataclasses.asdict(self.sampling))
         choices.check_rule(self.verify, self.sampling.temperature)
+        choices.check_draft_tokens(self.drafter, self.num_draft_tokens)
         if self.regex and self.json_schema:
             raise ValueError("config.regex and config.json_schema are both given: choose one.")
         if self.json_schema and not pathlib.Path(self.json_schema).is_file():
@@ -86,7 +88,7 @@ def _bench(chosen: Settings, texts: Sequence[Prompt], view: View) -> Bench:
         chosen.target,
         texts,
         chosen,
-        drafter.num_draft_tokens,
+        contract.check(drafter).drafter.topology.num_read,
         chat=chat,
         stop_strings=tuple(chosen.stop_strings),
         grammar=_grammar(chosen, target),

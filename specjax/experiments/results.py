@@ -9,7 +9,7 @@ import numpy as np
 
 from specjax import metrics
 from specjax.experiments import noise
-from specjax.types import Stats
+from specjax.state import Stats
 
 Row = dict[str, Any]
 

@@ -15,7 +15,8 @@ from specjax.models import families
 from specjax.models.config import ModelConfig
 from specjax.parallel import sharding
 from specjax.planning.chips import Topology
-from specjax.types import DecodeState, Drafter, Model, Params, Tree
+from specjax.state import DecodeState
+from specjax.types import Drafter, Model, Params, Tree
 
 SIDES = ("target", "draft")
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from specjax.sampling import automaton
-from specjax.types import Automaton, History, Penalties, Proposal
+from specjax.types import Automaton, Block, History, Penalties, Probes, Proposal
 
 
 class Shape(NamedTuple):
@@ -40,6 +40,28 @@ def shape(parent: Int[Array, "B N"], max_depth: int) -> Shape:
         up = jnp.take_along_axis(in_block, up, axis=1)
         sees |= up[..., None] == index
     return Shape(in_block, sees, jnp.sum(sees, axis=-1, dtype=jnp.int32) - 1)
+
+
+def with_probes(block: Block, probes: Probes) -> Block:
+    """A block of the last committed token and the nodes, followed by probes, which none of them sees.
+
+    Args:
+      block: `[B, T]`; a chain may leave out depth and `sees`.
+      probes: `[B, M]`.
+    """
+    rows, size = block.tokens.shape
+    depth, sees = block.depth, block.sees
+    if depth is None or sees is None:
+        index = jnp.arange(size, dtype=jnp.int32)
+        depth = jnp.broadcast_to(index, block.tokens.shape)
+        sees = jnp.broadcast_to(index[:, None] >= index, (rows, size, size))
+    hidden = jnp.zeros((rows, size, probes.tokens.shape[1]), bool)
+    above = jnp.concatenate([sees, hidden], axis=2)
+    return Block(
+        jnp.concatenate([block.tokens, probes.tokens], axis=1),
+        jnp.concatenate([depth, probes.depth], axis=1),
+        jnp.concatenate([above, probes.sees], axis=1),
+    )
 
 
 def trace(table: Automaton, state: Int[Array, " B"], tokens: Int[Array, "B N"], tree: Shape, max_depth: int) -> Array:

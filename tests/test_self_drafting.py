@@ -1,0 +1,404 @@
+"""Drafters that need the target alone: Jacobi, lookahead and mask tokens.
+
+Each is held against plain decoding on a transformer, and what it drafts against the published algorithm, computed here
+from prefills of whole texts.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Pair, random_prompts, right_pad, run, texts
+
+from specjax import decoding, drafters, sampling, testing
+from specjax.decoding import verify
+from specjax.drafters import pool
+from specjax.sampling import tree
+from specjax.state import DecodeState
+from specjax.types import Block, Drafter, Inputs, Params, Probes, Topology
+
+JACOBI, LOOKAHEAD, MASKS = (
+    importlib.import_module(f"specjax.drafters.{name}") for name in ("jacobi", "lookahead", "mask_tokens")
+)
+V = 7
+TARGET, PARAMS = testing.tiny_decoder(3, vocab_size=V, num_layers=1)
+WINDOW, NGRAM, GUESSES = 3, 4, 2
+K, MASK = 2, V - 1
+
+DRAFTERS = {
+    "jacobi": drafters.jacobi(num_draft_tokens=4),
+    "lookahead": drafters.lookahead(window=WINDOW, ngram=NGRAM, guesses=GUESSES, num_buckets=4),
+    "mask_tokens": drafters.mask_tokens(mask_token=MASK, num_draft_tokens=K),
+}
+BUFFER = 64
+
+
+def start(drafter: Drafter, target: Any = TARGET, params: Any = PARAMS, **options: Any) -> DecodeState:
+    """Six ragged rows of different budgets and temperatures, which stop tokens end."""
+    return decoding.prefill(
+        target,
+        drafter,
+        Params(params, None),
+        right_pad(random_prompts(6, V, seed=1), 16),
+        max_new_tokens=[20, 14, 20, 1, 17, 20],
+        options=sampling.options(6, temperature=[0.0, 1.0, 0.0, 0.0, 0.7, 1.3], **options),
+        stop_tokens=[[], [], [], [], [5], [2]],
+        step_cost=0.0,
+        max_len=BUFFER,
+    )
+
+
+@functools.cache
+def plain_text(**options: Any) -> list[list[int]]:
+    pair = Pair(TARGET, PARAMS, drafters.none())
+    return texts(run(pair, verify.coupled, start(pair.drafter, **options)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_text_is_that_of_plain_decoding(name: str):
+    """At temperature 0, and at others with the noise of the positions."""
+    pair = Pair(TARGET, PARAMS, DRAFTERS[name])
+    state = run(pair, verify.coupled, start(pair.drafter))
+    assert texts(state) == plain_text()
+    accepted = np.asarray(state.rows.stats.accepted)
+    assert accepted[:, 0].sum() > 0, "nothing was accepted, so nothing was tested"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_text_with_penalties_is_that_of_plain_decoding(name: str):
+    options = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "no_repeat_ngram_size": 3}
+    pair = Pair(TARGET, PARAMS, DRAFTERS[name])
+    assert texts(run(pair, verify.coupled, start(pair.drafter, **options))) == plain_text(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_the_contract_is_kept(name: str):
+    report = testing.check_drafter(DRAFTERS[name], testing.tabular(0, vocab_size=5), num_texts=4096)
+    assert not report.notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_rows_that_pause_keep_the_text_of_plain_decoding(name: str):
+    """A row that may not draft learns nothing from a call in which its neighbours do."""
+    drafter = DRAFTERS[name]
+    pair, state = Pair(TARGET, PARAMS, drafter), start(drafter)
+    step = jax.jit(lambda state: decoding.decode_step(TARGET, drafter, verify.coupled, pair.params, state))
+    for turn in range(40):
+        pause = jnp.asarray([(turn + row) % 3 == 0 for row in range(6)], jnp.int32)
+        state = state._replace(rows=state.rows._replace(adaptation=state.rows.adaptation._replace(pause=pause)))
+        state = step(state)
+    assert texts(state) == plain_text()
+
+
+def steps_of(
+    drafter: Drafter, state: DecodeState, target: Any, params: Any
+) -> Iterator[tuple[DecodeState, DecodeState]]:
+    """The states before and after each step of `coupled`, until one of the rows has no room for a whole draft."""
+    both = Params(params, None)
+    step = jax.jit(lambda state: decoding.decode_step(target, drafter, verify.coupled, both, state, fixed_shape=True))
+    while True:
+        after = step(state)
+        if bool(jnp.any(after.rows.done | (state.rows.length + drafter.topology.depth >= state.rows.limit))):
+            return
+        yield state, after
+        state = after
+
+
+# Jacobi.
+
+LOOSE, LOOSE_TABLE = testing.tabular(4, order=0)
+FORBIDDEN = int(np.argmax(np.asarray(LOOSE_TABLE)[0]))
+
+
+def converges(drafter: Drafter) -> None:
+    """Where no token depends on those before it, one iteration solves every equation whose noise it knows."""
+    k, rows = drafter.topology.depth, 8
+    state = decoding.prefill(
+        LOOSE,
+        drafter,
+        Params(LOOSE_TABLE, None),
+        right_pad(random_prompts(rows, 4), 16),
+        max_new_tokens=40,
+        options=sampling.options(rows, temperature=[0.0, 1.0] * 4, logit_bias={FORBIDDEN: -np.inf}),
+        step_cost=0.0,
+        max_len=BUFFER,
+    )
+    before = None
+    for old, new in steps_of(drafter, state, LOOSE, LOOSE_TABLE):
+        committed = np.asarray(new.rows.length - old.rows.length)
+        if before is not None:
+            least = np.maximum(k - before, 0)
+            assert (committed - 1 >= least).all(), f"a solved guess is rejected: {committed - 1} accepted of {least}"
+        before = committed
+    assert before is not None
+
+
+def test_a_guess_that_has_converged_is_accepted_whole():
+    converges(DRAFTERS["jacobi"])
+
+
+def _options_for_the_first_token_only(logits: Any, history: Any, context: Any) -> Any:
+    first = sampling.probabilities(logits[:, :1], context.sampling, history)
+    probs = jnp.concatenate([first, sampling.warp.warp(logits[:, 1:], context.sampling)], axis=1)
+    draw = jax.vmap(lambda key, p: sampling.sample(key, p, context.sampling), in_axes=1, out_axes=1)
+    return jnp.concatenate([draw(context.keys, probs[:, :-1]), sampling.argmax(probs[:, -1:])], axis=1)
+
+
+def _without_noise(logits: Any, history: Any, context: Any) -> Any:
+    return sampling.argmax(sampling.probabilities(logits, context.sampling, history))
+
+
+JACOBI_BUGS: dict[str, Callable[..., Any]] = {
+    "Jacobi applies processors to the first token of the block alone": _options_for_the_first_token_only,
+    "Jacobi iterates without the noise of the positions": _without_noise,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", JACOBI_BUGS)
+def test_convergence_catches_jacobi(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
+    monkeypatch.setattr(JACOBI, "own_tokens", JACOBI_BUGS[bug])
+    with catches(bug, "converged guesses", "a solved guess is rejected"):
+        converges(JACOBI.jacobi.__wrapped__(num_draft_tokens=4))
+
+
+# What the others draft, by the target's prefill of whole texts.
+
+
+@jax.jit
+def _after(tokens: Any, length: Any) -> Any:
+    cache = TARGET.init_cache(*tokens.shape)
+    return sampling.argmax(TARGET.prefill(PARAMS, Inputs(tokens, length), cache)[0].logits[:, 0])
+
+
+def greedy_tokens(of: Sequence[Sequence[int]]) -> list[int]:
+    """The target's next token after each of at most 16 texts."""
+    tokens = np.zeros((16, BUFFER), np.int32)
+    for row, text in zip(tokens, of, strict=False):
+        row[: len(text)] = text
+    length = np.asarray([len(text) for text in of] + [1] * (16 - len(of)), np.int32)
+    return np.asarray(_after(tokens, length))[: len(of)].tolist()
+
+
+def greedy_start(drafter: Drafter) -> DecodeState:
+    return decoding.prefill(
+        TARGET,
+        drafter,
+        Params(PARAMS, None),
+        right_pad([[0, 1, 2, 3, 0, 1, 2, 4], [3, 1, 4, 1, 5]], 16),
+        max_new_tokens=24,
+        step_cost=0.0,
+        max_len=BUFFER,
+    )
+
+
+class Lookahead:
+    """Lookahead decoding of one text, by the paper: the window, and a list of n-grams for each token."""
+
+    def __init__(self, prompt: list[int]):
+        self.pool: dict[int, list[list[int]]] = {}
+        for begin in range(len(prompt) - NGRAM + 1):
+            self.add(prompt[begin : begin + NGRAM])
+        begin = [i * len(prompt) // WINDOW for i in range(WINDOW)]
+        self.window = [[prompt[(b + row) % len(prompt)] for b in begin] for row in range(NGRAM - 1)]
+
+    def add(self, ngram: list[int]) -> None:
+        # Buckets of the drafter hold the n-grams of several tokens.
+        bucket = self.pool.setdefault(ngram[0] % 4, [])
+        if ngram in bucket:
+            bucket.remove(ngram)
+        bucket.insert(0, ngram)
+        del bucket[GUESSES:]
+
+    def accepted(self, current: int, own: list[int]) -> int:
+        """How many tokens of the best guess are those that the target writes."""
+        guesses = [ngram[1:] for ngram in self.pool.get(current % 4, []) if ngram[0] == current]
+        matches = [next((i for i, (a, b) in enumerate(zip(g, own, strict=False)) if a != b), len(g)) for g in guesses]
+        return max(matches, default=0)
+
+    def step(self, text: list[int]) -> None:
+        self.window[0][0] = text[-1]
+        paths = [text + self.window[0][1 : i + 1] + [row[i] for row in self.window[1:]] for i in range(WINDOW)]
+        self.window.append(greedy_tokens(paths))
+        for i in range(WINDOW):
+            self.add([row[i] for row in self.window])
+        del self.window[0]
+
+
+def follows_the_paper(drafter: Drafter) -> None:
+    """Window, pool and number of accepted tokens of each step are the paper's."""
+    state = greedy_start(drafter)
+    published = [Lookahead(text) for text in texts(state)]
+    accepted = 0
+    for old, new in steps_of(drafter, state, TARGET, PARAMS):
+        for row, (before, after) in enumerate(zip(texts(old), texts(new), strict=True)):
+            own, ours = after[len(before) :], published[row]
+            assert own[:1] == greedy_tokens([before]), "the text is not the target's"
+            assert len(own) - 1 == ours.accepted(before[-1], own), "another number of tokens is accepted"
+            ours.step(before)
+            window = np.array(new.rows.drafter.window[row])
+            window[0, 0] = ours.window[0][0]
+            assert window.tolist() == ours.window, "the window is not the published one"
+            for bucket, ngrams in ours.pool.items():
+                kept = np.asarray(new.rows.drafter.pool[row, bucket]).tolist()
+                assert kept[: len(ngrams)] == ngrams, "the pool is not the published one"
+            accepted += len(own) - 1
+    assert accepted > 2, "too few guesses were accepted to test anything"
+
+
+def test_lookahead_follows_the_paper():
+    follows_the_paper(DRAFTERS["lookahead"])
+
+
+def _lookahead(**changes: Any) -> Drafter:
+    made = DRAFTERS["lookahead"]
+    return made._replace(**{name: change(getattr(made, name)) for name, change in changes.items()})
+
+
+def _seeing_a_guess(propose: Any) -> Any:
+    def changed(params, state, cache, context):
+        proposal, *rest = propose(params, state, cache, context)
+        sees = proposal.probes.sees.at[:, :, 1].set(True)
+        return proposal._replace(probes=proposal.probes._replace(sees=sees)), *rest
+
+    return changed
+
+
+def _moved_by_what_was_accepted(update: Any) -> Any:
+    def changed(params, state, feedback):
+        after = update(params, state, feedback)
+        if feedback.inputs is not None:
+            return after
+        more = jax.vmap(lambda rows, n: jnp.roll(rows, -n, axis=0))(after.window, feedback.num_tokens - 1)
+        return after._replace(window=more)
+
+    return changed
+
+
+LOOKAHEAD_BUGS = {
+    "a token of the lookahead window sees a guess": lambda: _lookahead(propose=_seeing_a_guess),
+    "the lookahead window moves by the number of accepted tokens": lambda: _lookahead(
+        update=_moved_by_what_was_accepted
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", LOOKAHEAD_BUGS)
+def test_the_paper_catches_lookahead(bug: str, catches: Any):
+    with catches(bug, "published window", "the window is not"):
+        follows_the_paper(LOOKAHEAD_BUGS[bug]())
+
+
+@pytest.mark.slow
+def test_the_paper_catches_a_window_that_sees_whole_rows(monkeypatch: pytest.MonkeyPatch, catches: Any):
+    def whole_rows(window: int, ngram: int) -> np.ndarray:
+        row, _, other_row, _ = np.ogrid[: ngram - 1, :window, : ngram - 1, :window]
+        return np.broadcast_to(other_row <= row, (ngram - 1, window) * 2)
+
+    monkeypatch.setattr(LOOKAHEAD, "mask", whole_rows)
+    sizes = {"window": WINDOW, "ngram": NGRAM, "guesses": GUESSES, "num_buckets": 4}
+    bug = "a token of the lookahead window sees the rows above it whole"
+    with catches(bug, "published window", "the window is not"):
+        follows_the_paper(LOOKAHEAD.lookahead.__wrapped__(**sizes))
+
+
+def drafts_behind_the_text(drafter: Drafter) -> None:
+    """After each step, draft j is the target's token behind the text without its last token, then j + 1 masks."""
+    checked = 0
+    for _, new in steps_of(drafter, greedy_start(drafter), TARGET, PARAMS):
+        for row, text in enumerate(texts(new)):
+            wanted = greedy_tokens([text[:-1] + [MASK] * (j + 1) for j in range(K)])
+            assert new.rows.drafter[row].tolist() == wanted, "the draft is not what the target says behind the masks"
+            checked += 1
+    assert checked > 10
+
+
+def test_mask_tokens_draft_what_the_target_says_behind_them():
+    drafts_behind_the_text(DRAFTERS["mask_tokens"])
+
+
+@pytest.mark.slow
+def test_prefills_catch_masks_behind_another_token(monkeypatch: pytest.MonkeyPatch, catches: Any):
+    sound = MASKS._masks
+
+    def behind_the_root(tokens: tuple[int, ...]) -> Any:
+        masks, k = sound(tokens), len(tokens)
+        sees = masks.sees.copy()
+        sees[:, 1 : k + 1] = False
+        return masks._replace(sees=sees)
+
+    monkeypatch.setattr(MASKS, "_masks", behind_the_root)
+    with catches("all masks follow the last committed token", "prefills", "the draft is not"):
+        drafts_behind_the_text(MASKS._drafter.__wrapped__((MASK,) * K))
+
+
+# Probes and the pool.
+
+
+@pytest.mark.parametrize("is_chain", [True, False])
+def test_no_node_sees_a_probe(is_chain: bool):
+    block = Block(jnp.asarray([[4, 1, 2]]))
+    if not is_chain:
+        shape = tree.shape(jnp.asarray([[-1, -1]]), 1)
+        block = Block(block.tokens, shape.depth, shape.sees)
+    probes = Probes(jnp.asarray([[5]]), jnp.asarray([[2]]), jnp.asarray([[[True, True, False, True]]]))
+    found = tree.with_probes(block, probes)
+    nodes = [[1, 0, 0, 0], [1, 1, 0, 0], [1, int(is_chain), 1, 0]]
+    assert found.sees is not None
+    assert found.sees[0].astype(int).tolist() == [*nodes, [1, 1, 0, 1]]
+    assert found.depth is not None
+    assert found.depth[0].tolist() == [0, 1, 2 if is_chain else 1, 2]
+    assert found.tokens[0].tolist() == [4, 1, 2, 5]
+
+
+def test_a_bucket_keeps_the_latest_ngrams():
+    kept = pool.empty(1, 2, 2, 3)
+    for ngram in ([1, 2, 3], [3, 0, 0], [1, 2, 3]):
+        kept = pool.insert(kept, jnp.asarray([[ngram]]), jnp.asarray([[True]]))
+    assert kept[0, 1].tolist() == [[1, 2, 3], [3, 0, 0]]
+    kept = pool.insert(kept, jnp.asarray([[[1, 4, 4], [1, 5, 5]]]), jnp.asarray([[True, False]]))
+    assert kept[0, 1].tolist() == [[1, 4, 4], [1, 2, 3]]
+    found, count = pool.find(kept, jnp.asarray([1]))
+    assert (found.tolist(), count.tolist()) == ([[[4, 4], [2, 3]]], [2])
+    found, count = pool.find(kept, jnp.asarray([5]))
+    assert (found.tolist(), count.tolist()) == ([[[-1, -1], [-1, -1]]], [0])
+
+
+def test_guesses_share_the_nodes_of_their_common_beginning():
+    guesses = jnp.asarray([[[1, 2, 3], [1, 2, 4], [1, 5, 3], [-1, -1, -1]]])
+    tokens, parent = pool.trie(guesses)
+    assert tokens[0, :9].tolist() == [1, 2, 3, -1, -1, 4, -1, 5, 3]
+    assert parent[0, :9].tolist() == [-1, 0, 1, -1, 0, 1, -1, 0, 7]
+    assert (tokens[0, 9:] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: drafters.jacobi(num_draft_tokens=0), "num_draft_tokens=0: at least 1"),
+        (lambda: drafters.lookahead(ngram=2), "ngram=2 is out of range"),
+        (lambda: drafters.lookahead(window=500), "would read 1520 tokens"),
+        (lambda: drafters.mask_tokens(mask_token=-1), "mask_token=-1 is out of range"),
+        (lambda: drafters.mask_tokens(mask_token=(1, 2)), "names 2 tokens"),
+        (lambda: drafters.mask_tokens(mask_token=0, num_draft_tokens=40), "from 1 to 31"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_named(make: Callable[[], Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_probes_that_the_topology_does_not_announce_are_an_error():
+    wrong = DRAFTERS["mask_tokens"]._replace(topology=Topology.chain(K))
+    with pytest.raises(AssertionError, match="as probes, but its topology has num_probes=0"):
+        testing.check_drafter(wrong, num_texts=8)

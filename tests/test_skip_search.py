@@ -1,4 +1,4 @@
-"""The search for sublayers that a target's own drafts can do without, from the command to what compare.py drafts with."""
+"""The search for sublayers that a target can leave out of its own drafts, from the command to a comparison."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_the_first_guesses_are_the_sublayers_that_matter_least():
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="skip_search.py makes it"):
+    with pytest.raises(FileNotFoundError, match=r"skip_search\.py makes it"):
         skip_search.load(tmp_path)
     (tmp_path / "skips.json").write_text('{"attention": [1]}')
     with pytest.raises(ValueError, match="is broken"):

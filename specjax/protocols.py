@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jaxtyping import Array, Float, Int
 
 if TYPE_CHECKING:
-    from specjax.types import Batch, Block, Context, Feedback, Inputs, Model, ModelOutput, Params, Proposal
+    from specjax.types import Batch, Block, Context, Feedback, Inputs, Model, ModelOutput, Params, Proposal, Skips
 
 
 class InitCache(Protocol):
@@ -56,6 +56,14 @@ class WithTaps(Protocol):
 
     def __call__(self, taps: tuple[int, ...]) -> "Model":
         """The model whose `features` are the hidden states of the indices `taps`."""
+        ...
+
+
+class WithSkips(Protocol):
+    """The same model without some of its sublayers."""
+
+    def __call__(self, skips: "Skips") -> "Model":
+        """The model that leaves out these sublayers, over the same parameters and cache."""
         ...
 
 

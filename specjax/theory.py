@@ -62,6 +62,28 @@ def oracle_tokens(alpha: float) -> float:
     return math.inf if alpha == 1.0 else 1.0 / (1.0 - alpha)
 
 
+def pipelined_factor(p_correct: float, layer: int, num_layers: int) -> float:
+    """Speedup of Predictive Pipelined Decoding over plain decoding (arXiv 2307.05908), on chips that are to spare.
+
+    The calls for the next token begin at an intermediate layer of the call before, one for each of its k most probable
+    tokens there. Where the token is among them, which happens with probability `p_correct`, the next call is `layer` of
+    `num_layers` layers behind, otherwise a whole call; all layers take the same time, and the head none:
+    `1 / (1 - p_correct (1 - layer / num_layers))`.
+
+    Args:
+      p_correct: how often the token is among the k most probable ones at the layer.
+      layer: after how many layers the next calls begin.
+      num_layers: of the target.
+
+    >>> round(pipelined_factor(0.5, 20, 40), 3)
+    1.333
+    """
+    _check(p_correct, 0)
+    if not 1 <= layer <= num_layers:
+        raise ValueError(f"layer={layer}: from 1 to the {num_layers} layers of the target.")
+    return 1.0 / (1.0 - p_correct * (1.0 - layer / num_layers))
+
+
 def best_num_draft_tokens(
     alpha: float, c: float, score_cost: Callable[[int], float] = lambda k: 1.0, max_draft_tokens: int = 64
 ) -> int:

@@ -5,6 +5,7 @@ call, `N` draft tokens (nodes) of one step, `D` the depth of their tree, `M` pro
 tapped layers, `E` the width of the model. For a chain, N = D = K.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +87,28 @@ class ModelOutput(NamedTuple):
     features: Float[Array, "B T F E"]
 
 
+class Skips(NamedTuple):
+    """The sublayers that a model leaves out, by the number of their layer; the residual stream passes them unchanged.
+
+    Attributes:
+      attention: those of attention; in the decoder of an encoder-decoder, that to the text and that to the source.
+      mlp: those of the feed-forward.
+    """
+
+    attention: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+
+    @classmethod
+    def of_layers(cls, layers: Iterable[int]) -> "Skips":
+        """Whole layers."""
+        numbers = tuple(layers)
+        return cls(numbers, numbers)
+
+
+NO_SKIPS = Skips()
+"""The whole model."""
+
+
 class Model(NamedTuple):
     """A target or a draft: pure functions; parameters are always arguments.
 
@@ -110,6 +133,10 @@ class Model(NamedTuple):
       with_taps: `(taps) -> Model`, the same model, whose outputs have the hidden states of these indices as `features`:
         0 is the embedding, i the residual stream after layer i, and the number of layers (or -1) the last one, after
         the final norm. None for a model without layers.
+      with_skips: `(skips) -> Model`, the same model without these sublayers: a draft that shares the parameters of the
+        whole model, and its cache, in which a skipped attention writes nothing. None for a model without layers, or
+        one whose layers are scanned.
+      num_layers: how many layers these two count; 0 for a model without layers.
     """
 
     init_cache: protocols.InitCache
@@ -121,6 +148,8 @@ class Model(NamedTuple):
     start_token: int | None = None
     score: protocols.Score | None = None
     with_taps: protocols.WithTaps | None = None
+    with_skips: protocols.WithSkips | None = None
+    num_layers: int = 0
 
 
 class Topology(NamedTuple):

@@ -7,12 +7,14 @@ from specjax.drafters.model import model
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
 from specjax.drafters.retrieval import Datastore, index_corpus, load_datastore, retrieval, save_datastore
+from specjax.drafters.skip import early_exit, skip
 from specjax.drafters.table import Table, count_ngrams, load_table, save_table, table
 
 __all__ = [
     "Datastore",
     "Table",
     "count_ngrams",
+    "early_exit",
     "index_corpus",
     "jacobi",
     "load_datastore",
@@ -25,5 +27,6 @@ __all__ = [
     "retrieval",
     "save_datastore",
     "save_table",
+    "skip",
     "table",
 ]

@@ -11,6 +11,7 @@ EXPERIMENTS = {
     "data": "specjax.experiments.data:run",
     "leviathan": "specjax.experiments.leviathan:run",
     "plan": "specjax.experiments.plan:run",
+    "skip_search": "specjax.experiments.skip_search:run",
     "train": "specjax.experiments.train:run",
 }
 """`module:function` by name, imported when asked for.

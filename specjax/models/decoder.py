@@ -18,7 +18,7 @@ from specjax.models import cache as cache_lib
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
 from specjax.parallel import sharding
-from specjax.types import Batch, Block, Inputs, Model, ModelOutput, Tree
+from specjax.types import NO_SKIPS, Batch, Block, Inputs, Model, ModelOutput, Skips, Tree
 
 PREFILL_CHUNK = 512
 """The most tokens of a prompt that are read at a time: attention scores grow with the square of its length."""
@@ -33,6 +33,9 @@ class Decoder(nnx.Module):
 
     taps: tuple[int, ...] = ()
     """The hidden states that are the features of its outputs (`types.Model.with_taps`)."""
+
+    skips: Skips = NO_SKIPS
+    """The sublayers that it leaves out (`types.Model.with_skips`)."""
 
     def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
@@ -121,9 +124,13 @@ class Decoder(nnx.Module):
         """The residual stream after all layers, the cache's keys and values, and the stream before each layer."""
         keys, values, states = list(cache.keys), list(cache.values), {}
         for i, block in enumerate(self.layers):
-            states[i] = x
-            run = modules.traced_once(block)
-            x, keys[i], values[i] = run(x, views[windowed[i]], keys[i], values[i], start)
+            states[i], view = x, views[windowed[i]]
+            attends, feeds = i not in self.skips.attention, i not in self.skips.mlp
+            if attends:
+                run = modules.traced_once(block, "__call__" if feeds else "attend")
+                x, keys[i], values[i] = run(x, view, keys[i], values[i], start)
+            elif feeds:
+                x = modules.traced_once(block, "feed_forward")(x)
         return x, tuple(keys), tuple(values), states
 
     def read(
@@ -222,18 +229,19 @@ def repeat_kv_heads(config: DecoderConfig, mesh: Mesh | AbstractMesh | None, rul
 
 
 @functools.cache
-def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = ()) -> Model:
+def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = (), skips: Skips = NO_SKIPS) -> Model:
     """The pure functions of a decoder. Equal configurations give the same `Model`, so that nothing is retraced.
 
     Args:
       config: the shape.
       rules: logical to mesh axes, for its activations and cache under `jax.set_mesh`.
       taps: the hidden states that are its features (`types.Model.with_taps`).
+      skips: the sublayers that it leaves out (`types.Model.with_skips`).
     """
 
     def bind(params: Tree) -> Decoder:
         decoder = modules.merge(module(config), config, rules, params)
-        decoder.taps = taps
+        decoder.taps, decoder.skips = taps, skips
         return decoder
 
     def init_cache(batch_size: int, max_len: int, max_source: int = 0) -> Cache:
@@ -262,7 +270,10 @@ def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = 
         return decoder.logits(decoder.hidden(Block(batch.tokens), init_cache(*batch.tokens.shape), None, batch)[0])
 
     def with_taps(taps: tuple[int, ...]) -> Model:
-        return model(config, rules, layers.from_zero(taps, config.num_layers))
+        return model(config, rules, layers.from_zero(taps, config.num_layers), skips)
+
+    def with_skips(skips: Skips) -> Model:
+        return model(config, rules, taps, layers.known_skips(skips, config.num_layers))
 
     return Model(
         init_cache,
@@ -273,4 +284,6 @@ def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = 
         config.max_position,
         score=score,
         with_taps=with_taps,
+        with_skips=None if config.scan_layers else with_skips,
+        num_layers=config.num_layers,
     )

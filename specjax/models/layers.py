@@ -16,6 +16,7 @@ from specjax.models.config import DecoderConfig, LinearRopeScaling
 from specjax.models.linear import Matrix
 from specjax.models.modules import parameter
 from specjax.parallel import sharding
+from specjax.types import Skips
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -126,6 +127,19 @@ def from_zero(taps: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
         if not -num_layers - 1 <= tap <= num_layers:
             raise ValueError(f"taps={taps}: a model of {num_layers} layers has the hidden states 0 to {num_layers}.")
     return tuple(tap % (num_layers + 1) for tap in taps)
+
+
+def known_skips(skips: Skips, num_layers: int) -> Skips:
+    """The sublayers to skip, without repetitions, in order.
+
+    Raises:
+      ValueError: for a layer that the model does not have.
+    """
+    for name, numbers in skips._asdict().items():
+        for number in numbers:
+            if not 0 <= number < num_layers:
+                raise ValueError(f"Skips({name}={numbers}): a model of {num_layers} layers has 0 to {num_layers - 1}.")
+    return Skips(*(tuple(sorted(set(numbers))) for numbers in skips))
 
 
 def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
@@ -247,15 +261,24 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], view: View, keys, values, start, layer=None):
         """The residual stream after the layer, and the updated keys and values: its own, or those of all layers."""
-        c = self.config
-        normed = normalize(self, "attention_norm", c, x)
+        attended, keys, values = self.attend(x, view, keys, values, start, layer)
+        # Where attention and feed-forward are parallel, both read the stream before the layer.
+        return self.feed_forward(attended, x if self.config.parallel else attended), keys, values
+
+    def attend(self, x: Float[Array, "B T D"], view: View, keys, values, start, layer=None):
+        """The layer without its feed-forward."""
+        normed = normalize(self, "attention_norm", self.config, x)
         mixed, keys, values = self.attention(normed, view, keys, values, start, layer)
-        if c.post_norms:
-            mixed = normalize(self, "attention_post_norm", c, mixed)
-        x = x + mixed
-        if not c.parallel:
-            normed = normalize(self, "mlp_norm", c, x)
-        out = self.mlp(normed)
-        if c.post_norms:
-            out = normalize(self, "mlp_post_norm", c, out)
-        return x + out, keys, values
+        if self.config.post_norms:
+            mixed = normalize(self, "attention_post_norm", self.config, mixed)
+        return x + mixed, keys, values
+
+    def feed_forward(
+        self, x: Float[Array, "B T D"], before: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """The layer without its attention: the stream x, to which is added what comes of the stream `before` (or x)."""
+        norm = "attention_norm" if self.config.parallel else "mlp_norm"
+        out = self.mlp(normalize(self, norm, self.config, x if before is None else before))
+        if self.config.post_norms:
+            out = normalize(self, "mlp_post_norm", self.config, out)
+        return x + out

@@ -65,18 +65,18 @@ def merge(build: Build, config: Any, rules: sharding.Rules, params: Tree) -> Any
     return nnx.merge(_split(build, config, rules)[0], nnx.State(params))
 
 
-def traced_once(layer: nnx.Module) -> Callable[..., Any]:
-    """The layer's call, traced and lowered once for all layers of the same structure and shapes.
+def traced_once(layer: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
+    """A method of the layer, traced and lowered once for all layers of the same structure and shapes.
 
     Tracing is most of what a call waits for where its programs are in the compilation cache. XLA inlines the calls.
     """
     definition, params = nnx.split(layer)
-    return functools.partial(_call, definition, params)
+    return functools.partial(_call, definition, method, params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _call(definition: Any, params: Any, *arguments: Any) -> Any:
-    return nnx.merge(definition, params)(*arguments)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(definition: Any, method: str, params: Any, *arguments: Any) -> Any:
+    return getattr(nnx.merge(definition, params), method)(*arguments)
 
 
 def abstract(build: Build, config: Any) -> Tree:

@@ -20,7 +20,7 @@ from specjax.models.attention import attend
 from specjax.models.config import T5Config
 from specjax.models.linear import Matrix
 from specjax.parallel import sharding
-from specjax.types import Batch, Block, Inputs, Model, ModelOutput, Tree
+from specjax.types import NO_SKIPS, Batch, Block, Inputs, Model, ModelOutput, Skips, Tree
 
 NO_LIMIT = 2**31 - 1
 """Relative positions have no end."""
@@ -237,12 +237,21 @@ class Layer(nnx.Module):
 
         In the decoder, `source` is which tokens of the source each token attends to, and their keys and values.
         """
+        x, keys, values = self.attend(x, mask, bias, keys, values, start, source)
+        return self.feed_forward(x), keys, values
+
+    def attend(self, x: Float[Array, "B T D"], mask, bias, keys, values, start, source=None):
+        """The layer without its feed-forward."""
         normed = layers.rms_norm(x, self.attention_norm[...], self.eps)
         mixed, keys, values = self.attention(normed, mask, bias, keys, values, start)
         x = x + mixed
         if source is not None:
             x = x + self.cross(layers.rms_norm(x, self.cross_norm[...], self.eps), *source)
-        return x + self.mlp(layers.rms_norm(x, self.mlp_norm[...], self.eps)), keys, values
+        return x, keys, values
+
+    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The layer without its attention."""
+        return x + self.mlp(layers.rms_norm(x, self.mlp_norm[...], self.eps))
 
 
 def _norm(c: T5Config, rngs: nnx.Rngs) -> nnx.Param:
@@ -254,6 +263,9 @@ class T5(nnx.Module):
 
     taps: tuple[int, ...] = ()
     """The decoder's hidden states that are the features of its outputs (`types.Model.with_taps`)."""
+
+    skips: Skips = NO_SKIPS
+    """The decoder's sublayers that it leaves out (`types.Model.with_skips`)."""
 
     def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
@@ -317,8 +329,12 @@ class T5(nnx.Module):
             if bias is None or c.bias_per_layer:
                 bias = relative_bias(c, layer.attention.bias[...], distance, bidirectional=False)
             source = sees, cache.source_keys[i], cache.source_values[i]
-            run = modules.traced_once(layer)
-            x, keys[i], values[i] = run(x, mask, bias, keys[i], values[i], start, source)
+            attends, feeds = i not in self.skips.attention, i not in self.skips.mlp
+            if attends:
+                run = modules.traced_once(layer, "__call__" if feeds else "attend")
+                x, keys[i], values[i] = run(x, mask, bias, keys[i], values[i], start, source)
+            elif feeds:
+                x = modules.traced_once(layer, "feed_forward")(x)
         x = states[c.num_layers] = layers.rms_norm(x, self.norm[...], c.norm_eps)
         features = [states[tap] for tap in self.taps]
         tapped = jnp.stack(features, axis=2) if features else x[:, :, None][:, :, :0]
@@ -338,18 +354,19 @@ class T5(nnx.Module):
 
 
 @functools.cache
-def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = ()) -> Model:
+def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), skips: Skips = NO_SKIPS) -> Model:
     """The pure functions of an encoder-decoder. Equal configurations give the same `Model`.
 
     Args:
       config: the shape.
       rules: logical to mesh axes, for its activations and cache under `jax.set_mesh`.
       taps: the decoder's hidden states that are its features (`types.Model.with_taps`).
+      skips: the decoder's sublayers that it leaves out (`types.Model.with_skips`).
     """
 
     def module(params: Tree) -> T5:
         t5 = modules.merge(T5, config, rules, params)
-        t5.taps = taps
+        t5.taps, t5.skips = taps, skips
         return t5
 
     def init_cache(batch_size: int, max_len: int, max_source: int = 0) -> Cache:
@@ -388,7 +405,12 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = ()) -
         return t5.logits(t5.hidden(Block(batch.tokens), cache, None, batch)[0])
 
     def with_taps(taps: tuple[int, ...]) -> Model:
-        return model(config, rules, layers.from_zero(taps, config.num_layers))
+        return model(config, rules, layers.from_zero(taps, config.num_layers), skips)
+
+    def with_skips(skips: Skips) -> Model:
+        return model(config, rules, taps, layers.known_skips(skips, config.num_layers))
 
     decoded = config.vocab_size, NO_LIMIT, config.start_token
-    return Model(init_cache, prefill, apply, cache_lib.commit, *decoded, score, with_taps)
+    return Model(
+        init_cache, prefill, apply, cache_lib.commit, *decoded, score, with_taps, with_skips, config.num_layers
+    )

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from specjax import decoding, drafters, sampling
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
-from specjax.drafters.model import choose
+from specjax.drafters.rollout import choose
 from specjax.planning import cuda, libtpu, plan
 from specjax.planning.chips import Chip, Topology
 from specjax.planning.extrapolation import both_sides, combine, samples

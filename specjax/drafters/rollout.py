@@ -1,0 +1,151 @@
+"""K tokens from a draft model, each drawn given those before it: shared by all drafters of chains that run a model."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from specjax import sampling
+from specjax.sampling import processors
+from specjax.types import Block, Context, History, Model, SamplingOptions, Tree
+
+
+def choose(
+    logits: Float[Array, "B 1 W"], key: Array, history: History, options: SamplingOptions, vocab_size: int
+) -> tuple[Int[Array, " B"], Float[Array, "B V"], Bool[Array, " B"]]:
+    """A token for each row, its distribution, and whether the options left any of the tokens that the draft knows.
+
+    Args:
+      logits: of the draft.
+      key: `[B]`.
+      history: the text before the token (T = 1).
+      options: of the rows.
+      vocab_size: V of the target.
+    """
+    logits = sampling.match_vocab(logits, vocab_size)
+    probs = sampling.probabilities(logits, options, history)[:, 0]
+    going = ~_has_no_token(logits, probs)
+    probs = jnp.where(going[:, None], probs, 0.0)
+    return sampling.sample(key, probs, options), probs, going
+
+
+def _confidence(logits: Float[Array, "B 1 V"]) -> Float[Array, " B"]:
+    """The probability of the most probable token."""
+    return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))[:, 0]
+
+
+def _has_no_token(logits: Float[Array, "B 1 V"], probs: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """Whether the options forbid every token that the draft knows; NaN logits are another matter, an error."""
+    # A sum, since XLA:CPU may leave NaN out of a maximum.
+    return jnp.isnan(jnp.sum(probs, axis=-1)) & (jnp.sum(logits, axis=-1) < jnp.inf)[:, 0]
+
+
+class Chain(NamedTuple):
+    """A draft model, and the most tokens that it drafts."""
+
+    draft: Model
+    num_draft_tokens: int
+
+
+Rollout = tuple[Int[Array, "B K"], Float[Array, "B K V"], Int[Array, " B"], Any]
+"""The draft tokens of all rows, the distribution of each, how many there are, and the draft's cache."""
+
+
+def _extend(
+    chain: Chain, params: Tree, cache: Any, token: Int[Array, " B"], history: History, context: Context
+) -> tuple[Float[Array, "B 1 W"], Any, History]:
+    """The logits after one more token of each row."""
+    history = processors.extend(history, token, context.sampling.penalties)
+    output, cache = chain.draft.apply(params, Block(token[:, None]), cache)
+    return output.logits, chain.draft.commit(cache, None, jnp.ones_like(token)), history
+
+
+def _pick(
+    logits: Float[Array, "B 1 W"], key: Array, history: History, context: Context, going: Bool[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, "B V"], Bool[Array, " B"]]:
+    """`choose` for the rows that still draft."""
+    token, probs, some = choose(logits, key, history, context.sampling, context.vocab_size)
+    return token, jnp.where(going[:, None], probs, 0.0), going & some
+
+
+def none(chain: Chain, cache: Any, context: Context) -> Rollout:
+    """The rollout where no row drafts."""
+    rows, k = context.max_draft.shape[0], chain.num_draft_tokens
+    none = jnp.zeros(rows, jnp.int32)
+    return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), none, cache
+
+
+def draw(
+    chain: Chain,
+    params: Tree,
+    logits: Float[Array, "B 1 W"],
+    cache: Any,
+    context: Context,
+    threshold: Float[Array, " B"] | None = None,
+) -> Rollout:
+    """Draws K tokens for each row, each given those before it.
+
+    Args:
+      chain: the draft model, and how far it drafts.
+      params: its parameters.
+      logits: the draft's, after the text.
+      cache: its cache of the whole text.
+      context: of the step.
+      threshold: `[B]` a row's draft ends after the first token at whose position the draft's most probable token was
+        less probable than that; None: it does not.
+    """
+    keys, going = jnp.swapaxes(context.keys, 0, 1), jnp.ones(context.max_draft.shape, bool)
+    first = _pick(logits, keys[0], context.history, context, going)
+    if threshold is not None:
+        return _while_sure(chain, params, cache, context, first, _confidence(logits) >= threshold, threshold)
+
+    def draft_one(carry: tuple[Any, Array, Array, History], key: Array) -> tuple[Any, tuple[Array, Array, Array]]:
+        cache, token, going, history = carry
+        logits, cache, history = _extend(chain, params, cache, token, history, context)
+        token, probs, going = _pick(logits, key, history, context, going)
+        return (cache, token, going, history), (token, probs, going)
+
+    (cache, *_), rest = jax.lax.scan(draft_one, (cache, first[0], first[2], context.history), keys[1:])
+    tokens, probs, going = (
+        jnp.concatenate([a[:, None], jnp.swapaxes(b, 0, 1)], axis=1) for a, b in zip(first, rest, strict=True)
+    )
+    return tokens, probs, jnp.sum(going, axis=1, dtype=jnp.int32), cache
+
+
+def _while_sure(
+    chain: Chain,
+    params: Tree,
+    cache: Any,
+    context: Context,
+    first: tuple[Array, Array, Array],
+    sure: Bool[Array, " B"],
+    threshold: Float[Array, " B"],
+) -> Rollout:
+    """The rest of a rollout, until every row has come to a position at which the draft was unsure."""
+    empty = none(chain, cache, context)
+    tokens, probs = empty[0].at[:, 0].set(first[0]), empty[1].at[:, 0].set(first[1])
+
+    def is_going_on(carry: Any) -> Array:
+        position, sure = carry[0], carry[1]
+        return (position < chain.num_draft_tokens) & jnp.any(sure & (position < context.max_draft))
+
+    def draft_one(carry: Any) -> Any:
+        position, sure, count, cache, history, tokens, probs = carry
+        token = jax.lax.dynamic_index_in_dim(tokens, position - 1, axis=1, keepdims=False)
+        logits, cache, history = _extend(chain, params, cache, token, history, context)
+        token, drawn_from, going = _pick(logits, context.keys[:, position], history, context, sure)
+        return (
+            position + 1,
+            going & (_confidence(logits) >= threshold),
+            count + going,
+            cache,
+            history,
+            tokens.at[:, position].set(token),
+            probs.at[:, position].set(drawn_from),
+        )
+
+    going = first[2]
+    carry = jnp.int32(1), sure & going, going.astype(jnp.int32), cache, context.history, tokens, probs
+    _, _, count, cache, _, tokens, probs = jax.lax.while_loop(is_going_on, draft_one, carry)
+    return tokens, probs, count, cache

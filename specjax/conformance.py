@@ -135,7 +135,7 @@ def _context(target: Model, drafter: Drafter, state: DecodeState) -> Context:
 
 def _trace_problem(trial: Trial) -> str:
     """The error that tracing the drafter raises; empty where there is none."""
-    drafter, (k, depth, _) = trial.drafter, trial.drafter.topology
+    drafter, (k, depth, *_) = trial.drafter, trial.drafter.topology
 
     def traced(params: Params, state: DecodeState) -> Tree:
         context = _context(trial.target, drafter, state)

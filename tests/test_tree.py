@@ -168,6 +168,19 @@ def test_topologies_are_children_by_depth_or_paths(topology: Any, parents: tuple
     assert tuple(parent for level in levels for parent in level.parents) == parents
 
 
+def test_published_trees_have_the_nodes_that_their_papers_say():
+    nodes = {
+        "mc_sim_7b_63": [10, 28, 23, 2],
+        "vicuna_7b_stage2": [10, 23, 23, 7],
+        "eagle_25": [4, 8, 8, 3, 2],
+    }
+    assert list(nodes) == list(drafters.topologies.TOPOLOGIES)
+    for name, by_depth in nodes.items():
+        assert [len(level.nodes) for level in model_tree.parse(name)] == by_depth
+    with pytest.raises(ValueError, match="topology='mc_sim' is not known: give one of mc_sim_7b_63"):
+        model_tree.parse("mc_sim")
+
+
 @pytest.mark.parametrize("topology", [(), (0,), (2, -1), [(0, 0)], [(1,)], [(0,), (0, 1)]])
 def test_what_is_no_tree_is_an_error(topology: Any):
     with pytest.raises(ValueError, match="topology="):

@@ -1,5 +1,6 @@
 """Drafters: pure functions that propose tokens. One file per family."""
 
+from specjax.drafters import children, topologies
 from specjax.drafters.model import model
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
@@ -9,6 +10,7 @@ from specjax.drafters.table import Table, count_ngrams, load_table, save_table, 
 __all__ = [
     "Datastore",
     "Table",
+    "children",
     "count_ngrams",
     "index_corpus",
     "load_datastore",
@@ -20,4 +22,5 @@ __all__ = [
     "save_datastore",
     "save_table",
     "table",
+    "topologies",
 ]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax import control, sampling
 from specjax.drafters import model_tree
 from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
+from specjax.drafters.children import Children, has_no_token, without_replacement
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import processors
 from specjax.types import (
@@ -34,7 +35,8 @@ def model(
     *,
     num_draft_tokens: int | None = None,
     min_confidence: float = 0.0,
-    topology: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    children: Children = without_replacement,
 ) -> Any:
     """Drafts with another model of the same vocabulary.
 
@@ -44,16 +46,19 @@ def model(
     The text stays exact, since where a draft ends depends only on the tokens before that position, never on the one
     drawn there.
 
-    With a topology it drafts a tree: for each node the most probable continuations, or above temperature 0 those that
-    the noise of `verify.coupled` prefers. Trees are judged by the rules `greedy` (temperature 0) and `coupled`.
+    With a topology it drafts a tree, a call of the draft for each depth: above temperature 0 the continuations of each
+    node are found by `children`, or, under the rule `coupled`, are those that its noise prefers; at temperature 0 they
+    are the most probable ones. Trees are judged by `rejection`, `traversal` and `coupled`, and by `greedy`.
 
     Args:
       draft: a `Model`, whose parameters the caller passes to the loop, or a `Pretrained`, which brings them.
       num_draft_tokens: K, for a chain; by default 4.
       min_confidence: from 0, which always drafts K tokens, to 1; a probability under the draft, before any option.
       topology: the shape of a tree: how many children every node has, by depth, such as `(3, 2, 1)`; or its nodes as
-        paths, such as `[(0,), (1,), (0, 0)]`, each a list of ranks among siblings (Medusa, arXiv 2401.10774, §2.3.2).
-        None: a chain.
+        paths, such as `[(0,), (1,), (0, 0)]`, each a list of ranks among siblings (Medusa, arXiv 2401.10774, §2.3.2);
+        or the name of a published tree (`drafters.topologies`). None: a chain.
+      children: how the children of a node are found: `drafters.children.without_replacement`, `with_replacement`,
+        `most_probable`, or a function like them.
 
     Returns:
       a `Draft` for a `Pretrained`, a `Drafter` for a `Model`.
@@ -74,7 +79,7 @@ def model(
             raise ValueError(
                 f"topology={topology} says how many tokens are drafted: leave out num_draft_tokens and min_confidence."
             )
-        drafter = model_tree.drafter(inner, model_tree.parse(topology))
+        drafter = model_tree.drafter(inner, model_tree.parse(topology), children)
     if isinstance(draft, Model):
         return drafter
     return Draft(drafter, draft.params, draft.tokenizer, inner.max_len, inner)
@@ -94,7 +99,7 @@ def choose(
     """
     logits = sampling.match_vocab(logits, vocab_size)
     probs = sampling.probabilities(logits, options, history)[:, 0]
-    going = ~_has_no_token(logits, probs)
+    going = ~has_no_token(logits, probs[:, None])[:, 0]
     probs = jnp.where(going[:, None], probs, 0.0)
     return sampling.sample(key, probs, options), probs, going
 
@@ -102,12 +107,6 @@ def choose(
 def _confidence(logits: Float[Array, "B 1 V"]) -> Float[Array, " B"]:
     """The probability of the most probable token."""
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))[:, 0]
-
-
-def _has_no_token(logits: Float[Array, "B 1 V"], probs: Float[Array, "B V"]) -> Bool[Array, " B"]:
-    """Whether the options forbid every token that the draft knows; NaN logits are another matter, an error."""
-    # A sum, since XLA:CPU may leave NaN out of a maximum.
-    return jnp.isnan(jnp.sum(probs, axis=-1)) & (jnp.sum(logits, axis=-1) < jnp.inf)[:, 0]
 
 
 class _Chain(NamedTuple):

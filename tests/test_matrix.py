@@ -39,6 +39,9 @@ DRAFTERS = {
     "model, tree with replacement": Pair(TARGET, TABLE, tree_of(drafters.children.with_replacement), DRAFT_TABLE),
     "model, tree of the most probable": Pair(TARGET, TABLE, tree_of(drafters.children.most_probable), DRAFT_TABLE),
     "model, tree, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, topology=(3, 1)), PADDED_TABLE),
+    "model, dynamic tree": Pair(
+        TARGET, TABLE, drafters.model(DRAFT, dynamic=drafters.Dynamic(width=3, depth=3, num_nodes=6)), DRAFT_TABLE
+    ),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(
         TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8).drafter, CORPUS.params

@@ -2,6 +2,7 @@
 
 from specjax.drafters import children, topologies
 from specjax.drafters.model import model
+from specjax.drafters.model_dynamic import Dynamic
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
 from specjax.drafters.retrieval import Datastore, index_corpus, load_datastore, retrieval, save_datastore
@@ -9,6 +10,7 @@ from specjax.drafters.table import Table, count_ngrams, load_table, save_table, 
 
 __all__ = [
     "Datastore",
+    "Dynamic",
     "Table",
     "children",
     "count_ngrams",

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import control, sampling
-from specjax.drafters import model_tree
+from specjax.drafters import model_dynamic, model_tree
 from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
 from specjax.drafters.children import Children, has_no_token, without_replacement
+from specjax.drafters.model_dynamic import Dynamic
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import processors
 from specjax.types import (
@@ -37,6 +38,7 @@ def model(
     min_confidence: float = 0.0,
     topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
     children: Children = without_replacement,
+    dynamic: Dynamic | None = None,
 ) -> Any:
     """Drafts with another model of the same vocabulary.
 
@@ -59,6 +61,8 @@ def model(
         or the name of a published tree (`drafters.topologies`). None: a chain.
       children: how the children of a node are found: `drafters.children.without_replacement`, `with_replacement`,
         `most_probable`, or a function like them.
+      dynamic: the size of a tree whose shape follows the draft's probabilities (EAGLE-2, arXiv 2406.16858): the most
+        probable nodes are continued and proposed, which are chosen, not drawn. None: no such tree.
 
     Returns:
       a `Draft` for a `Pretrained`, a `Drafter` for a `Model`.
@@ -70,12 +74,18 @@ def model(
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence={min_confidence}: a probability, from 0 (off) to 1.")
     inner: Model = draft if isinstance(draft, Model) else draft.model
-    if topology is None:
+    sizes = num_draft_tokens is not None or bool(min_confidence)
+    if dynamic is not None:
+        if sizes or topology is not None:
+            raise ValueError(f"dynamic={dynamic} says what is drafted: leave out topology and the sizes of chains.")
+        model_dynamic.check(dynamic)
+        drafter = model_dynamic.drafter(inner, dynamic)
+    elif topology is None:
         num_draft_tokens = 4 if num_draft_tokens is None else num_draft_tokens
         check_num_draft_tokens(num_draft_tokens)
         drafter = _drafter(_Chain(inner, num_draft_tokens, min_confidence))
     else:
-        if num_draft_tokens is not None or min_confidence:
+        if sizes:
             raise ValueError(
                 f"topology={topology} says how many tokens are drafted: leave out num_draft_tokens and min_confidence."
             )

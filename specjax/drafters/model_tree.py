@@ -81,7 +81,7 @@ def _find(
     return children.find(kind, logits, number, context.keys[:, depth], context.sampling, context.coupled)
 
 
-def _apply_alone(
+def apply_alone(
     draft: Model, params: Tree, block: Block, cache: Any, is_needed: Bool[Array, ""]
 ) -> tuple[Float[Array, "B T W"], Any]:
     """The draft's logits after each token of a block, and its cache, by a loop of one round.
@@ -157,7 +157,7 @@ def drafter(draft: Model, levels: tuple[Level, ...], kind: Children) -> Drafter:
             block = Block(
                 jnp.maximum(tokens[:, np.asarray(behind)], 0), jnp.full((rows, len(behind)), i, jnp.int32), sees
             )
-            logits, cache = _apply_alone(draft, params.draft, block, cache, jnp.any(context.max_draft > 0))
+            logits, cache = apply_alone(draft, params.draft, block, cache, jnp.any(context.max_draft > 0))
         return tokens, probs, cache
 
     def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:

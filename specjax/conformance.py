@@ -5,7 +5,7 @@ Four parts, each of which runs if those before it found nothing:
   trace      shapes, types and the structure of the state, by `drafters.contract`;
   proposals  their values, at every step of a ragged batch: ids, lengths, probabilities, what they may depend on;
   draws      tokens are distributed as stated, whatever the length (many texts of one prompt);
-  texts      greedy and `coupled` text is plain decoding's, that of `rejection` and `block` is distributed as the
+  texts      greedy and `coupled` text is plain decoding's, that of `rejection` and `block` (for trees `traversal`) the
              target's, jointly over its first tokens; the drafts of a model for itself are always accepted.
 """
 
@@ -22,22 +22,16 @@ from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
 from specjax.state import DecodeState
-from specjax.types import Block, Context, Drafter, Feedback, Model, Params, Proposal, Tree
+from specjax.types import Block, Context, Drafter, Feedback, Model, Params, Proposal, Topology, Tree
 
-SIGNIFICANCE = 1e-6
-"""Below this p-value a distribution is wrong."""
-
-NUM_TOKENS = 3
-"""Tokens of the texts whose joint distribution is enumerated."""
+# The p-value below which a distribution is wrong; tokens of the texts whose joint distribution is enumerated.
+SIGNIFICANCE, NUM_TOKENS = 1e-6, 3
 
 SMALL = 64
 """A target with at most this many tokens is assumed to be a table, which is cheap to decode with."""
 
-_TOP_K = 3
-"""The number of tokens kept at each position where the vocabulary is too large to enumerate."""
-
-_RAGGED = 24
-"""Rows of the ragged part of the batch."""
+# The tokens kept at each position of a larger vocabulary; the rows of the ragged part of the batch.
+_TOP_K, _RAGGED = 3, 24
 
 
 class Trial(NamedTuple):
@@ -225,6 +219,7 @@ def _value_problems(proposal: Proposal, room: np.ndarray, k: int, vocab_size: in
     )
     if proposal.probs is None:
         return
+    used &= tokens >= 0
     probs = np.asarray(proposal.probs, np.float64)
     with np.errstate(invalid="ignore"):
         total = probs.sum(axis=-1)
@@ -260,8 +255,7 @@ def _dependence_problems(seen: _Seen) -> Iterator[tuple[str, int]]:
     yield from first(~_same(seen.proposal, seen.other_stale, every), stale)
     if probs is None:
         unstated = "draws at random, but states no probs: put each token's distribution into Proposal.probs"
-        if seen.proposal.parent is None:  # A tree is drawn with the noise of the rule `coupled`.
-            yield from first(~_same(seen.proposal, seen.other_keys, every), unstated)
+        yield from first(~_same(seen.proposal, seen.other_keys, every), unstated)
         return
     # The distribution of the first token depends on the text alone.
     both = (np.asarray(seen.proposal.length) > 0) & (np.asarray(seen.other_keys.length) > 0)
@@ -306,9 +300,9 @@ def _draw_problem(trial: Trial, proposal: Proposal) -> str:
     where, vocab_size = contract.describe(trial.drafter.propose), trial.target.vocab_size
     alike = np.ones(len(tokens), bool)
     for place in range(trial.drafter.num_draft_tokens):
-        there = alike & (length > place)
+        there = alike & (length > place) & (tokens[:, place] >= 0)
         if there.sum() < 100:
-            return ""
+            continue
         stated = probs[there, place]
         if np.abs(stated - stated[0]).max() > 1e-3:
             return (
@@ -378,6 +372,12 @@ def _joint_p_value(trial: Trial, state: DecodeState, joint: dict[tuple[int, ...]
     return testing.g_test(counts, np.append(list(joint.values()), 0.0))
 
 
+def _sampled_rules(topology: Topology) -> tuple[Rule, ...]:
+    """The rules whose text depends on what a drafter states of its draws."""
+    rules = verify.rejection, verify.block if topology.is_chain else verify.traversal
+    return rules[:1] if topology.shares_draws else rules
+
+
 def _text_problems(trial: Trial, report: testing.Report) -> None:
     k, where = trial.drafter.num_draft_tokens, contract.describe(trial.drafter.propose)
     plain = trial.decode(verify.coupled, drafters.none(num_draft_tokens=k))
@@ -401,8 +401,8 @@ def _text_problems(trial: Trial, report: testing.Report) -> None:
             f"{counters[1][moved[0]].tolist()} with the rows in reverse order)"
         )
     joint = exact_joint(trial)
-    chains = (verify.rejection, verify.block) if trial.drafter.topology.is_chain else ()
-    for rule in chains or (verify.coupled,):
+    rules = _sampled_rules(trial.drafter.topology)
+    for rule in rules:
         p = _joint_p_value(trial, trial.decode(rule), joint)
         if p < SIGNIFICANCE:
             report.problems.append(
@@ -411,7 +411,7 @@ def _text_problems(trial: Trial, report: testing.Report) -> None:
             )
     if report.problems:
         return
-    names = "rejection and block" if chains else "coupled"
+    names = " and ".join(rule.name for rule in rules)
     error = testing.smallest_error(trial.num_texts, len(joint), significance=SIGNIFICANCE)
     report.passed.extend(
         [

@@ -1,5 +1,7 @@
 """Closed forms of Leviathan et al. 2022 (arXiv 2211.17192): what speculation should bring before it is measured.
 
+For trees, `best_tree` finds the shape with the least time per token (Sequoia, arXiv 2402.12374).
+
 `alpha` is the expected acceptance probability of a draft token, taken as independent of the others; `c` the time of one
 draft call over that of one target call; K the number of draft tokens per step. `score_cost` extends the paper, whose
 target scores K + 1 tokens in the time of one: it is the time of a call that scores K + 1 over that of a call that
@@ -7,7 +9,10 @@ scores one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 
 def _check(alpha: float, num_draft_tokens: int) -> None:
@@ -105,3 +110,100 @@ def best_num_draft_tokens(
         return walltime_factor(alpha, k, c, 1.0 if k == 0 else score_cost(k))
 
     return max(range(max_draft_tokens + 1), key=factor)
+
+
+class BestTree(NamedTuple):
+    """The tree that `best_tree` found.
+
+    Attributes:
+      paths: its nodes as paths of ranks, for `drafters.model(topology=...)`; empty where drafting does not pay.
+      expected_tokens: tokens per target call.
+      time_per_token: in units of a target call that scores one token.
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+    expected_tokens: float
+    time_per_token: float
+
+
+def _best_children(chance: Sequence[float], below: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the children of a node add to its expected tokens, and how many nodes each child gets.
+
+    Args:
+      chance: of each child, that it is the first to be accepted.
+      below: `[M + 1]` the expected tokens from a child on, with at most m nodes, the child included; 0 for m = 0.
+
+    Returns:
+      `[B + 1, M + 1]` what the children from rank b on add with at most m nodes, and the nodes of child b (0: there is
+      none, and none after it).
+    """
+    limit = len(below) - 1
+    value, share = np.zeros((len(chance) + 1, limit + 1)), np.zeros((len(chance) + 1, limit + 1), int)
+    for b in reversed(range(len(chance))):
+        for m in range(1, limit + 1):
+            # F(m, b) = max over y of P_b E(y, depth - 1) + F(m - y, b + 1).
+            given = chance[b] * below[1 : m + 1] + value[b + 1, m - 1 :: -1]
+            y = int(np.argmax(given))
+            if given[y] > 0:
+                value[b, m], share[b, m] = given[y], y + 1
+    return value, share
+
+
+def best_tree(
+    acceptance: Sequence[Sequence[float]],
+    draft_cost: float,
+    score_cost: Callable[[int], float] = lambda tokens: 1.0,
+    max_nodes: int = 64,
+) -> BestTree:
+    """The tree of draft tokens with the least time per token, by Sequoia's dynamic program (arXiv 2402.12374).
+
+    Where the chances fall with the rank, adding the most probable node again and again gives as many tokens for every
+    number of nodes (Medusa, arXiv 2401.10774, section 2.3.3); the program does not need that.
+
+    Args:
+      acceptance: for each depth from 1 on, by rank, the chance that this child is the first of its siblings to be
+        accepted, given that its parent was.
+      draft_cost: the time of a draft call, of which there is one for each depth, over that of a target call that scores
+        one token.
+      score_cost: T -> the time of scoring T tokens, the last committed one included, over that of scoring one.
+      max_nodes: the most draft tokens of a tree.
+
+    Raises:
+      ValueError: for chances that are none, or a negative number of nodes.
+
+    >>> best_tree([(0.5, 0.2, 0.1)] * 2, draft_cost=0.05, max_nodes=3).paths
+    ((0,), (1,), (0, 0))
+    """
+    for depth, chances in enumerate(acceptance, 1):
+        if min(chances, default=0.0) < 0 or sum(chances) > 1 + 1e-6:
+            raise ValueError(f"acceptance at depth {depth} is {list(chances)}: chances, which sum to at most 1.")
+    if max_nodes < 0:
+        raise ValueError(f"max_nodes={max_nodes} is negative.")
+    best = BestTree((), 1.0, score_cost(1))
+    for deepest in range(1, len(acceptance) + 1):
+        below, shares, value = np.minimum(np.arange(max_nodes + 1), 1.0), [], np.zeros((1, max_nodes + 1))
+        for chances in reversed(acceptance[:deepest]):
+            value, share = _best_children(chances, below)
+            shares.append(share)
+            below = np.concatenate([[0.0], 1.0 + value[0, :-1]])
+        tokens = 1.0 + value[0]
+        times = [(deepest * draft_cost + score_cost(m + 1)) / tokens[m] for m in range(1, max_nodes + 1)]
+        m = int(np.argmin(times)) + 1 if times else 0
+        if m and times[m - 1] < best.time_per_token - 1e-12:
+            best = BestTree(_paths_of(shares[::-1], m), float(tokens[m]), float(times[m - 1]))
+    return best
+
+
+def _paths_of(shares: list[np.ndarray], num_nodes: int) -> tuple[tuple[int, ...], ...]:
+    """The paths of a tree, from how many nodes each child gets (`_best_children`), by depth."""
+    if not shares:
+        return ()
+    paths, left = [], num_nodes
+    for rank in range(len(shares[0])):
+        share = int(shares[0][rank, left])
+        if not share:
+            break
+        paths.append((rank,))
+        paths += [(rank, *path) for path in _paths_of(shares[1:], share - 1)]
+        left -= share
+    return tuple(sorted(paths, key=lambda path: (len(path), path)))

@@ -20,8 +20,7 @@ Tree = Any
 class Inputs(NamedTuple):
     """Right-padded prompts.
 
-    For an encoder-decoder, `source` is the prompt, which the encoder reads, and `tokens` is the start token, with which
-    the decoder's text begins.
+    For an encoder-decoder, `source` is the prompt and `tokens` is the start token, with which the text begins.
 
     Attributes:
       tokens: `[B, P]` token ids; entries at or beyond a row's length are padding.
@@ -112,8 +111,8 @@ NO_SKIPS = Skips()
 class Model(NamedTuple):
     """A target or a draft: pure functions; parameters are always arguments.
 
-    Two `Model`s built from equal configurations are equal, so that a jitted function that takes one as a static
-    argument compiles once.
+    `Model`s built from equal configurations are equal: a jitted function that takes one as a static argument compiles
+    once.
 
     Attributes:
       init_cache: `(batch_size, max_len, max_source=0) -> cache`, an empty cache; `cache.length` is `[B]`, the number of
@@ -127,8 +126,7 @@ class Model(NamedTuple):
         means 0, 1, 2 ... (a chain), and no entry is moved; a negative count then removes committed tokens.
       vocab_size: V, the width of the logits (which may be padded beyond the tokenizer's vocabulary).
       max_len: the longest sequence that the model supports, in tokens.
-      start_token: for an encoder-decoder, which reads `inputs.source`, the token that its sequences begin with; None
-        for other models.
+      start_token: the token that the sequences of an encoder-decoder begin with; None for other models.
       score: `(params, batch) -> logits [B, T, V]` of a training `Batch`; None for a model that cannot be trained.
       with_taps: `(taps) -> Model`, the same model, whose outputs have the hidden states of these indices as `features`:
         0 is the embedding, i the residual stream after layer i, and the number of layers (or -1) the last one, after
@@ -160,12 +158,15 @@ class Topology(NamedTuple):
       depth: D, the most of them on one path. N = D is a chain.
       parents: the parent of each node, where that is the same in every step; None: it is in `Proposal.parent`.
       num_probes: M, how many tokens behind the nodes the target reads for their outputs alone (`Probes`).
+      shares_draws: whether the children of all nodes of a depth come from one draw, as where their distribution depends
+        on the depth alone. Rules that judge more than one node of a depth are then biased (`Rule.own_draws`).
     """
 
     num_nodes: int
     depth: int
     parents: tuple[int, ...] | None = None
     num_probes: int = 0
+    shares_draws: bool = False
 
     @classmethod
     def chain(cls, num_draft_tokens: int) -> "Topology":
@@ -204,12 +205,15 @@ class Proposal(NamedTuple):
     """A tree of draft tokens. Batched as written; the rules of `verify` see one row, without `B`.
 
     Attributes:
-      tokens: `[B, N]`, parents before their children. An id outside the vocabulary is never accepted.
+      tokens: `[B, N]`, parents before their children. An id outside the vocabulary is never accepted; a node of a tree
+        whose id is -1 is not proposed, and neither are those below it.
       length: `[B]` how many of the N are really proposed; the others are padding. Whether token i is proposed may
-        depend on the text and on the ancestors of token i, **never on token i itself**: a drafter that drops a token
-        because of what was drawn biases the text, and no acceptance rule can repair that.
-      probs: `[B, N, V]` float32, the distribution that each token was *sampled* from, or None where the tokens
-        were chosen deterministically (their distribution is one-hot).
+        depend on the text, the ancestors and the elder siblings of token i, **never on token i itself**: a drafter that
+        drops a token because of what was drawn biases the text, and no acceptance rule can repair that.
+      probs: `[B, N, V]` float32, the distribution that each token was *sampled* from, given its ancestors and its elder
+        siblings: siblings stand in the order in which they were drawn. So it is the draft's q without the elder
+        siblings, renormalised, where they are drawn without replacement; q itself where they are drawn independently;
+        each draft's own q where several are merged. None: chosen deterministically (the distribution is one-hot).
       parent: `[B, N]` the node that each continues; -1 is the last committed token. None: a chain,
         `parent = arange(N) - 1`.
       probes: what the target reads besides (`Topology.num_probes`), for every row that may draft in the step, whether
@@ -239,9 +243,7 @@ class Verdict(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    """What a drafter is told about a prompt, or each chunk of it, and then after every step.
-
-    A prompt counts as a step that committed all of its tokens.
+    """What a drafter is told after every step; a prompt, or each chunk of it, is a step that committed all its tokens.
 
     Attributes:
       tokens: `[B, T]` the tokens that were committed, then padding: T = D + 1 after a step, P for a prompt.
@@ -366,7 +368,8 @@ class Context(NamedTuple):
       max_draft: `[B]` the deepest draft token that a row can use in this step; 0: draft nothing for it.
       sampling: the rows' sampling options, which target and draft share.
       vocab_size: V of the target.
-      coupled: whether `keys` are those that the target draws the same positions with (`verify.Rule.coupled`).
+      coupled: whether `keys` are those with which the target draws. A drafter of trees then ranks the continuations of
+        every node by the noise of its position alone, which all nodes of a depth share.
     """
 
     history: History
@@ -384,8 +387,7 @@ class Drafter(NamedTuple):
       init: `(batch_size, max_len, max_source=0) -> state`, called once; `max_len` is the length of the text buffer.
       propose: `(params, state, cache, context) -> (Proposal, state, cache)`, given the target's parameters and cache: a
         self-drafter may write after `cache.length`, where everything is overwritten; others return the cache unchanged.
-        Whether a token is proposed must not depend on that token (see `Proposal.length`); `testing.check_drafter` tests
-        this.
+        Whether a token is proposed must not depend on that token (see `Proposal.length`).
       update: `(params, state, feedback) -> state`, called with each prompt, or its chunks in order, and after every
         step, even one that drafted nothing.
       topology: how many tokens it proposes in a step, and how deep their tree is.

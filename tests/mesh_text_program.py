@@ -54,6 +54,7 @@ CORPUS = [[1, 2, 3, 4, 1, 2, 5, 6, 7, 8], [11, 12, 13, 11, 12, 13], [9, 10, 9, 1
 RULES = {
     "rejection": verify.rejection,
     "block": verify.block,
+    "traversal": verify.traversal,
     "coupled": verify.coupled,
     "lenient": verify.lenient(0.3),
     "typical": verify.typical(),
@@ -81,6 +82,7 @@ REST: list[Case] = (
     [("decoder", "model", rule) for rule in ("block", "lenient", "typical", "top_k", "top_k_gap", "distance")]
     + [("decoder", drafter, "rejection") for drafter in ("none", "ngram", "table", "retrieval")]
     + [("decoder", drafter, "coupled") for drafter in ("jacobi", "lookahead", "mask_tokens")]
+    + [("decoder", "tree", rule) for rule in ("rejection", "traversal")]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
 SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D

@@ -199,7 +199,13 @@ def test_a_sound_drafter_passes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "drafter", [drafters.ngram(num_draft_tokens=3, min_match=1), drafters.model(SOURCE, num_draft_tokens=3)]
+    "drafter",
+    [
+        drafters.ngram(num_draft_tokens=3, min_match=1),
+        drafters.model(SOURCE, num_draft_tokens=3),
+        drafters.model(SOURCE, topology=(2, 2)),
+        drafters.model(SOURCE, topology=(2, 1), children=drafters.children.with_replacement),
+    ],
 )
 def test_drafters_of_specjax_pass(drafter: Drafter):
     report = testing.check_drafter(drafter, TARGET)

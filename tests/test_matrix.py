@@ -15,6 +15,7 @@ from helpers import Group, Pair, Sample, assert_exact, p_value, random_prompts, 
 from specjax import drafters, testing
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
+from specjax.types import Drafter
 
 TARGET, TABLE = testing.tabular(0)
 DRAFT, DRAFT_TABLE = testing.tabular(1)
@@ -22,6 +23,11 @@ PADDED, PADDED_TABLE = testing.tabular(2, padding=2)
 TEXTS = random_prompts(60, 4)
 COUNTS = drafters.count_ngrams(TEXTS, vocab_size=4, max_successors=3)
 CORPUS = drafters.index_corpus(TEXTS, vocab_size=4)
+
+
+def tree_of(children: Any) -> Drafter:
+    return drafters.model(DRAFT, topology=(2, 2, 1), children=children)
+
 
 DRAFTERS = {
     "none": Pair(TARGET, TABLE, drafters.none()),
@@ -33,6 +39,12 @@ DRAFTERS = {
     "jacobi": Pair(TARGET, TABLE, drafters.jacobi(num_draft_tokens=3)),
     "lookahead": Pair(TARGET, TABLE, drafters.lookahead(window=3, ngram=3, guesses=3, num_buckets=4)),
     "mask_tokens": Pair(TARGET, TABLE, drafters.mask_tokens(mask_token=1, num_draft_tokens=2)),
+    "model, tree with replacement": Pair(TARGET, TABLE, tree_of(drafters.children.with_replacement), DRAFT_TABLE),
+    "model, tree of the most probable": Pair(TARGET, TABLE, tree_of(drafters.children.most_probable), DRAFT_TABLE),
+    "model, tree, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, topology=(3, 1)), PADDED_TABLE),
+    "model, dynamic tree": Pair(
+        TARGET, TABLE, drafters.model(DRAFT, dynamic=drafters.Dynamic(width=3, depth=3, num_nodes=6)), DRAFT_TABLE
+    ),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(
         TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8).drafter, CORPUS.params
@@ -176,6 +188,7 @@ RULES = {
     "greedy": Promise(verify.greedy, (assert_same_text,), verify.greedy),
     "rejection": Promise(verify.rejection, (assert_distributed,)),
     "block": Promise(verify.block, (assert_distributed,)),
+    "traversal": Promise(verify.traversal, (assert_distributed,)),
     "coupled": Promise(verify.coupled, (assert_distributed, assert_same_text)),
     "observe": Promise(verify.observe, (assert_same_text, assert_accepts_nothing)),
     "lenient": Promise(verify.lenient(0.5), (assert_lenient(0.5), assert_only_biased)),

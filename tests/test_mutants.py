@@ -33,6 +33,7 @@ from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import step as decode_step
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
+from specjax.decoding.verify import exact as exact_rules
 from specjax.sampling import automaton, processors, tree
 from specjax.state import DecodeState
 from specjax.types import Drafter, Proposal, StepKeys, Verdict
@@ -276,7 +277,7 @@ def test_exactness_catches_rule(bug: str, catches: Any):
 
 def _block(monkeypatch: pytest.MonkeyPatch, change: Callable[..., tuple[Any, Any]]) -> None:
     sound = verify.block_acceptance
-    monkeypatch.setattr(verify, "block_acceptance", lambda t, proposal: change(*sound(t, proposal), t, proposal))
+    monkeypatch.setattr(exact_rules, "block_acceptance", lambda t, proposal: change(*sound(t, proposal), t, proposal))
 
 
 def _token_by_token(p: Any, h: Any, target_probs: Any, proposal: Proposal) -> tuple[Any, Any]:
@@ -670,7 +671,7 @@ def _noise_by_node(patch: pytest.MonkeyPatch) -> Pair:
         token_keys = jax.vmap(lambda i: jax.random.fold_in(keys.accept, i))(jnp.arange(target_probs.shape[0]))
         return jax.vmap(sampling.categorical)(token_keys, target_probs)
 
-    patch.setattr(verify, "_own", own)
+    patch.setattr(exact_rules, "own_draws", own)
     return by_tree()
 
 

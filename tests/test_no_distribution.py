@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Group, Pair, Sample, assert_exact, run, sample, tokenizer_of
+from helpers import Group, Pair, Sample, assert_exact, run, sample, tokenizer_of, usual
 
 from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import step as decode_step
@@ -65,6 +65,9 @@ def speculate(drafter: str, rule: Rule, hole: float, groups: list[Group] = GROUP
         "model": Pair(
             TARGET, table, drafters.model(DRAFT, num_draft_tokens=3), with_holes(DRAFT_TABLE, hole, forbid=False)
         ),
+        "tree": Pair(
+            TARGET, table, drafters.model(DRAFT, topology=(2, 2)), with_holes(DRAFT_TABLE, hole, forbid=False)
+        ),
         "sound model": Pair(TARGET, table, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
     }[drafter]
     return sample(pair, groups, rule=rule, **{"stop_tokens": [STOP], "step": decoding.decode_step, **options})
@@ -75,6 +78,7 @@ CELLS += [
     ("sound model", verify.block, np.nan),
     ("model", verify.block, -np.inf),
     ("sound model", verify.rejection, -np.inf),
+    *(("tree", rule, hole) for rule in (verify.rejection, verify.traversal) for hole in (np.nan, -np.inf)),
 ]
 
 
@@ -210,8 +214,9 @@ def test_a_draft_that_knows_no_allowed_token_ends_its_proposal(min_confidence: f
     assert not proposed[result.owner == 2].any()
 
 
-def test_a_draft_of_nan_is_still_named():
-    drafter = drafters.model(DRAFT, num_draft_tokens=2)
+@pytest.mark.parametrize("shape", usual(["chain", "tree"], "chain"))
+def test_a_draft_of_nan_is_still_named(shape: str):
+    drafter = drafters.model(DRAFT, topology=(2, 1) if shape == "tree" else None)
     pair = Pair(TARGET, TABLE, drafter, jnp.full_like(DRAFT_TABLE, jnp.nan))
     with pytest.raises(FloatingPointError, match="The draft's logits"):
         sample(pair, [Group((0, 1), 4)])

@@ -629,13 +629,14 @@ def test_small_weights_and_scanned_layers_are_read_in_place(variant: str, family
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rule", [verify.coupled, verify.rejection, verify.traversal], ids=lambda rule: rule.name)
 @pytest.mark.parametrize(("family", "topology"), GATE)
-def test_a_compiled_tree_moves_its_path_and_copies_no_cache(family: str, topology: str):
+def test_a_compiled_tree_moves_its_path_and_copies_no_cache(family: str, topology: str, rule: verify.Rule):
     setup = gate_setup(family, topology)
     mesh = gate_mesh(setup)
     placed = plan.shard(setup, mesh)
     # The state of a tree as deep as the chain is the chain's.
-    compiled = aot.step(setup, mesh, verify.coupled, (2, 2, 1))
+    compiled = aot.step(setup, mesh, rule, (2, 2, 1))
     program = aot.read(compiled, aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
     assert program.cache_copies == 0
     assert program.gathered_bytes == 0

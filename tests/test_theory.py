@@ -1,12 +1,14 @@
 """The formulas give the numbers that Leviathan et al. 2022 print."""
 
 import doctest
+import heapq
 import math
 
 import numpy as np
 import pytest
 
 from specjax import theory
+from specjax.drafters import model_tree
 
 
 @pytest.mark.parametrize(
@@ -106,3 +108,52 @@ def test_doctests():
     result = doctest.testmod(theory)
     assert result.attempted >= 5
     assert result.failed == 0
+
+
+def _greedy_values(acceptance: list[tuple[float, ...]], max_nodes: int) -> list[float]:
+    """Expected tokens by number of nodes, where the node with the largest chance is added each time."""
+    total, values = 1.0, []
+    heap: list[tuple[float, tuple[int, ...]]] = [(-acceptance[0][0], (0,))]
+    while len(values) < max_nodes and heap:
+        chance, path = heapq.heappop(heap)
+        total -= chance
+        values.append(total)
+        siblings = acceptance[len(path) - 1]
+        if path[-1] + 1 < len(siblings):
+            sibling = chance / siblings[path[-1]] * siblings[path[-1] + 1]
+            heapq.heappush(heap, (sibling, (*path[:-1], path[-1] + 1)))
+        if len(path) < len(acceptance):
+            heapq.heappush(heap, (chance * acceptance[len(path)][0], (*path, 0)))
+    return values
+
+
+@pytest.mark.parametrize("acceptance", [[(0.5, 0.2, 0.1)] * 5, [(0.6, 0.2), (0.4, 0.3, 0.2), (0.7, 0.1), (0.5,)]])
+def test_where_ranks_are_sorted_the_best_tree_is_the_greedy_one(acceptance: list[tuple[float, ...]]):
+    for nodes, tokens in enumerate(_greedy_values(acceptance, 16), 1):
+        # A price of nothing below, of everything above this number of nodes.
+        found = theory.best_tree(acceptance, 0.0, lambda t, n=nodes: 1.0 if t <= n + 1 else 1e9, max_nodes=16)
+        assert found.expected_tokens == pytest.approx(tokens)
+        assert found.time_per_token == pytest.approx(1 / tokens)
+        assert len(found.paths) <= nodes
+        chances = [math.prod(acceptance[d][rank] for d, rank in enumerate(path)) for path in found.paths]
+        assert 1 + sum(chances) == pytest.approx(tokens)
+        assert model_tree.parse(found.paths)
+
+
+def test_the_best_tree_where_a_younger_child_is_worth_more():
+    # The greedy choice would never look behind the first child.
+    found = theory.best_tree([(0.1, 0.6)] * 2, 0.0, lambda t: 1.0 if t <= 4 else 1e9)
+    assert found.paths == ((0,), (1,), (1, 0))
+    assert found.expected_tokens == pytest.approx(1 + 0.1 + 0.6 + 0.6 * 0.1)
+
+
+def test_the_best_tree_weighs_drafts_and_scores():
+    assert theory.best_tree([(0.1,)], draft_cost=0.5) == ((), 1.0, 1.0)
+    dear = theory.best_tree([(0.6, 0.2)] * 6, draft_cost=0.3)
+    cheap = theory.best_tree([(0.6, 0.2)] * 6, draft_cost=0.01)
+    assert max(map(len, dear.paths)) < max(map(len, cheap.paths))
+    assert dear.time_per_token > cheap.time_per_token
+    with pytest.raises(ValueError, match=r"acceptance at depth 2 is \[0.9, 0.2\]"):
+        theory.best_tree([(0.5,), (0.9, 0.2)], 0.1)
+    with pytest.raises(ValueError, match="max_nodes=-1"):
+        theory.best_tree([(0.5,)], 0.1, max_nodes=-1)

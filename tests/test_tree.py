@@ -168,6 +168,19 @@ def test_topologies_are_children_by_depth_or_paths(topology: Any, parents: tuple
     assert tuple(parent for level in levels for parent in level.parents) == parents
 
 
+def test_published_trees_have_the_nodes_that_their_papers_say():
+    nodes = {
+        "mc_sim_7b_63": [10, 28, 23, 2],
+        "vicuna_7b_stage2": [10, 23, 23, 7],
+        "eagle_25": [4, 8, 8, 3, 2],
+    }
+    assert list(nodes) == list(drafters.topologies.TOPOLOGIES)
+    for name, by_depth in nodes.items():
+        assert [len(level.nodes) for level in model_tree.parse(name)] == by_depth
+    with pytest.raises(ValueError, match="topology='mc_sim' is not known: give one of mc_sim_7b_63"):
+        model_tree.parse("mc_sim")
+
+
 @pytest.mark.parametrize("topology", [(), (0,), (2, -1), [(0, 0)], [(1,)], [(0,), (0, 1)]])
 def test_what_is_no_tree_is_an_error(topology: Any):
     with pytest.raises(ValueError, match="topology="):
@@ -186,12 +199,21 @@ def test_rules_that_judge_chains_alone_say_so():
     target, table = testing.tabular(0)
     draft, draft_table = testing.tabular(1)
     pair = Pair(target, table, drafters.model(draft, topology=(2, 1)), draft_table)
-    with pytest.raises(ValueError, match="verify=rejection judges chains"):
-        sample(pair, [Group((0, 1), 4)], rule=verify.rejection)
+    with pytest.raises(ValueError, match=r"verify=block judges chains.*choose one of greedy, rejection, traversal"):
+        sample(pair, [Group((0, 1), 4)], rule=verify.block)
     pretrained = specjax.Pretrained(*testing.tiny_decoder(0), None, None)  # pyright: ignore[reportArgumentType]
     own = specjax.drafters.model(pretrained, topology=(2, 1))
-    with pytest.raises(ValueError, match=r"choose verify.coupled, or temperature=0"):
-        specjax.generate(pretrained, [[1, 2]], drafter=own, temperature=1.0)
+    with pytest.raises(ValueError, match=r"verify=block judges chains"):
+        specjax.generate(pretrained, [[1, 2]], drafter=own, verify="block", temperature=1.0)
+
+
+def test_a_rule_that_shared_draws_would_bias_is_refused():
+    shared = Topology(3, 2, (-1, -1, 0), shares_draws=True)
+    with pytest.raises(ValueError, match=r"verify=traversal would bias.*choose verify.rejection or verify.coupled"):
+        verify.check(verify.traversal, shared)
+    verify.check(verify.rejection, shared)
+    verify.check(verify.traversal, shared._replace(shares_draws=False))
+    verify.check(verify.traversal, Topology.chain(3))
 
 
 def test_a_walk_ends_at_the_first_node_that_is_not_the_targets_own():

@@ -442,7 +442,7 @@ def test_rules_are_found_by_name():
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("rejektion", "is not known: choose one of greedy, rejection, block, coupled, observe, lenient"),
+        ("rejektion", "is not known: choose one of greedy, rejection, block, traversal, coupled, observe, lenient"),
         ("", "is not known"),
         ("Lenient:0.3", "is not known"),
         ("rejection:1", "takes no number"),

@@ -14,6 +14,7 @@ from specjax import decoding, drafters, sampling
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule, greedy, replaced_at_zero
+from specjax.decoding.verify import check as check_rule
 from specjax.decoding.verify import parse as parse_rule
 from specjax.drafters import contract
 from specjax.parallel import sharding
@@ -196,13 +197,12 @@ def _rule_for(rule: Rule, drafter: Drafter, options: SamplingOptions, given: Map
       ValueError: for a rule that does not fit.
     """
     is_sampled, is_greedy = (bool(jnp.any(x)) for x in (options.temperature > 0, options.temperature == 0))
-    if not drafter.topology.is_chain and not rule.trees:
+    try:
+        check_rule(rule, drafter.topology)
+    except ValueError:
         if is_sampled or not rule.exact:
-            raise ValueError(
-                f"verify={rule.name} judges chains of draft tokens, and this drafter proposes trees: choose "
-                "verify.coupled, or temperature=0 with an exact rule."
-            )
-        rule = greedy
+            raise
+        rule = greedy  # Every exact rule is, at temperature 0, and it judges all trees.
     if rule.name == "greedy" and is_sampled:
         raise ValueError(
             f"verify=greedy decodes at temperature 0, not {given['temperature']}: choose verify.rejection."

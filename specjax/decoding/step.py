@@ -68,7 +68,11 @@ def decode_step(
 
     Returns:
       The state after it: every row that is not done has gained between 1 and D + 1 tokens.
+
+    Raises:
+      ValueError: for a rule that cannot judge the drafter's proposals.
     """
+    verify.check(rule, drafter.topology)
     rows, topology = state.rows, drafter.topology
     running = ~rows.done
 
@@ -89,7 +93,7 @@ def decode_step(
     # Commit: up to the first stop, within the row's budget, and nothing that was drawn from NaN.
     position = jnp.arange(topology.depth + 1)
     is_judged = running[:, None] & (position[:-1] <= n[:, None]) & _has_draft(proposal, verdict)
-    draft_failed = _draft_failed(proposal, is_judged)
+    draft_failed = _draft_failed(proposal, verdict, is_judged)
     failed = running & (scored.failed | draft_failed)
     stops, stop_states = _stops(state, verdict.tokens)
     emitted = jnp.where(failed, n, n + 1)
@@ -262,14 +266,14 @@ def _within_text(state: DecodeState, proposal: Proposal, room: Int[Array, " B"],
 def _up_to_nan(proposal: Proposal, target_probs: Float[Array, "B T V"]) -> Proposal:
     """The proposal up to the first position at which one side has no distribution: no rule can judge a token there.
 
-    If all drafts before that position are accepted, the row fails there, as plain decoding would.
+    If all drafts before that position are accepted, the row fails there, as plain decoding would. A tree is judged node
+    by node, and ends where the target has no distribution; nodes for which the draft has none are left out.
     """
     if proposal.parent is not None:
-        return proposal  # A tree is judged node by node, and ends where a node has no distribution.
+        return proposal._replace(tokens=jnp.where(_is_undrawn(proposal), -1, proposal.tokens))
     k = proposal.tokens.shape[1]
     broken = jnp.isnan(jnp.sum(target_probs, axis=-1))[:, :k]
-    if proposal.probs is not None:
-        broken |= jnp.isnan(jnp.sum(proposal.probs, axis=-1))
+    broken |= _is_undrawn(proposal)
     return proposal._replace(length=jnp.minimum(proposal.length, _first(broken)))
 
 
@@ -296,8 +300,6 @@ def apply_rule(
       logits: `[B, T, V]` of the target, T = N + 1.
       history: the text before each of the T tokens.
     """
-    if proposal.parent is not None and not rule.trees:
-        raise ValueError(f"verify={rule.name} judges chains of drafts, and this drafter proposes trees: use coupled.")
     target_probs = sampling.probabilities(logits, options, history)
     proposal = _up_to_nan(proposal, target_probs)
     is_sampled = options.temperature > 0
@@ -419,11 +421,22 @@ def _has_draft(proposal: Proposal, verdict: Verdict) -> Bool[Array, "B D"]:
     return tree.has_child(proposal, verdict.path)
 
 
-def _draft_failed(proposal: Proposal, is_judged: Bool[Array, "B D"]) -> Bool[Array, " B"]:
-    """Whether the draft had no distribution at a position that was judged."""
-    if proposal.probs is None or proposal.parent is not None:
+def _is_undrawn(proposal: Proposal) -> Bool[Array, "B N"]:
+    """For which tokens the draft states a distribution that is none."""
+    if proposal.probs is None:
+        return jnp.zeros(proposal.tokens.shape, bool)
+    return jnp.isnan(jnp.sum(proposal.probs, axis=-1))
+
+
+def _draft_failed(proposal: Proposal, verdict: Verdict, is_judged: Bool[Array, "B D"]) -> Bool[Array, " B"]:
+    """Whether the draft had no distribution where the text ended, at a position that was judged."""
+    if proposal.probs is None:
         return jnp.zeros(is_judged.shape[0], bool)
-    return jnp.any(is_judged & jnp.isnan(jnp.sum(proposal.probs, axis=-1)), axis=-1)
+    undrawn = _is_undrawn(proposal)
+    if verdict.path is not None:
+        undrawn = tree.has_child(proposal._replace(tokens=jnp.where(undrawn, proposal.tokens, -1)), verdict.path)
+        undrawn &= jnp.arange(is_judged.shape[1]) == verdict.num_accepted[:, None]
+    return jnp.any(is_judged & undrawn, axis=-1)
 
 
 def _count(

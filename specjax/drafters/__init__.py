@@ -1,9 +1,11 @@
 """Drafters: pure functions that propose tokens. One file per family."""
 
+from specjax.drafters import children, topologies
 from specjax.drafters.jacobi import jacobi
 from specjax.drafters.lookahead import lookahead
 from specjax.drafters.mask_tokens import mask_tokens
 from specjax.drafters.model import model
+from specjax.drafters.model_dynamic import Dynamic
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
 from specjax.drafters.retrieval import Datastore, index_corpus, load_datastore, retrieval, save_datastore
@@ -12,7 +14,9 @@ from specjax.drafters.table import Table, count_ngrams, load_table, save_table, 
 
 __all__ = [
     "Datastore",
+    "Dynamic",
     "Table",
+    "children",
     "count_ngrams",
     "early_exit",
     "index_corpus",
@@ -29,4 +33,5 @@ __all__ = [
     "save_table",
     "skip",
     "table",
+    "topologies",
 ]

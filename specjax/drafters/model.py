@@ -7,8 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from specjax import control
-from specjax.drafters import model_tree, rollout
+from specjax.drafters import model_dynamic, model_tree, rollout
 from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
+from specjax.drafters.children import Children, without_replacement
+from specjax.drafters.model_dynamic import Dynamic
 from specjax.limits import check_num_draft_tokens
 from specjax.types import Context, Draft, Drafter, Feedback, Model, Params, Proposal, Topology, Tree
 
@@ -18,7 +20,9 @@ def model(
     *,
     num_draft_tokens: int | None = None,
     min_confidence: float = 0.0,
-    topology: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    children: Children = without_replacement,
+    dynamic: Dynamic | None = None,
 ) -> Any:
     """Drafts with another model of the same vocabulary.
 
@@ -28,16 +32,21 @@ def model(
     The text stays exact, since where a draft ends depends only on the tokens before that position, never on the one
     drawn there.
 
-    With a topology it drafts a tree: for each node the most probable continuations, or above temperature 0 those that
-    the noise of `verify.coupled` prefers. Trees are judged by the rules `greedy` (temperature 0) and `coupled`.
+    With a topology it drafts a tree, a call of the draft for each depth: above temperature 0 the continuations of each
+    node are found by `children`, or, under the rule `coupled`, are those that its noise prefers; at temperature 0 they
+    are the most probable ones. Trees are judged by `rejection`, `traversal` and `coupled`, and by `greedy`.
 
     Args:
       draft: a `Model`, whose parameters the caller passes to the loop, or a `Pretrained`, which brings them.
       num_draft_tokens: K, for a chain; by default 4.
       min_confidence: from 0, which always drafts K tokens, to 1; a probability under the draft, before any option.
       topology: the shape of a tree: how many children every node has, by depth, such as `(3, 2, 1)`; or its nodes as
-        paths, such as `[(0,), (1,), (0, 0)]`, each a list of ranks among siblings (Medusa, arXiv 2401.10774, §2.3.2).
-        None: a chain.
+        paths, such as `[(0,), (1,), (0, 0)]`, each a list of ranks among siblings (Medusa, arXiv 2401.10774, §2.3.2);
+        or the name of a published tree (`drafters.topologies`). None: a chain.
+      children: how the children of a node are found: `drafters.children.without_replacement`, `with_replacement`,
+        `most_probable`, or a function like them.
+      dynamic: the size of a tree whose shape follows the draft's probabilities (EAGLE-2, arXiv 2406.16858): the most
+        probable nodes are continued and proposed, which are chosen, not drawn. None: no such tree.
 
     Returns:
       a `Draft` for a `Pretrained`, a `Drafter` for a `Model`.
@@ -49,16 +58,22 @@ def model(
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence={min_confidence}: a probability, from 0 (off) to 1.")
     inner: Model = draft if isinstance(draft, Model) else draft.model
-    if topology is None:
+    sizes = num_draft_tokens is not None or bool(min_confidence)
+    if dynamic is not None:
+        if sizes or topology is not None:
+            raise ValueError(f"dynamic={dynamic} says what is drafted: leave out topology and the sizes of chains.")
+        model_dynamic.check(dynamic)
+        drafter = model_dynamic.drafter(inner, dynamic)
+    elif topology is None:
         num_draft_tokens = 4 if num_draft_tokens is None else num_draft_tokens
         check_num_draft_tokens(num_draft_tokens)
         drafter = _drafter(rollout.Chain(inner, num_draft_tokens), min_confidence)
     else:
-        if num_draft_tokens is not None or min_confidence:
+        if sizes:
             raise ValueError(
                 f"topology={topology} says how many tokens are drafted: leave out num_draft_tokens and min_confidence."
             )
-        drafter = model_tree.drafter(inner, model_tree.parse(topology))
+        drafter = model_tree.drafter(inner, model_tree.parse(topology), children)
     if isinstance(draft, Model):
         return drafter
     return Draft(drafter, draft.params, draft.tokenizer, inner.max_len, inner)

@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import control, sampling
+from specjax.drafters import children, topologies
 from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
+from specjax.drafters.children import Children, Found
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import processors, tree
 from specjax.types import Block, Context, Drafter, Feedback, History, Model, Params, Proposal, Topology, Tree
@@ -31,16 +33,17 @@ class Level(NamedTuple):
     ranks: tuple[int, ...]
 
 
-def parse(topology: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Level, ...]:
+def parse(topology: str | Sequence[int] | Sequence[Sequence[int]]) -> tuple[Level, ...]:
     """The levels of a tree.
 
     Args:
-      topology: children of every node by depth, or all nodes as paths of ranks (see `drafters.model`).
+      topology: children of every node by depth, all nodes as paths of ranks, or the name of a published tree (see
+        `drafters.model`).
 
     Raises:
       ValueError: for a topology that is not a tree, or has too many nodes.
     """
-    given: list[Any] = list(topology)
+    given: list[Any] = list(topologies.named(topology) if isinstance(topology, str) else topology)
     if given and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in given):
         if any(width < 1 for width in given):
             raise ValueError(f"topology={topology}: every depth has at least one child a node.")
@@ -69,26 +72,16 @@ def parse(topology: Sequence[int] | Sequence[Sequence[int]]) -> tuple[Level, ...
     return tuple(levels)
 
 
-def _rank(logits: Float[Array, "B W V"], key: Array, history: History, context: Context) -> Float[Array, "B W V"]:
-    """The scores of the continuations of W nodes: those by which the target chooses, from the draft's logits.
-
-    At temperature 0 the target takes the greatest logit; a coupled rule takes the greatest sum of log-probability and
-    the noise of the position. -inf: never proposed.
-    """
-    options = context.sampling
+def _find(
+    kind: Children, logits: Float[Array, "B W V"], number: int, depth: int, history: History, context: Context
+) -> Found:
+    """The children of W nodes of one depth, from the draft's logits after them."""
     logits = sampling.match_vocab(logits.astype(jnp.float32), context.vocab_size)
-    logits = processors.process(logits, options.penalties, history)
-
-    def noisy() -> Array:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (context.vocab_size,)))(key)
-        drawn = jnp.log(sampling.warp.warp(logits, options)) + noise[:, None]
-        return jnp.where((options.temperature > 0)[:, None, None], drawn, logits)
-
-    ranked = control.alike(jax.lax.cond(jnp.any(options.temperature > 0), noisy, lambda: logits), logits)
-    return jnp.where(jnp.isnan(ranked), -jnp.inf, ranked)
+    logits = processors.process(logits, context.sampling.penalties, history)
+    return children.find(kind, logits, number, context.keys[:, depth], context.sampling, context.coupled)
 
 
-def _apply_alone(
+def apply_alone(
     draft: Model, params: Tree, block: Block, cache: Any, is_needed: Bool[Array, ""]
 ) -> tuple[Float[Array, "B T W"], Any]:
     """The draft's logits after each token of a block, and its cache, by a loop of one round.
@@ -104,13 +97,29 @@ def _apply_alone(
     return control.once(is_needed, apply, (jnp.zeros(shapes.shape, shapes.dtype), cache))
 
 
+_Rollout = tuple[Int[Array, "B N"], Float[Array, "B N V"] | None, Any]
+"""The tokens of all nodes, what each was drawn from (None: chosen deterministically), and the draft's cache."""
+
+
+def _nothing(kind: Children, num_nodes: int, context: Context) -> tuple[Array, Array | None]:
+    """The tokens and distributions of a rollout, before there are any."""
+    rows, size = context.max_draft.shape[0], context.vocab_size
+    logits = jax.ShapeDtypeStruct((rows, 1, size), jnp.float32)
+    _, probs = jax.eval_shape(
+        lambda logits: children.find(kind, logits, 1, context.keys[:, 0], context.sampling, context.coupled), logits
+    )
+    stated = None if probs is None else jnp.zeros((rows, num_nodes, size))
+    return jnp.zeros((rows, num_nodes), jnp.int32), stated
+
+
 @functools.cache
-def drafter(draft: Model, levels: tuple[Level, ...]) -> Drafter:
+def drafter(draft: Model, levels: tuple[Level, ...], kind: Children) -> Drafter:
     """Drafts a tree, with one call of the draft per level. The state is the draft's cache.
 
     Args:
       draft: the draft model.
       levels: from `parse`.
+      kind: how children are found; the rule `coupled` has its own.
     """
     parents = tuple(itertools.chain.from_iterable(level.parents for level in levels))
     topology = Topology(len(parents), len(levels), parents)
@@ -120,22 +129,27 @@ def drafter(draft: Model, levels: tuple[Level, ...]) -> Drafter:
     fed = [[node for node in level.nodes if node in parents] for level in levels]
     ancestors = np.asarray(tree.shape(jnp.asarray([parents], jnp.int32), len(levels)).sees[0, 1:, 1:])
 
-    def rollout(params: Params, cache: Any, context: Context) -> tuple[Int[Array, "B N"], Any]:
-        """The tokens of all nodes, -1 where there is none, and the cache."""
+    def rollout(params: Params, carry: _Rollout, context: Context) -> _Rollout:
+        """The tokens of all nodes, -1 where there is none, what they were drawn from, and the cache."""
+        tokens, probs, cache = carry
         rows, depth = context.max_draft.shape[0], len(levels)
         cache = catch_up(draft, params.draft, cache, context.history, missing=depth + 1, chunk=depth + 1)
         # A step adds at most D + 1 tokens, which are read here.
         logits, cache = read_last(draft, params.draft, cache, context.history, depth + 1)
         shape = tree.shape(jnp.broadcast_to(jnp.asarray(parents, jnp.int32), (rows, len(parents))), depth)
-        tokens, behind, before = jnp.zeros((rows, len(parents)), jnp.int32), [-1], []
+        behind, before = [-1], []
         for i, level in enumerate(levels):
             at = np.asarray(behind) + 1
             history = tree.follow(context.history, tokens, shape, depth, context.sampling.penalties)
-            ranked = _rank(logits, context.keys[:, i], tree.select(history, at), context)
-            best, index = sampling.warp.top(ranked, max(level.ranks) + 1)
+            found = _find(kind, logits, max(level.ranks) + 1, i, tree.select(history, at), context)
             row_of = np.asarray([behind.index(parent) for parent in level.parents])
-            found, score = (x[:, row_of, np.asarray(level.ranks)] for x in (index, best))
-            tokens = tokens.at[:, np.asarray(level.nodes)].set(jnp.where(score > -jnp.inf, found, -1))
+            tokens, probs = jax.tree.map(
+                lambda x, new, level=level, row_of=row_of: x.at[:, np.asarray(level.nodes)].set(
+                    new[:, row_of, np.asarray(level.ranks)]
+                ),
+                (tokens, probs),
+                found,
+            )
             if not fed[i]:
                 break
             before, behind = before + fed[i], fed[i]
@@ -143,17 +157,18 @@ def drafter(draft: Model, levels: tuple[Level, ...]) -> Drafter:
             block = Block(
                 jnp.maximum(tokens[:, np.asarray(behind)], 0), jnp.full((rows, len(behind)), i, jnp.int32), sees
             )
-            logits, cache = _apply_alone(draft, params.draft, block, cache, jnp.any(context.max_draft > 0))
-        return tokens, cache
+            logits, cache = apply_alone(draft, params.draft, block, cache, jnp.any(context.max_draft > 0))
+        return tokens, probs, cache
 
     def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
-        none = jnp.zeros((context.max_draft.shape[0], len(parents)), jnp.int32)
-        tokens, state = control.once(
-            jnp.any(context.max_draft > 0), lambda carry: rollout(params, carry[1], context), (none, state)
+        tokens, probs, state = control.once(
+            jnp.any(context.max_draft > 0),
+            lambda carry: rollout(params, carry, context),
+            (*_nothing(kind, len(parents), context), state),
         )
         parent = jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape)
         length = jnp.where(context.max_draft > 0, len(parents), 0).astype(jnp.int32)
-        return Proposal(tokens, length, None, parent), state, cache
+        return Proposal(tokens, length, probs, parent), state, cache
 
     def update(params: Params, state: Any, feedback: Feedback) -> Any:
         if feedback.inputs is not None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import sampling
+from specjax.drafters.children import has_no_token
 from specjax.sampling import processors
 from specjax.types import Block, Context, History, Model, SamplingOptions, Tree
 
@@ -25,7 +26,7 @@ def choose(
     """
     logits = sampling.match_vocab(logits, vocab_size)
     probs = sampling.probabilities(logits, options, history)[:, 0]
-    going = ~_has_no_token(logits, probs)
+    going = ~has_no_token(logits, probs[:, None])[:, 0]
     probs = jnp.where(going[:, None], probs, 0.0)
     return sampling.sample(key, probs, options), probs, going
 
@@ -33,12 +34,6 @@ def choose(
 def _confidence(logits: Float[Array, "B 1 V"]) -> Float[Array, " B"]:
     """The probability of the most probable token."""
     return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))[:, 0]
-
-
-def _has_no_token(logits: Float[Array, "B 1 V"], probs: Float[Array, "B V"]) -> Bool[Array, " B"]:
-    """Whether the options forbid every token that the draft knows; NaN logits are another matter, an error."""
-    # A sum, since XLA:CPU may leave NaN out of a maximum.
-    return jnp.isnan(jnp.sum(probs, axis=-1)) & (jnp.sum(logits, axis=-1) < jnp.inf)[:, 0]
 
 
 class Chain(NamedTuple):

@@ -96,7 +96,8 @@ def importance(target: Pretrained, texts: Sequence[Text], view: View, store: Sto
         judged[row, len(prompt) - 1 : size - 1] = True
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     weights = segments.astype(np.float32)
-    batch = Batch(*map(jnp.asarray, (tokens, tokens, segments, positions, weights)), None, None)
+    packed = [jnp.asarray(x) for x in (tokens, tokens, segments, positions, weights)]
+    batch = Batch(packed[0], packed[1], packed[2], packed[3], packed[4], None, None)
 
     def best(skips: Skips) -> np.ndarray:
         assert model.with_skips is not None

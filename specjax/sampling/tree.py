@@ -120,6 +120,25 @@ def walk(
     return path, jnp.sum(path[1:] != path[:-1], dtype=jnp.int32)
 
 
+def path_to(parent: Int[Array, " N"], node: Int[Array, ""], max_depth: int) -> tuple[Int[Array, " P"], Int[Array, ""]]:
+    """The path to a node of one row's tree.
+
+    Args:
+      parent: of each node; -1 is the last committed token.
+      node: its index in the block; 0 is the last committed token.
+      max_depth: D.
+
+    Returns:
+      the path in the block, `[D + 1]`, which begins with 0, the root, and ends with repetitions of the node; and the
+      number of nodes on it.
+    """
+    found = shape(parent[None], max_depth)
+    depth = found.depth[0]
+    is_there = found.sees[0, node] & (depth == jnp.arange(max_depth + 1)[:, None])
+    path = jnp.where(jnp.any(is_there, axis=-1), jnp.argmax(is_there, axis=-1), node)
+    return path.astype(jnp.int32), depth[node]
+
+
 def has_child(proposal: Proposal, path: Int[Array, "B P"]) -> Bool[Array, "B D"]:
     """Whether each node of the path but the last was continued by a node of the proposal that could be accepted."""
     assert proposal.parent is not None

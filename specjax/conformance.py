@@ -210,8 +210,10 @@ def _value_problems(proposal: Proposal, room: np.ndarray, k: int, vocab_size: in
 
     yield from rows(length > k, lambda r: f"proposes length {length[r]}, which is above K = {k}")
     yield from rows(length < 0, lambda r: f"proposes length {length[r]}, which is negative")
+    # The loop leaves out the nodes of a tree that are too deep: here the length is a number of nodes, not a depth.
+    allowed = room if proposal.parent is None else np.where(room > 0, k, 0)
     yield from rows(
-        (length > room) & (length <= k),
+        (length > allowed) & (length <= k),
         lambda r: f"proposes length {length[r]} where context.max_draft allows {room[r]}: take the minimum of both",
     )
     # In a tree, a node that has no token is -1.

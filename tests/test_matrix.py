@@ -15,6 +15,7 @@ from helpers import Group, Pair, Sample, assert_exact, p_value, random_prompts, 
 from specjax import drafters, testing
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
+from specjax.drafters import contract
 
 TARGET, TABLE = testing.tabular(0)
 DRAFT, DRAFT_TABLE = testing.tabular(1)
@@ -23,9 +24,14 @@ TEXTS = random_prompts(60, 4)
 COUNTS = drafters.count_ngrams(TEXTS, vocab_size=4, max_successors=3)
 CORPUS = drafters.index_corpus(TEXTS, vocab_size=4)
 
+SUFFIX = contract.check(drafters.suffix(num_draft_tokens=3, min_match=1)).drafter
+SUFFIX_TREE = contract.check(drafters.suffix(num_draft_tokens=5, depth=3, min_match=1)).drafter
+
 DRAFTERS = {
     "none": Pair(TARGET, TABLE, drafters.none()),
     "ngram": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1)),
+    "suffix": Pair(TARGET, TABLE, SUFFIX),
+    "suffix, tree": Pair(TARGET, TABLE, SUFFIX_TREE),
     "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
     "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.35), DRAFT_TABLE),
     "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),

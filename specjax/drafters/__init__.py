@@ -4,6 +4,7 @@ from specjax.drafters.model import model
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
 from specjax.drafters.retrieval import Datastore, index_corpus, load_datastore, retrieval, save_datastore
+from specjax.drafters.suffix import suffix
 from specjax.drafters.table import Table, count_ngrams, load_table, save_table, table
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "retrieval",
     "save_datastore",
     "save_table",
+    "suffix",
     "table",
 ]

@@ -32,6 +32,7 @@ DRAFTERS = {
     "ngram": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1)),
     "suffix": Pair(TARGET, TABLE, SUFFIX),
     "suffix, tree": Pair(TARGET, TABLE, SUFFIX_TREE),
+    "aggressive": Pair(TARGET, TABLE, drafters.aggressive(num_draft_tokens=3)),
     "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
     "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.35), DRAFT_TABLE),
     "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),

@@ -1,5 +1,6 @@
 """Drafters: pure functions that propose tokens. One file per family."""
 
+from specjax.drafters.aggressive import aggressive
 from specjax.drafters.model import model
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
@@ -10,6 +11,7 @@ from specjax.drafters.table import Table, count_ngrams, load_table, save_table, 
 __all__ = [
     "Datastore",
     "Table",
+    "aggressive",
     "count_ngrams",
     "index_corpus",
     "load_datastore",

@@ -5,26 +5,16 @@ text is first drafted as a copy of it (aggressive decoding, Sun et al. 2021, arX
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from specjax.drafters import source as sources
+from specjax.drafters.source import Source
 from specjax.limits import check_num_draft_tokens
 from specjax.types import Context, Drafter, Feedback, Params, Proposal, Topology
-
-
-class _Source(NamedTuple):
-    """What the encoder of an encoder-decoder has read.
-
-    Attributes:
-      tokens: `[B, S]`; S = 0 for other models.
-      length: `[B]`.
-    """
-
-    tokens: Int[Array, "B S"]
-    length: Int[Array, " B"]
 
 
 def lookup(
@@ -94,11 +84,11 @@ def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) 
     if not 1 <= min_match <= max_match:
         raise ValueError(f"min_match={min_match} and max_match={max_match}: need 1 <= min_match <= max_match.")
 
-    def init(batch_size: int, max_len: int, max_source: int = 0) -> _Source:
+    def init(batch_size: int, max_len: int, max_source: int = 0) -> Source:
         del max_len
-        return _Source(jnp.zeros((batch_size, max_source), jnp.int32), jnp.zeros(batch_size, jnp.int32))
+        return sources.init(batch_size, max_source)
 
-    def propose(params: Params, state: _Source, cache: Any, context: Context) -> tuple[Proposal, _Source, Any]:
+    def propose(params: Params, state: Source, cache: Any, context: Context) -> tuple[Proposal, Source, Any]:
         del params
         find = functools.partial(lookup, num_draft_tokens=num_draft_tokens, min_match=min_match, max_match=max_match)
         text, source = context.history, state
@@ -107,11 +97,8 @@ def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) 
         )
         return Proposal(draft, jnp.minimum(available, context.max_draft), None), state, cache
 
-    def update(params: Params, state: _Source, feedback: Feedback) -> _Source:
+    def update(params: Params, state: Source, feedback: Feedback) -> Source:
         del params
-        prompt = feedback.inputs
-        if prompt is None or prompt.source is None or prompt.source_length is None:
-            return state
-        return _Source(prompt.source, prompt.source_length)
+        return sources.update(state, feedback)
 
     return Drafter(init, propose, update, Topology.chain(num_draft_tokens))

@@ -37,6 +37,11 @@ DRAFTERS = {
     "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.35), DRAFT_TABLE),
     "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),
     "model, tree": Pair(TARGET, TABLE, drafters.model(DRAFT, topology=(2, 2, 1)), DRAFT_TABLE),
+    "ngram, tree": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=5, min_match=1, depth=3)),
+    "table, tree": Pair(TARGET, TABLE, drafters.table(COUNTS, topology=(2, 1, 1)).drafter, COUNTS.params),
+    "retrieval, tree": Pair(
+        TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=5, depth=3, min_match=1).drafter, CORPUS.params
+    ),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(
         TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8).drafter, CORPUS.params

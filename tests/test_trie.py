@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import context_of, greedy_text, random_corpus, random_prompts
 
-from specjax.drafters import trie
+from specjax import drafters, testing
+from specjax.drafters import contract, trie
+from specjax.drafters.table import distribution
+from specjax.types import Params, Proposal
 
 COUNT, DEPTH, NODES, CASES = 6, 4, 8, 120
 Merge = Callable[..., trie.Nodes]
@@ -91,7 +95,7 @@ def _not_shared(patch: pytest.MonkeyPatch) -> Merge:
 
 BUGS: dict[str, tuple[Callable[[pytest.MonkeyPatch], Merge], str]] = {
     "a child of the trie comes before its parent": (lambda _: _deepest_first, "a child before its parent"),
-    "prefixes that candidates share are not merged": (_not_shared, "nodes of"),
+    "prefixes that candidates share are not merged": (_not_shared, "a prefix that is two nodes|nodes of"),
 }
 
 
@@ -101,3 +105,123 @@ def test_bugs_are_noticed(bug: str, monkeypatch: pytest.MonkeyPatch, catches: An
     merge = plant(monkeypatch)
     with catches(bug, "dictionary of prefixes", match):
         assert_merged(merge)
+
+
+# The drafters that draft trees of text.
+
+CORPUS = random_corpus(count=60)
+STORE = drafters.index_corpus(CORPUS, vocab_size=5)
+COUNTS = drafters.count_ngrams(CORPUS, vocab_size=5)
+
+
+def paths_of(proposal: Proposal, row: int) -> list[tuple[int, ...]]:
+    """The texts of the nodes of one row, in their order."""
+    assert proposal.parent is not None
+    paths: list[tuple[int, ...]] = []
+    for node in range(int(proposal.length[row])):
+        above = int(proposal.parent[row, node])
+        assert -1 <= above < node
+        paths.append((*(paths[above] if above >= 0 else ()), int(proposal.tokens[row, node])))
+    return paths
+
+
+def proposed(draft: Any, rows: list[list[int]], k: int) -> Proposal:
+    drafter, params, *_ = contract.check(draft)
+    state = drafter.init(len(rows), 64)
+    context = context_of(rows, k, 8)
+    return jax.jit(lambda params: drafter.propose(Params((), params), state, (), context)[0])(params)
+
+
+def test_a_tree_of_lookups_has_the_copies_behind_several_matches():
+    text = [7, 1, 2, 3, 4, 7, 1, 2, 3, 0, 7, 1, 2, 0, 0, 7, 1, 2]
+    proposal = proposed(drafters.ngram(num_draft_tokens=7, depth=3), [text, [1, 2, 3, 4]], 7)
+    # Behind the most recent "7 1 2" is 0 0 7, behind the others 3 0 7 and 3 4 7, which share their 3.
+    assert set(paths_of(proposal, 0)) == {(0,), (0, 0), (0, 0, 7), (3,), (3, 0), (3, 0, 7), (3, 4)}
+    assert paths_of(proposal, 1) == []
+
+
+def test_a_tree_of_retrieved_texts_has_the_most_frequent_continuations():
+    rows = random_prompts(40, 5)
+    draft = drafters.retrieval(STORE, num_draft_tokens=6, depth=3, min_match=1, max_match=3, num_occurrences=512)
+    proposal = proposed(draft, rows, 6)
+    full = 0
+    for row, text in enumerate(rows):
+        found: dict[tuple[int, ...], int] = {}
+        for size in range(min(3, len(text)), 0, -1):
+            for other in CORPUS:
+                for at in range(size, len(other) + 1):
+                    if other[at - size : at] == text[len(text) - size :]:
+                        for end in range(at + 1, min(at + 3, len(other)) + 1):
+                            prefix = tuple(other[at:end])
+                            found[prefix] = found.get(prefix, 0) + 1
+            if found:
+                break
+        paths = paths_of(proposal, row)
+        assert len(paths) == min(6, len(found))
+        counts = [found[path] for path in paths]
+        assert counts == sorted(found.values(), reverse=True)[: len(paths)]
+        full += len(paths) == 6
+    assert full > 20
+
+
+def test_a_tree_of_a_table_has_its_most_probable_tokens():
+    rows = [[1, 2, 0], [4], [3, 3]]
+    proposal = proposed(drafters.table(COUNTS, topology=(2, 1)), rows, 4)
+    of = jax.jit(distribution, static_argnums=2)
+    for row, text in enumerate(rows):
+
+        def best(text: list[int], k: int) -> list[int]:
+            last = [-1, -1, *text][-1:-3:-1]
+            probs = np.asarray(of(COUNTS.params, jnp.asarray(last), COUNTS.max_successors))
+            return np.argsort(-probs, kind="stable")[:k].tolist()
+
+        first = best(text, 2)
+        wanted = [(token,) for token in first] + [(token, *best([*text, token], 1)) for token in first]
+        assert paths_of(proposal, row) == wanted
+
+
+TREES = {
+    "ngram": lambda: drafters.ngram(num_draft_tokens=6, min_match=1, depth=3),
+    "retrieval": lambda: drafters.retrieval(
+        drafters.index_corpus(random_corpus(vocab_size=61), vocab_size=61), num_draft_tokens=6, depth=3, min_match=1
+    ),
+    "table": lambda: drafters.table(
+        drafters.count_ngrams(random_corpus(vocab_size=61), vocab_size=61), topology=(3, 2)
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TREES)
+def test_greedy_text_of_trees_is_plain_decodings(name: str):
+    plain, _ = greedy_text(drafters.none(), ())
+    draft = contract.check(TREES[name]())
+    drafted, accepted = greedy_text(draft, draft.params)
+    assert drafted == plain
+    assert accepted > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ngram", "retrieval", "table"])
+def test_trees_keep_a_drafters_contract(name: str):
+    made = {
+        "ngram": lambda: drafters.ngram(num_draft_tokens=5, min_match=1, depth=3),
+        "retrieval": lambda: drafters.retrieval(STORE, num_draft_tokens=5, depth=3, min_match=1),
+        "table": lambda: drafters.table(COUNTS, topology=(2, 1)),
+    }[name]()
+    testing.check_drafter(made, testing.tabular(0, vocab_size=5))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: drafters.ngram(num_draft_tokens=4, depth=4), "depth=4"),
+        (lambda: drafters.ngram(num_draft_tokens=4, depth=2, num_candidates=0), "num_candidates=0"),
+        (lambda: drafters.retrieval(STORE, num_draft_tokens=4, depth=0), "depth=0"),
+        (lambda: drafters.table(COUNTS, num_draft_tokens=4, topology=(2, 1)), "leave out num_draft_tokens"),
+        (lambda: drafters.table(COUNTS, topology=(1, 1)), "is a chain"),
+    ],
+)
+def test_what_makes_no_tree_is_said(make: Callable[[], Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -189,13 +189,12 @@ def _chain(options: _Options, tokens: Array, length: Array, longest: Array) -> t
     return chain, jnp.minimum(jnp.sum(jnp.cumprod(sure), dtype=jnp.int32), _reach(options, longest))
 
 
-def _tree(options: _Options, tokens: Array, length: Array, longest: Array) -> tuple[Array, Array, Array]:
-    """`[N]` tokens and parents of the most frequent prefixes, and how many of them are proposed."""
+def _tree(options: _Options, tokens: Array, length: Array, longest: Array) -> trie.Nodes:
+    """The most frequent prefixes."""
     within = jnp.minimum(length, _reach(options, longest))
     weight = jnp.ones(tokens.shape, jnp.float32)
     nodes = trie.merge(tokens, within, weight, options.num_draft_tokens)
-    nodes = trie.cut(nodes, options.min_probability * jnp.sum(length > 0, dtype=jnp.float32))
-    return nodes.tokens, nodes.parent, nodes.number
+    return trie.cut(nodes, options.min_probability * jnp.sum(length > 0, dtype=jnp.float32))
 
 
 def _reach(options: _Options, longest: Int[Array, ""]) -> Int[Array, ""]:
@@ -245,8 +244,8 @@ def _drafter(options: _Options) -> Drafter:
         if options.depth == options.num_draft_tokens:
             tokens, length = jax.vmap(functools.partial(_chain, options))(*found)
             return Proposal(tokens, jnp.minimum(length, context.max_draft), None), state, cache
-        tokens, parent, number = jax.vmap(functools.partial(_tree, options))(*found)
-        return Proposal(tokens, jnp.where(context.max_draft > 0, number, 0), None, parent), state, cache
+        nodes = jax.vmap(functools.partial(_tree, options))(*found)
+        return nodes.proposal(context.max_draft), state, cache
 
     def update(params: Params, state: State, feedback: Feedback) -> State:
         begin = feedback.length - feedback.num_tokens

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from specjax.types import Proposal
+
 
 class Nodes(NamedTuple):
-    """The nodes of a tree, parents before their children.
+    """The nodes of a tree, parents before their children; of one row, or of all.
 
     Attributes:
       tokens: `[N]` the token of each node; -1 beyond the number of nodes.
@@ -21,10 +23,14 @@ class Nodes(NamedTuple):
       number: `[]` how many nodes there are.
     """
 
-    tokens: Int[Array, " N"]
-    parent: Int[Array, " N"]
-    weight: Float[Array, " N"]
-    number: Int[Array, ""]
+    tokens: Int[Array, "*B N"]
+    parent: Int[Array, "*B N"]
+    weight: Float[Array, "*B N"]
+    number: Int[Array, "*B"]
+
+    def proposal(self, max_draft: Int[Array, " B"]) -> Proposal:
+        """The nodes of all rows as a proposal; rows with `max_draft` 0 propose none."""
+        return Proposal(self.tokens, jnp.where(max_draft > 0, self.number, 0), None, self.parent)
 
 
 def _shared(chains: Int[Array, "C K"], proposed: Bool[Array, "C K"]) -> Bool[Array, "C C K"]:

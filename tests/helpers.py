@@ -368,5 +368,6 @@ def greedy_text(drafter, draft_params: Any) -> tuple[list[list[int]], int]:
         step_cost=0.0,
         max_len=64,
     )
-    state = decoding.generate(model, drafter, verify.rejection, both, state)
+    rule = verify.rejection if drafter.topology.is_chain else verify.greedy
+    state = decoding.generate(model, drafter, rule, both, state)
     return texts(state), int(np.asarray(state.rows.stats.accepted).sum())

@@ -15,6 +15,7 @@ from helpers import Group, Pair, Sample, assert_exact, p_value, random_prompts, 
 from specjax import drafters, testing
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
+from specjax.drafters import contract
 from specjax.types import Drafter
 
 TARGET, TABLE = testing.tabular(0)
@@ -24,6 +25,9 @@ TEXTS = random_prompts(60, 4)
 COUNTS = drafters.count_ngrams(TEXTS, vocab_size=4, max_successors=3)
 CORPUS = drafters.index_corpus(TEXTS, vocab_size=4)
 
+SUFFIX = contract.check(drafters.suffix(num_draft_tokens=3, min_match=1)).drafter
+SUFFIX_TREE = contract.check(drafters.suffix(num_draft_tokens=5, depth=3, min_match=1)).drafter
+
 
 def tree_of(children: Any) -> Drafter:
     return drafters.model(DRAFT, topology=(2, 2, 1), children=children)
@@ -32,6 +36,9 @@ def tree_of(children: Any) -> Drafter:
 DRAFTERS = {
     "none": Pair(TARGET, TABLE, drafters.none()),
     "ngram": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1)),
+    "suffix": Pair(TARGET, TABLE, SUFFIX),
+    "suffix, tree": Pair(TARGET, TABLE, SUFFIX_TREE),
+    "aggressive": Pair(TARGET, TABLE, drafters.aggressive(num_draft_tokens=3)),
     "model": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3), DRAFT_TABLE),
     "model, sure": Pair(TARGET, TABLE, drafters.model(DRAFT, num_draft_tokens=3, min_confidence=0.35), DRAFT_TABLE),
     "model, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, num_draft_tokens=2), PADDED_TABLE),
@@ -44,6 +51,11 @@ DRAFTERS = {
     "model, tree, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, topology=(3, 1)), PADDED_TABLE),
     "model, dynamic tree": Pair(
         TARGET, TABLE, drafters.model(DRAFT, dynamic=drafters.Dynamic(width=3, depth=3, num_nodes=6)), DRAFT_TABLE
+    ),
+    "ngram, tree": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=5, min_match=1, depth=3)),
+    "table, tree": Pair(TARGET, TABLE, drafters.table(COUNTS, topology=(2, 1, 1)).drafter, COUNTS.params),
+    "retrieval, tree": Pair(
+        TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=5, depth=3, min_match=1).drafter, CORPUS.params
     ),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(

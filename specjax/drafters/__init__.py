@@ -1,6 +1,7 @@
 """Drafters: pure functions that propose tokens. One file per family."""
 
 from specjax.drafters import children, topologies
+from specjax.drafters.aggressive import aggressive
 from specjax.drafters.jacobi import jacobi
 from specjax.drafters.lookahead import lookahead
 from specjax.drafters.mask_tokens import mask_tokens
@@ -10,12 +11,14 @@ from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
 from specjax.drafters.retrieval import Datastore, index_corpus, load_datastore, retrieval, save_datastore
 from specjax.drafters.skip import early_exit, skip
+from specjax.drafters.suffix import suffix
 from specjax.drafters.table import Table, count_ngrams, load_table, save_table, table
 
 __all__ = [
     "Datastore",
     "Dynamic",
     "Table",
+    "aggressive",
     "children",
     "count_ngrams",
     "early_exit",
@@ -32,6 +35,7 @@ __all__ = [
     "save_datastore",
     "save_table",
     "skip",
+    "suffix",
     "table",
     "topologies",
 ]

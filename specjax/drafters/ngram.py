@@ -9,22 +9,66 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from specjax.limits import check_num_draft_tokens
+from specjax.drafters import source as sources
+from specjax.drafters import trie
+from specjax.drafters.source import Source
+from specjax.limits import check_num_draft_tokens, check_size
 from specjax.types import Context, Drafter, Feedback, Params, Proposal, Topology
 
+_DECAY = 0.8
+"""The weight of each token of a copy relative to the one before it, where copies compete for the nodes of a tree."""
 
-class _Source(NamedTuple):
-    """What the encoder of an encoder-decoder has read.
+
+class _Found(NamedTuple):
+    """All places of what is searched: a source and the text of one row.
 
     Attributes:
-      tokens: `[B, S]`; S = 0 for other models.
-      length: `[B]`.
+      past: `[M]` the tokens.
+      matched: `[M]` how many tokens up to each place are those that the text ends with.
+      in_text: `[M]` whether the place is one of the text, not of the source.
+      last: `[M]` the place of the last token of source or text, behind which there is nothing.
     """
 
-    tokens: Int[Array, "B S"]
-    length: Int[Array, " B"]
+    past: Int[Array, " M"]
+    matched: Int[Array, " M"]
+    in_text: Bool[Array, " M"]
+    last: Int[Array, " M"]
+
+
+def _compare(
+    tokens: Int[Array, " L"],
+    length: Int[Array, ""],
+    max_match: int,
+    source: Int[Array, " S"],
+    source_length: Int[Array, ""],
+) -> _Found:
+    """Compares the end of the text with all places; the arguments are those of `lookup`."""
+    offset = source.shape[0] + 1 if source.shape[0] else 0
+    past = jnp.concatenate([tokens[:1], source, tokens]) if offset else tokens
+    place = jnp.arange(past.shape[0])
+    in_text = place >= offset
+    begin = jnp.where(in_text, offset, 0)
+    last = jnp.where(in_text, offset + length - 1, source_length)
+    matched = jnp.zeros(past.shape[0], jnp.int32)
+    running = place < last
+    for back in range(max_match):
+        # The token `back` before the end of the text, compared with the token `back` before every position.
+        wanted = tokens[jnp.maximum(length - 1 - back, 0)]
+        running = running & (jnp.roll(past, back) == wanted) & (place - back >= begin) & (length > back)
+        matched = matched + running
+    return _Found(past, matched, in_text, last)
+
+
+def _copy(
+    found: _Found, end: Int[Array, ""], length: Int[Array, ""], size: int, min_match: int
+) -> tuple[Int[Array, " K"], Int[Array, ""]]:
+    """`[K]` the tokens behind a match that ends at that place, and how many there are."""
+    match, period = found.matched[end], jnp.maximum(found.last[end] - end, 1)
+    draft = found.past[end + 1 + jnp.arange(size) % period]
+    available = jnp.where(found.in_text[end], size, jnp.minimum(period, size))
+    return draft, jnp.where((match >= min_match) | (match == length), available, 0)
 
 
 def lookup(
@@ -54,29 +98,52 @@ def lookup(
     Returns:
       `[K]` the tokens that follow the match, and how many of them there are (0: no match).
     """
-    offset = source.shape[0] + 1 if source.shape[0] else 0
-    past = jnp.concatenate([tokens[:1], source, tokens]) if offset else tokens
-    place = jnp.arange(past.shape[0])
-    in_text = place >= offset
-    begin = jnp.where(in_text, offset, 0)
-    # The position of the last token of source and of text, after which there is nothing.
-    last = jnp.where(in_text, offset + length - 1, source_length)
-    matched = jnp.zeros(past.shape[0], jnp.int32)
-    running = place < last
-    for back in range(max_match):
-        # The token `back` before the end of the text, compared with the token `back` before every position.
-        wanted = tokens[jnp.maximum(length - 1 - back, 0)]
-        running = running & (jnp.roll(past, back) == wanted) & (place - back >= begin) & (length > back)
-        matched = matched + running
-    best = jnp.argmax(matched * past.shape[0] + place)
-    match, period = matched[best], jnp.maximum(last[best] - best, 1)
-    draft = past[best + 1 + jnp.arange(num_draft_tokens) % period]
-    available = jnp.where(in_text[best], num_draft_tokens, jnp.minimum(period, num_draft_tokens))
-    return draft, jnp.where((match >= min_match) | (match == length), available, 0)
+    found = _compare(tokens, length, max_match, source, source_length)
+    best = jnp.argmax(found.matched * found.past.shape[0] + jnp.arange(found.past.shape[0]))
+    return _copy(found, best, length, num_draft_tokens, min_match)
+
+
+def lookup_tree(
+    tokens: Int[Array, " L"],
+    length: Int[Array, ""],
+    num_draft_tokens: int,
+    min_match: int,
+    max_match: int,
+    source: Int[Array, " S"],
+    source_length: Int[Array, ""],
+    *,
+    depth: int,
+    num_candidates: int,
+) -> trie.Nodes:
+    """Merges what follows the longest earlier occurrences of the text's last tokens into a tree.
+
+    Each occurrence weighs half as much as the one before it, and each token of its copy a little less than the one
+    before it: the first copy is the longest path, and later ones branch from it.
+
+    Args:
+      tokens, length, min_match, max_match, source, source_length: as for `lookup`.
+      num_draft_tokens: K, the most nodes.
+      depth: the most tokens of each copy.
+      num_candidates: how many occurrences are merged: the longest, and of equal ones the most recent.
+    """
+    found = _compare(tokens, length, max_match, source, source_length)
+    size = found.past.shape[0]
+    rank = found.matched * size + jnp.arange(size, dtype=jnp.int32)
+    best = jax.lax.top_k(rank, min(num_candidates, size))[1]
+    chains, available = jax.vmap(lambda end: _copy(found, end, length, depth, min_match))(best)
+    weight = 0.5 ** jnp.arange(best.shape[0])[:, None] * _DECAY ** jnp.arange(depth)
+    return trie.merge(chains, jnp.where(found.matched[best] > 0, available, 0), weight, num_draft_tokens)
 
 
 @functools.cache
-def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) -> Drafter:
+def ngram(
+    *,
+    num_draft_tokens: int = 7,
+    min_match: int = 2,
+    max_match: int = 8,
+    depth: int | None = None,
+    num_candidates: int = 8,
+) -> Drafter:
     """Drafts by looking up the last tokens in prompt and text, on the device, without a model or parameters.
 
     For an encoder-decoder, the source is searched as well. A row without a match of at least `min_match` tokens drafts
@@ -86,32 +153,44 @@ def ngram(*, num_draft_tokens: int = 7, min_match: int = 2, max_match: int = 8) 
       num_draft_tokens: K, the most tokens copied in a step.
       min_match: the shortest match that counts. One token alone predicts little.
       max_match: the longest match; longer ones count as equal to it.
+      depth: None drafts a chain, the copy behind one match. A number D below K drafts a tree of at most K nodes and D
+        levels: the copies behind several matches, whose common beginnings are shared.
+      num_candidates: how many matches a tree has at most.
 
     Raises:
-      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, or matches that make no sense.
+      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, matches that make no sense, or a depth that leaves no
+        room for a tree.
     """
     check_num_draft_tokens(num_draft_tokens)
     if not 1 <= min_match <= max_match:
         raise ValueError(f"min_match={min_match} and max_match={max_match}: need 1 <= min_match <= max_match.")
+    if depth is not None:
+        check_size("depth", depth, 1, max(num_draft_tokens - 1, 1))
+        check_size("num_candidates", num_candidates)
+    matches: dict[str, int] = {
+        "num_draft_tokens": num_draft_tokens,
+        "min_match": min_match,
+        "max_match": max_match,
+    }
 
-    def init(batch_size: int, max_len: int, max_source: int = 0) -> _Source:
+    def init(batch_size: int, max_len: int, max_source: int = 0) -> Source:
         del max_len
-        return _Source(jnp.zeros((batch_size, max_source), jnp.int32), jnp.zeros(batch_size, jnp.int32))
+        return sources.init(batch_size, max_source)
 
-    def propose(params: Params, state: _Source, cache: Any, context: Context) -> tuple[Proposal, _Source, Any]:
+    def propose(params: Params, state: Source, cache: Any, context: Context) -> tuple[Proposal, Source, Any]:
         del params
-        find = functools.partial(lookup, num_draft_tokens=num_draft_tokens, min_match=min_match, max_match=max_match)
-        text, source = context.history, state
-        draft, available = jax.vmap(lambda t, n, s, m: find(t, n, source=s, source_length=m))(
-            text.tokens, text.length, source.tokens, source.length
-        )
-        return Proposal(draft, jnp.minimum(available, context.max_draft), None), state, cache
+        text, room = context.history, context.max_draft
+        rows = text.tokens, text.length, state.tokens, state.length
+        if depth is None or depth == num_draft_tokens:
+            find = functools.partial(lookup, **matches)
+            draft, available = jax.vmap(lambda t, n, s, m: find(t, n, source=s, source_length=m))(*rows)
+            return Proposal(draft, jnp.minimum(available, room), None), state, cache
+        grow = functools.partial(lookup_tree, **matches, depth=depth, num_candidates=num_candidates)
+        nodes = jax.vmap(lambda t, n, s, m: grow(t, n, source=s, source_length=m))(*rows)
+        return nodes.proposal(room), state, cache
 
-    def update(params: Params, state: _Source, feedback: Feedback) -> _Source:
+    def update(params: Params, state: Source, feedback: Feedback) -> Source:
         del params
-        prompt = feedback.inputs
-        if prompt is None or prompt.source is None or prompt.source_length is None:
-            return state
-        return _Source(prompt.source, prompt.source_length)
+        return sources.update(state, feedback)
 
-    return Drafter(init, propose, update, Topology.chain(num_draft_tokens))
+    return Drafter(init, propose, update, Topology(num_draft_tokens, num_draft_tokens if depth is None else depth))

@@ -1,8 +1,8 @@
 """Retrieval from a datastore: the draft is what follows the text's last tokens in a corpus.
 
 REST: He et al. 2023, arXiv 2311.08252. A suffix array finds the longest match; its continuations, weighted by how often
-they occur, are the draft's distribution. Where REST verifies a tree of them, this draws one chain: at temperature 0 the
-most frequent branch.
+they occur, are the draft's distribution: one chain is drawn from it, at temperature 0 the most frequent branch. With a
+depth, the most frequent continuations are a tree, as in REST.
 """
 
 import functools
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.drafters import chain, store
-from specjax.limits import check_num_draft_tokens
+from specjax.drafters import chain, store, trie
+from specjax.limits import check_num_draft_tokens, check_size
 from specjax.text.tokenizer import Tokenizer
 from specjax.types import Context, Draft, Drafter, Params, Proposal, Topology
 
@@ -233,8 +233,12 @@ def retrieval(
     min_match: int = 2,
     max_match: int = 8,
     num_occurrences: int = 64,
+    depth: int | None = None,
 ) -> Draft:
     """Drafts what follows the text's last tokens in a corpus; a row without a match drafts nothing.
+
+    A chain is drawn from the continuations, and states their frequencies. A tree has the most frequent ones, as in
+    REST, section 3.2: it is chosen deterministically, and states no probabilities.
 
     Args:
       source: from `load_datastore` or `index_corpus`.
@@ -242,6 +246,7 @@ def retrieval(
       min_match: the shortest match that counts, in tokens.
       max_match: the longest match; longer ones count as equal to it.
       num_occurrences: the most occurrences in the corpus that are counted for one distribution.
+      depth: None drafts a chain. A number D below K drafts a tree of at most K nodes and D levels.
 
     Raises:
       ValueError: for numbers that make no sense, or a `max_match` above the datastore's depth.
@@ -256,7 +261,11 @@ def retrieval(
         )
     if num_occurrences < 1:
         raise ValueError(f"num_occurrences={num_occurrences}: at least 1.")
-    drafter = _drafter(num_draft_tokens, min_match, max_match, num_occurrences)
+    if depth is None or depth == num_draft_tokens == 1:
+        drafter = _drafter(num_draft_tokens, min_match, max_match, num_occurrences)
+    else:
+        check_size("depth", depth, 1, max(num_draft_tokens - 1, 1))
+        drafter = _tree_drafter(num_draft_tokens, depth, min_match, max_match, num_occurrences)
     return Draft(drafter, source.params, source.tokenizer)
 
 
@@ -281,3 +290,20 @@ def _drafter(num_draft_tokens: int, min_match: int, max_match: int, num_occurren
         return chain.draw(predict, advance, start, length, context), state, cache
 
     return Drafter(chain.init, propose, chain.update, Topology.chain(num_draft_tokens))
+
+
+@functools.cache
+def _tree_drafter(num_nodes: int, depth: int, min_match: int, max_match: int, num_occurrences: int) -> Drafter:
+    def grow(index: Index, last: Int[Array, " C"], vocab_size: int) -> trie.Nodes:
+        """The most frequent prefixes of what follows one row's text."""
+        at, there = occurrences(index, lookup(index, last, min_match), num_occurrences)
+        tokens = _next(index, at[:, None] + jnp.arange(depth))
+        known = jnp.cumprod((tokens >= 0) & (tokens < vocab_size) & there[:, None], axis=1)
+        return trie.merge(tokens, jnp.sum(known, axis=1, dtype=jnp.int32), jnp.ones(tokens.shape), num_nodes)
+
+    def propose(params: Params, state: tuple[()], cache: Any, context: Context) -> tuple[Proposal, tuple[()], Any]:
+        last = chain.last_tokens(context.history, max_match)
+        nodes = jax.vmap(lambda row: grow(params.draft, row, context.vocab_size))(last)
+        return nodes.proposal(context.max_draft), state, cache
+
+    return Drafter(chain.init, propose, chain.update, Topology(num_nodes, depth))

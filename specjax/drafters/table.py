@@ -11,7 +11,7 @@ to the uniform distribution: no token has probability 0.
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax import sampling
-from specjax.drafters import chain, store
+from specjax.drafters import chain, model_tree, store, table_tree
 from specjax.limits import check_num_draft_tokens
 from specjax.text.tokenizer import Tokenizer
 from specjax.types import Context, Draft, Drafter, Params, Proposal, Topology
@@ -310,19 +310,38 @@ def distribution(trie: Trie, last: Int[Array, " C"], max_successors: int) -> Flo
     return probs
 
 
-def table(source: Table, *, num_draft_tokens: int = 4) -> Draft:
+def table(
+    source: Table,
+    *,
+    num_draft_tokens: int | None = None,
+    topology: Sequence[int] | Sequence[Sequence[int]] | None = None,
+) -> Draft:
     """Drafts with an n-gram table of the target's vocabulary.
 
     Args:
       source: from `load_table` or `count_ngrams`.
-      num_draft_tokens: K.
+      num_draft_tokens: K, for a chain, which is drawn from the table's distributions; by default 4.
+      topology: of a tree (see `drafters.model`): the most probable tokens after each node, chosen deterministically.
 
     Raises:
-      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`.
+      ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, a topology that is not a tree, or both.
     """
-    check_num_draft_tokens(num_draft_tokens)
-    drafter = _drafter(source.order, source.max_successors, num_draft_tokens)
+    if topology is None:
+        num_draft_tokens = 4 if num_draft_tokens is None else num_draft_tokens
+        check_num_draft_tokens(num_draft_tokens)
+        drafter = _drafter(source.order, source.max_successors, num_draft_tokens)
+    elif num_draft_tokens is not None:
+        raise ValueError(f"topology={topology} says how many tokens are drafted: leave out num_draft_tokens.")
+    else:
+        levels = model_tree.parse(topology)
+        drafter = table_tree.drafter(_predict(source.max_successors), source.order, levels)
     return Draft(drafter, source.params, source.tokenizer)
+
+
+@functools.cache
+def _predict(max_successors: int) -> Callable[[Trie, Int[Array, "B C"]], Float[Array, "B W"]]:
+    """`distribution` for several texts; one function for each number, as a static argument."""
+    return lambda trie, last: jax.vmap(lambda row: distribution(trie, row, max_successors))(last)
 
 
 # Tables of one order and one bound give the same drafter, a static argument of the loop.
@@ -330,7 +349,7 @@ def table(source: Table, *, num_draft_tokens: int = 4) -> Draft:
 def _drafter(order: int, max_successors: int, num_draft_tokens: int) -> Drafter:
     def propose(params: Params, state: tuple[()], cache: Any, context: Context) -> tuple[Proposal, tuple[()], Any]:
         def predict(last: Int[Array, "B C"]) -> Float[Array, "B W"]:
-            probs = jax.vmap(lambda row: distribution(params.draft, row, max_successors))(last)
+            probs = _predict(max_successors)(params.draft, last)
             return sampling.match_vocab(jnp.log(probs)[:, None], context.vocab_size)[:, 0]
 
         def advance(last: Int[Array, "B C"], token: Int[Array, " B"]) -> Int[Array, "B C"]:

@@ -73,7 +73,7 @@ def model(
             raise ValueError(
                 f"topology={topology} says how many tokens are drafted: leave out num_draft_tokens and min_confidence."
             )
-        drafter = model_tree.drafter(inner, model_tree.parse(topology), children)
+        drafter = model_tree.drafter(model_tree.plan(inner, topology, children))
     if isinstance(draft, Model):
         return drafter
     return Draft(drafter, draft.params, draft.tokenizer, inner.max_len, inner)

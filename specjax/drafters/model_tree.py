@@ -97,78 +97,120 @@ def apply_alone(
     return control.once(is_needed, apply, (jnp.zeros(shapes.shape, shapes.dtype), cache))
 
 
-_Rollout = tuple[Int[Array, "B N"], Float[Array, "B N V"] | None, Any]
+Rollout = tuple[Int[Array, "B N"], Float[Array, "B N V"] | None, Any]
 """The tokens of all nodes, what each was drawn from (None: chosen deterministically), and the draft's cache."""
 
 
-def _nothing(kind: Children, num_nodes: int, context: Context) -> tuple[Array, Array | None]:
-    """The tokens and distributions of a rollout, before there are any."""
-    rows, size = context.max_draft.shape[0], context.vocab_size
-    logits = jax.ShapeDtypeStruct((rows, 1, size), jnp.float32)
-    _, probs = jax.eval_shape(
-        lambda logits: children.find(kind, logits, 1, context.keys[:, 0], context.sampling, context.coupled), logits
-    )
-    stated = None if probs is None else jnp.zeros((rows, num_nodes, size))
-    return jnp.zeros((rows, num_nodes), jnp.int32), stated
+class Plan(NamedTuple):
+    """The tree that a draft model grows.
 
-
-@functools.cache
-def drafter(draft: Model, levels: tuple[Level, ...], kind: Children) -> Drafter:
-    """Drafts a tree, with one call of the draft per level. The state is the draft's cache.
-
-    Args:
+    Attributes:
       draft: the draft model.
       levels: from `parse`.
       kind: how children are found; the rule `coupled` has its own.
     """
-    parents = tuple(itertools.chain.from_iterable(level.parents for level in levels))
-    topology = Topology(len(parents), len(levels), parents)
-    if topology.is_chain:
-        raise ValueError("This topology is a chain: leave it out, and give num_draft_tokens.")
-    # The nodes that have children are fed, level by level.
-    fed = [[node for node in level.nodes if node in parents] for level in levels]
-    ancestors = np.asarray(tree.shape(jnp.asarray([parents], jnp.int32), len(levels)).sees[0, 1:, 1:])
 
-    def rollout(params: Params, carry: _Rollout, context: Context) -> _Rollout:
-        """The tokens of all nodes, -1 where there is none, what they were drawn from, and the cache."""
+    draft: Model
+    levels: tuple[Level, ...]
+    kind: Children
+
+    @property
+    def topology(self) -> Topology:
+        """The shape of what is proposed."""
+        parents = tuple(itertools.chain.from_iterable(level.parents for level in self.levels))
+        return Topology(len(parents), len(self.levels), parents)
+
+
+def plan(draft: Model, topology: str | Sequence[int] | Sequence[Sequence[int]], kind: Children) -> Plan:
+    """The tree that a model drafts (see `drafters.model`).
+
+    Raises:
+      ValueError: for a topology that is not a tree, or is a chain.
+    """
+    found = Plan(draft, parse(topology), kind)
+    if found.topology.is_chain:
+        raise ValueError("This topology is a chain: leave it out, and give num_draft_tokens.")
+    return found
+
+
+def nothing(plan: Plan, cache: Any, context: Context) -> Rollout:
+    """A rollout before there is anything in it."""
+    rows, size, num_nodes = context.max_draft.shape[0], context.vocab_size, plan.topology.num_nodes
+    logits = jax.ShapeDtypeStruct((rows, 1, size), jnp.float32)
+    _, probs = jax.eval_shape(
+        lambda logits: children.find(plan.kind, logits, 1, context.keys[:, 0], context.sampling, context.coupled),
+        logits,
+    )
+    stated = None if probs is None else jnp.zeros((rows, num_nodes, size))
+    return jnp.zeros((rows, num_nodes), jnp.int32), stated, cache
+
+
+def grow(plan: Plan, params: Tree, logits: Float[Array, "B 1 W"], carry: Rollout, context: Context) -> Rollout:
+    """The tokens of all nodes, -1 where there is none, what they were drawn from, and the cache, level by level.
+
+    Args:
+      plan: the tree.
+      params: the draft's parameters.
+      logits: the draft's, after the text.
+      carry: `nothing`, with the draft's cache of the whole text.
+      context: of the step.
+    """
+    tokens, probs, cache = carry
+    rows, depth, parents = context.max_draft.shape[0], len(plan.levels), plan.topology.parents
+    assert parents is not None
+    # The nodes that have children are fed, level by level.
+    fed = [[node for node in level.nodes if node in parents] for level in plan.levels]
+    shape = tree.shape(jnp.broadcast_to(jnp.asarray(parents, jnp.int32), (rows, len(parents))), depth)
+    ancestors = tree.ancestors(parents)
+    behind, before = [-1], []
+    for i, level in enumerate(plan.levels):
+        at = np.asarray(behind) + 1
+        history = tree.follow(context.history, tokens, shape, depth, context.sampling.penalties)
+        found = _find(plan.kind, logits, max(level.ranks) + 1, i, tree.select(history, at), context)
+        row_of = np.asarray([behind.index(parent) for parent in level.parents])
+        tokens, probs = jax.tree.map(
+            lambda x, new, level=level, row_of=row_of: x.at[:, np.asarray(level.nodes)].set(
+                new[:, row_of, np.asarray(level.ranks)]
+            ),
+            (tokens, probs),
+            found,
+        )
+        if not fed[i]:
+            break
+        before, behind = before + fed[i], fed[i]
+        sees = jnp.broadcast_to(ancestors[np.ix_(behind, before)], (rows, len(behind), len(before)))
+        fed_tokens = jnp.maximum(tokens[:, np.asarray(behind)], 0)
+        block = Block(fed_tokens, jnp.full((rows, len(behind)), i, jnp.int32), sees)
+        logits, cache = apply_alone(plan.draft, params, block, cache, jnp.any(context.max_draft > 0))
+    return tokens, probs, cache
+
+
+def proposal(plan: Plan, tokens: Int[Array, "B N"], probs: Array | None, context: Context) -> Proposal:
+    """What a rollout proposes for the rows that draft."""
+    num_nodes, parents = plan.topology.num_nodes, plan.topology.parents
+    parent = jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape)
+    return Proposal(tokens, jnp.where(context.max_draft > 0, num_nodes, 0).astype(jnp.int32), probs, parent)
+
+
+@functools.cache
+def drafter(plan: Plan) -> Drafter:
+    """Drafts a tree, with one call of the draft per level. The state is the draft's cache."""
+    draft, depth = plan.draft, len(plan.levels)
+
+    def rollout(params: Params, carry: Rollout, context: Context) -> Rollout:
         tokens, probs, cache = carry
-        rows, depth = context.max_draft.shape[0], len(levels)
         cache = catch_up(draft, params.draft, cache, context.history, missing=depth + 1, chunk=depth + 1)
         # A step adds at most D + 1 tokens, which are read here.
         logits, cache = read_last(draft, params.draft, cache, context.history, depth + 1)
-        shape = tree.shape(jnp.broadcast_to(jnp.asarray(parents, jnp.int32), (rows, len(parents))), depth)
-        behind, before = [-1], []
-        for i, level in enumerate(levels):
-            at = np.asarray(behind) + 1
-            history = tree.follow(context.history, tokens, shape, depth, context.sampling.penalties)
-            found = _find(kind, logits, max(level.ranks) + 1, i, tree.select(history, at), context)
-            row_of = np.asarray([behind.index(parent) for parent in level.parents])
-            tokens, probs = jax.tree.map(
-                lambda x, new, level=level, row_of=row_of: x.at[:, np.asarray(level.nodes)].set(
-                    new[:, row_of, np.asarray(level.ranks)]
-                ),
-                (tokens, probs),
-                found,
-            )
-            if not fed[i]:
-                break
-            before, behind = before + fed[i], fed[i]
-            sees = jnp.broadcast_to(ancestors[np.ix_(behind, before)], (rows, len(behind), len(before)))
-            block = Block(
-                jnp.maximum(tokens[:, np.asarray(behind)], 0), jnp.full((rows, len(behind)), i, jnp.int32), sees
-            )
-            logits, cache = apply_alone(draft, params.draft, block, cache, jnp.any(context.max_draft > 0))
-        return tokens, probs, cache
+        return grow(plan, params.draft, logits, (tokens, probs, cache), context)
 
     def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
         tokens, probs, state = control.once(
             jnp.any(context.max_draft > 0),
             lambda carry: rollout(params, carry, context),
-            (*_nothing(kind, len(parents), context), state),
+            nothing(plan, state, context),
         )
-        parent = jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape)
-        length = jnp.where(context.max_draft > 0, len(parents), 0).astype(jnp.int32)
-        return Proposal(tokens, length, probs, parent), state, cache
+        return proposal(plan, tokens, probs, context), state, cache
 
     def update(params: Params, state: Any, feedback: Feedback) -> Any:
         if feedback.inputs is not None:
@@ -176,4 +218,4 @@ def drafter(draft: Model, levels: tuple[Level, ...], kind: Children) -> Drafter:
         # No node was committed: the next step reads what was accepted, in the call that reads the last token anyway.
         return set_length(draft, state, jnp.minimum(state.length, feedback.length - 1))
 
-    return Drafter(draft.init_cache, propose, update, topology)
+    return Drafter(draft.init_cache, propose, update, plan.topology)

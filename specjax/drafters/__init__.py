@@ -1,6 +1,7 @@
 """Drafters: pure functions that propose tokens. One file per family."""
 
 from specjax.drafters.aggressive import aggressive
+from specjax.drafters.merged import merged
 from specjax.drafters.model import model
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
@@ -16,6 +17,7 @@ __all__ = [
     "index_corpus",
     "load_datastore",
     "load_table",
+    "merged",
     "model",
     "ngram",
     "none",

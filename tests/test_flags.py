@@ -84,7 +84,7 @@ WRONG = [
     (
         Q,
         ["--config.drafter=magic"],
-        ["choose one of model, ngram, none, table, retrieval,", "mask_tokens, or FILE.py:FUNCTION"],
+        ["choose one of model, ngram, suffix,", "early_exit, or FILE.py:FUNCTION"],
     ),
     (Q, ["--config.drafter="], ["choose one of"]),
     (Q, ["--config.drafter=model"], ["--config.draft=SOURCE"]),

@@ -258,15 +258,17 @@ def test_pairs_are_compare_with_values(path):
     compare_experiment.check(pair)
 
 
-def test_quickstart_is_compare_with_values(tmp_path):
+@pytest.mark.parametrize(("name", "count"), [("quickstart", 6), ("edit", 8)])
+def test_configs_of_prompts_are_compare_with_values(name: str, count: int):
     _, compare = launch.parse(_arguments())
-    _, quickstart = launch.parse(_arguments(QUICKSTART))
+    _, config = launch.parse(_arguments(str(ROOT / "configs" / f"{name}.py")))
     assert compare is not None
-    assert quickstart is not None
-    assert set(quickstart) == set(compare)
-    experiments.get(str(quickstart.experiment))
-    lines = pathlib.Path(str(quickstart.data)).read_text().splitlines()
-    assert 5 <= len(lines) <= 6
+    assert config is not None
+    assert set(config) == set(compare)
+    experiments.get(str(config.experiment))
+    compare_experiment.check(config)
+    lines = pathlib.Path(str(config.data)).read_text().splitlines()
+    assert len(lines) == count
     assert all(json.loads(line).keys() == {"category", "prompt"} for line in lines)
 
 

@@ -27,6 +27,14 @@ CORPUS = drafters.index_corpus(TEXTS, vocab_size=4)
 
 SUFFIX = contract.check(drafters.suffix(num_draft_tokens=3, min_match=1)).drafter
 SUFFIX_TREE = contract.check(drafters.suffix(num_draft_tokens=5, depth=3, min_match=1)).drafter
+LOOKUPS = drafters.merged([drafters.ngram(num_draft_tokens=3, min_match=1), SUFFIX_TREE])
+MERGED = drafters.merged(
+    [
+        drafters.model(DRAFT, num_draft_tokens=2),
+        drafters.ngram(num_draft_tokens=3, min_match=1),
+        drafters.table(COUNTS, num_draft_tokens=2),
+    ]
+)
 
 
 def tree_of(children: Any) -> Drafter:
@@ -57,6 +65,8 @@ DRAFTERS = {
     "retrieval, tree": Pair(
         TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=5, depth=3, min_match=1).drafter, CORPUS.params
     ),
+    "merged": Pair(TARGET, TABLE, LOOKUPS.drafter, LOOKUPS.params),
+    "merged, sampled": Pair(TARGET, TABLE, MERGED.drafter, (DRAFT_TABLE, (), COUNTS.params)),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(
         TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8).drafter, CORPUS.params

@@ -142,7 +142,7 @@ def test_a_tree_of_lookups_has_the_copies_behind_several_matches():
 
 def test_a_tree_of_retrieved_texts_has_the_most_frequent_continuations():
     rows = random_prompts(40, 5)
-    draft = drafters.retrieval(STORE, num_draft_tokens=6, depth=3, min_match=1, max_match=3, num_occurrences=512)
+    draft = drafters.retrieval(STORE, num_draft_tokens=6, depth=3, min_match=1, max_match=3, num_occurrences=128)
     proposal = proposed(draft, rows, 6)
     full = 0
     for row, text in enumerate(rows):

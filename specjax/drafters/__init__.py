@@ -5,6 +5,7 @@ from specjax.drafters.aggressive import aggressive
 from specjax.drafters.jacobi import jacobi
 from specjax.drafters.lookahead import lookahead
 from specjax.drafters.mask_tokens import mask_tokens
+from specjax.drafters.merged import merged
 from specjax.drafters.model import model
 from specjax.drafters.model_dynamic import Dynamic
 from specjax.drafters.ngram import ngram
@@ -28,6 +29,7 @@ __all__ = [
     "load_table",
     "lookahead",
     "mask_tokens",
+    "merged",
     "model",
     "ngram",
     "none",

@@ -159,9 +159,12 @@ def check(drafter: Any) -> Draft:
             "model": "specjax.load(...)",
             "table": "drafters.load_table(...)",
             "retrieval": "drafters.load_datastore(...)",
+            "merged": "[drafters.ngram(), ...]",
             "mask_tokens": "mask_token=...",
+            "skip": "specjax.load(...), attention=(...)",
+            "early_exit": "specjax.load(...), layer",
         }
-        for name in ("ngram", "none", "jacobi", "lookahead", *inside):
+        for name in ("ngram", "none", "suffix", "aggressive", "jacobi", "lookahead", *inside):
             if drafter is getattr(drafters, name):
                 raise TypeError(
                     f"drafter=drafters.{name} is not called: write drafters.{name}({inside.get(name, '')})."

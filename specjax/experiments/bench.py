@@ -18,7 +18,7 @@ from specjax import api, decoding, drafters, metrics
 from specjax.api import pretrained
 from specjax.api.pretrained import Pretrained
 from specjax.drafters import contract
-from specjax.experiments import choices, results
+from specjax.experiments import choices, drafting, results
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
@@ -324,4 +324,4 @@ def load_both(chosen: choices.Models, view: View) -> tuple[Pretrained, Callable[
         rules = sharding.REPLICATED if chosen.draft_sharding == "replicated" else split
         return load(chosen.draft, view, **options, rules=rules, int8=chosen.draft_int8)
 
-    return target, choices.drafter_of(chosen, target, load_draft)
+    return target, drafting.drafter_of(chosen, target, load_draft)

@@ -6,22 +6,14 @@ Everything that can be checked without a model is checked by `Models.check` and 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
-from specjax import drafters, limits, sampling
-from specjax.api.pretrained import Pretrained
+from specjax import limits, sampling
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
-from specjax.experiments import own
+from specjax.experiments import drafting, own
 from specjax.experiments.settings import Check, at_least, between, given, one_of
 from specjax.parallel import sharding
-from specjax.types import AnyDrafter
-
-DRAFTERS = ("model", "ngram", "none", "table", "retrieval", "jacobi", "lookahead", "mask_tokens")
-
-WITH_DRAFT = {"model": "SOURCE", "table": "PATH (of configs/count.py)", "retrieval": "PATH (of configs/count.py)"}
-"""Drafters that need `config.draft`, and what that is."""
 
 DRAFT_TOKENS = between(0, limits.MAX_DRAFT_TOKENS, "; 4 to 10 are common")
 """A number of draft tokens that a machine has memory for."""
@@ -46,8 +38,8 @@ class Models:
     mesh_whole: str
     draft_sharding: Annotated[str, one_of("split", "replicated")]
 
-    known_drafters: ClassVar[tuple[str, ...]] = DRAFTERS
-    """The drafters that may be chosen, besides a user's own."""
+    known_drafters: ClassVar[tuple[str, ...]] = ("model", "ngram")
+    """The drafters of `drafting.DRAFTERS` that may be chosen, besides a user's own."""
 
     def check(self) -> None:
         """Refuses a drafter that cannot be made, before anything is loaded.
@@ -57,35 +49,31 @@ class Models:
           FileNotFoundError: where a file does not exist.
         """
         sharding.with_whole(self.mesh_whole)
-        name, draft = self.drafter, self.draft
+        name = self.drafter
         if own.is_own(name):
             own.drafter_function(name)
         elif name not in self.known_drafters:
             known = ", ".join(self.known_drafters)
             raise ValueError(f"config.drafter={name!r}: choose one of {known}, or FILE.py:FUNCTION.")
-        if name != "model" and (self.draft_int8 or self.min_confidence):
-            raise ValueError(
-                f"config.draft_int8={self.draft_int8}, config.min_confidence={self.min_confidence}: only a draft model "
-                f"has either, but config.drafter={name!r}. Give --config.drafter=model, or leave them out."
-            )
-        if name in WITH_DRAFT and not draft:
-            raise ValueError(
-                f"config.drafter={name!r} needs a draft: give --config.draft={WITH_DRAFT[name]}, or choose "
-                "drafter=ngram."
-            )
-        if name not in WITH_DRAFT and draft and not own.is_own(name):
-            raise ValueError(f"config.draft={draft!r} is not used by drafter={name}: leave it out.")
-        if name in ("table", "retrieval") and not pathlib.Path(draft).expanduser().exists():
-            raise FileNotFoundError(f"config.draft={draft!r} does not exist: configs/count.py makes such a draft.")
+        else:
+            drafting.DRAFTERS[name].check(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class AllModels(Models):
-    """The keys of `Models`, and those of the drafters that need the target alone."""
+    """The keys of `Models`, and those of all drafters."""
 
+    num_draft_tokens: Annotated[int, DRAFT_TOKENS]
+    topology: tuple[Any, ...]
+    depth: Annotated[int, between(0, limits.MAX_DRAFT_TOKENS)]
     window: Annotated[int, between(1, 256, " trajectories")]
     guesses: Annotated[int, between(1, 256)]
     mask_token: Annotated[int, at_least(0)]
+    skip_attention: tuple[int, ...]
+    skip_mlp: tuple[int, ...]
+    exit_layer: Annotated[int, at_least(1)]
+
+    known_drafters: ClassVar[tuple[str, ...]] = tuple(drafting.DRAFTERS)
 
 
 def name_of(text: str) -> str:
@@ -141,46 +129,3 @@ def check_rule(text: str, temperature: float) -> None:
     chosen = rule(text)
     if chosen is verify.greedy and temperature > 0:
         raise ValueError(f"config.verify='greedy' is for temperature 0, not {temperature}: choose rejection.")
-
-
-def check_draft_tokens(drafter: str, num_draft_tokens: int) -> None:
-    """Refuses a number of draft tokens that is too small for a drafter.
-
-    Raises:
-      ValueError: naming the key, its value and the remedy.
-    """
-    least = {"jacobi": 1, "mask_tokens": 1, "lookahead": 2}.get(drafter, 0)
-    if num_draft_tokens < least:
-        raise ValueError(f"config.num_draft_tokens={num_draft_tokens}: drafter={drafter} needs at least {least}.")
-
-
-def drafter_of(chosen: Models, target: Pretrained, load_draft: Callable[[], Pretrained]) -> Callable[[int], AnyDrafter]:
-    """The chosen drafter, as a function of K.
-
-    Raises:
-      ValueError: where what is loaded does not fit.
-      OSError: for files that cannot be read.
-    """
-    shortest, longest = chosen.min_match, max(chosen.min_match, 8)
-    if own.is_own(chosen.drafter):
-        return own.drafter(chosen.drafter, chosen.draft, target)
-    if isinstance(chosen, AllModels) and chosen.drafter == "lookahead":
-        sizes = {"window": chosen.window, "guesses": chosen.guesses}
-        return lambda k: drafters.lookahead(ngram=k + 1, **sizes)
-    if isinstance(chosen, AllModels) and chosen.drafter == "mask_tokens":
-        return lambda k: drafters.mask_tokens(mask_token=chosen.mask_token, num_draft_tokens=k)
-    if chosen.drafter == "jacobi":
-        return lambda k: drafters.jacobi(num_draft_tokens=k)
-    if chosen.drafter == "model":
-        draft = load_draft()
-        return lambda k: drafters.model(draft, num_draft_tokens=k, min_confidence=chosen.min_confidence)
-    if chosen.drafter == "ngram":
-        return lambda k: drafters.ngram(num_draft_tokens=k, min_match=shortest, max_match=longest)
-    if chosen.drafter == "table":
-        table = drafters.load_table(chosen.draft)
-        return lambda k: drafters.table(table, num_draft_tokens=k)
-    if chosen.drafter == "retrieval":
-        datastore = drafters.load_datastore(chosen.draft)
-        longest = max(min(longest, datastore.depth), shortest)
-        return lambda k: drafters.retrieval(datastore, num_draft_tokens=k, min_match=shortest, max_match=longest)
-    return lambda k: drafters.none()

@@ -30,7 +30,6 @@ class Settings(choices.AllModels):
     """The keys of `configs/compare.py`."""
 
     data: Annotated[str, given("FILE")]
-    num_draft_tokens: Annotated[int, choices.DRAFT_TOKENS]
     verify: str
     num_prompts: Annotated[int, at_least(0, ", which reads all")]
     chat: Annotated[str, one_of("auto", "true", "false")]
@@ -52,7 +51,6 @@ class Settings(choices.AllModels):
         choices.check_seed(self.seed, self.num_prompts)
         choices.check_sampling(dataclasses.asdict(self.sampling))
         choices.check_rule(self.verify, self.sampling.temperature)
-        choices.check_draft_tokens(self.drafter, self.num_draft_tokens)
         if self.regex and self.json_schema:
             raise ValueError("config.regex and config.json_schema are both given: choose one.")
         if self.json_schema and not pathlib.Path(self.json_schema).is_file():

@@ -1,0 +1,246 @@
+"""Several drafters in one tree (SpecInfer, arXiv 2305.09781, section 4.1: merge-based token trees).
+
+The target reads the drafts of all parts in one call, and a part that is wrong costs nothing but width.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from specjax.drafters import contract
+from specjax.limits import check_num_draft_tokens
+from specjax.sampling import tree
+from specjax.types import Context, Draft, Drafter, Feedback, ModelOutput, Params, Proposal, Topology
+
+
+class State(NamedTuple):
+    """The parts' states, and what each proposed in this step.
+
+    Attributes:
+      parts: the state of each part.
+      tokens: `[B, N_i]` the tokens that each part proposed; -1 where it proposed none.
+      parents: `[B, N_i]` the parent of each within its part.
+    """
+
+    parts: tuple[Any, ...]
+    tokens: tuple[Int[Array, "B _"], ...]
+    parents: tuple[Int[Array, "B _"], ...]
+
+
+def share_nodes(
+    tokens: Int[Array, " N"], parent: Int[Array, " N"], is_sampled: Bool[np.ndarray, " N"], depth: int
+) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
+    """Merges nodes of one row that are the same path: the first of them stays, and takes the others' children.
+
+    Args:
+      tokens: `[N]`; -1 where there is no node.
+      parent: `[N]` parents come before their children.
+      is_sampled: `[N]` whether a node was sampled; such nodes come first, and are never merged into others.
+      depth: the most levels.
+
+    Returns:
+      `[N]` tokens, -1 for the nodes that were merged into others; `[N]` parents.
+    """
+    index = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    stays = jnp.asarray(is_sampled) | (tokens < 0)
+    owner = index
+
+    def above() -> Int[Array, " N"]:
+        return jnp.where(parent >= 0, owner[jnp.maximum(parent, 0)], -1)
+
+    for _ in range(depth):
+        # After the round for a level, each of its nodes knows the first node with its path.
+        same = (tokens[:, None] == tokens) & (above()[:, None] == above()) & (tokens >= 0)
+        owner = jnp.where(stays, index, jnp.argmax(same, axis=1).astype(jnp.int32))
+    return jnp.where(owner == index, tokens, -1), above()
+
+
+def _nodes(proposal: Proposal) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
+    """The tokens of a chain or tree, -1 where none is proposed, and their parents."""
+    index = jnp.arange(proposal.tokens.shape[1], dtype=jnp.int32)
+    parent = jnp.broadcast_to(index - 1, proposal.tokens.shape) if proposal.parent is None else proposal.parent
+    return jnp.where(index < proposal.length[:, None], proposal.tokens, -1), parent
+
+
+def _behind(parent: Int[Array, "B N"], begin: int) -> Int[Array, "B N"]:
+    """The parents of a part's nodes where its first node has the index `begin`."""
+    return jnp.where(parent >= 0, parent + begin, -1)
+
+
+def join(proposals: Sequence[Proposal], depth: int, vocab_size: int) -> Proposal:
+    """One tree of the proposals of all parts, one behind the other, those that were sampled first.
+
+    A node that was chosen deterministically is merged into an earlier node with the same path. A sampled node is not:
+    whether it is proposed must not depend on its own token. That a deterministic node depends on the siblings that were
+    sampled before it biases nothing: a rule that judges siblings in turn has, once it has rejected those, a residual
+    distribution to draw from, and stays exact whichever token it then tries first. Where a part has sampled, each node
+    has the distribution that it was sampled from, one-hot for the deterministic ones.
+
+    Args:
+      proposals: of the parts.
+      depth: D of the tree.
+      vocab_size: V.
+    """
+    ordered = sorted(proposals, key=lambda proposal: proposal.probs is None)
+    found = [_nodes(proposal) for proposal in ordered]
+    sizes = [tokens.shape[1] for tokens, _ in found]
+    begins = np.cumsum([0, *sizes]).tolist()
+    tokens = jnp.concatenate([tokens for tokens, _ in found], axis=1)
+    parent = jnp.concatenate([_behind(parent, at) for (_, parent), at in zip(found, begins[:-1], strict=True)], axis=1)
+    is_sampled = np.repeat([proposal.probs is not None for proposal in ordered], sizes)
+    share = functools.partial(share_nodes, is_sampled=is_sampled, depth=depth)
+    tokens, parent = jax.vmap(lambda tokens, parent: share(tokens, parent))(tokens, parent)
+    length = jnp.where(jnp.any(tokens >= 0, axis=1), tokens.shape[1], 0).astype(jnp.int32)
+    if not is_sampled.any():
+        return Proposal(tokens, length, None, parent)
+    stated = [
+        jax.nn.one_hot(proposal.tokens, vocab_size, dtype=jnp.float32) if proposal.probs is None else proposal.probs
+        for proposal in ordered
+    ]
+    return Proposal(tokens, length, jnp.concatenate(stated, axis=1), parent)
+
+
+def _agreed(
+    tokens: Int[Array, "B N"], parent: Int[Array, "B N"], committed: Int[Array, "B T"], depth: int
+) -> Int[Array, " B"]:
+    """How many of the committed tokens are a path of a part's proposal."""
+    shape = tree.shape(parent, depth)
+    # The committed token that each node of the block would be followed by.
+    own = jnp.take_along_axis(committed, jnp.minimum(shape.depth, committed.shape[1] - 1), axis=1)
+    everywhere = jnp.ones(own.shape[1], bool)
+
+    def of_row(own: Array, tokens: Array, parent: Array) -> Array:
+        proposal = Proposal(tokens, jnp.asarray(tokens.shape[0], jnp.int32), None, parent)
+        return tree.walk(own, everywhere, proposal, depth)[1]
+
+    return jax.vmap(of_row)(own, tokens, parent)
+
+
+def _shifted(x: Array, by: Int[Array, " B"]) -> Array:
+    """The entries of each row from `by` on, the last one repeated."""
+    index = jnp.minimum(by[:, None] + jnp.arange(x.shape[1]), x.shape[1] - 1)
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def split(feedback: Feedback, agreed: Int[Array, " B"]) -> tuple[Feedback, Feedback]:
+    """What a step committed, as a part sees it whose own draft was accepted for `agreed` tokens, and then a remainder.
+
+    A part may take accepted tokens for its own draft, as a draft model does whose cache has them. So it is told of a
+    step that accepted what it proposed and of the token after that, and then of a step without drafts that committed
+    the rest, which another part proposed.
+    """
+    own = jnp.minimum(feedback.num_tokens, agreed + 1)
+    rest = feedback.num_tokens - own
+    first = feedback._replace(num_tokens=own, length=feedback.length - rest)
+    second = feedback._replace(
+        tokens=_shifted(feedback.tokens, own), num_tokens=rest, features=_shifted(feedback.features, own)
+    )
+    return first, second
+
+
+def merged(parts: Sequence[Any]) -> Draft:
+    """Drafts with several drafters at once, whose drafts are verified as one tree.
+
+    Any drafters will do: chains or trees, lookups, tables, models. Each keeps its own state and parameters, and those
+    that draft with the target itself get its cache in turn. The tree has as many nodes as all parts together. Parts
+    that sample draw independently of each other, as a rule that judges siblings in turn requires; under
+    `verify.coupled`, the first of them shares its noise with the target.
+
+    Args:
+      parts: drafters, each a `Drafter` or a `Draft`. The parameters of a plain `Drafter` that has some, such as a
+        model's, take its place in the tuple `Params.draft`.
+
+    Returns:
+      a `Draft` whose parameters are the tuple of the parts'.
+
+    Raises:
+      ValueError: for no part that drafts, more than `limits.MAX_DRAFT_TOKENS` tokens in all, or parts of different
+        vocabularies.
+      TypeError: for a part that is not a drafter.
+    """
+    drafts = [contract.check(part) for part in parts]
+    drafting = [draft for draft in drafts if draft.num_draft_tokens]
+    if not drafting:
+        raise ValueError(f"parts={list(parts)!r}: none of them drafts a token; give at least one that does.")
+    check_num_draft_tokens(sum(draft.num_draft_tokens for draft in drafting))
+    if len(drafting) == 1:
+        raise ValueError("parts: only one of them drafts tokens; give that drafter itself.")
+    tokenizers = [draft.tokenizer for draft in drafting if draft.tokenizer is not None]
+    for other in tokenizers[1:]:
+        ours, theirs = tokenizers[0].vocab(), other.vocab()
+        if any(ours.get(token, i) != i for token, i in theirs.items()):
+            raise ValueError("parts: their vocabularies do not match, but all drafts are judged by one target.")
+    bounds = [draft.max_len for draft in drafting if draft.max_len is not None]
+    return Draft(
+        _drafter(tuple(draft.drafter for draft in drafting)),
+        tuple(draft.params for draft in drafting),
+        tokenizers[0] if tokenizers else None,
+        min(bounds, default=None),
+    )
+
+
+def _context(context: Context, part: Drafter, others: int) -> Context:
+    """What a part sees: the keys of its own depth. Behind other parts that sample, they are keys of its own."""
+    depth = part.topology.depth
+    keys = context.keys[:, :depth]
+    if others:
+        keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, others)))(keys)
+    return context._replace(keys=keys, max_draft=jnp.minimum(context.max_draft, depth))
+
+
+def _topology(parts: tuple[Drafter, ...]) -> Topology:
+    return Topology(sum(p.topology.num_nodes for p in parts), max(p.topology.depth for p in parts))
+
+
+@functools.cache
+def _drafter(parts: tuple[Drafter, ...]) -> Drafter:
+    topology = _topology(parts)
+    taps = tuple(tap for part in parts for tap in part.taps)
+
+    def init(batch_size: int, max_len: int, max_source: int = 0) -> State:
+        tokens, parents = (
+            tuple(jnp.full((batch_size, part.num_draft_tokens), -1, jnp.int32) for part in parts) for _ in range(2)
+        )
+        return State(tuple(part.init(batch_size, max_len, max_source) for part in parts), tokens, parents)
+
+    def propose(params: Params, state: State, cache: Any, context: Context) -> tuple[Proposal, State, Any]:
+        proposals, states, sampled = [], [], 0
+        for part, own, inner in zip(parts, params.draft, state.parts, strict=True):
+            seen = _context(context, part, sampled)
+            proposal, after, cache = contract.propose(part, Params(params.target, own), inner, cache, seen)
+            proposals.append(proposal)
+            states.append(after)
+            sampled += proposal.probs is not None
+        nodes = [_nodes(proposal) for proposal in proposals]
+        after = State(tuple(states), tuple(n[0] for n in nodes), tuple(n[1] for n in nodes))
+        return join(proposals, topology.depth, context.vocab_size), after, cache
+
+    def update(params: Params, state: State, feedback: Feedback) -> State:
+        states, begin = [], 0
+        for i, part in enumerate(parts):
+            own = Params(params.target, params.draft[i])
+            end = begin + len(part.taps)
+            seen = _with_features(feedback, begin, end)
+            begin = end
+            if feedback.inputs is not None:
+                states.append(contract.update(part, own, state.parts[i], seen))
+                continue
+            agreed = _agreed(state.tokens[i], state.parents[i], feedback.tokens, part.topology.depth)
+            inner = state.parts[i]
+            for told in split(seen, agreed):
+                inner = contract.update(part, own, inner, told)
+            states.append(inner)
+        return state._replace(parts=tuple(states))
+
+    return Drafter(init, propose, update, topology, taps)
+
+
+def _with_features(feedback: Feedback, begin: int, end: int) -> Feedback:
+    """The feedback with the features of one part's taps."""
+    output = ModelOutput(feedback.output.logits, feedback.output.features[:, :, begin:end])
+    return feedback._replace(features=feedback.features[:, :, begin:end], output=output)

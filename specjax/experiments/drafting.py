@@ -1,0 +1,213 @@
+"""The drafters that flags name: what each needs, and how it is made."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from specjax import drafters
+from specjax.api.pretrained import Pretrained
+from specjax.drafters import model_tree
+from specjax.experiments import own
+from specjax.types import AnyDrafter, Skips
+
+OfK = Callable[[int], AnyDrafter]
+"""Makes a drafter of K draft tokens."""
+
+Load = Callable[[], Pretrained]
+"""Loads the draft model."""
+
+LONGEST_MATCH = 8
+"""The longest match that lookups compare, in tokens, unless the shortest one is longer."""
+
+
+class Entry(NamedTuple):
+    """One drafter.
+
+    Attributes:
+      make: `(settings, target, load) -> (K -> drafter)`, from the keys of a config (`choices.Models`).
+      draft: what `config.draft` names; empty: it has no draft.
+      needs_draft: whether it has to be given.
+      made_by: the config that makes the draft, where that is a directory.
+      runs_model: whether it rolls a model out, which `config.min_confidence` can end.
+      trees: the key that makes it draft trees, `topology` or `depth`, if any.
+      least: the least K.
+    """
+
+    make: Callable[[Any, Pretrained, Load], OfK]
+    draft: str = ""
+    needs_draft: bool = True
+    made_by: str = ""
+    runs_model: bool = False
+    trees: str = ""
+    least: int = 0
+
+    def check(self, chosen: Any) -> None:
+        """Refuses keys that do not fit the drafter, before anything is loaded.
+
+        Args:
+          chosen: a `choices.Models`.
+
+        Raises:
+          ValueError: naming the key, its value and the remedy.
+          FileNotFoundError: where the draft does not exist.
+        """
+        name, draft = chosen.drafter, chosen.draft
+        if chosen.draft_int8 and name != "model":
+            raise ValueError(f"config.draft_int8=True: only drafter=model has it, not drafter={name}; leave it out.")
+        if chosen.min_confidence and not self.runs_model:
+            raise ValueError(
+                f"config.min_confidence={chosen.min_confidence}: only a draft that is a model has it, but "
+                f"config.drafter={name!r}. Give --config.drafter=model, or leave it out."
+            )
+        if self.draft and self.needs_draft and not draft:
+            raise ValueError(
+                f"config.drafter={name!r} needs a draft: give --config.draft={self.draft}, or choose drafter=ngram."
+            )
+        if draft and not self.draft:
+            raise ValueError(f"config.draft={draft!r} is not used by drafter={name}: leave it out.")
+        if draft and self.made_by and not pathlib.Path(draft).expanduser().exists():
+            raise FileNotFoundError(f"config.draft={draft!r} does not exist: {self.made_by} makes such a draft.")
+        self._check_shape(chosen)
+
+    def _check_shape(self, chosen: Any) -> None:
+        """Refuses a shape of the drafts that the drafter does not have."""
+        for key in ("topology", "depth"):
+            value = getattr(chosen, key, None)
+            if value and self.trees != key:
+                having = ", ".join(name for name, entry in DRAFTERS.items() if entry.trees == key)
+                raise ValueError(
+                    f"config.{key}={value} is not used by drafter={chosen.drafter}: leave it out, or choose one of "
+                    f"{having}."
+                )
+        if getattr(chosen, "topology", None):
+            if chosen.min_confidence:
+                raise ValueError(f"config.min_confidence={chosen.min_confidence} is for chains: leave out topology.")
+            model_tree.parse(chosen.topology)
+        k = getattr(chosen, "num_draft_tokens", None)
+        if isinstance(k, int) and k < self.least:
+            raise ValueError(f"config.num_draft_tokens={k}: drafter={chosen.drafter} needs at least {self.least}.")
+
+
+def _matches(chosen: Any) -> dict[str, int]:
+    return {"min_match": chosen.min_match, "max_match": max(chosen.min_match, LONGEST_MATCH)}
+
+
+def _depth(chosen: Any, k: int) -> int | None:
+    """The depth of a tree of K nodes, or None for a chain."""
+    return min(getattr(chosen, "depth", 0), max(k - 1, 1)) or None
+
+
+def _shaped(chosen: Any, make: Callable[..., AnyDrafter]) -> OfK:
+    """A drafter of the topology that is chosen, or else a chain of K tokens."""
+    if topology := getattr(chosen, "topology", None):
+        return lambda k: make(topology=topology)
+    return lambda k: make(num_draft_tokens=k)
+
+
+def _model(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    draft = load()
+    return _shaped(chosen, lambda **shape: drafters.model(draft, min_confidence=chosen.min_confidence, **shape))
+
+
+def _ngram(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    return lambda k: drafters.ngram(num_draft_tokens=k, depth=_depth(chosen, k), **_matches(chosen))
+
+
+def _suffix(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    return lambda k: drafters.suffix(num_draft_tokens=k, depth=_depth(chosen, k), min_match=chosen.min_match)
+
+
+def _merged(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    """Lookup and suffix lookup in one tree, or lookup and a draft model where there is one, of K tokens each."""
+
+    def lookup(k: int) -> AnyDrafter:
+        return drafters.ngram(num_draft_tokens=k, **_matches(chosen))
+
+    if not chosen.draft:
+        return lambda k: drafters.merged([lookup(k), drafters.suffix(num_draft_tokens=k, min_match=chosen.min_match)])
+    draft = load()
+    return lambda k: drafters.merged([drafters.model(draft, num_draft_tokens=k), lookup(k)])
+
+
+def _table(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    table = drafters.load_table(chosen.draft)
+    return _shaped(chosen, lambda **shape: drafters.table(table, **shape))
+
+
+def _retrieval(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    datastore = drafters.load_datastore(chosen.draft)
+    shortest = chosen.min_match
+    longest = max(min(max(shortest, LONGEST_MATCH), datastore.depth), shortest)
+    sizes = {"min_match": shortest, "max_match": longest}
+    return lambda k: drafters.retrieval(datastore, num_draft_tokens=k, depth=_depth(chosen, k), **sizes)
+
+
+def _lookahead(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    return lambda k: drafters.lookahead(ngram=k + 1, window=chosen.window, guesses=chosen.guesses)
+
+
+def _skip(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    from specjax.experiments import skip_search  # It runs the drafters of this module.
+
+    skips = skip_search.load(chosen.draft) if chosen.draft else Skips(chosen.skip_attention, chosen.skip_mlp)
+    return _shaped(
+        chosen,
+        lambda **shape: drafters.skip(target, **skips._asdict(), min_confidence=chosen.min_confidence, **shape),
+    )
+
+
+def _early_exit(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    return _shaped(
+        chosen,
+        lambda **shape: drafters.early_exit(target, chosen.exit_layer, min_confidence=chosen.min_confidence, **shape),
+    )
+
+
+def _counted(make: Callable[[Any, Pretrained, Load], OfK], trees: str) -> Entry:
+    """A drafter whose draft is counted in a corpus."""
+    return Entry(make, draft="PATH (of configs/count.py)", made_by="configs/count.py", trees=trees)
+
+
+DRAFTERS = {
+    "model": Entry(_model, draft="SOURCE", runs_model=True, trees="topology"),
+    "ngram": Entry(_ngram, trees="depth"),
+    "suffix": Entry(_suffix, trees="depth"),
+    "aggressive": Entry(lambda chosen, target, load: lambda k: drafters.aggressive(num_draft_tokens=k)),
+    "merged": Entry(_merged, draft="SOURCE", needs_draft=False),
+    "table": _counted(_table, "topology"),
+    "retrieval": _counted(_retrieval, "depth"),
+    "none": Entry(lambda chosen, target, load: lambda k: drafters.none()),
+    "jacobi": Entry(lambda chosen, target, load: lambda k: drafters.jacobi(num_draft_tokens=k), least=1),
+    "lookahead": Entry(_lookahead, least=2),
+    "mask_tokens": Entry(
+        lambda chosen, target, load: lambda k: drafters.mask_tokens(mask_token=chosen.mask_token, num_draft_tokens=k),
+        least=1,
+    ),
+    "skip": Entry(
+        _skip,
+        draft="PATH (of configs/skip_search.py)",
+        needs_draft=False,
+        made_by="configs/skip_search.py",
+        runs_model=True,
+        trees="topology",
+    ),
+    "early_exit": Entry(_early_exit, runs_model=True, trees="topology"),
+}
+"""By the name that flags give them."""
+
+
+def drafter_of(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    """The drafter that is chosen, as a function of K.
+
+    Args:
+      chosen: a `choices.Models`.
+      target: what it drafts for.
+      load: loads the draft model, for those that have one.
+
+    Raises:
+      ValueError: where what is loaded does not fit.
+      OSError: for files that cannot be read.
+    """
+    if own.is_own(chosen.drafter):
+        return own.drafter(chosen.drafter, chosen.draft, target)
+    return DRAFTERS[chosen.drafter].make(chosen, target, load)

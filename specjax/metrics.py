@@ -169,7 +169,8 @@ def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeStat
         context = decoding.context_of(target, drafter, verify.rejection, state, room, *keys)
         proposal, drafter_state, _ = decoding.propose(drafter, params, state, context)
         shapes = jax.eval_shape(lambda: target.apply(params.target, read, state.rows.cache)[0])
-        output = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        # What a drafter computes from the output counts, so the compiler must not know that it is 0.
+        output = jax.lax.optimization_barrier(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
         nothing = jnp.zeros((rows, depth + 1), jnp.int32)
         features = output.features[:, : depth + 1]
         feedback = Feedback(nothing, nothing[:, 0], state.rows.length, features, output, context=context)

@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Pair, random_prompts, right_pad, run, texts
+from helpers import EMITTERS_OF_USERS, Pair, random_prompts, right_pad, run, texts
 
 from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
-from specjax.drafters import pool
+from specjax.drafters import contract, pool
+from specjax.models import families
+from specjax.models.config import T5Config
+from specjax.planning import hlo
 from specjax.sampling import tree
 from specjax.state import DecodeState
 from specjax.types import Block, Drafter, Inputs, Params, Probes, Topology
@@ -99,12 +102,54 @@ def test_rows_that_pause_keep_the_text_of_plain_decoding(name: str):
     assert texts(state) == plain_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(("dtype", "rows"), [("bfloat16", 1), ("float32", 2)])
+def test_the_compiled_loop_copies_neither_cache_nor_pool(name: str, dtype: str, rows: int):
+    model, params = testing.tiny_decoder(0, dtype=dtype)
+    drafter, both = DRAFTERS[name], Params(params, None)
+    state = decoding.prefill(
+        model, drafter, both, decoding.pad_prompts([[1, 2, 3]] * rows), max_new_tokens=8, max_len=BUFFER
+    )
+    lowered = decoding.advance.lower(model, drafter, verify.coupled, both, state, np.int32(4))
+    large = [state.rows.cache.keys[0].shape]
+    large += [state.rows.drafter.pool.shape] if name == "lookahead" else []
+    copies = hlo.copies(lowered.compile(EMITTERS_OF_USERS).as_text() or "", large)
+    assert not copies, f"{len(copies)} copies, such as {copies[0][:200]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_text_of_an_encoder_decoder_is_that_of_plain_decoding(name: str):
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "head_dim": 8}
+    config = T5Config(vocab_size=V, num_encoder_layers=1, num_buckets=8, max_distance=12, **sizes)
+    model, params = families.model(config), families.init_params(config, jax.random.key(0))
+
+    def decode(drafter: Drafter) -> DecodeState:
+        pair = Pair(model, params, drafter)
+        state = decoding.prefill(
+            model,
+            drafter,
+            pair.params,
+            decoding.read_inputs(model, random_prompts(4, V, seed=2)),
+            max_new_tokens=16,
+            options=sampling.options(4, temperature=[0.0, 1.0, 0.0, 0.7]),
+            step_cost=0.0,
+            max_len=BUFFER,
+        )
+        return run(pair, verify.coupled, state)
+
+    state = decode(DRAFTERS[name])
+    assert texts(state) == texts(decode(drafters.none()))
+    assert np.asarray(state.rows.stats.accepted).sum() > 0
+
+
 def steps_of(
-    drafter: Drafter, state: DecodeState, target: Any, params: Any
+    drafter: Drafter, state: DecodeState, target: Any, params: Any, rule: verify.Rule = verify.greedy
 ) -> Iterator[tuple[DecodeState, DecodeState]]:
-    """The states before and after each step of `coupled`, until one of the rows has no room for a whole draft."""
+    """The states before and after each step, until one of the rows has no room for a whole draft."""
     both = Params(params, None)
-    step = jax.jit(lambda state: decoding.decode_step(target, drafter, verify.coupled, both, state, fixed_shape=True))
+    step = jax.jit(lambda state: decoding.decode_step(target, drafter, rule, both, state, fixed_shape=True))
     while True:
         after = step(state)
         if bool(jnp.any(after.rows.done | (state.rows.length + drafter.topology.depth >= state.rows.limit))):
@@ -133,7 +178,7 @@ def converges(drafter: Drafter) -> None:
         max_len=BUFFER,
     )
     before = None
-    for old, new in steps_of(drafter, state, LOOSE, LOOSE_TABLE):
+    for old, new in steps_of(drafter, state, LOOSE, LOOSE_TABLE, verify.coupled):
         committed = np.asarray(new.rows.length - old.rows.length)
         if before is not None:
             least = np.maximum(k - before, 0)
@@ -399,6 +444,12 @@ def test_numbers_that_make_no_sense_are_named(make: Callable[[], Any], words: st
 
 
 def test_probes_that_the_topology_does_not_announce_are_an_error():
-    wrong = DRAFTERS["mask_tokens"]._replace(topology=Topology.chain(K))
-    with pytest.raises(AssertionError, match="as probes, but its topology has num_probes=0"):
-        testing.check_drafter(wrong, num_texts=8)
+    probes = Probes(jnp.zeros((2, 6), jnp.int32), jnp.zeros((2, 6), jnp.int32), jnp.zeros((2, 6, 9), bool))
+    drafter = DRAFTERS["mask_tokens"]
+    contract.check_probes(probes, drafter, 2)
+    with pytest.raises(TypeError, match="as probes, but its topology has num_probes=0"):
+        contract.check_probes(probes, drafter._replace(topology=Topology.chain(K)), 2)
+    with pytest.raises(TypeError, match="proposes None as probes, but its topology has num_probes=6"):
+        contract.check_probes(None, drafter, 2)
+    with pytest.raises(ValueError, match=r"probes whose sees are bool\[2, 6, 6\], not \[B, M, N \+ 1 \+ M\]"):
+        contract.check_probes(probes._replace(sees=probes.sees[:, :, :6]), drafter, 2)

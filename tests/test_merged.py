@@ -166,7 +166,7 @@ def assert_cache_is_text() -> None:
     lookup = drafters.suffix(num_draft_tokens=6, min_match=1, tokens_per_match=9.0)
     made = drafters.merged([lookup, drafters.model(DRAFT, num_draft_tokens=4)])
     rows = decode(made._replace(params=((), DRAFT_TABLE)), verify.coupled, 1.0).rows
-    assert np.asarray(rows.stats.histogram)[:, 5:].sum() > 0, "no lookup was longer than the model's draft"
+    assert np.asarray(rows.stats.histogram)[:, 2:].sum() > 0, "no draft of two tokens was accepted"
     cache = rows.drafter.parts[1]
     known = np.arange(rows.tokens.shape[1]) < np.asarray(cache.length)[:, None]
     wrong = np.flatnonzero((known & (np.asarray(cache.tokens) != np.asarray(rows.tokens))).any(axis=1))

@@ -277,7 +277,7 @@ def test_help_explains_every_key(path: pathlib.Path):
 def test_help_names_choices(capsys):
     assert launch.main(["launch", f"--config={CONFIGS / 'compare.py'}", "--help"]) == 0
     output = capsys.readouterr().out
-    assert "--config.drafter='ngram'\n      a string. model, ngram, table, retrieval, none; jacobi," in output
+    assert "--config.drafter='ngram'\n      a string. model, ngram, suffix, aggressive" in output
     assert "Exact: rejection, block, coupled" in output
     assert "lenient:0.3, typical:0.09,0.3" in output
 

@@ -12,15 +12,19 @@ from specjax.experiments.reports import skip_search as report
 from specjax.types import Skips
 
 
-def command(target, data, workdir, *flags):
-    config = "--config=configs/skip_search.py"
-    few = [
+def command(target, data, workdir):
+    return [
+        "launch",
+        "--config=configs/skip_search.py",
+        f"--config.target={target}",
+        f"--config.data={data}",
+        f"--workdir={workdir}",
+        "--nocompilation_cache",
         "--config.num_prompts=1",
         "--config.max_new_tokens=8",
-        "--config.num_trials=3",
+        "--config.num_trials=2",
         "--config.min_confidence=0.0",
     ]
-    return [config, f"--config.target={target}", f"--config.data={data}", f"--workdir={workdir}", *few, *flags]
 
 
 @pytest.mark.budget(60)
@@ -41,13 +45,16 @@ def test_a_search_finds_sublayers_goes_on_and_is_compared(tmp_path, capfd, monke
         return measure(search, skips)
 
     monkeypatch.setattr(skip_search.Search, "measure", interrupted)
-    assert launch.main(command(target, data, workdir)) == 130
+    assert launch.main(command(target, data, workdir)) in (
+        130,
+        143,
+    )  # 143 where another test of this process was terminated.
     monkeypatch.setattr(skip_search.Search, "measure", measure)
     assert launch.main(command(target, data, workdir)) == 0, capfd.readouterr().err
     said = capfd.readouterr().out
-    assert "1 of 3 trials are finished" in said
+    assert "1 of 2 trials are finished" in said
     rows = json.loads((workdir / "results.json").read_text())
-    assert 1 <= len(rows) <= 3
+    assert 1 <= len(rows) <= 2
     assert Skips(tuple(rows[0]["attention"]), tuple(rows[0]["mlp"])) == tried[0]
     best = max(rows, key=lambda row: row["measured_speedup"])
     found = skip_search.load(workdir)
@@ -56,9 +63,9 @@ def test_a_search_finds_sublayers_goes_on_and_is_compared(tmp_path, capfd, monke
     assert (workdir / "skip_search.png").stat().st_size > 10_000
     done = launch.main(
         [
-            *("--config=configs/compare.py", f"--config.target={target}", f"--config.data={data}"),
+            *("launch", "--config=configs/compare.py", f"--config.target={target}", f"--config.data={data}"),
             *("--config.drafter=skip", f"--config.draft={workdir}", "--config.max_new_tokens=8"),
-            *("--config.repeats=1", f"--workdir={tmp_path / 'compared'}"),
+            *("--nocompilation_cache", "--config.repeats=1", f"--workdir={tmp_path / 'compared'}"),
         ]
     )
     assert done == 0, capfd.readouterr().err

@@ -162,12 +162,14 @@ def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeStat
     rows, depth = state.rows.length.shape[0], drafter.topology.depth
     read = Block(jnp.zeros((rows, drafter.topology.num_read + 1), jnp.int32))
 
-    def propose(params: Params, state: DecodeState, drafter_state: Any, shift: Array) -> tuple[Any, Array, Any]:
-        state = state._replace(rows=state.rows._replace(drafter=drafter_state, length=state.rows.length + shift))
+    def propose(params: Params, state: DecodeState, carried: Any, shift: Array) -> tuple[Any, Array, Any]:
+        drafter_state, cache = carried
+        length = state.rows.length + shift
+        state = state._replace(rows=state.rows._replace(drafter=drafter_state, cache=cache, length=length))
         room = jnp.full(rows, depth, jnp.int32)
         keys = decoding.step_keys(state.rows.seed, state.rows.length, depth)
         context = decoding.context_of(target, drafter, verify.rejection, state, room, *keys)
-        proposal, drafter_state, _ = decoding.propose(drafter, params, state, context)
+        proposal, drafter_state, cache = decoding.propose(drafter, params, state, context)
         shapes = jax.eval_shape(lambda: target.apply(params.target, read, state.rows.cache)[0])
         # What a drafter computes from the output counts, so the compiler must not know that it is 0.
         output = jax.lax.optimization_barrier(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
@@ -177,13 +179,14 @@ def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeStat
         # Token ids are never below -1, but the compiler cannot know: the next round has to wait for this one.
         shift = jnp.minimum(jnp.sum(proposal.tokens + 1, axis=-1), 0)
         # The distributions are part of the work, though they are not used here.
-        return drafter.update(params, drafter_state, feedback), shift, proposal.probs
+        return (drafter.update(params, drafter_state, feedback), cache), shift, proposal.probs
 
     @jax.jit
     def run(params: Params, state: DecodeState, carry: Any, n: Array) -> Any:
         return jax.lax.fori_loop(0, n, lambda _, carry: propose(params, state, *carry[:2]), carry)
 
-    start = jax.tree.map(jnp.copy, state.rows.drafter), jnp.zeros(rows, jnp.int32)
+    # A drafter that runs the target's layers writes into the target's cache, which the loop carries for it.
+    start = jax.tree.map(jnp.copy, (state.rows.drafter, state.rows.cache)), jnp.zeros(rows, jnp.int32)
     probs = jax.eval_shape(propose, params, state, *start)[2]
     carry = *start, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), probs)
     return _Timed(lambda carry, n: run(params, state, carry, n), carry)

@@ -206,7 +206,7 @@ def test_interrupt(target, data, tmp_path):
         (["launch", "--config.seed=1"], ["--config=FILE"]),
         (_arguments(config__data="missing.jsonl"), ["missing.jsonl", "--config.data"]),
         (_arguments(), ["config.data", "--config.data="]),
-        (_arguments(config__drafter="magic"), ["magic", "model, ngram, none"]),
+        (_arguments(config__drafter="magic"), ["magic", "model, ngram, suffix"]),
         (_arguments(QUICKSTART, config__verify="magic"), ["verify='magic'", "rejection, block, traversal, coupled"]),
         (_arguments(QUICKSTART, config__verify="lenient:2"), ["lenience=2", "lenient:0.3"]),
         (_arguments(QUICKSTART, config__regex="a", config__json_schema="b"), ["choose one"]),

@@ -27,7 +27,8 @@ def command(target, data, workdir):
     ]
 
 
-@pytest.mark.budget(60)
+# A search compiles a program for each set of sublayers.
+@pytest.mark.slow
 def test_a_search_finds_sublayers_goes_on_and_is_compared(tmp_path, capfd, monkeypatch):
     target = save_tiny_decoder(tmp_path / "target", 0)
     data = tmp_path / "prompts.jsonl"

@@ -407,7 +407,7 @@ def _jitted(rule: verify.Rule):
     return jax.jit(lambda keys, target, proposal: rule(keys, target, proposal))
 
 
-@settings(max_examples=75, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(tables(), st.integers(0, 2**31))
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: rule.name)
 def test_properties_of_every_rule(rule: verify.Rule, table: tuple, seed: int):

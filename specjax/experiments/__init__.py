@@ -10,6 +10,7 @@ EXPERIMENTS = {
     "count": "specjax.experiments.count:run",
     "data": "specjax.experiments.data:run",
     "leviathan": "specjax.experiments.leviathan:run",
+    "methods": "specjax.experiments.methods:run",
     "plan": "specjax.experiments.plan:run",
     "skip_search": "specjax.experiments.skip_search:run",
     "train": "specjax.experiments.train:run",

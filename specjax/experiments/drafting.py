@@ -53,7 +53,7 @@ class Entry(NamedTuple):
         """
         name, draft = chosen.drafter, chosen.draft
         if chosen.draft_int8 and name != "model":
-            raise ValueError(f"config.draft_int8=True: only drafter=model has it, not drafter={name}; leave it out.")
+            raise ValueError(f"config.draft_int8=True: only --config.drafter=model has it, not {name!r}; leave it out.")
         if chosen.min_confidence and not self.runs_model:
             raise ValueError(
                 f"config.min_confidence={chosen.min_confidence}: only a draft that is a model has it, but "

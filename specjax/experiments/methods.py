@@ -1,0 +1,269 @@
+"""Every drafter on the same prompts, alone and merged with lookup."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import jax
+
+from specjax import api, drafters
+from specjax.api.pretrained import Pretrained
+from specjax.decoding import verify
+from specjax.decoding.verify import Rule
+from specjax.drafters import contract
+from specjax.experiments import bench, choices, prompts, results, skip_search
+from specjax.experiments.bench import Bench, Workload
+from specjax.experiments.prompts import Prompt
+from specjax.experiments.reports import methods as report
+from specjax.experiments.reports.display import View
+from specjax.experiments.results import Row
+from specjax.experiments.settings import Check, Config, all_at_least, at_least, given, one_of, parse
+from specjax.experiments.store import Store
+from specjax.types import AnyDrafter, Skips
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of `configs/methods.py`."""
+
+    target: Annotated[str, given("SOURCE")]
+    dtype: Annotated[str, one_of("float32", "bfloat16")]
+    draft: str
+    drafters: tuple[str, ...]
+    merged: bool
+    data: Annotated[str, given("FILE")]
+    per_category: Annotated[int, at_least(1)]
+    max_prompt_tokens: Annotated[int, at_least(1)]
+    chat: Annotated[str, one_of("auto", "true", "false")]
+    max_new_tokens: Annotated[int, at_least(1)]
+    temperatures: Annotated[tuple[float, ...], all_at_least(0)]
+    seed: int
+    repeats: Annotated[int, at_least(1)]
+    mask_token: Annotated[int, at_least(0)]
+    skips: str
+    exit_share: Annotated[float, Check(lambda share: 0 < share < 1, "between 0 and 1")]
+
+    def check(self) -> None:
+        """Refuses values that do not fit each other."""
+        choices.check_seed(self.seed, 1000)
+        unknown = [name for name in self.drafters if name not in METHODS]
+        if unknown:
+            raise ValueError(f"config.drafters={self.drafters}: choose from {', '.join(METHODS)}.")
+        if not self.draft and any(METHODS[name].needs_draft for name in self.drafters):
+            raise ValueError(f"config.drafters={self.drafters} needs a draft model: give --config.draft=SOURCE.")
+        if self.skips:
+            skip_search.load(self.skips)
+
+
+class Side(NamedTuple):
+    """What drafters are made of."""
+
+    chosen: Settings
+    target: Pretrained
+    draft: Pretrained | None
+
+    @property
+    def skips(self) -> Skips:
+        """The sublayers that are skipped."""
+        middle = self.target.model.num_layers // 2
+        return skip_search.load(self.chosen.skips) if self.chosen.skips else Skips((middle, middle + 1))
+
+    @property
+    def exit_layer(self) -> int:
+        """How many layers an early exit runs."""
+        layers = self.target.model.num_layers
+        return min(max(1, round(layers * self.chosen.exit_share)), layers - 1)
+
+
+class Method(NamedTuple):
+    """A drafter of the table.
+
+    Attributes:
+      make: makes it.
+      weights: which share of the bytes of the target's matrices one draft token reads; 0 without a model.
+      needs_draft: whether it is a draft model.
+      needs_layers: whether it skips layers of the target.
+      coupled: whether sampled text is drafted with the target's noise, rather than judged by rejection.
+      merges: whether it is also merged with lookup.
+    """
+
+    make: Callable[[Side], AnyDrafter]
+    weights: Callable[[Side], float] = lambda side: 0.0
+    needs_draft: bool = False
+    needs_layers: bool = False
+    coupled: bool = True
+    merges: bool = True
+
+    def applies(self, side: Side) -> bool:
+        """Whether the target and what is given allow it."""
+        has_layers = side.target.model.with_skips is not None and side.target.model.num_layers > 1
+        return (side.draft is not None or not self.needs_draft) and (has_layers or not self.needs_layers)
+
+
+def _bytes(params: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def _kept(side: Side, skips: Skips) -> float:
+    """The share of the target's bytes that is read without some sublayers."""
+    layers = side.target.params.get("layers", side.target.params.get("decoder"))
+    parts = {"attention": ("attention", "cross"), "mlp": ("mlp",)}
+    skipped = sum(
+        _bytes([layers[number][part] for part in parts[kind] if part in layers[number]])
+        for kind, numbers in skips._asdict().items()
+        for number in numbers
+    )
+    return 1.0 - skipped / _bytes(side.target.params)
+
+
+def _exit_skips(side: Side) -> Skips:
+    return Skips.of_layers(range(side.exit_layer, side.target.model.num_layers))
+
+
+def _of_draft(side: Side) -> float:
+    assert side.draft is not None
+    return _bytes(side.draft.params) / _bytes(side.target.params)
+
+
+def _draft_model(**options: Any) -> Method:
+    return Method(
+        lambda side: drafters.model(side.draft, **options), _of_draft, needs_draft=True, coupled=False, merges=False
+    )
+
+
+def _text(make: Callable[[], AnyDrafter], merges: bool = True) -> Method:
+    return Method(lambda side: make(), merges=merges)
+
+
+_TREE = (2, 2, 1)
+"""Two children of the text, two of each of these, one of each of those: ten nodes."""
+
+METHODS = {
+    "ngram": _text(lambda: drafters.ngram(num_draft_tokens=7), merges=False),
+    "ngram tree": _text(lambda: drafters.ngram(num_draft_tokens=15, depth=7), merges=False),
+    "suffix": _text(lambda: drafters.suffix(num_draft_tokens=7)),
+    "suffix tree": _text(lambda: drafters.suffix(num_draft_tokens=15, depth=7), merges=False),
+    "aggressive": _text(lambda: drafters.aggressive(num_draft_tokens=7)),
+    "jacobi": _text(lambda: drafters.jacobi(num_draft_tokens=7)),
+    "lookahead": _text(lambda: drafters.lookahead(window=5, ngram=4, guesses=4)),
+    "mask_tokens": Method(
+        lambda side: drafters.mask_tokens(mask_token=side.chosen.mask_token, num_draft_tokens=2), merges=False
+    ),
+    "skip": Method(
+        lambda side: drafters.skip(side.target, **side.skips._asdict(), num_draft_tokens=4),
+        lambda side: _kept(side, side.skips),
+        needs_layers=True,
+        coupled=False,
+    ),
+    "skip, adaptive": Method(
+        lambda side: drafters.skip(side.target, **side.skips._asdict(), num_draft_tokens=7, adaptive=True),
+        lambda side: _kept(side, side.skips),
+        needs_layers=True,
+        coupled=False,
+        merges=False,
+    ),
+    "early_exit": Method(
+        lambda side: drafters.early_exit(side.target, side.exit_layer, num_draft_tokens=3),
+        lambda side: _kept(side, _exit_skips(side)),
+        needs_layers=True,
+        coupled=False,
+        merges=False,
+    ),
+    "early_exit tree": Method(
+        lambda side: drafters.early_exit(side.target, side.exit_layer, topology=(4,)),
+        lambda side: _kept(side, _exit_skips(side)),
+        needs_layers=True,
+        coupled=False,
+        merges=False,
+    ),
+    "model": _draft_model(num_draft_tokens=4),
+    "model, 10 tokens": _draft_model(num_draft_tokens=10),
+    "model tree": _draft_model(topology=_TREE),
+    "model tree, with replacement": _draft_model(topology=_TREE, children=drafters.children.with_replacement),
+    "model tree, most probable": _draft_model(topology=_TREE, children=drafters.children.most_probable),
+    "model tree, dynamic": _draft_model(dynamic=drafters.Dynamic(width=3, depth=4, num_nodes=10)),
+}
+"""By name."""
+
+
+def cells(side: Side) -> list[tuple[str, AnyDrafter, Method]]:
+    """The drafters to measure, by name: each alone, then merged with lookup."""
+    chosen = side.chosen
+    names = chosen.drafters or tuple(name for name, method in METHODS.items() if method.applies(side))
+    alone = [(name, METHODS[name].make(side), METHODS[name]) for name in names]
+    if not chosen.merged:
+        return alone
+    lookup = METHODS["ngram"].make(side)
+    return alone + [
+        (f"{name} + ngram", drafters.merged([drafter, lookup]), method)
+        for name, drafter, method in alone
+        if method.merges
+    ]
+
+
+def pick(texts: Sequence[Prompt], chosen: Settings, target: Pretrained, chat: bool) -> list[Prompt]:
+    """The first prompts of each category that are not too long."""
+    found: dict[str, list[Prompt]] = {}
+    for prompt, tokens in zip(texts, api.encode(target, [prompt.text for prompt in texts], chat=chat), strict=True):
+        group = found.setdefault(prompt.task, [])
+        if len(group) < chosen.per_category and len(tokens) <= chosen.max_prompt_tokens:
+            group.append(prompt)
+    picked = [prompt for group in found.values() for prompt in group]
+    if not picked:
+        raise ValueError(f"config.max_prompt_tokens={chosen.max_prompt_tokens}: every prompt of the file is longer.")
+    return picked
+
+
+def _rule(method: Method, drafter: AnyDrafter, temperature: float) -> Rule:
+    if temperature == 0:
+        return verify.greedy
+    states_probs = not method.coupled and contract.check(drafter).drafter.topology.depth > 0
+    return verify.rejection if states_probs else verify.coupled
+
+
+def measure(work: Workload, drafter: AnyDrafter, rule: Rule, temperature: float, name: str) -> Row:
+    """A row of `results` for all prompts, with what the draft costs."""
+    sampling = dataclasses.asdict(results.Sampling(temperature=temperature))
+    side = Bench(work, drafter, sampling | {"verify": rule, "fixed_shape": False, "step_cost": 0.0})
+    batches, rows = work.batches(1), []
+    common = side.common(side.measure_costs(batches[0]), bench.device_name(), draft="", drafter=name, batch_size=1)
+    compiled = side.compile_sides(batches[0])
+    for batch in batches:
+        rows += bench.rows_of(common, batch, side.measure(batch), compiled)
+    return results.combine(rows, "all")
+
+
+def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
+    """Measures, as `EXPERIMENTS` says."""
+    view, chosen = view or View(), parse(Settings, config)
+    texts = prompts.read(chosen.data, 0)
+    store = Store(workdir, config.to_dict(), overwrite=overwrite, names=("results.json", "summary.md", "methods.png"))
+    store.write_config()
+    target = bench.load(chosen.target, view, dtype=chosen.dtype)
+    if target.tokenizer is None:
+        raise ValueError(f"The target {chosen.target} has no tokenizer: save one beside it (tokenizer.json).")
+    side = Side(chosen, target, bench.load(chosen.draft, view, dtype=chosen.dtype) if chosen.draft else None)
+    chat = target.tokenizer.has_chat_template if chosen.chat == "auto" else chosen.chat == "true"
+    listed = cells(side)
+    most = max(contract.check(drafter).drafter.topology.num_read for _, drafter, _ in listed)
+    picked = pick(texts, chosen, target, chat)
+    work = bench.workload(target, chosen.target, picked, chosen, most, chat=chat, one_width=True)
+    todo = [(temperature, *cell) for temperature in chosen.temperatures for cell in listed]
+    view.line(f"{len(todo)} measurements of {len(picked)} prompts; {len(store.cells)} are finished.")
+    rows = []
+    for temperature, name, drafter, method in todo:
+        rule = _rule(method, drafter, temperature)
+        row = store.get(
+            f"{name}, temperature {temperature:g}",
+            lambda drafter=drafter, rule=rule, temperature=temperature, name=name: measure(
+                work, drafter, rule, temperature, name
+            ),
+        )
+        rows.append(report.with_roofline(row, method.weights(side)))
+        view.line(report.line(rows[-1]))
+    store.write("results.json", results.to_json(rows))
+    images = report.plot(store.directory, rows)
+    store.write("summary.md", report.summary(config.name, rows, images))
+    view.line(f"Results: {store.directory}{os.sep} (summary.md, results.json, {', '.join(images)})")

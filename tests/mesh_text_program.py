@@ -62,7 +62,10 @@ RULES = {
     "top_k_gap": verify.top_k(3, gap=1.0),
     "distance": verify.distance(2),
 }
-DRAFTERS = ("none", "ngram", "model", "tree", "table", "retrieval", "jacobi", "lookahead", "mask_tokens")
+DRAFTERS = (
+    *("none", "ngram", "model", "tree", "table", "retrieval", "jacobi", "lookahead", "mask_tokens"),
+    *("skip", "suffix", "aggressive", "merged"),
+)
 
 Case = tuple[str, str, str]
 Meshes = dict[str, tuple[dict[str, int], sharding.Rules, sharding.Rules, list[Case]]]
@@ -83,6 +86,8 @@ REST: list[Case] = (
     + [("decoder", drafter, "rejection") for drafter in ("none", "ngram", "table", "retrieval")]
     + [("decoder", drafter, "coupled") for drafter in ("jacobi", "lookahead", "mask_tokens")]
     + [("decoder", "tree", rule) for rule in ("rejection", "traversal")]
+    + [("decoder", drafter, "coupled") for drafter in ("suffix", "aggressive")]
+    + [("decoder", "skip", "rejection"), ("t5", "skip", "rejection"), ("decoder", "merged", "rejection")]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
 SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D
@@ -146,6 +151,12 @@ def text(
         "jacobi": lambda: drafters.jacobi(num_draft_tokens=3),
         "lookahead": lambda: drafters.lookahead(window=3, ngram=3, guesses=2, num_buckets=8),
         "mask_tokens": lambda: drafters.mask_tokens(mask_token=0, num_draft_tokens=2),
+        "skip": lambda: drafters.skip(load(family, 0, mesh, rules), mlp=(1,), num_draft_tokens=3),
+        "suffix": lambda: drafters.suffix(num_draft_tokens=3, min_match=1),
+        "aggressive": lambda: drafters.aggressive(num_draft_tokens=3),
+        "merged": lambda: drafters.merged(
+            [drafters.model(load(family, 1, mesh, draft_rules), num_draft_tokens=2), drafters.ngram(num_draft_tokens=2)]
+        ),
         "table": lambda: drafters.table(drafters.count_ngrams(CORPUS, vocab_size=256), num_draft_tokens=3),
         "retrieval": lambda: drafters.retrieval(drafters.index_corpus(CORPUS, vocab_size=256), num_draft_tokens=3),
     }[drafter]()

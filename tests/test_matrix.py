@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Group, Pair, Sample, assert_exact, p_value, random_prompts, sample
@@ -16,7 +17,7 @@ from specjax import drafters, testing
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
-from specjax.types import Drafter
+from specjax.types import Block, Drafter
 
 TARGET, TABLE = testing.tabular(0)
 DRAFT, DRAFT_TABLE = testing.tabular(1)
@@ -40,6 +41,14 @@ MERGED = drafters.merged(
 def tree_of(children: Any) -> Drafter:
     return drafters.model(DRAFT, topology=(2, 2, 1), children=children)
 
+
+def unsure(params: Any, block: Block, cache: Any) -> Any:
+    """The target as it would be without some of its layers: other logits, the same cache."""
+    output, cache = TARGET.apply(params, block, cache)
+    return output._replace(logits=0.5 * (output.logits + jnp.roll(output.logits, 1, axis=-1))), cache
+
+
+SKIPPING = TARGET._replace(with_skips=lambda skips: TARGET._replace(apply=unsure), num_layers=1)
 
 DRAFTERS = {
     "none": Pair(TARGET, TABLE, drafters.none()),
@@ -67,6 +76,8 @@ DRAFTERS = {
     ),
     "merged": Pair(TARGET, TABLE, LOOKUPS.drafter, LOOKUPS.params),
     "merged, sampled": Pair(TARGET, TABLE, MERGED.drafter, (DRAFT_TABLE, (), COUNTS.params)),
+    "skip": Pair(TARGET, TABLE, drafters.skip(SKIPPING, mlp=(0,), num_draft_tokens=3, adaptive=True)),
+    "skip, tree": Pair(TARGET, TABLE, drafters.skip(SKIPPING, mlp=(0,), topology=(2, 2, 1))),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(
         TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8).drafter, CORPUS.params

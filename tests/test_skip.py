@@ -10,15 +10,10 @@ import numpy as np
 import pytest
 from helpers import (
     EMITTERS_OF_USERS,
-    Group,
-    Pair,
     assert_always_accepted,
-    assert_drafts_accepted,
-    assert_exact,
     compiled,
     random_prompts,
     right_pad,
-    sample,
     texts,
     usual,
 )
@@ -157,23 +152,6 @@ def test_an_early_exit_may_have_a_norm_of_its_own():
     one, two = decode(drafter, model, params), decode(other.drafter, model, params, draft_params=other.params)
     assert texts(one) == texts(two)
     assert np.asarray(one.rows.stats.accepted).sum() > np.asarray(two.rows.stats.accepted).sum()
-
-
-# The rollout is that of a draft model, which `test_matrix` decodes in every run.
-@pytest.mark.slow
-def test_texts_are_distributed_as_the_target():
-    model, table = testing.tabular(0)
-
-    def unsure(params: Any, block: Block, cache: Any) -> Any:
-        output, cache = model.apply(params, block, cache)
-        return ModelOutput(jnp.roll(output.logits, 1, axis=-1) * 0.5 + output.logits * 0.5, output.features), cache
-
-    half = model._replace(apply=unsure)
-    model = model._replace(with_skips=lambda skips: half)
-    drafter = drafters.skip(model, mlp=(0,), num_draft_tokens=3, adaptive=True, min_confidence=0.3)
-    result = sample(Pair(model, table, drafter), [Group((0, 1, 2), 20_000), Group((3,), 20_000, 3, temperature=0.7)])
-    assert_exact(result)
-    assert_drafts_accepted(result)
 
 
 def test_the_threshold_follows_the_acceptance_rate():

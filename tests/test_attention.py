@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import usual
 
 from specjax.models import attention
 
@@ -44,7 +45,7 @@ def both(query: Any, keys: Any, values: Any, mask: Any, bias: Any = None, cap: f
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("entries", [17, 48, 50])
+@pytest.mark.parametrize("entries", usual([17, 48, 50], 50))
 @pytest.mark.parametrize("window", [None, 6])
 def test_blocks_are_the_whole(entries: int, window: int | None, dtype: str):
     mask = mask_of(entries, (0, 9, 12), window)

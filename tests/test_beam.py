@@ -223,12 +223,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize(
     ("stops", "penalty", "early"),
     [
-        ([], 1.0, False),
-        ([3, 17, 29, 41, 50, 5, 8, 11], 1.0, False),
+        pytest.param([], 1.0, False, marks=pytest.mark.slow),
+        pytest.param([3, 17, 29, 41, 50, 5, 8, 11], 1.0, False, marks=pytest.mark.slow),
         ([3, 17, 29, 41, 50, 5, 8, 11], 0.0, True),
         ([3, 17, 29, 41, 50, 5, 8, 11], 2.0, "never"),
-        ([3, 17, 29], -0.5, False),
-        ([3, 17, 29], 0.6, "never"),
+        pytest.param([3, 17, 29], -0.5, False, marks=pytest.mark.slow),
+        pytest.param([3, 17, 29], 0.6, "never", marks=pytest.mark.slow),
     ],
 )
 def test_transformers_finds_the_same(llama, stops: list[int], penalty: float, early: bool | str):

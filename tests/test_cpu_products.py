@@ -128,9 +128,9 @@ print(cpu_products.is_supported(1, "float32"), linear.product(jnp.ones((1, 1, 8)
     ("change", "supported", "message"),
     [
         ({"SPECJAX_CPU_PRODUCTS": "0"}, False, ""),
-        ({"CC": "no-such-compiler"}, False, ""),
+        pytest.param({"CC": "no-such-compiler"}, False, "", marks=pytest.mark.slow),
         ({"CC": f"{sys.executable} -c raise(SystemExit('error:no'))"}, False, "could not be compiled or loaded"),
-        ({}, True, ""),
+        pytest.param({}, True, "", marks=pytest.mark.slow),
     ],
     ids=["switched off", "no compiler", "a broken compiler", "a compiler"],
 )

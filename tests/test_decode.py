@@ -155,7 +155,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", usual(DTYPES, "bfloat16"))
-@pytest.mark.parametrize("drafter", ["none", "ngram", "model"])
+@pytest.mark.parametrize("drafter", usual(["none", "ngram", "model"], "model"))
 def test_a_step_keeps_structure_shapes_and_dtypes_of_the_state(drafter: str, dtype: str):
     chosen, params = drafter_of(drafter, dtype=dtype)
     state = start(chosen, params, dtype=dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_prompts, texts
+from helpers import random_prompts, texts, usual
 
 from specjax import decoding, drafters, testing
 from specjax.decoding import verify
@@ -33,7 +33,7 @@ def tiny():
     return testing.tiny_decoder(3)
 
 
-@pytest.mark.parametrize("width", [16, 17, 31])
+@pytest.mark.parametrize("width", usual([16, 17, 31], 17))
 def test_a_prompt_read_in_chunks_is_the_prompt_read_whole(monkeypatch, width):
     model, params = tiny()
     lengths = jnp.asarray([width, 3, 9], jnp.int32)

@@ -243,7 +243,7 @@ def proposing(token: int, length: int | None = None) -> Drafter:
 OWN = [verify.distance(1), *RULES]
 
 
-@pytest.mark.parametrize("rule", OWN, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", usual(OWN, verify.rejection, verify.coupled), ids=lambda rule: rule.name)
 def test_an_id_outside_the_vocabulary_is_never_accepted(rule: Rule):
     probs = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(4), 3), jnp.float32)
     outside = jnp.asarray([-1, 4, 7, 2**31 - 1, -(2**31)], jnp.int32)

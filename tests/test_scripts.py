@@ -92,10 +92,10 @@ def test_a_tpu_slice_is_made_used_and_deleted(tmp_path):
     ("kind", "version"),
     [
         ("v6e-8", "v2-alpha-tpuv6e"),
-        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
-        ("v5p-8", "v2-alpha-tpuv5"),
+        pytest.param("v5litepod-16", "v2-alpha-tpuv5-lite", marks=pytest.mark.slow),
+        pytest.param("v5p-8", "v2-alpha-tpuv5", marks=pytest.mark.slow),
         ("v4-8", "tpu-ubuntu2204-base"),
-        ("v3-8", "tpu-ubuntu2204-base"),
+        pytest.param("v3-8", "tpu-ubuntu2204-base", marks=pytest.mark.slow),
     ],
 )
 def test_a_slice_runs_the_software_of_its_type(kind, version, tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 import tokenizers
-from helpers import virtual_devices
+from helpers import usual, virtual_devices
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import specjax
@@ -326,7 +326,7 @@ def test_schedules():
     assert rates["inverse_sqrt"][15] == pytest.approx(0.005, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", usual(MODELS, "t5"))
 def test_copying_is_learnt(kind):
     config = dataclasses.replace(SHORT, batch_size=8, schedule="constant")
     state, run = train.init(MODELS[kind], config), make_run(kind, data=make_dataset(copies(400), kind))

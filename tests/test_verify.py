@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import usual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,7 +69,7 @@ def judged(rule: verify.Rule, target: np.ndarray, proposal: Proposal, rows: int 
 
 
 @pytest.mark.parametrize(("target_zeros", "draft_zeros"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", usual([1, 2], 2))
 def test_rejection_gives_every_verdict_its_exact_probability(k: int, target_zeros: bool, draft_zeros: bool):
     target, draft = distributions(1, k + 1, target_zeros), distributions(2, k, draft_zeros)
     emitted = np.zeros(V)

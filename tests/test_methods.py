@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import save_tiny_decoder, usual
+from helpers import save_tiny_decoder
 
 from specjax import launch
 from specjax.api import pretrained
@@ -34,13 +34,14 @@ def files(tmp_path):
 @pytest.mark.budget(60)
 @pytest.mark.parametrize(
     ("names", "measured"),
-    usual(
-        [
-            (("early_exit tree",), ["early_exit tree"]),
-            (("ngram", "jacobi", "mask_tokens"), ["ngram", "jacobi", "mask_tokens", "jacobi + ngram"]),
-        ],
+    [
         (("early_exit tree",), ["early_exit tree"]),
-    ),
+        pytest.param(
+            ("ngram", "jacobi", "mask_tokens"),
+            ["ngram", "jacobi", "mask_tokens", "jacobi + ngram"],
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_drafters_are_measured_once_and_shown(names, measured, files, capfd):
     target, data, workdir = files

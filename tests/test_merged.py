@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Pair, greedy_text, random_corpus, random_prompts, right_pad, run, texts, tokenizer_of
+from helpers import Pair, greedy_text, random_corpus, random_prompts, right_pad, run, texts, tokenizer_of, usual
 
 from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
 from specjax.drafters.merged import join, share_nodes, split
-from specjax.types import Draft, Feedback, ModelOutput, Proposal
+from specjax.types import Draft, Drafter, Feedback, ModelOutput, Proposal, Topology
 
 module: Any = importlib.import_module("specjax.drafters.merged")
 TARGET = testing.tabular(0)
@@ -46,9 +46,11 @@ def test_each_path_stays_once_with_all_that_follows_it():
     rng = np.random.default_rng(0)
     merge = jax.jit(lambda t, p: jax.vmap(lambda a, b: share_nodes(a, b, np.zeros(14, bool), 4))(t, p))
     trees = [random_tree(rng, 14, 2, 4) for _ in range(80)]
-    tokens, parent = merge(*(jnp.asarray(x, jnp.int32) for x in zip(*trees, strict=True)))
+    tokens, parent, owner = merge(*(jnp.asarray(x, jnp.int32) for x in zip(*trees, strict=True)))
     fewer = 0
-    for given, token, above in zip(trees, tokens, parent, strict=True):
+    for given, token, above, stands_for in zip(trees, tokens, parent, owner, strict=True):
+        kept = paths(token, above)
+        assert all(path is None or kept[stands_for[i]] == path for i, path in enumerate(paths(*given)))
         before, after = ([path for path in found if path is not None] for found in (paths(*given), paths(token, above)))
         assert len(after) == len(set(after)), "a path that is two nodes"
         assert set(after) == set(before)
@@ -69,7 +71,7 @@ def two_parts() -> list[Proposal]:
 
 
 def assert_joined() -> None:
-    proposal = jax.jit(lambda parts: join(parts, 3, 5))(two_parts())
+    proposal = jax.jit(lambda parts: join(parts, 3, 5)[0])(two_parts())
     found = [[path for path in paths(*row) if path] for row in zip(proposal.tokens, proposal.parent, strict=True)]
     assert found[0] == [(1,), (1, 2), (1, 2, 3), (0,), (1, 2, 4)], f"paths {found[0]}"
     assert found[1] == [(1,), (2,), (2, 3)], f"paths {found[1]}"
@@ -79,7 +81,7 @@ def assert_joined() -> None:
 def test_the_paths_of_all_parts_are_in_one_tree():
     assert_joined()
     nothing = [part._replace(length=jnp.zeros(2, jnp.int32)) for part in two_parts()]
-    assert join(nothing, 3, 5).length.tolist() == [0, 0]
+    assert join(nothing, 3, 5)[0].length.tolist() == [0, 0]
 
 
 def test_parents_that_are_not_shifted_are_noticed(monkeypatch: pytest.MonkeyPatch, catches: Any):
@@ -94,7 +96,7 @@ def test_where_a_part_has_sampled_each_node_has_its_own_distribution():
     sampled = chain._replace(probs=probs)
     # The sampled part comes first, whatever the order of the parts, and a second one is not merged into it.
     for parts in ([sampled, tree], [tree, sampled], [sampled, tree, sampled]):
-        joined = jax.jit(lambda parts: join(parts, 3, 5))(parts)
+        joined = jax.jit(lambda parts: join(parts, 3, 5)[0])(parts)
         assert joined.probs is not None
         count = len(parts) - 1
         np.testing.assert_array_equal(joined.probs[:, : 3 * count], jnp.tile(probs, (1, count, 1)))
@@ -144,7 +146,7 @@ def test_a_part_is_told_of_its_own_draft_and_then_of_the_rest():
     assert rest.features[0, :2, 0, 0].tolist() == [2.0, 3.0]
 
 
-def decode(draft: Draft, rule: Any, temperature: float) -> Any:
+def decode(draft: Draft, rule: Any, temperature: float, stop_tokens: tuple[int, ...] = (3,)) -> Any:
     """16 ragged rows, which may end in a stop token."""
     pair = Pair(*TARGET, draft.drafter, draft.params)
     state = decoding.prefill(
@@ -154,7 +156,7 @@ def decode(draft: Draft, rule: Any, temperature: float) -> Any:
         right_pad(random_prompts(16, 4), 16),
         max_new_tokens=[24] * 15 + [1],
         options=sampling.options(16, temperature=temperature),
-        stop_tokens=[3],
+        stop_tokens=stop_tokens,
         step_cost=0.0,
         max_len=64,
     )
@@ -234,6 +236,40 @@ def test_it_keeps_a_drafters_contract():
     testing.check_drafter(drafters.merged(lookups))
     made = sampled_parts()
     testing.check_drafter(made, TARGET)
+
+
+def always_wrong() -> Drafter:
+    """A chain of tokens outside the vocabulary, which no rule accepts."""
+
+    def propose(params: Any, state: Any, cache: Any, context: Any) -> Any:
+        rows = context.max_draft.shape[0]
+        return Proposal(jnp.full((rows, 3), 99, jnp.int32), jnp.minimum(context.max_draft, 3), None), state, cache
+
+    nothing: Any = lambda *_: ()  # noqa: E731
+    return Drafter(nothing, propose, lambda params, state, feedback: state, Topology.chain(3))
+
+
+SELF_DRAFTERS = {
+    "jacobi": lambda: drafters.jacobi(num_draft_tokens=3),
+    "lookahead": lambda: drafters.lookahead(window=3, ngram=3, guesses=3, num_buckets=4),
+    "mask_tokens": lambda: drafters.mask_tokens(mask_token=1, num_draft_tokens=2),
+}
+
+
+@pytest.mark.parametrize("temperature", usual([0.0, 1.0], 1.0))
+@pytest.mark.parametrize("name", usual(SELF_DRAFTERS, "lookahead"))
+def test_a_part_that_reads_the_output_drafts_as_it_would_alone(name: str, temperature: float):
+    """It is given the outputs of its own nodes and probes: beside a part that is always wrong, and beside itself.
+
+    Nothing stops here: what a guess says after a stop token is read by a chain, and left out of a tree.
+    """
+    rule, drafter = verify.coupled if temperature else verify.greedy, SELF_DRAFTERS[name]()
+    alone = decode(Draft(drafter, ()), rule, temperature, ())
+    assert np.asarray(alone.rows.stats.accepted).sum() > 0
+    for parts in ([always_wrong(), drafter], [drafter, drafter]):
+        merged = decode(drafters.merged(parts), rule, temperature, ())
+        assert texts(merged) == texts(alone)
+        np.testing.assert_array_equal(merged.rows.stats.target_calls, alone.rows.stats.target_calls)
 
 
 def other_vocabulary() -> list[Any]:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from specjax.drafters import contract
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import tree
-from specjax.types import Context, Draft, Drafter, Feedback, ModelOutput, Params, Proposal, Topology
+from specjax.types import Context, Draft, Drafter, Feedback, ModelOutput, Params, Probes, Proposal, Topology
 
 
 class State(NamedTuple):
@@ -25,16 +25,18 @@ class State(NamedTuple):
       parts: the state of each part.
       tokens: `[B, N_i]` the tokens that each part proposed; -1 where it proposed none.
       parents: `[B, N_i]` the parent of each within its part.
+      owners: `[B, N_i]` the node of the merged tree that stands for each.
     """
 
     parts: tuple[Any, ...]
     tokens: tuple[Int[Array, "B _"], ...]
     parents: tuple[Int[Array, "B _"], ...]
+    owners: tuple[Int[Array, "B _"], ...]
 
 
 def share_nodes(
     tokens: Int[Array, " N"], parent: Int[Array, " N"], is_sampled: Bool[np.ndarray, " N"], depth: int
-) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
+) -> tuple[Int[Array, " N"], Int[Array, " N"], Int[Array, " N"]]:
     """Merges nodes of one row that are the same path: the first of them stays, and takes the others' children.
 
     Args:
@@ -44,7 +46,7 @@ def share_nodes(
       depth: the most levels.
 
     Returns:
-      `[N]` tokens, -1 for the nodes that were merged into others; `[N]` parents.
+      `[N]` tokens, -1 for the nodes that were merged into others; `[N]` parents; `[N]` the node that stands for each.
     """
     index = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     stays = jnp.asarray(is_sampled) | (tokens < 0)
@@ -57,7 +59,7 @@ def share_nodes(
         # After the round for a level, each of its nodes knows the first node with its path.
         same = (tokens[:, None] == tokens) & (above()[:, None] == above()) & (tokens >= 0)
         owner = jnp.where(stays, index, jnp.argmax(same, axis=1).astype(jnp.int32))
-    return jnp.where(owner == index, tokens, -1), above()
+    return jnp.where(owner == index, tokens, -1), above(), owner
 
 
 def _nodes(proposal: Proposal) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
@@ -72,7 +74,7 @@ def _behind(parent: Int[Array, "B N"], begin: int) -> Int[Array, "B N"]:
     return jnp.where(parent >= 0, parent + begin, -1)
 
 
-def join(proposals: Sequence[Proposal], depth: int, vocab_size: int) -> Proposal:
+def join(proposals: Sequence[Proposal], depth: int, vocab_size: int) -> tuple[Proposal, tuple[Int[Array, "B _"], ...]]:
     """One tree of the proposals of all parts, one behind the other, those that were sampled first.
 
     A node that was chosen deterministically is merged into an earlier node with the same path. A sampled node is not:
@@ -85,24 +87,55 @@ def join(proposals: Sequence[Proposal], depth: int, vocab_size: int) -> Proposal
       proposals: of the parts.
       depth: D of the tree.
       vocab_size: V.
+
+    Returns:
+      the tree; for each part, the node of the tree that stands for each of its nodes.
     """
-    ordered = sorted(proposals, key=lambda proposal: proposal.probs is None)
-    found = [_nodes(proposal) for proposal in ordered]
+    order = sorted(range(len(proposals)), key=lambda i: proposals[i].probs is None)
+    found = [_nodes(proposals[i]) for i in order]
     sizes = [tokens.shape[1] for tokens, _ in found]
     begins = np.cumsum([0, *sizes]).tolist()
     tokens = jnp.concatenate([tokens for tokens, _ in found], axis=1)
     parent = jnp.concatenate([_behind(parent, at) for (_, parent), at in zip(found, begins[:-1], strict=True)], axis=1)
-    is_sampled = np.repeat([proposal.probs is not None for proposal in ordered], sizes)
+    is_sampled = np.repeat([proposals[i].probs is not None for i in order], sizes)
     share = functools.partial(share_nodes, is_sampled=is_sampled, depth=depth)
-    tokens, parent = jax.vmap(lambda tokens, parent: share(tokens, parent))(tokens, parent)
+    tokens, parent, owner = jax.vmap(lambda tokens, parent: share(tokens, parent))(tokens, parent)
     length = jnp.where(jnp.any(tokens >= 0, axis=1), tokens.shape[1], 0).astype(jnp.int32)
-    if not is_sampled.any():
-        return Proposal(tokens, length, None, parent)
-    stated = [
-        jax.nn.one_hot(proposal.tokens, vocab_size, dtype=jnp.float32) if proposal.probs is None else proposal.probs
-        for proposal in ordered
-    ]
-    return Proposal(tokens, length, jnp.concatenate(stated, axis=1), parent)
+    stated = [_stated(proposals[i], vocab_size) for i in order]
+    probs = jnp.concatenate(stated, axis=1) if is_sampled.any() else None
+    places = {part: owner[:, begins[k] : begins[k + 1]] for k, part in enumerate(order)}
+    owners = tuple(places[part] for part in range(len(proposals)))
+    probes = _join_probes(proposals, owners, tokens.shape[1])
+    return Proposal(tokens, length, probs, parent, probes), owners
+
+
+def _stated(proposal: Proposal, vocab_size: int) -> Float[Array, "B N V"]:
+    """What the nodes of a part were sampled from."""
+    if proposal.probs is None:
+        return jax.nn.one_hot(proposal.tokens, vocab_size, dtype=jnp.float32)
+    return proposal.probs
+
+
+def _join_probes(proposals: Sequence[Proposal], owners: Sequence[Int[Array, "B _"]], num_nodes: int) -> Probes | None:
+    """The probes of all parts, one behind the other: each sees the nodes that stand for those of its part."""
+    sizes = [0 if proposal.probes is None else proposal.probes.tokens.shape[1] for proposal in proposals]
+    total, begins, seen = sum(sizes), np.cumsum([0, *sizes]).tolist(), []
+    given = [proposal.probes for proposal in proposals if proposal.probes is not None]
+    if not given:
+        return None
+    for i, proposal in enumerate(proposals):
+        if proposal.probes is None:
+            continue
+        sees, own = proposal.probes.sees, owners[i].shape[1]
+        stands_for = owners[i][:, :, None] == jnp.arange(num_nodes)
+        nodes = jnp.any(sees[:, :, 1 : 1 + own, None] & stands_for[:, None], axis=2)
+        around = ((0, 0), (0, 0), (begins[i], total - begins[i] - sizes[i]))
+        seen.append(jnp.concatenate([sees[:, :, :1], nodes, jnp.pad(sees[:, :, 1 + own :], around)], axis=2))
+    return Probes(
+        jnp.concatenate([probes.tokens for probes in given], axis=1),
+        jnp.concatenate([probes.depth for probes in given], axis=1),
+        jnp.concatenate(seen, axis=1),
+    )
 
 
 def _agreed(
@@ -131,14 +164,20 @@ def split(feedback: Feedback, agreed: Int[Array, " B"]) -> tuple[Feedback, Feedb
     """What a step committed, as a part sees it whose own draft was accepted for `agreed` tokens, and then a remainder.
 
     A part may take accepted tokens for its own draft, as a draft model does whose cache has them. So it is told of a
-    step that accepted what it proposed and of the token after that, and then of a step without drafts that committed
-    the rest, which another part proposed.
+    step that accepted what it proposed and of the token after that, and then of a step without drafts, whose
+    `context.max_draft` is 0, that committed the rest, which another part proposed.
     """
+    context = feedback.context
+    if context is not None:
+        context = context._replace(max_draft=jnp.zeros_like(context.max_draft))
     own = jnp.minimum(feedback.num_tokens, agreed + 1)
     rest = feedback.num_tokens - own
     first = feedback._replace(num_tokens=own, length=feedback.length - rest)
     second = feedback._replace(
-        tokens=_shifted(feedback.tokens, own), num_tokens=rest, features=_shifted(feedback.features, own)
+        tokens=_shifted(feedback.tokens, own),
+        num_tokens=rest,
+        features=_shifted(feedback.features, own),
+        context=context,
     )
     return first, second
 
@@ -147,9 +186,9 @@ def merged(parts: Sequence[Any]) -> Draft:
     """Drafts with several drafters at once, whose drafts are verified as one tree.
 
     Any drafters will do: chains or trees, lookups, tables, models. Each keeps its own state and parameters, and those
-    that draft with the target itself get its cache in turn. The tree has as many nodes as all parts together. Parts
-    that sample draw independently of each other, as a rule that judges siblings in turn requires; under
-    `verify.coupled`, the first of them shares its noise with the target.
+    that draft with the target itself get its cache in turn, and their probes are read together. The tree has as many
+    nodes as all parts together. Parts that sample draw independently of each other, as a rule that judges siblings in
+    turn requires; under `verify.coupled`, all of them share the target's noise.
 
     Args:
       parts: drafters, each a `Drafter` or a `Draft`. The parameters of a plain `Drafter` that has some, such as a
@@ -185,16 +224,25 @@ def merged(parts: Sequence[Any]) -> Draft:
 
 
 def _context(context: Context, part: Drafter, others: int) -> Context:
-    """What a part sees: the keys of its own depth. Behind other parts that sample, they are keys of its own."""
+    """What a part sees: the keys of its own depth. Behind other parts that sample, they are keys of its own.
+
+    Where the rule is coupled, they are the target's: it judges equality alone, so draws need not be independent.
+    """
     depth = part.topology.depth
     keys = context.keys[:, :depth]
-    if others:
+    if others and not context.coupled:
         keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, others)))(keys)
     return context._replace(keys=keys, max_draft=jnp.minimum(context.max_draft, depth))
 
 
 def _topology(parts: tuple[Drafter, ...]) -> Topology:
-    return Topology(sum(p.topology.num_nodes for p in parts), max(p.topology.depth for p in parts))
+    shapes = [part.topology for part in parts]
+    return Topology(
+        sum(shape.num_nodes for shape in shapes),
+        max(shape.depth for shape in shapes),
+        num_probes=sum(shape.num_probes for shape in shapes),
+        shares_draws=any(shape.shares_draws for shape in shapes),
+    )
 
 
 @functools.cache
@@ -203,10 +251,10 @@ def _drafter(parts: tuple[Drafter, ...]) -> Drafter:
     taps = tuple(tap for part in parts for tap in part.taps)
 
     def init(batch_size: int, max_len: int, max_source: int = 0) -> State:
-        tokens, parents = (
-            tuple(jnp.full((batch_size, part.num_draft_tokens), -1, jnp.int32) for part in parts) for _ in range(2)
+        tokens, parents, owners = (
+            tuple(jnp.full((batch_size, part.num_draft_tokens), -1, jnp.int32) for part in parts) for _ in range(3)
         )
-        return State(tuple(part.init(batch_size, max_len, max_source) for part in parts), tokens, parents)
+        return State(tuple(part.init(batch_size, max_len, max_source) for part in parts), tokens, parents, owners)
 
     def propose(params: Params, state: State, cache: Any, context: Context) -> tuple[Proposal, State, Any]:
         proposals, states, sampled = [], [], 0
@@ -217,16 +265,20 @@ def _drafter(parts: tuple[Drafter, ...]) -> Drafter:
             states.append(after)
             sampled += proposal.probs is not None
         nodes = [_nodes(proposal) for proposal in proposals]
-        after = State(tuple(states), tuple(n[0] for n in nodes), tuple(n[1] for n in nodes))
-        return join(proposals, topology.depth, context.vocab_size), after, cache
+        proposal, owners = join(proposals, topology.depth, context.vocab_size)
+        after = State(tuple(states), tuple(n[0] for n in nodes), tuple(n[1] for n in nodes), owners)
+        return proposal, after, cache
 
     def update(params: Params, state: State, feedback: Feedback) -> State:
-        states, begin = [], 0
+        states, begin, probes = [], 0, topology.num_nodes + 1
         for i, part in enumerate(parts):
             own = Params(params.target, params.draft[i])
             end = begin + len(part.taps)
             seen = _with_features(feedback, begin, end)
             begin = end
+            if feedback.context is not None:
+                seen = _of_part(seen, part, state.owners[i], probes)
+                probes += part.topology.num_probes
             if feedback.inputs is not None:
                 states.append(contract.update(part, own, state.parts[i], seen))
                 continue
@@ -244,3 +296,22 @@ def _with_features(feedback: Feedback, begin: int, end: int) -> Feedback:
     """The feedback with the features of one part's taps."""
     output = ModelOutput(feedback.output.logits, feedback.output.features[:, :, begin:end])
     return feedback._replace(features=feedback.features[:, :, begin:end], output=output)
+
+
+def _of_part(feedback: Feedback, part: Drafter, owners: Int[Array, "B N"], probes: int) -> Feedback:
+    """The feedback with the output and the context of one part.
+
+    Args:
+      feedback: after a step.
+      part: the part.
+      owners: the node of the merged tree that stands for each of its nodes.
+      probes: where its probes begin in the block that the target read.
+    """
+    assert feedback.context is not None
+    rows = owners.shape[0]
+    own = jnp.broadcast_to(probes + jnp.arange(part.topology.num_probes), (rows, part.topology.num_probes))
+    at = jnp.concatenate([jnp.zeros((rows, 1), jnp.int32), owners + 1, own], axis=1)
+    output = jax.tree.map(
+        lambda x: jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1), feedback.output
+    )
+    return feedback._replace(output=output, context=_context(feedback.context, part, 0))

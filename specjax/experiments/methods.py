@@ -82,7 +82,7 @@ class Method(NamedTuple):
 
     Attributes:
       make: makes it.
-      weights: which share of the bytes of the target's matrices one draft token reads; 0 without a model.
+      weights: which share of the target's bytes each call of its draft reads; 0 without a model.
       needs_draft: whether it is a draft model.
       needs_layers: whether it skips layers of the target.
       coupled: whether sampled text is drafted with the target's noise, rather than judged by rejection.
@@ -95,6 +95,11 @@ class Method(NamedTuple):
     needs_layers: bool = False
     coupled: bool = True
     merges: bool = True
+
+    def reads(self, side: Side) -> float:
+        """The bytes that the draft of a step reads, over those of the target: it calls its model once for each depth."""
+        weights = self.weights(side)
+        return weights * contract.check(self.make(side)).drafter.topology.depth if weights else 0.0
 
     def applies(self, side: Side) -> bool:
         """Whether the target and what is given allow it."""
@@ -261,7 +266,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
                 work, drafter, rule, temperature, name
             ),
         )
-        rows.append(report.with_roofline(row, method.weights(side)))
+        rows.append(report.with_roofline(row, method.reads(side)))
         view.line(report.line(rows[-1]))
     store.write("results.json", results.to_json(rows))
     images = report.plot(store.directory, rows)

@@ -7,18 +7,18 @@ from specjax.experiments.reports import plots, tables
 from specjax.experiments.results import Row
 
 
-def with_roofline(row: Row, weights: float) -> Row:
+def with_roofline(row: Row, draft_reads: float) -> Row:
     """The row with what an accelerator that is bound by the bytes of its weights would make of it, at batch 1.
 
-    There a call costs the bytes that it reads, however many tokens it scores, and a draft token costs `weights` of a
-    call. Overheads, caches and lookups are left out: it is a bound.
+    There a call costs the bytes that it reads, however many tokens it scores. Overheads, caches and lookups are left
+    out: it is a bound.
 
     Args:
       row: of `results`.
-      weights: the share of the target's bytes that a draft token reads.
+      draft_reads: the bytes that the draft of a step reads, over those of the target.
     """
-    drafting = row["draft_steps"] * row["num_draft_tokens"] * weights
-    return row | {"draft_weights": weights, "bandwidth_speedup": row["num_tokens"] / (row["target_calls"] + drafting)}
+    spent = row["target_calls"] + row["draft_steps"] * draft_reads
+    return row | {"draft_reads": draft_reads, "bandwidth_speedup": row["num_tokens"] / spent}
 
 
 def line(row: Row) -> str:

@@ -97,7 +97,7 @@ class Method(NamedTuple):
     merges: bool = True
 
     def reads(self, side: Side) -> float:
-        """The bytes that the draft of a step reads, over those of the target: it calls its model once for each depth."""
+        """The bytes that the draft of a step reads, over the target's: its model is called once for each depth."""
         weights = self.weights(side)
         return weights * contract.check(self.make(side)).drafter.topology.depth if weights else 0.0
 

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.max_prompt_tokens = 320  # Longer prompts are left out.
     config.chat = "auto"  # The tokenizer's chat template: true, false, or auto: if it has one.
     config.max_new_tokens = 64  # The most new tokens of each text.
-    config.temperatures = (0.0, 1.0)
+    config.temperatures = (0.0, 1.0)  # 0: greedy; each is a table of its own.
     config.seed = 0  # Prompt i uses seed + i.
     config.repeats = 1  # How often each side decodes each prompt; medians count.
 

@@ -35,10 +35,10 @@ def files(tmp_path):
 @pytest.mark.parametrize(
     ("names", "measured"),
     [
-        (("early_exit tree",), ["early_exit tree"]),
+        (("mask_tokens",), ["mask_tokens"]),
         pytest.param(
-            ("ngram", "jacobi", "mask_tokens"),
-            ["ngram", "jacobi", "mask_tokens", "jacobi + ngram"],
+            ("ngram", "jacobi", "lookahead"),
+            ["ngram", "jacobi", "lookahead", "jacobi + ngram", "lookahead + ngram"],
             marks=pytest.mark.slow,
         ),
     ],
@@ -50,9 +50,7 @@ def test_drafters_are_measured_once_and_shown(names, measured, files, capfd):
     rows = json.loads((workdir / "results.json").read_text())
     assert [row["drafter"] for row in rows] == measured
     assert all(row["identical"] == 1.0 and row["num_prompts"] == 2 for row in rows)
-    assert all(
-        1 <= row["bandwidth_speedup"] <= row["block_efficiency"] + 1e-6 for row in rows if not row["draft_weights"]
-    )
+    assert all(0 < row["bandwidth_speedup"] <= row["block_efficiency"] + 1e-6 for row in rows)
     page = (workdir / "summary.md").read_text()
     assert "## Temperature 0" in page
     assert all(f"| {name} |" in page for name in measured)
@@ -61,6 +59,12 @@ def test_drafters_are_measured_once_and_shown(names, measured, files, capfd):
     assert launch.main(command(target, data, workdir, *flags)) == 0
     assert f"{len(measured)} measurements of 2 prompts; {len(measured)} are finished." in capfd.readouterr().out
     assert json.loads((workdir / "results.json").read_text()) == rows
+
+
+def test_a_target_without_layers_to_skip_is_named(files, capfd):
+    target, data, workdir = files
+    assert launch.main(command(target, data, workdir, "--config.drafters=('skip', 'ngram')")) == 1
+    assert "skip need a target of two layers or more" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

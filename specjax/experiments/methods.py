@@ -197,6 +197,11 @@ def cells(side: Side) -> list[tuple[str, AnyDrafter, Method]]:
     """The drafters to measure, by name: each alone, then merged with lookup."""
     chosen = side.chosen
     names = chosen.drafters or tuple(name for name, method in METHODS.items() if method.applies(side))
+    wrong = [name for name in names if not METHODS[name].applies(side)]
+    if wrong:
+        raise ValueError(
+            f"config.drafters={names}: {', '.join(wrong)} need a target of two layers or more that are not scanned."
+        )
     alone = [(name, METHODS[name].make(side), METHODS[name]) for name in names]
     if not chosen.merged:
         return alone

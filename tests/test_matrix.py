@@ -76,7 +76,9 @@ DRAFTERS = {
     ),
     "merged": Pair(TARGET, TABLE, LOOKUPS.drafter, LOOKUPS.params),
     "merged, sampled": Pair(TARGET, TABLE, MERGED.drafter, (DRAFT_TABLE, (), COUNTS.params)),
-    "skip": Pair(TARGET, TABLE, drafters.skip(SKIPPING, mlp=(0,), num_draft_tokens=3, adaptive=True)),
+    "skip": Pair(
+        TARGET, TABLE, drafters.skip(SKIPPING, mlp=(0,), num_draft_tokens=3, min_confidence=0.3, adaptive=True)
+    ),
     "skip, tree": Pair(TARGET, TABLE, drafters.skip(SKIPPING, mlp=(0,), topology=(2, 2, 1))),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(

@@ -151,7 +151,7 @@ def text(
         "jacobi": lambda: drafters.jacobi(num_draft_tokens=3),
         "lookahead": lambda: drafters.lookahead(window=3, ngram=3, guesses=2, num_buckets=8),
         "mask_tokens": lambda: drafters.mask_tokens(mask_token=0, num_draft_tokens=2),
-        "skip": lambda: drafters.skip(load(family, 0, mesh, rules), mlp=(1,), num_draft_tokens=3),
+        "skip": lambda: drafters.skip(load(family, 0, mesh, rules), mlp=(0,), num_draft_tokens=3),
         "suffix": lambda: drafters.suffix(num_draft_tokens=3, min_match=1),
         "aggressive": lambda: drafters.aggressive(num_draft_tokens=3),
         "merged": lambda: drafters.merged(

@@ -72,7 +72,7 @@ DRAFTERS = {
     "ngram, tree": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=5, min_match=1, depth=3)),
     "table, tree": Pair(TARGET, TABLE, drafters.table(COUNTS, topology=(2, 1, 1)).drafter, COUNTS.params),
     "retrieval, tree": Pair(
-        TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=5, depth=3, min_match=1).drafter, CORPUS.params
+        TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=5, depth=2, min_match=1).drafter, CORPUS.params
     ),
     "merged": Pair(TARGET, TABLE, LOOKUPS.drafter, LOOKUPS.params),
     "merged, sampled": Pair(TARGET, TABLE, MERGED.drafter, (DRAFT_TABLE, (), COUNTS.params)),

@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
     # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
     config.draft = ""
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.
-    config.min_confidence = 0.0  # drafter=model: end a draft where the draft's probability is below this; 0: never.
+    # drafter=model, skip, early_exit: end a draft where the draft's probability is below this; 0: never.
+    config.min_confidence = 0.0
     config.num_draft_tokens = 4  # K, the most draft tokens per step; drafter=lookahead: those of each guess.
     config.topology = ()  # drafter=model, table, skip, early_exit: a tree, such as (3, 2, 1) children by depth.
     config.depth = 0  # drafter=ngram, suffix, retrieval: a tree of K nodes and this many levels; 0: a chain.

@@ -18,6 +18,7 @@ from helpers import EMITTERS_OF_USERS, Pair, random_prompts, right_pad, run, tex
 from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
 from specjax.drafters import contract, pool
+from specjax.drafters.lookahead import guesses_of
 from specjax.models import families
 from specjax.models.config import T5Config
 from specjax.planning import hlo
@@ -420,11 +421,18 @@ def test_a_bucket_keeps_the_latest_ngrams():
 
 
 def test_guesses_share_the_nodes_of_their_common_beginning():
-    guesses = jnp.asarray([[[1, 2, 3], [1, 2, 4], [1, 5, 3], [-1, -1, -1]]])
-    tokens, parent = pool.trie(guesses)
-    assert tokens[0, :9].tolist() == [1, 2, 3, -1, -1, 4, -1, 5, 3]
-    assert parent[0, :9].tolist() == [-1, 0, 1, -1, 0, 1, -1, 0, 7]
-    assert (tokens[0, 9:] == -1).all()
+    nodes = guesses_of(jnp.asarray([[1, 2, 3], [1, 2, 4], [1, 5, 3], [-1, -1, -1]]), jnp.asarray(3))
+    assert nodes.tokens[:6].tolist() == [1, 2, 5, 3, 4, 3]
+    assert nodes.parent[:6].tolist() == [-1, 0, 0, 1, 1, 2]
+    assert int(nodes.number) == 6
+
+
+def test_a_single_guess_is_a_chain():
+    drafter = drafters.lookahead(window=3, ngram=3, guesses=1, num_buckets=4)
+    assert drafter.topology.is_chain
+    # What the loop refuses, it refuses while it is traced.
+    step = functools.partial(decoding.decode_step, TARGET, drafter, verify.block, Params(PARAMS, None))
+    jax.eval_shape(step, start(drafter))
 
 
 @pytest.mark.parametrize(

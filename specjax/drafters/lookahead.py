@@ -8,12 +8,13 @@ call of the target reads both: the guesses as a tree, the window as probes.
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from specjax import sampling
-from specjax.drafters import chain, pool
+from specjax.drafters import chain, pool, trie
 from specjax.limits import MAX_DRAFT_TOKENS, check_size
 from specjax.types import Context, Drafter, Feedback, Inputs, Params, Probes, Proposal, Topology
 
@@ -57,6 +58,13 @@ def _read(inputs: Inputs) -> tuple[Int[Array, "B P"], Int[Array, " B"]]:
     return inputs.source, inputs.source_length
 
 
+def guesses_of(found: Int[Array, "G m"], count: Int[Array, ""]) -> trie.Nodes:
+    """The guesses of one row, the first `count` of those found, as a tree that has their common beginnings once."""
+    number, size = found.shape
+    length = jnp.where(jnp.arange(number) < count, size, 0)
+    return trie.merge(found, length, jnp.ones(found.shape, jnp.float32), number * size)
+
+
 @functools.cache
 def lookahead(*, window: int = 10, ngram: int = 4, guesses: int = 7, num_buckets: int = 1024) -> Drafter:
     """Drafts n-grams that the target itself wrote ahead, without a model or parameters.
@@ -88,6 +96,7 @@ def lookahead(*, window: int = 10, ngram: int = 4, guesses: int = 7, num_buckets
             f"window={window}, ngram={ngram}, guesses={guesses}: a step would read {num_nodes + num_probes} tokens "
             f"behind the text; at most {MAX_DRAFT_TOKENS}."
         )
+    topology = Topology(num_nodes, ngram - 1, num_probes=num_probes)
     # The element (0, 0) is the last committed token, which is the first of the block; the others are the probes.
     in_window = mask(window, ngram).reshape(num_probes + 1, num_probes + 1)[1:]
     sees = np.concatenate([in_window[:, :1], np.zeros((num_probes, num_nodes), bool), in_window[:, 1:]], axis=1)
@@ -102,14 +111,14 @@ def lookahead(*, window: int = 10, ngram: int = 4, guesses: int = 7, num_buckets
         del params
         rows = context.max_draft.shape[0]
         found, count = pool.find(state.pool, chain.last_tokens(context.history, 1)[:, 0])
-        tokens, parent = pool.trie(found)
-        length = jnp.where(context.max_draft > 0, count * (ngram - 1), 0)
+        nodes = jax.vmap(guesses_of)(found, count)
         probes = Probes(
             state.window.reshape(rows, -1)[:, 1:],
             jnp.broadcast_to(depth, (rows, num_probes)),
             jnp.broadcast_to(sees, (rows, *sees.shape)),
         )
-        return Proposal(tokens, length, None, parent, probes), state, cache
+        proposal = nodes.proposal(context.max_draft)._replace(probes=probes)
+        return proposal._replace(parent=None) if topology.is_chain else proposal, state, cache
 
     def update(params: Params, state: State, feedback: Feedback) -> State:
         del params
@@ -130,4 +139,4 @@ def lookahead(*, window: int = 10, ngram: int = 4, guesses: int = 7, num_buckets
         # The window moves on by one position, however many tokens were accepted.
         return State(jnp.where(is_read[:, None, None], whole[:, 1:], state.window), after)
 
-    return Drafter(init, propose, update, Topology(num_nodes, ngram - 1, num_probes=num_probes))
+    return Drafter(init, propose, update, topology)

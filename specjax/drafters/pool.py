@@ -67,27 +67,3 @@ def windows(tokens: Int[Array, "B P"], length: Int[Array, " B"], ngram: int) -> 
     at = jnp.arange(count)[:, None] + jnp.arange(ngram)
     is_valid = jnp.arange(count) + ngram <= length[:, None]
     return tokens[:, at], is_valid
-
-
-def trie(guesses: Int[Array, "B G m"]) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
-    """The tree of N = G m nodes that holds G guesses of m tokens with their common beginnings once.
-
-    Args:
-      guesses: of each row; -1 where there is none.
-
-    Returns:
-      the tokens, guess by guess, -1 where an earlier guess has the same node; and the parent of each, -1 for the root.
-    """
-    _, number, size = guesses.shape
-
-    def of_row(guesses: Array) -> tuple[Array, Array]:
-        agree = guesses[:, None] == guesses[None]
-        same = jnp.cumprod(agree, axis=-1, dtype=jnp.int32)
-        # For each guess and depth: the first guess with the same beginning, which holds the node for all of them.
-        holder = jnp.argmax(same, axis=1).astype(jnp.int32)
-        is_held = holder == jnp.arange(number)[:, None]
-        above = holder[:, :-1] * size + jnp.arange(size - 1)
-        parent = jnp.concatenate([jnp.full((number, 1), -1), above], axis=1)
-        return jnp.where(is_held, guesses, -1).reshape(-1), parent.reshape(-1).astype(jnp.int32)
-
-    return jax.vmap(of_row)(guesses)

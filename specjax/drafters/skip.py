@@ -187,9 +187,11 @@ def _chain(plan: rollout.Chain, start: float, adaptive: bool) -> Drafter:
 
     def update(params: Params, state: Any, feedback: Feedback) -> Any:
         del params
-        if not adaptive or feedback.inputs is not None:
+        if not adaptive or feedback.context is None:
             return state
-        accepted = jnp.clip(feedback.num_tokens - 1, 0, state.drafted)
-        return learn(state, accepted, plan.num_draft_tokens)
+        # What other parts of a merged draft had accepted says nothing of this one.
+        drafted = jnp.where(feedback.context.max_draft > 0, state.drafted, 0)
+        accepted = jnp.clip(feedback.num_tokens - 1, 0, drafted)
+        return learn(state._replace(drafted=drafted), accepted, plan.num_draft_tokens)
 
     return Drafter(init, propose, update, Topology.chain(plan.num_draft_tokens))

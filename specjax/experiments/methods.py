@@ -47,7 +47,6 @@ class Settings:
 
     def check(self) -> None:
         """Refuses values that do not fit each other."""
-        choices.check_seed(self.seed, 1000)
         unknown = [name for name in self.drafters if name not in METHODS]
         if unknown:
             raise ValueError(f"config.drafters={self.drafters}: choose from {', '.join(METHODS)}.")
@@ -249,6 +248,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     """Measures, as `EXPERIMENTS` says."""
     view, chosen = view or View(), parse(Settings, config)
     texts = prompts.read(chosen.data, 0)
+    choices.check_seed(chosen.seed, len(texts))
     store = Store(workdir, config.to_dict(), overwrite=overwrite, names=("results.json", "summary.md", "methods.png"))
     store.write_config()
     target = bench.load(chosen.target, view, dtype=chosen.dtype)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from helpers import save_tiny_decoder
@@ -79,6 +80,13 @@ def test_the_first_guesses_are_the_sublayers_that_matter_least():
     guesses = skip_search.first_guesses(importance, 3)
     assert guesses == [[("attention", 1)], [("attention", 1), ("mlp", 0)], [("attention", 1), ("mlp", 0), ("mlp", 1)]]
     assert skip_search.skips_of(guesses[-1]) == Skips((1,), (0, 1))
+
+
+def test_without_optuna_the_remedy_is_named(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n')
+    assert launch.main(command("nowhere", tmp_path / "prompts.jsonl", tmp_path / "run")) == 1
+    assert "The search needs optuna: pip install 'specjax[search]'." in capfd.readouterr().err
 
 
 def test_mistakes_are_named(tmp_path):

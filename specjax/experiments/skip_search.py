@@ -213,12 +213,12 @@ def _texts(search: Search, store: Store, view: View) -> list[Text]:
 
 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
-    """Searches, as `EXPERIMENTS` says; ModuleNotFoundError where optuna is not installed."""
+    """Searches, as `EXPERIMENTS` says; ValueError also where optuna is not installed."""
     view, chosen = view or View(), parse(Settings, config)
     try:
         import optuna  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("The search needs optuna: pip install 'specjax[search]'.") from error
+    except ImportError as error:
+        raise ValueError("The search needs optuna: pip install 'specjax[search]'.") from error
     texts = prompts.read(chosen.data, chosen.num_prompts)
     store = Store(workdir, config.to_dict(), overwrite=overwrite, names=(FILE, "results.json", "summary.md"))
     store.write_config()

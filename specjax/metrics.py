@@ -137,10 +137,14 @@ def _scoring(target: Model, params: Params, state: DecodeState, topology: Topolo
     rows = state.rows.length.shape[0]
 
     def block_of(tokens: Array) -> Block:
-        if width == 1 or topology.parents is None or topology.num_probes:
-            return Block(tokens)  # A mask adds little to a call.
-        parents = jnp.broadcast_to(jnp.asarray(topology.parents, jnp.int32), (rows, topology.num_nodes))
-        shape = tree.shape(parents, topology.depth)
+        if width == 1 or (topology.is_chain and not topology.num_probes):
+            return Block(tokens)
+        if topology.parents is not None and not topology.num_probes:
+            parents, depth = jnp.asarray(topology.parents, jnp.int32), topology.depth
+        else:
+            # A tree that only the loop knows costs what any tree of as many tokens does that the compiler can't know.
+            parents, depth = jax.lax.optimization_barrier(jnp.full(topology.num_read, -1, jnp.int32)), 1
+        shape = tree.shape(jnp.broadcast_to(parents, (rows, *parents.shape)), depth)
         return Block(tokens, shape.depth, shape.sees)
 
     @jax.jit

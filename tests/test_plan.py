@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,12 +14,13 @@ import pytest
 from helpers import usual
 from jax.sharding import Mesh
 
-from specjax import experiments, launch, theory
+from specjax import drafters, experiments, launch, theory
 from specjax.decoding import verify
 from specjax.models import families, presets
 from specjax.models.config import DecoderConfig, T5Config
 from specjax.models.weights import checkpoint, shapes
 from specjax.planning import aot, chips, hlo, libtpu, plan
+from specjax.types import Draft
 
 ROOT = pathlib.Path(__file__).parents[1]
 PLAN = str(ROOT / "configs" / "plan.py")
@@ -628,15 +630,58 @@ def test_small_weights_and_scanned_layers_are_read_in_place(variant: str, family
     assert program.temporary_bytes < setup.buffer * (16 // devices) * 128 * 2
 
 
+def of_tree(placed: plan.Sharded) -> Draft:
+    return Draft(drafters.model(placed.models["draft"], topology=(2, 2, 1)), placed.params.draft)
+
+
+def of_dynamic_tree(placed: plan.Sharded) -> Draft:
+    shape = drafters.Dynamic(width=2, depth=3, num_nodes=5)
+    return Draft(drafters.model(placed.models["draft"], dynamic=shape), placed.params.draft)
+
+
+def of_skips(placed: plan.Sharded) -> Draft:
+    return Draft(drafters.skip(placed.models["target"], attention=(0,), num_draft_tokens=3), ())
+
+
+def of_skips_tree(placed: plan.Sharded) -> Draft:
+    return Draft(drafters.skip(placed.models["target"], mlp=(0,), topology=(2, 2, 1)), ())
+
+
+def of_lookahead(placed: plan.Sharded) -> Draft:
+    return Draft(drafters.lookahead(window=3, ngram=4, guesses=2), ())
+
+
+def of_text(placed: plan.Sharded) -> Draft:
+    parts = [
+        drafters.suffix(num_draft_tokens=3),
+        drafters.ngram(num_draft_tokens=6, depth=3),
+        drafters.jacobi(num_draft_tokens=3),
+    ]
+    return drafters.merged(parts)
+
+
+OTHERS = [
+    (of_tree, verify.coupled),
+    (of_tree, verify.rejection),
+    (of_tree, verify.traversal),
+    (of_dynamic_tree, verify.coupled),
+    (of_skips, verify.rejection),
+    (of_skips_tree, verify.traversal),
+    (of_lookahead, verify.coupled),
+    (of_text, verify.rejection),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [verify.coupled, verify.rejection, verify.traversal], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(("make", "rule"), OTHERS, ids=lambda x: getattr(x, "name", None) or x.__name__)
 @pytest.mark.parametrize(("family", "topology"), GATE)
-def test_a_compiled_tree_moves_its_path_and_copies_no_cache(family: str, topology: str, rule: verify.Rule):
+def test_other_drafters_copy_no_cache_and_gather_nothing(
+    family: str, topology: str, make: Callable[[plan.Sharded], Draft], rule: verify.Rule
+):
     setup = gate_setup(family, topology)
     mesh = gate_mesh(setup)
     placed = plan.shard(setup, mesh)
-    # The state of a tree as deep as the chain is the chain's.
-    compiled = aot.step(setup, mesh, rule, (2, 2, 1))
+    compiled = aot.step(setup, mesh, rule, make)
     program = aot.read(compiled, aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
     assert program.cache_copies == 0
     assert program.gathered_bytes == 0

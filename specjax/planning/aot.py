@@ -9,6 +9,7 @@ the same program.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,16 +17,16 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specjax import decoding, drafters, sampling
+from specjax import decoding, sampling
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters.rollout import choose
 from specjax.planning import cuda, libtpu, plan
 from specjax.planning.chips import Chip, Topology
 from specjax.planning.extrapolation import both_sides, combine, samples
-from specjax.planning.plan import Setup
+from specjax.planning.plan import Setup, Sharded
 from specjax.planning.program import Counts, Program, cache_shapes, read
-from specjax.types import Block, History, Proposal, SamplingOptions, StepKeys
+from specjax.types import Block, Draft, History, Proposal, SamplingOptions, StepKeys
 
 __all__ = [
     "Compiled",
@@ -68,21 +69,29 @@ def _compile(lowered: Any) -> Any:
         compilation_cache.reset_cache()
 
 
-def step(setup: Setup, mesh: Mesh, rule: Rule = verify.rejection, topology: Any = None) -> Any:
+def step(
+    setup: Setup, mesh: Mesh, rule: Rule = verify.rejection, make: Callable[[Sharded], Draft] | None = None
+) -> Any:
     """The whole loop (`decoding.advance`), compiled: its state is donated, its sampling options are arguments.
 
     Args:
       setup: the plan.
       mesh: from `make_mesh`.
       rule: the acceptance rule.
-      topology: of a tree as deep as the plan's chain is long (`drafters.model`); None: the chain.
+      make: another drafter than the plan's chain, as deep as that is long, from the models and their parameters.
     """
     placed = plan.shard(setup, mesh)
-    drafter = placed.drafter if topology is None else drafters.model(placed.models["draft"], topology=topology)
+    drafter, params, state = placed.drafter, placed.params, placed.state
+    if make is not None:
+        made = make(placed)
+        drafter, params = made.drafter, params._replace(draft=made.params)
+        drafted = jax.eval_shape(lambda: drafter.init(setup.batch_size, setup.buffer, 0))
+        like = {(x.shape, x.dtype): x for x in jax.tree.leaves(state.rows.drafter)}
+        drafted = jax.tree.map(lambda x: like.get((x.shape, x.dtype)) or _rows_like(mesh, x.shape, x.dtype), drafted)
+        state = state._replace(rows=state.rows._replace(drafter=drafted))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        lowered = decoding.advance.lower(placed.models["target"], drafter, rule, placed.params, placed.state, number)
-        return _compile(lowered)
+        return _compile(decoding.advance.lower(placed.models["target"], drafter, rule, params, state, number))
 
 
 def _rows_like(mesh: Mesh, shape: tuple[int, ...], dtype: Any, vocab: str | None = None) -> jax.ShapeDtypeStruct:

@@ -70,8 +70,8 @@ class _Nodes(NamedTuple):
 
     def of(self, probs: Float[Array, " V"], node: Int[Array, ""]) -> Float[Array, ""]:
         """The probability of a node's token; 0 for one outside the vocabulary."""
-        token, size = self.tokens[node], probs.shape[0]
-        return jnp.where(token < size, probs[jnp.minimum(token, size - 1)], 0.0)
+        # A sum rather than an index, for which XLA:GPU gathers a vocabulary that is split over devices.
+        return jnp.sum(jnp.where(jnp.arange(probs.shape[0]) == self.tokens[node], probs, 0.0))
 
 
 def _nodes(target_probs: Float[Array, "T V"], proposal: Proposal) -> _Nodes:

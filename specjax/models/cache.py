@@ -137,7 +137,7 @@ def commit(cache: CacheLike, path: Int[Array, "B P"] | None, count: Int[Array, "
         place = jnp.arange(path.shape[1])
         out_of_place = (path != place) & (place < count[:, None])
         move = functools.partial(_move, path=path, length=cache.length)
-        # Often nothing but the root is kept, or the first node of each level: moving all layers takes a tenth of a step.
+        # Often nothing but the root is kept, or a first branch: to move all layers takes a tenth of a step.
         keys, values = control.once(
             jnp.any(out_of_place), lambda both: jax.tree.map(move, both), (cache.keys, cache.values)
         )

@@ -85,10 +85,11 @@ def step(
     if make is not None:
         made = make(placed)
         drafter, params = made.drafter, params._replace(draft=made.params)
-        drafted = jax.eval_shape(lambda: drafter.init(setup.batch_size, setup.buffer, 0))
-        like = {(x.shape, x.dtype): x for x in jax.tree.leaves(state.rows.drafter)}
-        drafted = jax.tree.map(lambda x: like.get((x.shape, x.dtype)) or _rows_like(mesh, x.shape, x.dtype), drafted)
-        state = state._replace(rows=state.rows._replace(drafter=drafted))
+        own = jax.eval_shape(lambda: drafter.init(setup.batch_size, setup.buffer, setup.prompt_tokens))
+        if jax.tree.structure(own) != jax.tree.structure(state.rows.drafter):
+            # Not the cache of the plan's draft model, which is placed already.
+            own = jax.tree.map(lambda x: _rows_like(mesh, x.shape, x.dtype), own)
+            state = state._replace(rows=state.rows._replace(drafter=own))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
         return _compile(decoding.advance.lower(placed.models["target"], drafter, rule, params, state, number))

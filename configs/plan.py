@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.target = ""  # A SHAPE.
     config.draft = ""  # A SHAPE, or several, separated by commas.
     config.dtype = "bfloat16"  # Or float32.
-    config.topology = "v5e:2x4"  # A slice, as above.
+    config.topology = "v5e:2x4"  # A slice, as above, or several, separated by commas.
     config.data = 1  # Devices that the batch is split over; the others split the models.
     config.draft_sharding = "split"  # Or replicated: every device has all of it.
 
@@ -42,4 +42,6 @@ def get_config() -> ConfigDict:
     config.compile = True  # False computes everything from shapes.
     config.layers = "few"  # Compile two and four layers, and extrapolate; or all.
     config.reference_ms = ConfigDict()  # Published ms/token by SHAPE, to print beside the predictions.
+    # Published measurements (task, SHAPE of the draft, K, alpha, speedup), to print beside what the plan predicts.
+    config.published = ()
     return config

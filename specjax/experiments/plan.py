@@ -10,6 +10,7 @@ from typing import Annotated
 
 import jax
 
+from specjax import theory
 from specjax.experiments import choices
 from specjax.experiments.reports import plan as report
 from specjax.experiments.reports import plots
@@ -22,7 +23,7 @@ from specjax.models.weights import shapes
 from specjax.planning import aot, chips, plan
 from specjax.planning.plan import Cost, Setup
 
-FILES = ("config.json", "results.json", "summary.md", "plan.png")
+FILES = ("config.json", "results.json", "summary.md")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Settings:
     compile: bool
     layers: Annotated[str, Check(lambda name: name in ("few", "all"), "choose few (and extrapolate) or all")]
     reference_ms: dict[str, float]
+    published: tuple[tuple[str, str, int, float, float], ...]
 
     def check(self) -> None:
         """Refuses a rule that does not exist, and numbers that do not fit each other."""
@@ -56,31 +58,48 @@ class Settings:
                 f"config.max_draft_tokens={self.max_draft_tokens} is less than "
                 f"config.num_draft_tokens={self.num_draft_tokens}: raise it."
             )
+        for row in self.published:
+            if len(row) != 5:
+                raise ValueError(f"config.published has {row}: give (task, draft, K, alpha, measured speedup).")
+            if row[2] > self.max_draft_tokens:
+                raise ValueError(
+                    f"config.published has K = {row[2]}, more than config.max_draft_tokens={self.max_draft_tokens}: "
+                    "raise that."
+                )
 
 
-def setups(chosen: Settings) -> dict[str, Setup]:
-    """The plans that the settings ask for, by the name of the draft.
+def _names(listed: str) -> list[str]:
+    return [part.strip() for part in listed.split(",")]
+
+
+def setups(chosen: Settings) -> list[tuple[str, Setup]]:
+    """The plans that the settings ask for, each with the name of its draft: every draft on every topology.
 
     Raises:
       ValueError: for an unknown topology or model.
       OSError: where a shape cannot be read.
     """
-    topology = chips.parse(chosen.topology)
+    topologies = [chips.parse(name) for name in _names(chosen.topology)]
     target = shapes.read(chosen.target, chosen.dtype)
-    return {
-        name: Setup(
-            target=target,
-            draft=shapes.read(name, chosen.dtype),
-            topology=topology,
-            data=chosen.data,
-            num_draft_tokens=chosen.num_draft_tokens,
-            batch_size=chosen.batch_size,
-            prompt_tokens=chosen.prompt_tokens,
-            max_new_tokens=chosen.max_new_tokens,
-            draft_replicated=chosen.draft_sharding == "replicated",
+    drafts = {name: shapes.read(name, chosen.dtype) for name in _names(chosen.draft)}
+    return [
+        (
+            name,
+            Setup(
+                target=target,
+                draft=draft,
+                topology=topology,
+                data=chosen.data,
+                num_draft_tokens=chosen.num_draft_tokens,
+                batch_size=chosen.batch_size,
+                prompt_tokens=chosen.prompt_tokens,
+                max_new_tokens=chosen.max_new_tokens,
+                draft_replicated=chosen.draft_sharding == "replicated",
+            ),
         )
-        for name in (part.strip() for part in chosen.draft.split(","))
-    }
+        for topology in topologies
+        for name, draft in drafts.items()
+    ]
 
 
 def _collectives(counts: aot.Counts) -> list[Row]:
@@ -179,6 +198,23 @@ def _times(setup: Setup, chosen: Settings, compiled: aot.Compiled | None) -> Row
     }
 
 
+def _published(row: Row, chosen: Settings) -> list[Row]:
+    """What the plan predicts at published acceptance rates, beside the speedups that were measured with them."""
+    target, c = row["target_ms_by_tokens"], row["cost_ratio"]
+    return [
+        {
+            "task": task,
+            "num_draft_tokens": k,
+            "alpha": alpha,
+            "measured_speedup": measured,
+            "theorem_speedup": theory.walltime_factor(alpha, k, c),
+            "predicted_speedup": theory.walltime_factor(alpha, k, c, target[k] / target[0]),
+        }
+        for task, draft, k, alpha, measured in chosen.published
+        if draft == row["draft"]
+    ]
+
+
 def _step(compiled: aot.Compiled) -> Row:
     """The collectives and copies of the compiled step."""
     step = compiled.step
@@ -200,7 +236,7 @@ def make_row(name: str, setup: Setup, chosen: Settings, compiled: aot.Compiled |
     `exhausted` says that XLA ran out of memory.
     """
     memory, fit = _memory(setup, compiled)
-    return {
+    row = {
         "task": "plan",
         "target": chosen.target,
         "draft": name,
@@ -233,19 +269,26 @@ def make_row(name: str, setup: Setup, chosen: Settings, compiled: aot.Compiled |
         "chip": dataclasses.asdict(setup.topology.chip),
         "jax_version": jax.__version__,
     }
+    return {**row, "published": _published(row, chosen)}
+
+
+def _images(chosen: Settings) -> dict[str, str]:
+    """The file of the plot of each topology."""
+    names = [chips.parse(name).name for name in _names(chosen.topology)]
+    return {name: f"plan_{name.replace(':', '_')}.png" if len(names) > 1 else "plan.png" for name in names}
 
 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
     """Makes the plan, as `EXPERIMENTS` says; ValueError also for an unknown topology, or where libtpu is missing."""
     view, chosen = view or View(), parse(Settings, config)
-    store = Store(workdir, config.to_dict(), overwrite=overwrite, names=FILES)
+    store = Store(workdir, config.to_dict(), overwrite=overwrite, names=(*FILES, *_images(chosen).values()))
     if store.holds("results.json"):
         view.line(f"The plan is finished in {store.directory}{os.sep}; --overwrite makes it anew.")
         return
     # Nothing is computed, so an accelerator of this machine stays free.
     jax.config.update("jax_platforms", jax.config.values["jax_platforms"] or "cpu")
     rows = []
-    for name, setup in setups(chosen).items():
+    for name, setup in setups(chosen):
         chip = setup.topology.chip
         # Without a compiler for GPUs, shapes alone say much; for TPUs, the error names the compiler.
         compiled, compiles = None, chosen.compile and (chip.tpu or aot.is_available(chip))
@@ -260,8 +303,14 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         rows.append(make_row(name, setup, chosen, compiled, exhausted=compiles and compiled is None))
     store.write_config()
     store.write("summary.md", report.summary(chosen.name, rows))
-    plots.save(store.directory, {"plan.png": report.figure(rows)})
+    images = plots.save(
+        store.directory,
+        {
+            file: report.figure([row for row in rows if row["topology"] == name])
+            for name, file in _images(chosen).items()
+        },
+    )
     store.write("results.json", json.dumps(rows, indent=1) + "\n")
     for line in report.headlines(rows):
         view.line(line)
-    view.line(f"Results: {store.directory}{os.sep} ({', '.join(FILES)})", "bold")
+    view.line(f"Results: {store.directory}{os.sep} ({', '.join((*FILES, *images))})", "bold")

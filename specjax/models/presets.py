@@ -1,4 +1,4 @@
-"""Shapes of published decoder-only models, without weights, by name: for planning and for models made from scratch.
+"""Shapes of published models, without weights, by name: for planning and for models made from scratch.
 
     config = presets.get("chinchilla_70b")  # or presets.chinchilla_70b
 
@@ -12,7 +12,7 @@ Transformer-XL computes keys for distances: `chinchilla_70b` has 64.7e9 paramete
 
 from typing import Any
 
-from specjax.models.config import DecoderConfig
+from specjax.models.config import DecoderConfig, ModelConfig, T5Config
 
 
 def _gopher(num_layers: int, hidden_size: int, num_heads: int) -> DecoderConfig:
@@ -78,6 +78,24 @@ def _llama3(num_layers: int, hidden_size: int, num_heads: int, intermediate_size
     )
 
 
+def _t5_v1_1(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> T5Config:
+    """T5 v1.1 (Shazeer 2020, arXiv 2002.05202, and the released weights): gated GELU, a head of its own."""
+    return T5Config(
+        vocab_size=32128,
+        hidden_size=hidden_size,
+        head_dim=64,
+        intermediate_size=intermediate_size,
+        num_encoder_layers=num_layers,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        activation="gelu_new",
+        gated=True,
+        tie_embeddings=False,
+        scale_outputs=False,
+        dtype="bfloat16",
+    )
+
+
 chinchilla_70b = _gopher(80, 8192, 64)
 """Hoffmann et al. 2022, arXiv 2203.15556, table 4."""
 
@@ -121,7 +139,14 @@ gemma2_2b = DecoderConfig(
 )
 """Gemma 2 2B (arXiv 2408.00118, table 1), as released; the table's feed-forward counts gate and up together."""
 
-PRESETS = {
+t5_v1_1_small = _t5_v1_1(512, 1024, 8, 6)
+t5_v1_1_base = _t5_v1_1(768, 2048, 12, 12)
+t5_v1_1_large = _t5_v1_1(1024, 2816, 24, 16)
+t5_v1_1_xl = _t5_v1_1(2048, 5120, 24, 32)
+t5_v1_1_xxl = _t5_v1_1(4096, 10240, 24, 64)
+"""The target of Leviathan et al. 2022, arXiv 2211.17192; small, base and large are its drafts."""
+
+PRESETS: dict[str, ModelConfig] = {
     "chinchilla_70b": chinchilla_70b,
     "chinchilla_draft_4b": chinchilla_draft_4b,
     "gopher_7b": gopher_7b,
@@ -132,10 +157,15 @@ PRESETS = {
     "llama3_8b": llama3_8b,
     "llama3_70b": llama3_70b,
     "gemma2_2b": gemma2_2b,
+    "t5_v1_1_small": t5_v1_1_small,
+    "t5_v1_1_base": t5_v1_1_base,
+    "t5_v1_1_large": t5_v1_1_large,
+    "t5_v1_1_xl": t5_v1_1_xl,
+    "t5_v1_1_xxl": t5_v1_1_xxl,
 }
 
 
-def get(name: str) -> DecoderConfig:
+def get(name: str) -> ModelConfig:
     """The shape of that name.
 
     Raises:

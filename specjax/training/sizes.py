@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from specjax.models import presets
 from specjax.models.config import ModelConfig
 from specjax.models.families import FAMILIES
 
 
-def _t5(width: int, head: int, inner: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+def _t5(width: int, head: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
     names = ("hidden_size", "head_dim", "intermediate_size", "num_encoder_layers", "num_layers", "num_heads")
-    return dict(zip(names, (width, head, inner, layers, layers, heads), strict=True)) | others
+    return dict(zip(names, (width, head, inner, layers, layers, heads), strict=True))
 
 
 def _decoder(width: int, head: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
@@ -26,16 +27,19 @@ def _decoder(width: int, head: int, inner: int, layers: int, heads: int) -> dict
     }
 
 
-_V1_1 = {"gated": True, "activation": "gelu_new", "tie_embeddings": False, "scale_outputs": False}
+def _published(config: ModelConfig) -> dict[str, Any]:
+    """A published shape, in the dtype that models are trained in."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("vocab_size", "dtype")}
+
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "t5": {
         "0.4m": _t5(40, 20, 160, 1, 2),
         "1.5m": _t5(112, 28, 448, 1, 4),
         "6m": _t5(256, 64, 1024, 2, 4),
-        "small": _t5(512, 64, 1024, 8, 6, **_V1_1),
-        "base": _t5(768, 64, 2048, 12, 12, **_V1_1),
-        "large": _t5(1024, 64, 2816, 24, 16, **_V1_1),
+        "small": _published(presets.t5_v1_1_small),
+        "base": _published(presets.t5_v1_1_base),
+        "large": _published(presets.t5_v1_1_large),
     },
     "decoder": {
         "0.4m": _decoder(40, 20, 128, 2, 2),

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -168,6 +169,7 @@ def _draft_call(row: Row) -> Row:
 
 
 _DRAFTS = (
+    ("topology", lambda row: row["topology"]),
     ("draft", lambda row: row["draft"]),
     ("10^9 parameters", lambda row: f"{row['num_parameters']['draft'] / 1e9:.2f}"),
     ("call ms", lambda row: _ms(_draft_call(row)["ms"])),
@@ -187,6 +189,29 @@ def _compare(rows: Sequence[Row]) -> str:
     return page("## The drafts beside each other (predictions)", markdown(table(_DRAFTS, rows)), words)
 
 
+def _published(rows: Sequence[Row]) -> str:
+    cells: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        for cell in row["published"]:
+            known = (row["draft"], cell["task"], cell["num_draft_tokens"], cell["alpha"], cell["measured_speedup"])
+            cells.setdefault(known, {"known": known})[row["topology"]] = cell["predicted_speedup"]
+    if not cells:
+        return ""
+    formats = ("draft", "{}"), ("task", "{}"), ("K", "{}"), ("alpha", "{:.2f}"), ("published, measured", "{:.1f}x")
+    columns = [
+        (name, lambda cell, i=i, shown=shown: shown.format(cell["known"][i])) for i, (name, shown) in enumerate(formats)
+    ]
+    columns += [
+        (f"planned, {topology}", lambda cell, topology=topology: f"{cell[topology]:.2f}x")
+        for topology in dict.fromkeys(row["topology"] for row in rows)
+    ]
+    words = (
+        "Theorem 3.8 of Leviathan et al. at published acceptance rates alpha and draft lengths K, with the planned c "
+        "and the planned time of a call that scores K + 1 tokens, beside the speedup that was published."
+    )
+    return page("## Published speedups beside the plan", markdown(table(columns, list(cells.values()))), words)
+
+
 def _sources(row: Row) -> str:
     chip = row["chip"]
     latency = f"{1e6 * chip['hop_latency']:g} us a hop"
@@ -200,7 +225,7 @@ def _sources(row: Row) -> str:
         "A call takes the larger of its arithmetic and its memory traffic at peak rates, then its collectives. "
         "Sampling's arithmetic, kernels' overheads and what stays below the peaks are not in it.",
     )
-    return page("## Where the figures come from", bullets(figures))
+    return page(f"## Where the figures of {chip['name']} come from", bullets(figures))
 
 
 def _of_draft(row: Row) -> str:
@@ -222,12 +247,17 @@ def _of_draft(row: Row) -> str:
 
 def summary(title: str, rows: Sequence[Row]) -> str:
     """The text of `summary.md`."""
-    parts = [*map(_of_draft, rows), _compare(rows), _sources(rows[0])]
+    chips = {row["chip"]["name"]: row for row in rows}
+    parts = [*map(_of_draft, rows), _compare(rows), _published(rows), *map(_sources, chips.values())]
     return page(f"# Plan: {title}", "All times are predictions: nothing was run.", *(part.strip() for part in parts))
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Predicted time of a target call against the tokens that it scores, and of a token against K, for each draft."""
+    """Predicted time of a target call against the tokens that it scores, and of a token against K, for each draft.
+
+    Args:
+      rows: of one topology.
+    """
     figure, (left, right) = plots.panels(2, 4.5, 3.6)
     first = rows[0]
     times = first["target_ms_by_tokens"]

@@ -460,6 +460,37 @@ def test_several_drafts_stand_beside_each_other_and_what_does_not_fit_is_said(tm
     assert "--config.dtype=bfloat16" in output
 
 
+def test_published_speedups_stand_beside_those_of_the_plan_on_every_topology(tmp_path):
+    target, draft = _directory(tmp_path / "target"), _directory(tmp_path / "draft", NARROW)
+    values = {"topology": "v4:1x1x1,H100:1", "compile": False, "published": f'(("EnDe","{draft}",3,0.8,2.8),)'}
+    assert launch.main(_launch(tmp_path, target=target, draft=draft, **values)) == 0
+    rows = _rows(tmp_path)
+    assert [row["topology"] for row in rows] == ["v4:1x1x1", "H100:1"]
+    for row in rows:
+        (cell,) = row["published"]
+        assert (cell["task"], cell["alpha"], cell["measured_speedup"]) == ("EnDe", 0.8, 2.8)
+        assert cell["theorem_speedup"] == theory.walltime_factor(0.8, 3, row["cost_ratio"])
+        assert cell["predicted_speedup"] == pytest.approx(
+            theory.expected_tokens(0.8, 3)
+            * row["target_ms_by_tokens"][0]
+            / (row["target_ms_by_tokens"][3] + 3 * row["draft_ms"])
+        )
+    images = {path.name for path in (tmp_path / "run").glob("*.png")}
+    assert images == {"plan_v4_1x1x1.png", "plan_H100_1.png"}
+    assert "| EnDe | 3 | 0.80 | 2.8x |" in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_the_plan_of_t5_xxl_has_the_sizes_of_the_paper():
+    _, config = launch.parse(["launch", f"--config={ROOT / 'configs' / 'leviathan' / 'plan_xxl.py'}"])
+    assert config is not None
+    drafts = config.draft.split(",")
+    sizes = [families.num_params(presets.get(name)) / 1e6 for name in (config.target, *drafts)]
+    # 11B, and 77M, 250M and 800M (Leviathan et al. 2022, section 4.1).
+    assert sizes == pytest.approx([11135, 77, 248, 783], rel=0.01)
+    assert {draft for _, draft, *_ in config.published} == set(drafts)
+    assert len(config.published) == 12
+
+
 @pytest.mark.slow
 @needs_libtpu
 def test_tpus_are_planned_end_to_end(tmp_path):
@@ -505,6 +536,7 @@ def test_what_xla_finds_no_room_for_does_not_fit(tmp_path, capsys):
         ({"alpha": 2}, "config.alpha=2"),
         ({"draft_sharding": "half"}, "config.draft_sharding='half'"),
         ({"max_draft_tokens": 1}, "config.max_draft_tokens=1"),
+        ({"published": '(("EnDe","small",20,0.5,2.0),)'}, "config.published has K = 20"),
         ({"verify": "magic"}, "verify='magic'"),
     ],
 )
@@ -538,7 +570,7 @@ def test_without_libtpu_the_error_names_the_remedy(monkeypatch):
         aot.make_mesh(chips.parse("v5e:2x2"), 1)
 
 
-@pytest.mark.parametrize("path", ["configs/plan.py", "configs/chinchilla/plan_70b.py"])
+@pytest.mark.parametrize("path", ["configs/plan.py", "configs/chinchilla/plan_70b.py", "configs/leviathan/plan_xxl.py"])
 def test_configs_name_the_experiment(path):
     _, config = launch.parse(["launch", f"--config={ROOT / path}"])
     assert config is not None

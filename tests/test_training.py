@@ -400,7 +400,7 @@ def test_the_model_is_that_of_least_validation_loss(uninterrupted):
     assert model.tokenizer is not None
     assert model.tokenizer.vocab() == VOCABULARY
     valid = losses(uninterrupted, "valid_loss")
-    loss = fit.evaluate(make_run(), make_dataset(copies(9, 1)), model.params)
+    loss = fit.evaluate(make_run(), make_dataset(copies(9, 1)), model.params)["valid_loss"]
     assert loss == pytest.approx(min(valid.values()), rel=1e-5)
     out = specjax.generate(model, ["a b c"], drafter=specjax.drafters.none(), max_new_tokens=4)
     assert out.finish_reason[0] in ("stop", "length")
@@ -408,7 +408,7 @@ def test_the_model_is_that_of_least_validation_loss(uninterrupted):
 
 def test_a_worse_model_does_not_replace_a_better_one(tmp_path):
     run = make_run("decoder", SHORTER)
-    values, seen = iter([2.0, 1.0, 3.0, 1.0]), []
+    values, seen = iter([{"valid_loss": loss} for loss in (2.0, 1.0, 3.0, 1.0)]), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "evaluate", lambda run, data, params: seen.append(jax.device_get(params)) or next(values))
         fit.fit(run, tmp_path)

@@ -124,7 +124,8 @@ class Decoder(nnx.Module):
         """The residual stream after all layers, the cache's keys and values, and the stream before each layer."""
         keys, values, states = list(cache.keys), list(cache.values), {}
         for i, block in enumerate(self.layers):
-            states[i], view = x, views[windowed[i]]
+            states[i] = x = layers.residual(x)
+            view = views[windowed[i]]
             attends, feeds = i not in self.skips.attention, i not in self.skips.mlp
             if attends:
                 run = modules.traced_once(block, "__call__" if feeds else "attend")
@@ -189,7 +190,7 @@ class ScannedDecoder(Decoder):
             view = next(iter(views.values()))
             if len(views) == 2:
                 view = jax.tree.map(lambda yes, no: jnp.where(is_windowed, yes, no), views[True], views[False])
-            x, keys, values = carry
+            x, keys, values = layers.residual(carry[0]), *carry[1:]
             after = nnx.merge(definition, params)(x, view, keys, values, start, number)
             return after, x if is_tapped else None
 

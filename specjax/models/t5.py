@@ -299,7 +299,7 @@ class T5(nnx.Module):
                 positions = jnp.arange(size)
                 distance = (positions[:, None] - positions)[None]
                 bias = relative_bias(c, block.attention.bias[...], distance, bidirectional=True)
-            x, _, _ = modules.traced_once(block)(x, mask, bias, empty, empty, None)
+            x, _, _ = modules.traced_once(block)(layers.residual(x), mask, bias, empty, empty, None)
         return layers.rms_norm(x, self.encoder_norm[...], c.norm_eps)
 
     def hidden(
@@ -325,7 +325,7 @@ class T5(nnx.Module):
         x, bias, states = self.embed(tokens), None, {}
         keys, values = list(cache.keys), list(cache.values)
         for i, layer in enumerate(self.decoder):
-            states[i] = x
+            states[i] = x = layers.residual(x)
             if bias is None or c.bias_per_layer:
                 bias = relative_bias(c, layer.attention.bias[...], distance, bidirectional=False)
             source = sees, cache.source_keys[i], cache.source_values[i]

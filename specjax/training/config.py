@@ -8,7 +8,7 @@ SCHEDULES = ("cosine", "inverse_sqrt", "constant")
 OPTIMIZERS = ("adamw", "adafactor")
 
 _POSITIVE = ("num_steps", "batch_size", "num_microbatches", "eval_every", "save_every", "log_every", "keep")
-_NOT_NEGATIVE = ("learning_rate", "warmup_steps", "final_fraction", "weight_decay", "clip_norm", "z_loss", "seed")
+_NOT_NEGATIVE = ("learning_rate", "warmup_steps", "final_fraction", "weight_decay", "clip_norm", "z_loss", "seed", "patience")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,14 @@ class TrainConfig:
       clip_norm: the largest norm of the gradient; 0 does not clip.
       z_loss: weight of the squared log-normaliser in the loss, which keeps logits small (arXiv 2204.02311, section 5).
       dtype: that of the matrix products, "float32" or "bfloat16". Parameters and loss are float32 in both.
+      remat: whether the backward pass computes each layer again from what goes into it (arXiv 1604.06174), which takes
+        less memory and about a third more time.
       seed: determines the initial parameters and the order of the texts.
       eval_every: steps between two validations.
       save_every: steps between two checkpoints.
       log_every: steps between two reports.
       keep: how many checkpoints are kept.
+      patience: a run ends after this many validations in a row that are no better than the best; 0: never.
     """
 
     num_steps: int
@@ -51,11 +54,13 @@ class TrainConfig:
     clip_norm: float = 1.0
     z_loss: float = 0.0
     dtype: str = "float32"
+    remat: bool = False
     seed: int = 0
     eval_every: int = 500
     save_every: int = 500
     log_every: int = 10
     keep: int = 2
+    patience: int = 0
 
     def __post_init__(self):
         for name in _POSITIVE:
@@ -80,4 +85,5 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         if not isinstance(self.optimizer, str):
             values["optimizer"] = getattr(self.optimizer, "__qualname__", repr(self.optimizer))
-        return {name: value for name, value in values.items() if name not in ("save_every", "log_every", "keep")}
+        free = ("save_every", "log_every", "keep", "patience")
+        return {name: value for name, value in values.items() if name not in free}

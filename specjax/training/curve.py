@@ -2,12 +2,20 @@
 
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from specjax import files
 
 Line = dict[str, Any]
+
+Rank = Callable[[Line], float]
+"""Maps the line of a validation to a number that is least for the best."""
+
+
+def valid_loss(line: Line) -> float:
+    """The loss of held-out texts."""
+    return line["valid_loss"]
 
 
 _STEP = ("loss", "grad_norm", "learning_rate", "num_targets", "num_tokens", "seconds", "tokens_per_second")
@@ -33,20 +41,23 @@ class Curve:
     Attributes:
       path: the file.
       lines: in order of their steps. A step has `step`, `loss`, `grad_norm`, `learning_rate`, `num_targets`,
-        `num_tokens`, `seconds` and `tokens_per_second` (of the report it is in); a validation `step`, `valid_loss`.
+        `num_tokens`, `seconds` and `tokens_per_second` (of the report it is in); a validation `step`, `valid_loss`; and
+        both what else the objective measures.
+      rank: what validations are compared by.
     """
 
-    def __init__(self, path: str | pathlib.Path, step: int):
+    def __init__(self, path: str | pathlib.Path, step: int, rank: Rank = valid_loss):
         """Opens the file of a run that resumes after a step: lines of later steps are dropped, and written again.
 
         Args:
           path: the file; an empty one is made.
           step: how many steps the run has made.
+          rank: what validations are compared by.
 
         Raises:
           ValueError: where the file lacks steps before that one, or a line other than the last is broken.
         """
-        self.path = pathlib.Path(path)
+        self.path, self.rank = pathlib.Path(path), rank
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lines: list[Line] = [line for line in self._read() if line["step"] <= step]
         if [line["step"] for line in self.steps] != list(range(1, step + 1)):
@@ -92,5 +103,10 @@ class Curve:
 
     @property
     def best(self) -> Line | None:
-        """The validation with the least loss, the first of equal ones."""
-        return min(self.valid, key=lambda line: line["valid_loss"], default=None)
+        """The best validation, the first of equal ones."""
+        return min(self.valid, key=self.rank, default=None)
+
+    @property
+    def num_worse(self) -> int:
+        """How many validations in a row, the last ones, are no better than the best."""
+        return len(self.valid) - 1 - self.valid.index(self.best) if self.best is not None else 0

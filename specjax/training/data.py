@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from specjax import files
 from specjax.parallel import sharding
 from specjax.text.tokenizer import Tokenizer
-from specjax.types import Batch
+from specjax.types import Batch, Tree
 
 HUB = "hub:"
 """What the name of a hub data set begins with."""
@@ -143,6 +143,28 @@ def end_token(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_token_ids[0]
 
 
+def cut(
+    source: list[int], context: list[int], target: list[int], *, target_length: int, source_length: int
+) -> tuple[Example | None, bool]:
+    """A tokenised text that fits into a row, or None where no target is left; and whether it was cut.
+
+    Args:
+      source: what an encoder reads; a source that is too long keeps its last token, the end token.
+      context: what the decoder is given, one token at least.
+      target: what it learns.
+      target_length: T, the most tokens that a decoder reads.
+      source_length: S, the most that an encoder reads.
+    """
+    fits = source if len(source) <= source_length else [*source[: source_length - 1], source[-1]]
+    whole = [*context, *target]
+    kept = whole[: target_length + 1]
+    num_given = max(len(context) - 1, 0)
+    was_cut = len(fits) < len(source) or len(kept) < len(whole)
+    if num_given >= len(kept) - 1:
+        return None, was_cut
+    return Example(np.array(kept, np.int32), num_given, np.array(fits, np.int32)), was_cut
+
+
 def encode(
     texts: Sequence[Text],
     tokenizer: Tokenizer,
@@ -182,16 +204,12 @@ def encode(
             source, context = given, [start_token]
         else:
             context = given if text.input is not None else begin
-        # A source that is too long keeps its end token.
-        fits = source if len(source) <= source_length else [*source[: source_length - 1], source[-1]]
-        whole = [*context, *target, end]
-        cut = whole[: target_length + 1]
-        num_given = max(len(context) - 1, 0)
-        num_cut += len(fits) < len(source) or len(cut) < len(whole)
-        if num_given >= len(cut) - 1:
-            num_dropped += 1
-            continue
-        examples.append(Example(np.array(cut, np.int32), num_given, np.array(fits, np.int32)))
+        lengths = {"target_length": target_length, "source_length": source_length}
+        example, was_cut = cut(source, context, [*target, end], **lengths)
+        num_cut += was_cut
+        num_dropped += example is None
+        if example is not None:
+            examples.append(example)
     if not examples:
         raise ValueError(f"All {len(texts)} texts are too long or empty: raise target_length={target_length}.")
     return Encoded(examples, num_cut, num_dropped)
@@ -294,6 +312,11 @@ class Dataset:
         both: Any = (source, source_segments) if self.source_length else (None, None)
         arrays: Any = (*text.values(), weights, *both)
         return Batch(*arrays)
+
+    def at(self, step: int, params: Tree) -> "Dataset":
+        """The texts that a step reads (`fit.Source`): these."""
+        del step, params
+        return self
 
     def batch(self, step: int, batch_size: int, mesh: Mesh | None = None) -> Batch:
         """What a step of training reads.

@@ -1,5 +1,6 @@
 """The training loop: steps, reports, validation, checkpoints, and the resulting model."""
 
+import collections
 import contextlib
 import math
 import pathlib
@@ -7,9 +8,9 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -21,12 +22,12 @@ from specjax.models.config import ModelConfig
 from specjax.models.weights import checkpoint
 from specjax.parallel import sharding
 from specjax.text.tokenizer import Tokenizer
-from specjax.training import train
+from specjax.training import curve, train
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.config import TrainConfig
-from specjax.training.curve import Curve, Line
+from specjax.training.curve import Curve, Line, Rank
 from specjax.training.data import Dataset
-from specjax.training.train import Metrics, TrainState
+from specjax.training.train import Metrics, Objective, TrainState
 from specjax.types import Tree
 
 CHECKPOINTS, CURVE, MODEL = "checkpoints", "train.jsonl", "model"
@@ -36,6 +37,45 @@ FILES = (CHECKPOINTS, CURVE, MODEL)
 
 Report = Callable[[list[Line]], None]
 """Takes the new lines of the curve."""
+
+
+class Source(Protocol):
+    """The texts of a run: a `Dataset`, or texts that are made while it runs."""
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of the texts that are given."""
+        ...
+
+    @property
+    def target_length(self) -> int:
+        """T, the tokens of a row."""
+        ...
+
+    @property
+    def source_length(self) -> int:
+        """S, those of its source, or 0."""
+        ...
+
+    def at(self, step: int, params: Tree) -> Dataset:
+        """The texts that a step reads, given the parameters before it."""
+        ...
+
+
+class Task(NamedTuple):
+    """What a run minimises, and how its validations are compared.
+
+    Attributes:
+      objective: the loss.
+      frozen: parameters that the objective reads and that are not trained.
+      rank: least for the best validation.
+      identity: what determines the objective, as JSON values; a run resumes only if it is unchanged.
+    """
+
+    objective: Objective = train.cross_entropy
+    frozen: Tree = ()
+    rank: Rank = curve.valid_loss
+    identity: Mapping[str, Any] = {}
 
 
 class Run(NamedTuple):
@@ -48,14 +88,18 @@ class Run(NamedTuple):
       valid: held-out texts, or None.
       tokenizer: the vocabulary.
       mesh: where it is trained; None for the default device.
+      task: what is minimised; cross-entropy by default.
+      initial: the parameters to begin with; None for random ones.
     """
 
     model_config: ModelConfig
     config: TrainConfig
-    data: Dataset
+    data: Source
     valid: Dataset | None
     tokenizer: Tokenizer
     mesh: Mesh | None = None
+    task: Task = Task()
+    initial: Tree | None = None
 
 
 def check(run: Run) -> None:
@@ -95,6 +139,7 @@ def identity(run: Run) -> dict[str, Any]:
         "valid_checksum": None if run.valid is None else run.valid.checksum,
         "target_length": run.data.target_length,
         "source_length": run.data.source_length,
+        **run.task.identity,
     }
 
 
@@ -122,14 +167,17 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def evaluate(run: Run, data: Dataset, params: Tree) -> float:
-    """The mean loss of all targets, in nats."""
-    parts = [
-        train.eval_step(run.model_config, run.config.dtype, params, batch)
-        for batch in data.in_order(run.config.batch_size // run.config.num_microbatches, run.mesh)
-    ]
-    loss, weight = (float(sum(float(getattr(part, name)) for part in parts)) for name in ("loss", "weight"))
-    return loss / weight
+def evaluate(run: Run, data: Dataset, params: Tree) -> dict[str, float]:
+    """The mean loss of all targets, `valid_loss`, and the means of what else the objective measures."""
+    totals: dict[str, float] = collections.defaultdict(float)
+    for batch in data.in_order(run.config.batch_size // run.config.num_microbatches, run.mesh):
+        part = train.eval_step(
+            run.model_config, run.config.dtype, params, batch, run.task.frozen, objective=run.task.objective
+        )
+        for name, value in {"weight": part.weight, "valid_loss": part.loss, **part.measures}.items():
+            totals[name] += float(value)
+    weight = totals.pop("weight")
+    return {name: total / weight for name, total in totals.items()}
 
 
 def _lines(first: int, metrics: list[Metrics], seconds: float) -> list[Line]:
@@ -138,7 +186,8 @@ def _lines(first: int, metrics: list[Metrics], seconds: float) -> list[Line]:
     speed = sum(int(value.num_tokens) for value in values) / seconds
     lines = []
     for step, value in enumerate(values, start=first + 1):
-        numbers = {name: float(number) for name, number in value._asdict().items()}
+        fields = value._replace(measures={})._asdict() | value.measures
+        numbers = {name: float(number) for name, number in fields.items() if name != "measures"}
         if not math.isfinite(numbers["loss"]) or not math.isfinite(numbers["grad_norm"]):
             raise FloatingPointError(
                 f"Step {step} has loss {numbers['loss']} and gradient norm {numbers['grad_norm']}: lower "
@@ -162,9 +211,9 @@ class _Loop:
         state = self.checkpoints.restore(train.abstract_state(run.model_config, run.config, run.mesh))
         if state is None and (self.directory / CURVE).is_file():
             self._check_beginning()
-        self.curve = Curve(self.directory / CURVE, 0 if state is None else int(state.step))
+        self.curve = Curve(self.directory / CURVE, 0 if state is None else int(state.step), run.task.rank)
         self.report(self.curve.lines)
-        return train.init(run.model_config, run.config, run.mesh) if state is None else state
+        return train.init(run.model_config, run.config, run.mesh, params=run.initial) if state is None else state
 
     def _check_beginning(self) -> None:
         """Refuses to start over next to the curve of a run that had made a checkpoint."""
@@ -188,17 +237,30 @@ class _Loop:
         """Measures the validation loss, and keeps the best model so far."""
         if self.run.valid is None:
             return
-        self.add([{"step": step, "valid_loss": evaluate(self.run, self.run.valid, params)}])
+        self.add([{"step": step, **evaluate(self.run, self.run.valid, params)}])
         if self.curve.best is not None and self.curve.best["step"] == step:
             self.export(params)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the validations no longer improve."""
+        return 0 < self.run.config.patience <= self.curve.num_worse
+
+    def step(self, step: int, state: TrainState) -> tuple[TrainState, Metrics]:
+        run, config = self.run, self.run.config
+        batch = run.data.at(step - 1, state.params).batch(step - 1, config.batch_size, run.mesh)
+        task = run.task
+        return train.train_step(run.model_config, config, state, batch, task.frozen, objective=task.objective)
+
     def steps(self, state: TrainState, asked: Callable[[], bool]) -> TrainState:
-        run, config, first = self.run, self.run.config, int(state.step)
+        config, first = self.run.config, int(state.step)
         pending: list[Metrics] = []
         begin = time.perf_counter()
         for step in range(first + 1, config.num_steps + 1):
-            batch = run.data.batch(step - 1, config.batch_size, run.mesh)
-            state, metrics = train.train_step(run.model_config, config, state, batch)
+            if self.is_settled:
+                self.checkpoints.save(state)
+                break
+            state, metrics = self.step(step, state)
             pending.append(metrics)
             finished = step == config.num_steps
             stop = asked() and not finished

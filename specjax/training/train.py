@@ -6,6 +6,7 @@ Parameters and the optimiser's moments are float32 and split over the mesh by th
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from specjax.models import families
+from specjax.models import families, layers
 from specjax.models.config import ModelConfig
 from specjax.parallel import sharding
 from specjax.training import optimizers
@@ -40,25 +41,32 @@ class Sums(NamedTuple):
     """Sums over the targets of a batch.
 
     Attributes:
-      loss: the sum of weight times cross-entropy, in nats.
+      loss: the sum of weight times loss.
       square: the sum of weight times the squared log-normaliser.
       weight: the sum of the weights.
+      measures: by name, the sums of weight times whatever else is reported.
     """
 
     loss: Float[Array, ""]
     square: Float[Array, ""]
     weight: Float[Array, ""]
+    measures: dict[str, Float[Array, ""]]
+
+
+Objective = Callable[[Float[Array, "B T V"], Batch, Tree], Sums]
+"""What is minimised: `(logits, batch, frozen) -> Sums`, where `frozen` are parameters that are not trained."""
 
 
 class Metrics(NamedTuple):
     """The metrics of a step.
 
     Attributes:
-      loss: cross-entropy in nats per target, before the step.
+      loss: the mean loss of a target, before the step.
       grad_norm: the norm of the gradient, before it is clipped.
       learning_rate: the learning rate of the step.
       num_targets: the sum of the weights.
       num_tokens: the number of tokens that encoder and decoder read, padding excluded.
+      measures: the means of what else the objective measures.
     """
 
     loss: Float[Array, ""]
@@ -66,6 +74,7 @@ class Metrics(NamedTuple):
     learning_rate: Float[Array, ""]
     num_targets: Float[Array, ""]
     num_tokens: Int[Array, ""]
+    measures: dict[str, Float[Array, ""]]
 
 
 def _abstract_state(model_config: ModelConfig, config: TrainConfig) -> TrainState:
@@ -116,7 +125,11 @@ def abstract_state(
 
 
 def init(
-    model_config: ModelConfig, config: TrainConfig, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
+    model_config: ModelConfig,
+    config: TrainConfig,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.RULES,
+    params: Tree | None = None,
 ) -> TrainState:
     """The state that training begins from, each device's part made on that device.
 
@@ -125,47 +138,76 @@ def init(
       config: its seed determines the parameters.
       mesh: where the state goes; None for the default device.
       rules: logical to mesh axes.
+      params: the parameters to begin with; None for random ones.
 
     Raises:
       ValueError: as `abstract_state`.
     """
 
-    def make(key: jax.Array) -> TrainState:
-        params = families.init_params(model_config, key)
+    def make(key: jax.Array, given: Tree | None) -> TrainState:
+        params = families.init_params(model_config, key) if given is None else jax.tree.map(jnp.array, given)
         return TrainState(params, optimizers.optimizer(config).init(params), jnp.zeros((), jnp.int32))
 
     places = jax.tree.map(lambda x: x.sharding, abstract_state(model_config, config, mesh, rules))
-    return jax.jit(make, out_shardings=places)(jax.random.key(config.seed))
+    if params is not None:
+        params = jax.device_put(params, places.params)
+    return jax.jit(make, out_shardings=places)(jax.random.key(config.seed), params)
 
 
-def sums(model_config: ModelConfig, params: Tree, batch: Batch) -> Sums:
-    """The loss of a batch, added up in float32.
+def cross_entropy(logits: Float[Array, "B T V"], batch: Batch, frozen: Tree = ()) -> Sums:
+    """The objective of training on texts: cross-entropy in nats, added up in float32."""
+    del frozen
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    # Not a gather, which would collect logits that are split over the vocabulary.
+    is_target = jnp.arange(logits.shape[-1]) == batch.targets[:, :, None]
+    loss = normaliser - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    weight = batch.weights
+    return Sums(jnp.sum(weight * loss), jnp.sum(weight * normaliser**2), jnp.sum(weight), {})
+
+
+def sums(
+    model_config: ModelConfig,
+    params: Tree,
+    batch: Batch,
+    *,
+    objective: Objective = cross_entropy,
+    frozen: Tree = (),
+    remat: bool = False,
+) -> Sums:
+    """The loss of a batch.
 
     Args:
       model_config: the shape, with the parameters' dtype.
       params: the parameters.
       batch: the batch.
+      objective: what is minimised.
+      frozen: parameters that the objective reads and that are not trained.
+      remat: whether the gradient computes the layers again (`TrainConfig.remat`).
 
     Raises:
       ValueError: for a batch without a source, where the model is an encoder-decoder.
     """
     score = families.model(model_config).score
     assert score is not None  # Every family trains.
-    logits = score(params, batch)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    # Not a gather, which would collect logits that are split over the vocabulary.
-    is_target = jnp.arange(logits.shape[-1]) == batch.targets[:, :, None]
-    loss = normaliser - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    weight = batch.weights
-    return Sums(jnp.sum(weight * loss), jnp.sum(weight * normaliser**2), jnp.sum(weight))
+    if remat:
+        score = jax.checkpoint(score, policy=jax.checkpoint_policies.save_only_these_names(layers.RESIDUAL))
+    return objective(score(params, batch), batch, frozen)
 
 
-def _objective(
-    model_config: ModelConfig, config: TrainConfig, params: Tree, batch: Batch, total: Float[Array, ""]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """A microbatch's part of the objective, and of the loss; `total` is the weight of all microbatches."""
-    added = sums(*families.cast(model_config, params, config.dtype), batch)
-    return (added.loss + config.z_loss * added.square) / total, added.loss / total
+def _mean(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    objective: Objective,
+    params: Tree,
+    frozen: Tree,
+    batch: Batch,
+    total: Float[Array, ""],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """A microbatch's part of what is minimised, and of the loss and the measures; `total` is the weight of all."""
+    cast = families.cast(model_config, params, config.dtype)
+    added = sums(*cast, batch, objective=objective, frozen=frozen, remat=config.remat)
+    means = {name: value / total for name, value in {"loss": added.loss, **added.measures}.items()}
+    return (added.loss + config.z_loss * added.square) / total, means
 
 
 def _microbatches(batch: Batch, number: int) -> Batch:
@@ -173,9 +215,15 @@ def _microbatches(batch: Batch, number: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="objective", donate_argnums=2)
 def train_step(
-    model_config: ModelConfig, config: TrainConfig, state: TrainState, batch: Batch
+    model_config: ModelConfig,
+    config: TrainConfig,
+    state: TrainState,
+    batch: Batch,
+    frozen: Tree = (),
+    *,
+    objective: Objective = cross_entropy,
 ) -> tuple[TrainState, Metrics]:
     """One step of the optimiser on the mean loss of all targets of a batch.
 
@@ -184,34 +232,49 @@ def train_step(
       config: how to train.
       state: what the step starts from; it is donated.
       batch: `[batch_size, T]`.
+      frozen: parameters that the objective reads and that are not trained.
+      objective: what is minimised; equal ones compile once.
 
     Returns:
       The state after the step, and its metrics. Gradients of microbatches are added up with one normaliser, so that
       their number changes nothing but rounding.
     """
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    gradient = jax.value_and_grad(functools.partial(_objective, model_config, config), has_aux=True)
+    differentiate = jax.grad(functools.partial(_mean, model_config, config, objective), has_aux=True)
+
+    def gradient(part: Batch) -> tuple[Tree, dict[str, Float[Array, ""]]]:
+        return differentiate(state.params, frozen, part, total)
 
     def add(carry: Any, part: Batch) -> tuple[Any, None]:
-        (_, loss), grads = gradient(state.params, part, total)
-        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+        return jax.tree.map(jnp.add, carry, gradient(part)), None
 
     if config.num_microbatches == 1:
-        (_, loss), grads = gradient(state.params, batch, total)
+        grads, means = gradient(batch)
     else:
-        nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-        (loss, grads), _ = jax.lax.scan(add, nothing, _microbatches(batch, config.num_microbatches))
+        parts = _microbatches(batch, config.num_microbatches)
+        shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, means), _ = jax.lax.scan(add, nothing, parts)
     optimizer = optimizers.optimizer(config)
     updates, moments = optimizer.update(grads, state.optimizer, state.params)
     num_tokens = jnp.sum(batch.segments > 0)
     if batch.source_segments is not None:
         num_tokens += jnp.sum(batch.source_segments > 0)
     rate = jnp.asarray(optimizers.schedule(config)(state.step), jnp.float32)
-    metrics = Metrics(loss, optax.tree.norm(grads), rate, jnp.sum(batch.weights), num_tokens)
+    loss = means.pop("loss")
+    metrics = Metrics(loss, optax.tree.norm(grads), rate, jnp.sum(batch.weights), num_tokens, means)
     return TrainState(optax.apply_updates(state.params, updates), moments, state.step + 1), metrics
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def eval_step(model_config: ModelConfig, dtype: str, params: Tree, batch: Batch) -> Sums:
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="objective")
+def eval_step(
+    model_config: ModelConfig,
+    dtype: str,
+    params: Tree,
+    batch: Batch,
+    frozen: Tree = (),
+    *,
+    objective: Objective = cross_entropy,
+) -> Sums:
     """The loss of a batch, in the dtype that it is trained in."""
-    return sums(*families.cast(model_config, params, dtype), batch)
+    return sums(*families.cast(model_config, params, dtype), batch, objective=objective, frozen=frozen)

@@ -9,6 +9,7 @@ EXPERIMENTS = {
     "compare": "specjax.experiments.compare:run",
     "count": "specjax.experiments.count:run",
     "data": "specjax.experiments.data:run",
+    "distill": "specjax.experiments.distill:run",
     "leviathan": "specjax.experiments.leviathan:run",
     "methods": "specjax.experiments.methods:run",
     "plan": "specjax.experiments.plan:run",

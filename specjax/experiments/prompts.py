@@ -38,7 +38,8 @@ def name(task: str, id: str, number: int) -> str:
     return f"{task} {id}".strip() or f"prompt {number}"
 
 
-def _text(line: dict[str, Any]) -> str | None:
+def text_of(line: dict[str, Any]) -> str | None:
+    """The prompt of a line, or None where it has none."""
     for key in KEYS:
         if key in line:
             value = line[key]
@@ -58,7 +59,7 @@ def _label(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> str:
 
 
 def _parse(fields: Any, number: int, where: str) -> Prompt:
-    text = _text(fields) if isinstance(fields, dict) else None
+    text = text_of(fields) if isinstance(fields, dict) else None
     if text is None:
         raise ValueError(f"{where} has no prompt: give it a string under one of {', '.join(map(repr, KEYS))}.")
     if len(text) > MAX_PROMPT:

@@ -1,13 +1,11 @@
 """Trains a model on texts, and saves it as `specjax.load` and `configs/compare.py` read it."""
 
-import collections
 import dataclasses
 import itertools
 import os
 import pathlib
-import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from jax.sharding import Mesh
 
@@ -16,21 +14,19 @@ from specjax.experiments.reports import train as report
 from specjax.experiments.reports.display import View
 from specjax.experiments.settings import Config, at_least, given, parse
 from specjax.experiments.store import Store, clear
+from specjax.experiments.training_progress import Progress
 from specjax.models import families
 from specjax.models.config import ModelConfig, T5Config
 from specjax.parallel import sharding
 from specjax.text.tokenizer import SPIECE, Tokenizer
 from specjax.training import data, fit, sizes, vocabulary
 from specjax.training.config import TrainConfig
-from specjax.training.curve import Curve, Line
+from specjax.training.curve import Curve
 from specjax.training.data import Dataset, Text
 from specjax.training.fit import Run
 
 FILES = (*fit.FILES, SPIECE, "config.json", "summary.md", "loss.png")
 """The files of a run in its work directory."""
-
-_LINE_EVERY = 20.0
-"""Seconds between two lines of progress where there is no terminal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,48 +111,12 @@ def _prepare(chosen: Settings, workdir: pathlib.Path, view: View) -> Run:
     return Run(model_config, chosen.optimisation, training, valid, tokenizer, _mesh(chosen))
 
 
-class _Progress:
-    """A bar on a terminal, else a line now and then; a line for every validation."""
-
-    def __init__(self, view: View, run: Run, bar: Any):
-        self.view, self.run, self.bar = view, run, bar
-        self.losses: collections.deque[float] = collections.deque(maxlen=report.RECENT)
-        self.shown = time.monotonic()
-        self.is_first = True
-
-    def __call__(self, lines: list[Line]) -> None:
-        steps = [line for line in lines if "loss" in line]
-        self.losses.extend(line["loss"] for line in steps)
-        if steps:
-            self._step(steps[-1])
-        if self.is_first:
-            # The first lines are those of an earlier run.
-            self.is_first = False
-            if steps:
-                self.view.line(f"Going on after step {steps[-1]['step']} of {self.run.config.num_steps}.")
-            return
-        for line in lines:
-            if "valid_loss" in line:
-                loss = line["valid_loss"]
-                self.view.line(
-                    f"Step {line['step']}: validation loss {loss:.4f}, perplexity {report.perplexity(loss):.2f}."
-                )
-
-    def _step(self, line: Line) -> None:
-        loss = sum(self.losses) / len(self.losses)
-        status = f"loss {loss:.3f}, {line['tokens_per_second']:.0f} tokens/s"
-        self.bar.update(self.bar.task_ids[0], completed=line["step"], status=status)
-        now = time.monotonic()
-        if not self.view.console.is_terminal and not self.is_first and now - self.shown > _LINE_EVERY:
-            self.shown = now
-            left = (self.run.config.num_steps - line["step"]) * line["seconds"]
-            self.view.line(
-                f"Step {line['step']} of {self.run.config.num_steps}: {status}, {left / 60:.1f} minutes left"
-            )
-
-
 def _finish(chosen: Settings, run: Run, curve: Curve, store: Store, view: View) -> None:
-    shape = {"batch_size": run.config.batch_size, "data": len(run.data.rows), "logits": run.model_config.vocab_size}
+    shape = {
+        "batch_size": run.config.batch_size,
+        "data": len(run.data.at(0, ()).rows),
+        "logits": run.model_config.vocab_size,
+    }
     shape["parameters"] = families.num_params(run.model_config)
     found = report.facts(shape, curve.steps, curve.valid)
     for name, value in found:
@@ -186,6 +146,6 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     except KeyboardInterrupt:
         raise KeyboardInterrupt("no step was made") from None
     with view.progress(prepared.config.num_steps, what="step", remaining=True) as bar:
-        curve = fit.fit(prepared, store.directory, _Progress(view, prepared, bar))
+        curve = fit.fit(prepared, store.directory, Progress(view, prepared, bar))
     store.write_config()
     _finish(chosen, prepared, curve, store, view)

@@ -8,7 +8,16 @@ SCHEDULES = ("cosine", "inverse_sqrt", "constant")
 OPTIMIZERS = ("adamw", "adafactor")
 
 _POSITIVE = ("num_steps", "batch_size", "num_microbatches", "eval_every", "save_every", "log_every", "keep")
-_NOT_NEGATIVE = ("learning_rate", "warmup_steps", "final_fraction", "weight_decay", "clip_norm", "z_loss", "seed", "patience")
+_NOT_NEGATIVE = (
+    "learning_rate",
+    "warmup_steps",
+    "final_fraction",
+    "weight_decay",
+    "clip_norm",
+    "z_loss",
+    "seed",
+    "patience",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -278,7 +278,7 @@ class Dataset:
         """The share of padding in all rows."""
         return 1 - self.num_tokens / (len(self.rows) * (self.target_length + self.source_length))
 
-    @functools.cached_property
+    @property
     def checksum(self) -> int:
         """CRC-32 of all texts."""
         value = 0

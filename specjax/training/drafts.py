@@ -55,8 +55,10 @@ def _t5_layers(config: T5Config, stack: Tree, chosen: Sequence[int]) -> Tree:
     if config.bias_per_layer:
         return picked
     first, bias = picked[0], stack[0]["attention"]["bias"]
-    without = {i: layer | {"attention": {k: v for k, v in layer["attention"].items() if k != "bias"}}
-               for i, layer in picked.items()}
+    without = {
+        i: layer | {"attention": {k: v for k, v in layer["attention"].items() if k != "bias"}}
+        for i, layer in picked.items()
+    }
     return without | {0: first | {"attention": first["attention"] | {"bias": bias}}}
 
 

@@ -213,7 +213,12 @@ class _Loop:
             self._check_beginning()
         self.curve = Curve(self.directory / CURVE, 0 if state is None else int(state.step), run.task.rank)
         self.report(self.curve.lines)
-        return train.init(run.model_config, run.config, run.mesh, params=run.initial) if state is None else state
+        if state is not None:
+            return state
+        state = train.init(run.model_config, run.config, run.mesh, params=run.initial)
+        if run.initial is not None and not self.curve.valid:
+            self.look(0, state.params)
+        return state
 
     def _check_beginning(self) -> None:
         """Refuses to start over next to the curve of a run that had made a checkpoint."""

@@ -1,12 +1,11 @@
 """Texts that target and draft write themselves, for distillation (DistillSpec, arXiv 2310.08461, section 4).
 
-Prompts come from given texts. What follows a prompt is the given text, the target's continuation, or the draft's, which
-is written anew by the current draft every few steps (on-policy). All of it is decoded by `specjax.generate`, and kept in
-files, so that a run that resumes does not write it again.
+What follows a prompt is the given text, the target's continuation, or the draft's, which is written anew by the current
+draft every few steps (on-policy). All of it is decoded by `specjax.generate`, and kept in files, so that a run that
+resumes does not write it again.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 import zlib
@@ -224,7 +223,7 @@ class OwnTexts:
         """S, or 0."""
         return 0 if self.lengths.start_token is None else self.lengths.source_length
 
-    @functools.cached_property
+    @property
     def checksum(self) -> int:
         """CRC-32 of all prompts and given texts."""
         value = 0
@@ -272,7 +271,12 @@ class OwnTexts:
 
 
 def held_out(
-    prompts: Sequence[Prompt], target: Pretrained, writing: Writing, lengths: Lengths, path: pathlib.Path, report: Report
+    prompts: Sequence[Prompt],
+    target: Pretrained,
+    writing: Writing,
+    lengths: Lengths,
+    path: pathlib.Path,
+    report: Report,
 ) -> Dataset:
     """The target's own continuations of held-out prompts, on which the acceptance rate is measured."""
     checksum = 0

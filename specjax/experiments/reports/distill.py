@@ -1,0 +1,60 @@
+"""The report of a distillation: its facts, and the curves of its loss and acceptance rate."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from specjax.experiments.reports import plots
+from specjax.experiments.reports import train as report
+from specjax.experiments.reports.tables import page
+
+Line = dict[str, Any]
+"""A line of `train.jsonl`: of a step, or of a validation."""
+
+
+def described(line: Line) -> str:
+    """What a validation says."""
+    return f"alpha {line['alpha']:.4f}, greedy agreement {line['agreement']:.4f}, divergence {line['valid_loss']:.4f}"
+
+
+def facts(shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line]) -> list[tuple[str, str]]:
+    """The facts of a finished run, by name; `shape` as in `train.facts`, with the target's `target_parameters`."""
+    seconds, tokens = sum(line["seconds"] for line in steps), sum(line["num_tokens"] for line in steps)
+    recent = [line["loss"] for line in steps[-report.RECENT :]]
+    best = max(valid, key=lambda line: line["alpha"])
+    return [
+        ("draft parameters", f"{shape['parameters']}, of the target's {shape['target_parameters']}"),
+        ("steps", f"{len(steps)} of {shape['batch_size']} rows"),
+        ("tokens", f"{tokens:.0f}, of which {sum(line['num_targets'] for line in steps):.0f} targets"),
+        ("time", f"{seconds / 60:.1f} minutes of steps; {tokens / max(seconds, 1e-9):.0f} tokens/s"),
+        (f"divergence (last {len(recent)} steps)", f"{sum(recent) / max(len(recent), 1):.4f}"),
+        ("held out, before", described(valid[0])),
+        ("held out, last", described(valid[-1])),
+        ("held out, best", f"{described(best)}, at step {best['step']}, which `model/` holds"),
+    ]
+
+
+def summary(name: str, found: Sequence[tuple[str, str]]) -> str:
+    """The text of `summary.md`."""
+    lines = ["| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in found)]
+    note = (
+        "Alpha is the mean of the sum of min(p, q) over the tokens of the target's own continuations of held-out "
+        "prompts: the acceptance rate of rejection at this temperature. Greedy agreement is that at temperature 0, on "
+        "the same texts."
+    )
+    return page(f"# {name}", "\n".join(lines), note, "![Divergence and acceptance rate by step](distill.png)")
+
+
+def figure(steps: Sequence[Line], valid: Sequence[Line]) -> Figure:
+    """The loss by step, and the acceptance rate of training and held-out texts."""
+    figure, (left, right) = plots.panels(2, 5, 3.6)
+    at = [line["step"] for line in valid]
+    number = [line["step"] for line in steps]
+    left.plot(number, [line["loss"] for line in steps], color=plots.BLUE, linewidth=0.8, alpha=0.6, label="training")
+    left.plot(at, [line["valid_loss"] for line in valid], "o-", color=plots.ORANGE, markersize=3, label="held out")
+    right.plot(number, [line["alpha"] for line in steps], color=plots.BLUE, linewidth=0.8, alpha=0.6, label="training")
+    right.plot(at, [line["alpha"] for line in valid], "o-", color=plots.ORANGE, markersize=3, label="held out")
+    plots.finish(left, "Divergence", "step", "per token", legend=True)
+    plots.finish(right, "Acceptance rate", "step", "alpha", legend=True)
+    return figure

@@ -46,8 +46,8 @@ class Commit(Protocol):
 class Score(Protocol):
     """The logits of packed sequences to train on."""
 
-    def __call__(self, params: Any, batch: "Batch") -> Float[Array, "B T V"]:
-        """The logits `[B, T, V]`, computed without a cache."""
+    def __call__(self, params: Any, batch: "Batch", *, remat: bool = False) -> Float[Array, "B T V"]:
+        """The logits `[B, T, V]`, computed without a cache; with `remat`, gradients compute each layer again."""
         ...
 
 

@@ -37,6 +37,9 @@ class Decoder(nnx.Module):
     skips: Skips = NO_SKIPS
     """The sublayers that it leaves out (`types.Model.with_skips`)."""
 
+    remat: bool = False
+    """Whether gradients compute each layer again from its inputs, instead of keeping what is within it."""
+
     def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
         c = config
@@ -124,11 +127,10 @@ class Decoder(nnx.Module):
         """The residual stream after all layers, the cache's keys and values, and the stream before each layer."""
         keys, values, states = list(cache.keys), list(cache.values), {}
         for i, block in enumerate(self.layers):
-            states[i] = x = layers.residual(x)
-            view = views[windowed[i]]
+            states[i], view = x, views[windowed[i]]
             attends, feeds = i not in self.skips.attention, i not in self.skips.mlp
             if attends:
-                run = modules.traced_once(block, "__call__" if feeds else "attend")
+                run = modules.traced_once(block, "__call__" if feeds else "attend", remat=self.remat)
                 x, keys[i], values[i] = run(x, view, keys[i], values[i], start)
             elif feeds:
                 x = modules.traced_once(block, "feed_forward")(x)
@@ -190,13 +192,14 @@ class ScannedDecoder(Decoder):
             view = next(iter(views.values()))
             if len(views) == 2:
                 view = jax.tree.map(lambda yes, no: jnp.where(is_windowed, yes, no), views[True], views[False])
-            x, keys, values = layers.residual(carry[0]), *carry[1:]
+            x, keys, values = carry
             after = nnx.merge(definition, params)(x, view, keys, values, start, number)
             return after, x if is_tapped else None
 
         numbers = jnp.arange(self.config.num_layers)
         carry = x, cache.keys[0], cache.values[0]
-        (x, keys, values), before = jax.lax.scan(run_layer, carry, (params, numbers, jnp.asarray(windowed)))
+        run = jax.checkpoint(run_layer, prevent_cse=False) if self.remat else run_layer
+        (x, keys, values), before = jax.lax.scan(run, carry, (params, numbers, jnp.asarray(windowed)))
         return x, (keys,), (values,), {} if before is None else dict(enumerate(before))
 
 
@@ -266,8 +269,9 @@ def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = 
         hidden, features, cache = decoder.hidden(block, cache, cache.length)
         return ModelOutput(decoder.logits(hidden), features), cache
 
-    def score(params: Tree, batch: Batch) -> Float[Array, "B T V"]:
+    def score(params: Tree, batch: Batch, *, remat: bool = False) -> Float[Array, "B T V"]:
         decoder = bind(params)
+        decoder.remat = remat
         return decoder.logits(decoder.hidden(Block(batch.tokens), init_cache(*batch.tokens.shape), None, batch)[0])
 
     def with_taps(taps: tuple[int, ...]) -> Model:

@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
@@ -146,15 +145,6 @@ def known_skips(skips: Skips, num_layers: int) -> Skips:
 def same_segment(queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
     """Which tokens of packed rows are in the same segment; padding, segment 0, attends to padding."""
     return queries[:, :, None] == keys[:, None, :]
-
-
-RESIDUAL = "residual"
-"""The name of the residual stream before each layer, which rematerialisation keeps (`TrainConfig.remat`)."""
-
-
-def residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The residual stream, under its name."""
-    return checkpoint_name(x, RESIDUAL)
 
 
 class Attention(nnx.Module):

@@ -65,13 +65,15 @@ def merge(build: Build, config: Any, rules: sharding.Rules, params: Tree) -> Any
     return nnx.merge(_split(build, config, rules)[0], nnx.State(params))
 
 
-def traced_once(layer: nnx.Module, method: str = "__call__") -> Callable[..., Any]:
+def traced_once(layer: nnx.Module, method: str = "__call__", *, remat: bool = False) -> Callable[..., Any]:
     """A method of the layer, traced and lowered once for all layers of the same structure and shapes.
 
     Tracing is most of what a call waits for where its programs are in the compilation cache. XLA inlines the calls.
+    With `remat`, gradients compute it again from its inputs (arXiv 1604.06174).
     """
     definition, params = nnx.split(layer)
-    return functools.partial(_call, definition, method, params)
+    call = functools.partial(_call, definition, method)
+    return functools.partial(jax.checkpoint(call) if remat else call, params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -267,6 +267,9 @@ class T5(nnx.Module):
     skips: Skips = NO_SKIPS
     """The decoder's sublayers that it leaves out (`types.Model.with_skips`)."""
 
+    remat: bool = False
+    """Whether gradients compute each layer again from its inputs, instead of keeping what is within it."""
+
     def __init__(self, config: T5Config, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
         c = config
@@ -299,7 +302,7 @@ class T5(nnx.Module):
                 positions = jnp.arange(size)
                 distance = (positions[:, None] - positions)[None]
                 bias = relative_bias(c, block.attention.bias[...], distance, bidirectional=True)
-            x, _, _ = modules.traced_once(block)(layers.residual(x), mask, bias, empty, empty, None)
+            x, _, _ = modules.traced_once(block, remat=self.remat)(x, mask, bias, empty, empty, None)
         return layers.rms_norm(x, self.encoder_norm[...], c.norm_eps)
 
     def hidden(
@@ -325,13 +328,13 @@ class T5(nnx.Module):
         x, bias, states = self.embed(tokens), None, {}
         keys, values = list(cache.keys), list(cache.values)
         for i, layer in enumerate(self.decoder):
-            states[i] = x = layers.residual(x)
+            states[i] = x
             if bias is None or c.bias_per_layer:
                 bias = relative_bias(c, layer.attention.bias[...], distance, bidirectional=False)
             source = sees, cache.source_keys[i], cache.source_values[i]
             attends, feeds = i not in self.skips.attention, i not in self.skips.mlp
             if attends:
-                run = modules.traced_once(layer, "__call__" if feeds else "attend")
+                run = modules.traced_once(layer, "__call__" if feeds else "attend", remat=self.remat)
                 x, keys[i], values[i] = run(x, mask, bias, keys[i], values[i], start, source)
             elif feeds:
                 x = modules.traced_once(layer, "feed_forward")(x)
@@ -396,10 +399,11 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), s
         hidden, features, cache = t5.hidden(block, cache, cache.length)
         return ModelOutput(t5.logits(hidden), features), cache
 
-    def score(params: Tree, batch: Batch) -> Float[Array, "B T V"]:
+    def score(params: Tree, batch: Batch, *, remat: bool = False) -> Float[Array, "B T V"]:
         if batch.source is None or batch.source_segments is None:
             raise ValueError("An encoder-decoder trains on batches with a source, and this one's is None.")
         t5 = module(params)
+        t5.remat = remat
         encoded = t5.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments))
         cache = t5.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), init_cache(*batch.tokens.shape))
         return t5.logits(t5.hidden(Block(batch.tokens), cache, None, batch)[0])

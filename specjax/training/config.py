@@ -39,8 +39,8 @@ class TrainConfig:
       clip_norm: the largest norm of the gradient; 0 does not clip.
       z_loss: weight of the squared log-normaliser in the loss, which keeps logits small (arXiv 2204.02311, section 5).
       dtype: that of the matrix products, "float32" or "bfloat16". Parameters and loss are float32 in both.
-      remat: whether the backward pass computes each layer again from what goes into it (arXiv 1604.06174), which takes
-        less memory and about a third more time.
+      remat: whether the backward pass computes each layer again from what goes into it (arXiv 1604.06174): less memory
+        on accelerators, and about a third more work. XLA:CPU orders the work so that little memory is saved.
       seed: determines the initial parameters and the order of the texts.
       eval_every: steps between two validations.
       save_every: steps between two checkpoints.

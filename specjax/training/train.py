@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from specjax.models import families, layers
+from specjax.models import families
 from specjax.models.config import ModelConfig
 from specjax.parallel import sharding
 from specjax.training import optimizers
@@ -189,9 +189,7 @@ def sums(
     """
     score = families.model(model_config).score
     assert score is not None  # Every family trains.
-    if remat:
-        score = jax.checkpoint(score, policy=jax.checkpoint_policies.save_only_these_names(layers.RESIDUAL))
-    return objective(score(params, batch), batch, frozen)
+    return objective(score(params, batch, remat=remat), batch, frozen)
 
 
 def _mean(

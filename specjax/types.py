@@ -127,8 +127,8 @@ class Model(NamedTuple):
       vocab_size: V, the width of the logits (which may be padded beyond the tokenizer's vocabulary).
       max_len: the longest sequence that the model supports, in tokens.
       start_token: the token that the sequences of an encoder-decoder begin with; None for other models.
-      score: `(params, batch, remat=False) -> logits [B, T, V]` of a training `Batch`, whose gradients compute each layer
-        again with `remat`; None for a model that cannot be trained.
+      score: `(params, batch, remat=False) -> logits [B, T, V]` of a training `Batch`; with `remat`, gradients compute
+        each layer again. None for a model that cannot be trained.
       with_taps: `(taps) -> Model`, the same model, whose outputs have the hidden states of these indices as `features`:
         0 is the embedding, i the residual stream after layer i, and the number of layers (or -1) the last one, after
         the final norm. None for a model without layers.

@@ -5,13 +5,16 @@ import functools
 import json
 import pathlib
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import usual
+from helpers import usual, virtual_devices
+from jax.sharding import Mesh
 from test_training import MODELS, SHORT, copies, losses, make_tokenizer, start_token, write_texts
 
 import specjax
@@ -93,8 +96,8 @@ def test_unknown_divergences_are_refused():
 # The objective
 
 
-def make_target(kind: str = "decoder", num_layers: int = 2) -> Pretrained:
-    config = dataclasses.replace(MODELS[kind], num_layers=num_layers)
+def make_target(kind: str = "decoder", num_layers: int = 2, **changes: int) -> Pretrained:
+    config: Any = dataclasses.replace(MODELS[kind], num_layers=num_layers, **changes)
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, families.init_params(config, jax.random.key(7)))
     return Pretrained(families.model(config), params, make_tokenizer(), config)
 
@@ -220,8 +223,10 @@ def test_layers_that_do_not_exist_are_refused():
 # Texts
 
 
-def make_texts(tmp_path: pathlib.Path, shares: Shares, kind: str = "decoder", **changes) -> OwnTexts:
-    target = make_target(kind)
+def make_texts(
+    tmp_path: pathlib.Path, shares: Shares, kind: str = "decoder", target: Pretrained | None = None, **changes
+) -> OwnTexts:
+    target = target or make_target(kind)
     config, params = drafts.from_layers(target.config, target.params, (0,))
     draft = Pretrained(families.model(config), params, target.tokenizer, config)
     options = {"every": 4, "num_texts": 8} | changes
@@ -298,14 +303,22 @@ def test_written_texts_are_not_written_again(tmp_path, monkeypatch):
 # Runs
 
 
-def make_run(directory: pathlib.Path, kind: str = "decoder", shares: Shares = MIXED, **changes):
-    texts = make_texts(directory, shares, kind)
+def make_run(
+    directory: pathlib.Path,
+    kind: str = "decoder",
+    shares: Shares = MIXED,
+    target: Pretrained | None = None,
+    divergence: str = "forward_kl",
+    mesh: Mesh | None = None,
+    **changes,
+) -> fit.Run:
+    texts = make_texts(directory, shares, kind, target)
     target, draft = texts.target, texts.draft
-    objective = distill.Distillation(target.config, divergences.named(changes.pop("divergence", "forward_kl")))
+    objective = distill.Distillation(target.config, divergences.named(divergence))
     config = dataclasses.replace(OPTIMISATION, **changes)
     task = fit.Task(objective, target.params, distill.by_alpha, {"distill": shares._asdict()})
     valid = make_valid(target, directory, kind)
-    return fit.Run(draft.config, config, texts, valid, make_tokenizer(), None, task, draft.params)
+    return fit.Run(draft.config, config, texts, valid, make_tokenizer(), mesh, task, draft.params)
 
 
 class Crash(Exception):
@@ -480,3 +493,22 @@ def test_errors_are_one_line(changes, words, given_files, tmp_path, capsys):
     assert error.count("\n") == 1
     for word in words:
         assert word in error
+
+
+# Meshes
+
+
+@pytest.mark.slow
+def test_a_mesh_distils_what_one_device_distils():
+    program = str(ROOT / "tests" / "distill_mesh_program.py")
+    done = subprocess.run(
+        [sys.executable, program], env=virtual_devices(8), capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report["devices"] == 8
+    assert report["head"] == [[32, 128], [32, 32]]
+    for name in ("loss", "alpha", "valid_loss"):
+        one, mesh = ([line[name] for line in report[side] if name in line] for side in ("one", "mesh"))
+        assert len(one) == len(mesh) > 2
+        np.testing.assert_allclose(mesh, one, rtol=1e-3)

@@ -49,6 +49,9 @@ def get_config() -> ConfigDict:
     config.model.num_encoder_layers = 0  # Encoder-decoder: layers of the encoder.
     config.model.num_kv_heads = 0  # Decoder-only: key/value heads; num_heads has to be a multiple.
 
+    # A head over the n most frequent tokens of the training text, which the draft alone proposes; 0: over all tokens.
+    config.draft_vocab_size = 0
+
     # forward_kl, reverse_kl, jsd, jsd:BETA, total_variation (one minus the acceptance rate), nla (minus its logarithm).
     config.divergence = "forward_kl"
     config.temperature = 1.0  # That of both distributions, and of the texts that models write.

@@ -23,7 +23,7 @@ from specjax.api.pretrained import Pretrained
 from specjax.models import families
 from specjax.training import data, distill, divergences, drafts, fit, own_text, train
 from specjax.training.own_text import Lengths, OwnTexts, Prompt, Shares, Writing
-from specjax.types import Batch
+from specjax.types import Batch, Skips
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "distill.py")
@@ -160,7 +160,7 @@ def test_rematerialisation_changes_nothing_but_memory(kind):
     batch = Batch(tokens, tokens, one, one * jnp.arange(128), jnp.ones(one.shape), *source)
     params = families.init_params(config, jax.random.key(0))
     # XLA:CPU takes the least memory only where it is told to; accelerators do anyway.
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    options: Any = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
     def program(remat):
         def loss(params):
@@ -170,7 +170,8 @@ def test_rematerialisation_changes_nothing_but_memory(kind):
 
     plain, again = program(False), program(True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain(params), again(params))
-    sizes = [compiled.memory_analysis().temp_size_in_bytes for compiled in (plain, again)]
+    analyses: Any = [compiled.memory_analysis() for compiled in (plain, again)]
+    sizes = [analysis.temp_size_in_bytes for analysis in analyses]
     if kind == "decoder":
         assert sizes[1] < 0.6 * sizes[0], sizes
 
@@ -192,16 +193,16 @@ def test_a_draft_of_all_layers_is_the_target(kind):
     without = dict.fromkeys(("attention", "mlp"), (0,))
     model = target.model.with_skips
     assert model is not None
-    skipping = model(specjax.types.Skips(**without)).score
+    skipping = model(Skips(**without)).score
     assert skipping is not None
     both = jax.jit(score)(params, batch), jax.jit(skipping)(target.params, batch)
     np.testing.assert_allclose(both[0], both[1], rtol=1e-5, atol=1e-5)
 
 
 def test_layers_keep_their_windows():
-    config = dataclasses.replace(MODELS["decoder"], num_layers=4, sliding_window=8, global_layers=(1, 3))
+    config: Any = dataclasses.replace(MODELS["decoder"], num_layers=4, sliding_window=8, global_layers=(1, 3))
     params = families.init_params(config, jax.random.key(0))
-    draft, _ = drafts.from_layers(config, params, (0, 3))
+    draft: Any = drafts.from_layers(config, params, (0, 3))[0]
     assert (draft.num_layers, draft.global_layers) == (2, (1,))
 
 
@@ -220,6 +221,46 @@ def test_layers_that_do_not_exist_are_refused():
     assert drafts.with_changes(target.config, {"num_layers": 1, "hidden_size": 0}).num_layers == 1
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_reduced_head_is_the_head_without_the_other_tokens(kind, tmp_path):
+    target, batch = make_target(kind, tie_embeddings=kind == "decoder"), first_batch(kind)
+    tokens = [1, 3, 5, 11]
+    config, params = drafts.with_head(target.config, target.params, tokens)
+    assert jax.tree.structure(params) == jax.tree.structure(families.abstract_params(config))
+    specjax.save(Pretrained(families.model(config), params, target.tokenizer, config), tmp_path)
+    draft = specjax.load(tmp_path)
+    assert draft.config == config
+    assert draft.config.head_tokens == tuple(tokens)
+    whole, reduced = (families.model(c).score for c in (target.config, draft.config))
+    assert whole is not None
+    assert reduced is not None
+    logits, probs = jax.jit(whole)(target.params, batch), jax.nn.softmax(jax.jit(reduced)(draft.params, batch))
+    others = [token for token in range(16) if token not in tokens]
+    assert not np.asarray(probs)[..., others].any()
+    kept = jax.nn.softmax(logits[..., jnp.asarray(tokens)])
+    np.testing.assert_allclose(probs[..., jnp.asarray(tokens)], kept, rtol=1e-4)
+    # The text stays the target's, and tokens that the draft lacks are in it.
+    options: Any = {"max_new_tokens": 12, "temperature": [0.0, 1.0, 9.0], "verify": "coupled"}
+    drafter = specjax.drafters.model(draft, num_draft_tokens=3)
+    ours = specjax.generate(target, ["a b c", "d e", "f"], drafter=drafter, **options)
+    assert ours.tokens == specjax.generate(target, ["a b c", "d e", "f"], **options).tokens
+    marked = [pair for row in zip(ours.tokens, ours.from_draft, strict=True) for pair in zip(*row, strict=True)]
+    assert {token for token, accepted in marked if accepted} <= set(tokens)
+    assert any(accepted for _, accepted in marked)
+    assert {token for token, _ in marked} - set(tokens)
+
+
+def test_the_most_frequent_tokens_are_counted():
+    assert drafts.most_frequent([[3, 3, 5], [5, 3, 7]], 3, [1], 16) == [1, 3, 5]
+    assert drafts.most_frequent([[3, 3, 5], [5, 3, 7]], 6, [1], 16) == [0, 1, 2, 3, 5, 7]
+    config = MODELS["decoder"]
+    for tokens in ((3, 1), (1, 1), (15, 16), (-1, 3)):
+        with pytest.raises(ValueError, match="head_tokens has 2 entries"):
+            dataclasses.replace(config, head_tokens=tokens)
+    with pytest.raises(ValueError, match="tie_embeddings=True"):
+        dataclasses.replace(config, head_tokens=(1, 2), tie_embeddings=True)
+
+
 # Texts
 
 
@@ -229,7 +270,7 @@ def make_texts(
     target = target or make_target(kind)
     config, params = drafts.from_layers(target.config, target.params, (0,))
     draft = Pretrained(families.model(config), params, target.tokenizer, config)
-    options = {"every": 4, "num_texts": 8} | changes
+    options: Any = {"every": 4, "num_texts": 8} | changes
     return OwnTexts(
         make_prompts(12, kind), shares, target, draft, WRITING, LENGTHS[kind], tmp_path / "written", **options
     )
@@ -450,13 +491,14 @@ def command(workdir: pathlib.Path, **values) -> list[str]:
 
 @pytest.mark.slow
 def test_launched(given_files, tmp_path, capsys):
-    values = {"mix__fixed": 1, "mix__target": 1, "mix__draft": 2}
+    values = {"mix__fixed": 1, "mix__target": 1, "mix__draft": 2, "draft_vocab_size": 9}
     assert launch.main(command(tmp_path, **given_files, **values)) == 0, capsys.readouterr().err
     output = capsys.readouterr().out
     assert "Step 0: alpha 0." in output
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"checkpoints", "config.json", "distill.png", "model", "summary.md", "train.jsonl", "written"}
     assert "| held out, before | alpha 0." in (tmp_path / "summary.md").read_text()
+    assert len(specjax.load(tmp_path / "model").config.head_tokens) == 9
     before = losses(tmp_path)
     assert launch.main(command(tmp_path, **given_files, **values)) == 0
     output = capsys.readouterr().out
@@ -483,6 +525,7 @@ def test_launched(given_files, tmp_path, capsys):
         ({"init_layers": "(0, 5)"}, ["config.init_layers=(0, 5)", "0 to 1"]),
         ({"draft": "nowhere", "init_layers": "(0,)"}, ["config.draft='nowhere'", "leave init and init_layers out"]),
         ({"num_valid": 30}, ["has 30 lines", "config.num_valid=30"]),
+        ({"draft_vocab_size": 17}, ["config.draft_vocab_size=17", "16 tokens"]),
         ({"optimizer": "sgd"}, ["config.optimizer='sgd'"]),
     ],
 )

@@ -27,7 +27,6 @@ from specjax.training.config import TrainConfig
 from specjax.training.curve import Curve
 from specjax.training.fit import Run, Task
 from specjax.training.own_text import Lengths, OwnTexts, Shares, Writing
-from specjax.types import Tree
 
 WRITTEN = "written"
 """The directory of the texts that models wrote."""
@@ -54,6 +53,7 @@ class Settings:
     init_layers: tuple[int, ...]
     init_encoder_layers: tuple[int, ...]
     model: dict[str, int]
+    draft_vocab_size: Annotated[int, at_least(0)]
     divergence: str
     temperature: Annotated[float, POSITIVE]
     mix: dict[str, float]
@@ -103,12 +103,12 @@ def _mesh(chosen: Settings) -> Mesh | None:
     return sharding.make_mesh(data=chosen.mesh_data, model=chosen.mesh_model)
 
 
-def _draft(chosen: Settings, target: Pretrained, mesh: Mesh | None) -> tuple[Pretrained, Tree | None]:
-    """The draft as it begins, and its parameters; None: random ones."""
+def _draft(chosen: Settings, target: Pretrained, mesh: Mesh | None) -> Pretrained:
+    """The draft as it begins; parameters of None are random ones."""
     if chosen.draft:
         draft = pretrained.load(chosen.draft, mesh=mesh)
         request.check_vocabularies(target, draft)
-        return draft._replace(tokenizer=target.tokenizer), draft.params
+        return draft._replace(tokenizer=target.tokenizer)
     params = None
     try:
         if chosen.init == "random":
@@ -118,7 +118,18 @@ def _draft(chosen: Settings, target: Pretrained, mesh: Mesh | None) -> tuple[Pre
             config, params = drafts.from_layers(target.config, target.params, layers, chosen.init_encoder_layers)
     except ValueError as error:
         raise ValueError(f"config.{error}") from error
-    return Pretrained(families.model(config), params, target.tokenizer, config), params
+    return Pretrained(families.model(config), params, target.tokenizer, config)
+
+
+def _reduced(chosen: Settings, draft: Pretrained, texts: OwnTexts) -> Pretrained:
+    """The draft with a head over the most frequent tokens of the texts, and those that end a text."""
+    size, config, tokenizer = chosen.draft_vocab_size, draft.config, draft.tokenizer
+    assert tokenizer is not None
+    if config.head_tokens or size > config.vocab_size:
+        raise ValueError(f"config.draft_vocab_size={size}: the head has {config.head_size} tokens already; leave it 0.")
+    tokens = drafts.most_frequent(texts.to_count(), size, tokenizer.eos_token_ids, config.vocab_size)
+    config, params = drafts.with_head(config, draft.params, tokens)
+    return Pretrained(families.model(config), params, tokenizer, config)
 
 
 def _lines(chosen: Settings) -> tuple[list[Line], list[Line]]:
@@ -170,7 +181,8 @@ def _prompts(chosen: Settings, target: Pretrained, lengths: Lengths, lines: Sequ
 
 def _identity(chosen: Settings, target: Pretrained) -> dict[str, Any]:
     """What determines the objective and the texts, besides what `fit.identity` has."""
-    names = ("target", "draft", "init", "init_layers", "init_encoder_layers", "divergence", "temperature", "mix")
+    names = ("target", "draft", "init", "init_layers", "init_encoder_layers", "draft_vocab_size")
+    names += ("divergence", "temperature", "mix")
     names += ("max_new_tokens", "write_batch_size", "regenerate_every", "texts_per_round")
     values = {name: getattr(chosen, name) for name in names}
     return {"distill": values, "target_model": checkpoint.config_to_json(target.config)}
@@ -182,7 +194,7 @@ def _prepare(chosen: Settings, workdir: pathlib.Path, view: View) -> _Prepared:
         lines, held_out = _lines(chosen)
     with view.status(f"Loading {chosen.target}{pretrained.download_note(chosen.target)}"):
         target = pretrained.load(chosen.target, dtype=chosen.target_dtype, mesh=mesh)
-        draft, initial = _draft(chosen, target, mesh)
+        draft = _draft(chosen, target, mesh)
     if target.tokenizer is None:
         raise ValueError(f"{chosen.target} has no tokenizer, which turns the prompts into tokens: give one that has.")
     lengths = Lengths(chosen.target_length, chosen.source_length, target.model.start_token)
@@ -202,10 +214,12 @@ def _prepare(chosen: Settings, workdir: pathlib.Path, view: View) -> _Prepared:
         chosen.texts_per_round,
         _Written(view),
     )
+    if chosen.draft_vocab_size:
+        draft = texts.draft = _reduced(chosen, draft, texts)
     valid = own_text.held_out(asked, target, writing, lengths, workdir / WRITTEN / "held_out.jsonl", _Written(view))
     objective = distill.Distillation(target.config, divergences.named(chosen.divergence), chosen.temperature)
     task = Task(objective, target.params, distill.by_alpha, _identity(chosen, target))
-    run = Run(draft.config, chosen.optimisation, texts, valid, target.tokenizer, mesh, task, initial)
+    run = Run(draft.config, chosen.optimisation, texts, valid, target.tokenizer, mesh, task, draft.params)
     return _Prepared(run, target)
 
 

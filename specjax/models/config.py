@@ -1,6 +1,7 @@
 """The shapes of models, apart from their weights."""
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Sequence
@@ -86,6 +87,20 @@ def _check_fields(config: Any) -> None:
             check_size(name, value, low=0)
 
 
+def _check_head(config: Any) -> None:
+    """Checks the tokens of a reduced head."""
+    tokens = config.head_tokens
+    if not tokens:
+        return
+    if any(a >= b for a, b in itertools.pairwise(tokens)) or tokens[0] < 0 or tokens[-1] >= config.vocab_size:
+        raise ValueError(
+            f"head_tokens has {len(tokens)} entries from {tokens[0]} to {tokens[-1]}: ids below "
+            f"vocab_size={config.vocab_size}, in ascending order, each once."
+        )
+    if config.tie_embeddings:
+        raise ValueError("tie_embeddings=True: a head of some tokens is no table of all embeddings; set it False.")
+
+
 def _one_of(config: object, **choices: Sequence[str]) -> None:
     for name, known in choices.items():
         if (value := getattr(config, name)) not in known:
@@ -136,6 +151,8 @@ class DecoderConfig:
         angles as in the other layers.
       int8: whether matrices are stored in eight bits, with a scale for each output, and multiplied as integers on CPUs
         (`families.quantise`); everything else stays in `dtype`. Not for training.
+      head_tokens: the tokens that the head computes logits of, in ascending order; all others are never written (see
+        `layers.all_logits`). Empty for all tokens. For drafts, whose head may be most of their cost.
       scan_layers: whether one layer's program is compiled and run for every layer, on stacked parameters
         (`families.stack_layers`); else every layer is compiled. The text is the same; compilation takes less time, a
         step takes more (docs/results/layers.md).
@@ -174,12 +191,14 @@ class DecoderConfig:
     global_layers: tuple[int, ...] = ()
     local_rope_theta: float | None = None
     int8: bool = False
+    head_tokens: tuple[int, ...] = ()
     scan_layers: bool = False
 
     start_token: ClassVar[None] = None
 
     def __post_init__(self):
         _check_fields(self)
+        _check_head(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
@@ -201,6 +220,11 @@ class DecoderConfig:
             raise ValueError(f"global_layers={self.global_layers}: the {self.num_layers} layers are counted from 0.")
 
     @property
+    def head_size(self) -> int:
+        """How many logits the head computes."""
+        return len(self.head_tokens) or self.vocab_size
+
+    @property
     def rotated(self) -> int:
         """How many dimensions of a head are rotated."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
@@ -215,8 +239,8 @@ class T5Config:
     """An encoder-decoder of the T5 family: T5 (arXiv 1910.10683), T5 v1.1, Flan-T5, mT5 and umT5.
 
     `bias_per_layer` gives every layer its own relative position bias (umT5), where T5's layers share the first's.
-    `scale_outputs` divides the decoder's last hidden state by the root of the width before the head (T5 v1.0). `dtype`
-    and `int8` are as in `DecoderConfig`.
+    `scale_outputs` divides the decoder's last hidden state by the root of the width before the head (T5 v1.0). `dtype`,
+    `int8` and `head_tokens` are as in `DecoderConfig`.
     """
 
     vocab_size: int
@@ -237,17 +261,24 @@ class T5Config:
     start_token: int = 0
     dtype: str = "float32"
     int8: bool = False
+    head_tokens: tuple[int, ...] = ()
 
     scan_layers: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_fields(self)
+        _check_head(self)
         _one_of(self, dtype=DTYPES, activation=ACTIVATIONS)
         if self.num_buckets < 4 or self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
             raise ValueError(
                 f"num_buckets={self.num_buckets} and max_distance={self.max_distance}: the buckets are halved twice, "
                 "and the greatest distance has to be larger than those that have a bucket of their own."
             )
+
+    @property
+    def head_size(self) -> int:
+        """How many logits the head computes."""
+        return len(self.head_tokens) or self.vocab_size
 
 
 ModelConfig = DecoderConfig | T5Config

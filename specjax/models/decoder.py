@@ -52,10 +52,10 @@ class Decoder(nnx.Module):
         blocks = [layers.Layer(c, rules, rngs) for _ in range(c.num_layers)]
         self.layers: Any = _stack(blocks) if c.scan_layers else nnx.List(blocks)
         layers.declare_norm(self, "norm", c, rngs)
-        head = (c.hidden_size, c.vocab_size)
+        head = (c.hidden_size, c.head_size)
         self.head = linear.Matrix(rngs, head, ("embed", "vocab"), c.dtype, int8=c.int8)
         if c.head_bias:
-            self.head_bias = modules.parameter(rngs, (c.vocab_size,), ("vocab",), c.dtype)
+            self.head_bias = modules.parameter(rngs, (c.head_size,), ("vocab",), c.dtype)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up the embeddings of tokens, and learned positions.
@@ -167,6 +167,7 @@ class Decoder(nnx.Module):
         if self.config.head_bias:
             logits = logits + self.head_bias[...].astype(jnp.float32)
         logits = attention.softcap(logits, self.config.logit_softcap)
+        logits = layers.all_logits(logits, self.config.head_tokens, self.config.vocab_size)
         return sharding.constrain(logits, ("batch", "tokens", "vocab"), self.rules)
 
 

@@ -4,9 +4,11 @@ Every parameter names its logical axes next to its shape; matrices are `linear.M
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -60,6 +62,29 @@ def normalize(module: nnx.Module, name: str, config: DecoderConfig, x: Float[Arr
     # LayerNorm: arXiv 1607.06450.
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     return rms_norm(centred, weight, config.norm_eps) + getattr(module, f"{name}_bias")[...].astype(jnp.float32)
+
+
+NEVER = -1e9
+"""The logit of a token that a reduced head lacks: its probability is 0, unless options forbid all others."""
+
+
+def all_logits(logits: Float[Array, "B T N"], tokens: Sequence[int], vocab_size: int) -> Float[Array, "B T V"]:
+    """The logits of all tokens, from those of some of them.
+
+    So the distribution is one over the whole vocabulary, and rejection judges what was drawn from it as ever: with a
+    reduced vocabulary (Zhao et al. 2025, arXiv 2502.14856) a draft proposes fewer tokens, and the text stays exact.
+
+    Args:
+      logits: those of a reduced head.
+      tokens: its tokens, ascending; empty for all.
+      vocab_size: V.
+    """
+    if not tokens:
+        return logits
+    # Read from a row that ends in NEVER, and not written to the places of the tokens: scatters are slow.
+    place = np.full(vocab_size, len(tokens))
+    place[np.asarray(tokens)] = np.arange(len(tokens))
+    return jnp.take(jnp.pad(logits, ((0, 0), (0, 0), (0, 1)), constant_values=NEVER), place, axis=-1)
 
 
 def rope_frequencies(config: DecoderConfig, *, windowed: bool = False) -> Float[Array, " half"]:

@@ -285,7 +285,7 @@ class T5(nnx.Module):
         self.encoder, self.encoder_norm = stack(c.num_encoder_layers, False), _norm(c, rngs)
         self.decoder, self.norm = stack(c.num_layers, True), _norm(c, rngs)
         init = _normal(1.0 if c.tie_embeddings and c.scale_outputs else c.hidden_size**-0.5)
-        head, axes = (c.hidden_size, c.vocab_size), ("embed", "vocab")
+        head, axes = (c.hidden_size, c.head_size), ("embed", "vocab")
         self.head = Matrix(rngs, head, axes, c.dtype, int8=c.int8, init=init)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -353,7 +353,8 @@ class T5(nnx.Module):
         """The head, in float32."""
         if self.config.scale_outputs:
             hidden = hidden * self.config.hidden_size**-0.5
-        return sharding.constrain(self.head(hidden), ("batch", "tokens", "vocab"), self.rules)
+        logits = layers.all_logits(self.head(hidden), self.config.head_tokens, self.config.vocab_size)
+        return sharding.constrain(logits, ("batch", "tokens", "vocab"), self.rules)
 
 
 @functools.cache

@@ -21,8 +21,12 @@ _LEAST = 1e-9
 """Added to the acceptance rate before its logarithm."""
 
 
+_NEVER = -1e6
+"""Below this a token is never written: a reduced head gives a finite logit to the tokens that it lacks."""
+
+
 def _floored(log_p: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    return jnp.where(jnp.isneginf(log_p), FLOOR, log_p)
+    return jnp.where(log_p < _NEVER, FLOOR, log_p)
 
 
 def forward_kl(log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:

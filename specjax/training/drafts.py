@@ -1,10 +1,10 @@
 """Drafts made of their target: its vocabulary, and some of its layers or new ones."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specjax.models import families
@@ -99,12 +99,31 @@ def from_layers(
     return config, params | sides
 
 
-def check(config: ModelConfig, params: Tree) -> None:
-    """Makes sure that parameters are the tree of a shape.
+def with_head(config: ModelConfig, params: Tree | None, tokens: Sequence[int]) -> tuple[ModelConfig, Tree | None]:
+    """The same draft with a head over some tokens (`DecoderConfig.head_tokens`); it still reads all of them.
 
-    Raises:
-      ValueError: where they are not.
+    Args:
+      config: the shape of a draft with a whole head, float32.
+      params: its parameters, or None.
+      tokens: the ids that it may propose.
     """
-    shapes = (jax.tree.map(lambda x: x.shape, tree) for tree in (families.abstract_params(config), params))
-    if next(shapes) != next(shapes):
-        raise ValueError("The draft's parameters are not the tree of its configuration.")
+    tokens = tuple(sorted({int(token) for token in tokens}))
+    reduced = dataclasses.replace(config, head_tokens=tokens, tie_embeddings=False)
+    if params is None:
+        return reduced, None
+    chosen = jnp.asarray(tokens)
+    parts = {"head": {"values": params["head"]["values"][:, chosen]}}
+    if config.tie_embeddings:
+        parts["embedding"] = params["head"]["values"].T
+    if "head_bias" in params:
+        parts["head_bias"] = params["head_bias"][chosen]
+    return reduced, params | parts
+
+
+def most_frequent(texts: Iterable[Sequence[int]], number: int, always: Sequence[int], vocab_size: int) -> list[int]:
+    """The most frequent tokens of some texts, with those that are `always` among them, filled up with the first ids."""
+    counts = np.zeros(vocab_size, np.int64)
+    for text in texts:
+        counts += np.bincount(np.asarray(text, np.int64), minlength=vocab_size)
+    counts[np.asarray(always, np.int64)] = np.iinfo(np.int64).max
+    return np.sort(np.argsort(-counts, kind="stable")[:number]).tolist()

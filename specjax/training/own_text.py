@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -252,9 +252,8 @@ class OwnTexts:
         by_draft, by_target, fixed = order[:from_draft], order[from_draft:from_target], order[from_target:]
         examples = [self.prompts[n].given for n in fixed]
         if by_target:
-            texts = Texts(self.directory / "target.jsonl", self._settings())
-            texts.fill(by_target, self.prompts, self.target, self.writing, self.report)
-            examples += [example(self.prompts[n], texts.by_number[n], self.lengths) for n in by_target]
+            tokens = self.of_target(by_target)
+            examples += [example(self.prompts[n], tokens[n], self.lengths) for n in by_target]
         if by_draft:
             texts = Texts(self.directory / f"draft-{number:05}.jsonl", self._settings())
             if texts.missing(by_draft) and not begins:
@@ -265,6 +264,21 @@ class OwnTexts:
             texts.fill(by_draft, self.prompts, self.draft._replace(params=params), self.writing, self.report)
             examples += [example(self.prompts[n], texts.by_number[n], self.lengths) for n in by_draft]
         return packed(examples, self.lengths, self.writing.seed)
+
+    def of_target(self, numbers: Sequence[int]) -> Mapping[int, list[int]]:
+        """The target's continuations of some prompts, by their numbers; others may be there too."""
+        texts = Texts(self.directory / "target.jsonl", self._settings())
+        texts.fill(numbers, self.prompts, self.target, self.writing, self.report)
+        return texts.by_number
+
+    def to_count(self) -> Iterator[Sequence[int]]:
+        """The tokens that a reduced vocabulary is counted from: of prompts, given texts, and the target's text."""
+        for prompt in self.prompts:
+            yield prompt.tokens
+            if prompt.given is not None:
+                yield prompt.given.text.tolist()
+        if self.shares.target:
+            yield from self.of_target(range(len(self.prompts))).values()
 
     def _settings(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self.writing), "prompts_checksum": self.checksum}

@@ -57,8 +57,9 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     if scaling := values.get("rope_scaling"):
         entries = dict(scaling)
         values["rope_scaling"] = _SCALINGS[entries.pop("type")](**entries)
-    if "global_layers" in values:  # JSON has no tuples
-        values["global_layers"] = tuple(values["global_layers"])
+    for name in ("global_layers", "head_tokens"):
+        if name in values:  # JSON has no tuples
+            values[name] = tuple(values[name])
     return families.FAMILIES[family].config(**values)
 
 

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from specjax.api import pretrained, request
@@ -189,6 +190,8 @@ def _identity(chosen: Settings, target: Pretrained) -> dict[str, Any]:
 
 
 def _prepare(chosen: Settings, workdir: pathlib.Path, view: View) -> _Prepared:
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes: a draft is distilled by one, on all devices of its host.")
     mesh = _mesh(chosen)
     with view.status(f"Reading {chosen.data}"):
         lines, held_out = _lines(chosen)

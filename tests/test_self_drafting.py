@@ -20,11 +20,11 @@ from specjax.decoding import verify
 from specjax.drafters import contract, pool
 from specjax.drafters.lookahead import guesses_of
 from specjax.models import families
-from specjax.models.config import T5Config
+from specjax.models.config import DecoderConfig, T5Config
 from specjax.planning import hlo
 from specjax.sampling import tree
 from specjax.state import DecodeState
-from specjax.types import Block, Drafter, Inputs, Params, Probes, Topology
+from specjax.types import Block, Draft, Drafter, Inputs, Params, Probes, Topology
 
 JACOBI, LOOKAHEAD, MASKS = (
     importlib.import_module(f"specjax.drafters.{name}") for name in ("jacobi", "lookahead", "mask_tokens")
@@ -33,6 +33,21 @@ V = 7
 TARGET, PARAMS = testing.tiny_decoder(3, vocab_size=V, num_layers=1)
 WINDOW, NGRAM, GUESSES = 3, 4, 2
 K, MASK = 2, V - 1
+
+MODELS: dict[str, Any] = {
+    "learned": DecoderConfig(V, 16, 32, 1, 2, 1, 8, max_position=64, positions="learned", scale_embeddings=True),
+    "rotary": DecoderConfig(V, 16, 32, 1, 2, 1, 8, max_position=64, tie_embeddings=True),
+    "t5": T5Config(V, 16, 8, 32, 1, 1, 2),
+}
+
+
+def embedding_of(params: Any, token: Any) -> Any:
+    """The row of a token in the embedding table, which the head of a tied model is."""
+    if "embedding" in params:
+        return params["embedding"][token]
+    table = params["head"]["values"]
+    return table[token] if table.shape[0] == V else table[:, token]
+
 
 DRAFTERS = {
     "jacobi": drafters.jacobi(num_draft_tokens=4),
@@ -146,10 +161,10 @@ def test_text_of_an_encoder_decoder_is_that_of_plain_decoding(name: str):
 
 
 def steps_of(
-    drafter: Drafter, state: DecodeState, target: Any, params: Any, rule: verify.Rule = verify.greedy
+    drafter: Drafter, state: DecodeState, target: Any, params: Any, rule: verify.Rule = verify.greedy, own: Any = None
 ) -> Iterator[tuple[DecodeState, DecodeState]]:
     """The states before and after each step, until one of the rows has no room for a whole draft."""
-    both = Params(params, None)
+    both = Params(params, own)
     step = jax.jit(lambda state: decoding.decode_step(target, drafter, rule, both, state, fixed_shape=True))
     while True:
         after = step(state)
@@ -358,12 +373,12 @@ def test_the_paper_catches_a_window_that_sees_whole_rows(monkeypatch: pytest.Mon
         follows_the_paper(LOOKAHEAD.lookahead.__wrapped__(**sizes))
 
 
-def drafts_behind_the_text(drafter: Drafter) -> None:
+def drafts_behind_the_text(drafter: Drafter, own: Any = None, masks: Sequence[int] = (MASK,) * K) -> None:
     """After each step, draft j is the target's token behind the text without its last token, then j + 1 masks."""
     checked = 0
-    for _, new in steps_of(drafter, greedy_start(drafter), TARGET, PARAMS):
+    for _, new in steps_of(drafter, greedy_start(drafter), TARGET, PARAMS, own=own):
         for row, text in enumerate(texts(new)):
-            wanted = greedy_tokens([text[:-1] + [MASK] * (j + 1) for j in range(K)])
+            wanted = greedy_tokens([text[:-1] + list(masks[: j + 1]) for j in range(K)])
             assert new.rows.drafter[row].tolist() == wanted, "the draft is not what the target says behind the masks"
             checked += 1
     assert checked > 10
@@ -371,6 +386,52 @@ def drafts_behind_the_text(drafter: Drafter) -> None:
 
 def test_mask_tokens_draft_what_the_target_says_behind_them():
     drafts_behind_the_text(DRAFTERS["mask_tokens"])
+
+
+def rows_of_the_table(tokens: Sequence[int]) -> np.ndarray:
+    """What the target reads for these tokens: embeddings whose drafts are known."""
+    return np.asarray(jax.vmap(lambda token: embedding_of(PARAMS, token))(jnp.asarray(tokens)))
+
+
+def given(tokens: Sequence[int]) -> Draft:
+    draft = drafters.mask_tokens(embeddings=rows_of_the_table(tokens))
+    assert isinstance(draft, Draft)
+    return draft
+
+
+def test_embeddings_are_read_as_the_tokens_whose_they_are():
+    draft = given((MASK, 1))
+    drafts_behind_the_text(draft.drafter, draft.params, masks=(MASK, 1))
+
+
+@pytest.mark.slow
+def test_prefills_catch_embeddings_of_another_place(catches: Any):
+    draft = given((1, MASK))
+    with catches("the masks read each other's embeddings", "prefills", "the draft is not"):
+        drafts_behind_the_text(draft.drafter, draft.params, masks=(MASK, 1))
+
+
+@pytest.mark.parametrize(
+    "name", ["learned", pytest.param("rotary", marks=pytest.mark.slow), pytest.param("t5", marks=pytest.mark.slow)]
+)
+def test_a_model_reads_embeddings_in_the_place_of_tokens(name: str):
+    """In the embedding table's place: positions are added, and scaled embeddings are scaled."""
+    config = MODELS[name]
+    model, params = families.model(config), families.init_params(config, jax.random.key(1))
+    tokens = jnp.asarray([[3, 1, 4, 2], [5, 2, 0, 1]])
+    rows = jax.vmap(jax.vmap(lambda token: embedding_of(params, token)))(tokens[:, 2:])
+    source = (tokens, jnp.asarray([4, 3])) if model.start_token is not None else (None, None)
+
+    @jax.jit
+    def read(block: Block) -> Any:
+        _, cache = model.prefill(params, Inputs(tokens, jnp.asarray([4, 2]), *source), model.init_cache(2, 16, 4))
+        return model.apply(params, block, cache)[0].logits
+
+    wanted, replaced = read(Block(tokens)), tokens.at[:, 2:].set(6)
+    np.testing.assert_allclose(read(Block(replaced, embeddings=rows)), wanted, atol=1e-5)
+    assert np.abs(np.asarray(read(Block(replaced)) - wanted)).max() > 1e-3
+    with pytest.raises(ValueError, match="Embeddings of width 5, but this model's have 16"):
+        jax.eval_shape(read, Block(tokens, embeddings=jnp.zeros((2, 2, 5))))
 
 
 @pytest.mark.slow
@@ -442,7 +503,10 @@ def test_a_single_guess_is_a_chain():
         (lambda: drafters.lookahead(ngram=2), "ngram=2 is out of range"),
         (lambda: drafters.lookahead(window=500), "would read 1520 tokens"),
         (lambda: drafters.mask_tokens(mask_token=-1), "mask_token=-1 is out of range"),
-        (lambda: drafters.mask_tokens(mask_token=(1, 2)), "names 2 tokens"),
+        (lambda: drafters.mask_tokens(mask_token=(1, 2), num_draft_tokens=3), "names 2 tokens"),
+        (lambda: drafters.mask_tokens(), "Give either mask_token="),
+        (lambda: drafters.mask_tokens(embeddings=np.zeros(4)), r"embeddings of shape \[4\]: give \[K, E\]"),
+        (lambda: drafters.mask_tokens(embeddings=np.zeros((2, 4)), num_draft_tokens=3), "embeddings names 2"),
         (lambda: drafters.mask_tokens(mask_token=0, num_draft_tokens=40), "from 1 to 31"),
     ],
 )

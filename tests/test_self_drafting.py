@@ -232,6 +232,64 @@ def test_convergence_catches_jacobi(bug: str, monkeypatch: pytest.MonkeyPatch, c
         converges(JACOBI.jacobi.__wrapped__(num_draft_tokens=4))
 
 
+def iterate(guess: list[int], text: list[int]) -> list[int]:
+    """One parallel call: the target's token at each position of a block, by the guess before it."""
+    return greedy_tokens([text + guess[:i] for i in range(len(guess))])
+
+
+def parallel_gauss_seidel_jacobi(prompt: list[int], block: int, length: int, stop: int | None) -> tuple[list[int], int]:
+    """PGJ of Santilli et al. 2023, and the number of its calls; with a stop token, the parallel part of HGJ.
+
+    A block has converged when a call changes nothing.
+    """
+    text, calls, guess = list(prompt), 0, greedy_tokens([prompt]) * block
+    while len(text) < len(prompt) + length:
+        while True:
+            after, calls = iterate(guess, text), calls + 1
+            if guess == after:
+                break
+            guess = after
+        text += guess
+        if stop in guess:
+            end = text.index(stop, len(prompt)) + 1
+            return text[: min(end, len(prompt) + length)], calls
+        guess = guess[-1:] * block
+    return text[: len(prompt) + length], calls
+
+
+def needs_no_more_calls(drafter: Drafter) -> None:
+    """Against PGJ (rows that never stop) and HGJ (rows with a stop token), whose calls read as many tokens."""
+    prompts, stops = random_prompts(6, V, seed=1), [None, None, None, 2, 1, 6]
+    state = decoding.prefill(
+        TARGET,
+        drafter,
+        Params(PARAMS, None),
+        right_pad(prompts, 16),
+        max_new_tokens=20,
+        stop_tokens=[[] if stop is None else [stop] for stop in stops],
+        step_cost=0.0,
+        max_len=BUFFER,
+    )
+    state = run(Pair(TARGET, PARAMS, drafter), verify.greedy, state)
+    block = drafter.num_draft_tokens + 1
+    published = [parallel_gauss_seidel_jacobi(p, block, 20, stop) for p, stop in zip(prompts, stops, strict=True)]
+    assert texts(state) == [text for text, _ in published]
+    for calls, (_, of_blocks) in zip(state.rows.stats.target_calls, published, strict=True):
+        assert calls <= of_blocks, f"more calls than with blocks: {calls}, not {of_blocks}"
+
+
+def test_a_moving_window_needs_no_more_calls_than_blocks_that_converge_one_by_one():
+    needs_no_more_calls(DRAFTERS["jacobi"])
+
+
+@pytest.mark.slow
+def test_the_calls_of_blocks_catch_a_guess_that_is_not_the_outputs(catches: Any):
+    jacobi = DRAFTERS["jacobi"]
+    drafter = jacobi._replace(update=lambda *arguments: (jacobi.update(*arguments) + 1) % V)
+    with catches("Jacobi guesses other tokens than the outputs", "calls of PGJ", "more calls than with blocks"):
+        needs_no_more_calls(drafter)
+
+
 # What the others draft, by the target's prefill of whole texts.
 
 

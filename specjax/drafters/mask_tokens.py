@@ -7,7 +7,7 @@ token carries its own, so that one call both verifies a draft and makes the next
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +39,16 @@ def _masks(tokens: tuple[int, ...]) -> _Masks:
     sees_masks = (behind == behind[:, None]) & (place <= place[:, None])
     depth = (behind + place + 1).astype(np.int32)
     return _Masks(np.tile(np.asarray(tokens, np.int32), k + 1), depth, np.concatenate([sees_text, sees_masks], axis=1))
+
+
+@overload
+def mask_tokens(
+    *, mask_token: int | Sequence[int] | None = None, num_draft_tokens: int | None = None, embeddings: None = None
+) -> Drafter: ...
+
+
+@overload
+def mask_tokens(*, num_draft_tokens: int | None = None, embeddings: Array | np.ndarray) -> Draft: ...
 
 
 def mask_tokens(
@@ -94,14 +104,14 @@ def parse(
         params = {"embeddings": jnp.asarray(embeddings)}
         if params["embeddings"].ndim != 2:
             raise ValueError(f"embeddings of shape {list(params['embeddings'].shape)}: give [K, E].")
-        mask_token, name = (0,) * len(embeddings), "embeddings"
-    else:
-        name = f"mask_token={mask_token}"
+    name = f"mask_token={mask_token}" if embeddings is None else "embeddings"
+    given = (0,) * params["embeddings"].shape[0] if params else mask_token
+    assert given is not None  # As checked above.
     number = num_draft_tokens
     if number is None:
-        number = len(mask_token) if isinstance(mask_token, Sequence) else 3
+        number = len(given) if isinstance(given, Sequence) else 3
     check_num_draft_tokens(number)
-    tokens = tuple(mask_token) if isinstance(mask_token, Sequence) else (mask_token,) * number
+    tokens = tuple(given) if isinstance(given, Sequence) else (given,) * number
     for token in tokens:
         check_size("mask_token", token, 0)
     if len(tokens) != number:
@@ -131,7 +141,8 @@ def _drafter(tokens: tuple[int, ...]) -> Drafter:
     ) -> tuple[Proposal, Int[Array, "B K"], Any]:
         rows = state.shape[0]
         probes = Probes(
-            *(jnp.broadcast_to(x, (rows, *x.shape)) for x in masks), given_embeddings(params, rows, repeats=k + 1)
+            *(jnp.broadcast_to(x, (rows, *x.shape)) for x in masks),
+            embeddings=given_embeddings(params, rows, repeats=k + 1),
         )
         return Proposal(state, jnp.minimum(context.max_draft, k), None, probes=probes), state, cache
 

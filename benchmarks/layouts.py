@@ -78,7 +78,10 @@ def compiled(config: DecoderConfig, layout: Layout, mesh: Mesh, rows: int, size:
 def row(name: str, heads: int, rows: int, size: int, topology: chips.Topology, mesh: Mesh) -> list[str]:
     """A layout's row of the table."""
     layout = LAYOUTS[name]
-    config = dataclasses.replace(presets.get(_TARGET.value), num_kv_heads=heads, max_position=max(size, 8192))
+    shape = presets.get(_TARGET.value)
+    if not isinstance(shape, DecoderConfig):
+        raise app.UsageError(f"--target={_TARGET.value} is not a decoder-only model.")
+    config = dataclasses.replace(shape, num_kv_heads=heads, max_position=max(size, 8192))
     if layout.repeat:
         config = decoder.repeat_kv_heads(config, mesh, layout.params)
     two, three = (compiled(dataclasses.replace(config, num_layers=n), layout, mesh, rows, size) for n in (2, 3))

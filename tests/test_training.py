@@ -241,7 +241,9 @@ def test_the_loss_is_weighted_cross_entropy_and_its_gradient_does_not_see_paddin
 def _after(config: TrainConfig, steps: int = 3, kind: str = "decoder") -> tuple[train.TrainState, list[float]]:
     state, run, found = train.init(MODELS[kind], config), make_run(kind), []
     for step in range(steps):
-        state, metrics = train.train_step(MODELS[kind], config, state, run.data.batch(step, config.batch_size))
+        state, metrics = train.train_step(
+            MODELS[kind], config, state, run.data.at(step, state.params).batch(step, config.batch_size)
+        )
         found.append(float(metrics.loss))
     return state, found
 
@@ -332,7 +334,9 @@ def test_copying_is_learnt(kind):
     state, run = train.init(MODELS[kind], config), make_run(kind, data=make_dataset(copies(400), kind))
     found = []
     for step in range(150):
-        state, metrics = train.train_step(MODELS[kind], config, state, run.data.batch(step, config.batch_size))
+        state, metrics = train.train_step(
+            MODELS[kind], config, state, run.data.at(step, state.params).batch(step, config.batch_size)
+        )
         found.append(metrics.loss)
     found = np.asarray(jax.device_get(found))
     assert found[:3].mean() > 2.2

@@ -2,6 +2,7 @@
 
 from specjax.drafters import children, topologies
 from specjax.drafters.aggressive import aggressive
+from specjax.drafters.feature_head import feature_head, load_feature_head, save_feature_head
 from specjax.drafters.jacobi import jacobi
 from specjax.drafters.lookahead import lookahead
 from specjax.drafters.mask_tokens import mask_tokens
@@ -23,9 +24,11 @@ __all__ = [
     "children",
     "count_ngrams",
     "early_exit",
+    "feature_head",
     "index_corpus",
     "jacobi",
     "load_datastore",
+    "load_feature_head",
     "load_table",
     "lookahead",
     "mask_tokens",
@@ -35,6 +38,7 @@ __all__ = [
     "none",
     "retrieval",
     "save_datastore",
+    "save_feature_head",
     "save_table",
     "skip",
     "suffix",

@@ -167,6 +167,7 @@ def check(drafter: Any) -> Draft:
             "retrieval": "drafters.load_datastore(...)",
             "merged": "[drafters.ngram(), ...]",
             "mask_tokens": "mask_token=...",
+            "feature_head": "drafters.load_feature_head(...), target",
             "skip": "specjax.load(...), attention=(...)",
             "early_exit": "specjax.load(...), layer",
         }

@@ -112,14 +112,14 @@ def _tokenizer(path: pathlib.Path, expected: str | None, tokenizer: Tokenizer | 
 
 
 def read(
-    path: str | pathlib.Path, kind: str, names: Sequence[str], tokenizer: Tokenizer | None = None
+    path: str | pathlib.Path, kind: str, names: Sequence[str] | None, tokenizer: Tokenizer | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], Tokenizer | None]:
     """Reads what `write` wrote.
 
     Args:
       path: the directory, or the file in it.
       kind: the kind that it has to be.
-      names: the arrays that it has to hold.
+      names: the arrays that it has to hold; None: those that its metadata name.
       tokenizer: the tokenizer that the ids must have; by default the one in the directory.
 
     Returns:
@@ -150,6 +150,7 @@ def read(
         raise ValueError(f"{path} is of format {version}, this specjax reads {FORMAT}: use a matching release.")
     if found != kind:
         raise ValueError(f"{path} holds a draft of kind {found!r}, not {kind!r}: use the loader of its kind.")
+    names = list(crcs) if names is None else names
     damaged = [n for n in names if n not in arrays or zlib.crc32(arrays[n].tobytes()) != crcs.get(n)]
     if damaged:
         raise ValueError(f"{path} is damaged: array {damaged[0]!r} is not what was written. Copy or make it again.")

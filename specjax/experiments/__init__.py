@@ -10,6 +10,7 @@ EXPERIMENTS = {
     "count": "specjax.experiments.count:run",
     "data": "specjax.experiments.data:run",
     "distill": "specjax.experiments.distill:run",
+    "head": "specjax.experiments.head:run",
     "leviathan": "specjax.experiments.leviathan:run",
     "methods": "specjax.experiments.methods:run",
     "plan": "specjax.experiments.plan:run",

@@ -1,5 +1,6 @@
 """The drafters that flags name: what each needs, and how it is made."""
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -129,6 +130,12 @@ def _merged(chosen: Any, target: Pretrained, load: Load) -> OfK:
     return lambda k: drafters.merged([drafters.model(draft, num_draft_tokens=k), lookup(k)])
 
 
+def _feature_head(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    head = drafters.load_feature_head(chosen.draft)
+    make = functools.partial(drafters.feature_head, head, target, min_confidence=chosen.min_confidence)
+    return _shaped(chosen, make)
+
+
 def _table(chosen: Any, target: Pretrained, load: Load) -> OfK:
     table = drafters.load_table(chosen.draft)
     return _shaped(chosen, lambda **shape: drafters.table(table, **shape))
@@ -191,6 +198,7 @@ DRAFTERS = {
         runs_model=True,
         trees="topology",
     ),
+    "feature_head": Entry(_feature_head, draft="NAME or PATH", runs_model=True, trees="topology", least=1),
     "early_exit": Entry(_early_exit, runs_model=True, trees="topology"),
 }
 """By the name that flags give them."""

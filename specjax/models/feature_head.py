@@ -1,0 +1,119 @@
+"""A head over the target's hidden states, which predicts the token after the next.
+
+EAGLE (Li et al. 2024, arXiv 2401.15077) with the fused features of EAGLE-3 (Li et al. 2025, arXiv 2503.01840). At the
+token of position i, the head sees the target's hidden states at position i - 1, from several layers, and the embedding
+of the token itself, which the target has written but not read yet. One transformer layer of its own attends to these
+pairs, and gives an estimate of the target's last hidden state at position i. The target's own output matrix, cut to the
+rows of frequent tokens, makes logits of it. Further tokens are drafted with the estimate in the place of the hidden
+states.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from specjax.models import decoder, layers, linear, modules
+from specjax.models.config import DecoderConfig
+from specjax.parallel import sharding
+from specjax.types import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureHeadConfig:
+    """The shape of a head.
+
+    Attributes:
+      layer: that of its layer; `vocab_size` is the number of tokens that it can draft, `hidden_size` the target's.
+      taps: the hidden states of the target that it reads (`types.Model.with_taps`).
+    """
+
+    layer: DecoderConfig
+    taps: tuple[int, ...]
+
+
+class FeatureHead(nnx.Module):
+    """The input maps and the layer. `features` and `state` map to the same width: a row has the one or the other."""
+
+    def __init__(self, config: FeatureHeadConfig, rules: sharding.Rules, rngs: nnx.Rngs):
+        """Declares the parameters."""
+        c = config.layer
+        width, zeros = c.hidden_size, nnx.initializers.zeros_init()
+        self.config = config
+        self.features = linear.Matrix(rngs, (len(config.taps) * width, width), ("features", "embed"), c.dtype)
+        self.state = linear.Matrix(rngs, (width, width), ("features", "embed"), c.dtype)
+        self.token = linear.Matrix(rngs, (width, width), ("features", "embed"), c.dtype)
+        self.bias = modules.parameter(rngs, (width,), ("embed",), c.dtype, init=zeros)
+        self.layer = layers.Layer(c, rules, rngs)
+
+    def view(self, positions: Int[Array, "B T"], mask: Bool[Array, "B T S"]) -> layers.View:
+        """The layer's view of tokens at these positions."""
+        angles = positions[:, :, None] * layers.rope_frequencies(self.config.layer)
+        return (jnp.cos(angles), jnp.sin(angles)), mask
+
+    def combine(
+        self, seen: Float[Array, "B T *F D"], embedding: Float[Array, "B T D"], *, is_own: bool
+    ) -> Float[Array, "B T D"]:
+        """The layer's input: what came before each token, and its embedding.
+
+        Args:
+          seen: the target's hidden states `[B, T, F, D]`, or the head's own estimates `[B, T, D]`.
+          embedding: of the tokens.
+          is_own: which of them `seen` is.
+        """
+        before = self.state(seen) if is_own else self.features(flatten(seen))
+        return before + self.token(normed(embedding)) + self.bias[...].astype(jnp.float32)
+
+
+def normed(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """A root-mean-square norm without a scale: the map that follows has one."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def flatten(features: Float[Array, "B T F D"]) -> Float[Array, "B T _"]:
+    """The hidden states of all taps of a token, each normed, in one vector."""
+    return normed(features.astype(jnp.float32)).reshape(*features.shape[:2], -1)
+
+
+def bind(config: FeatureHeadConfig, params: Tree) -> FeatureHead:
+    """The head with these parameters."""
+    return modules.merge(FeatureHead, config, sharding.RULES, params)
+
+
+def initial(config: FeatureHeadConfig, key: jax.Array) -> Tree:
+    """Random parameters; the layer's outputs are zero, so that it begins as the identity."""
+    params = modules.initial(FeatureHead, config, key)
+    for part, name in (("attention", "out"), ("mlp", "down")):
+        matrix = params["layer"][part][name]
+        matrix["values"] = jnp.zeros_like(matrix["values"])
+    return params
+
+
+def cast(config: FeatureHeadConfig, params: Tree, dtype: str) -> tuple[FeatureHeadConfig, Tree]:
+    """The same head in another dtype, which may store its matrices in another order."""
+
+    def convert(x: Any, inputs: int) -> Any:
+        x = jnp.asarray(x)
+        if linear.outputs_first(config.layer.dtype):
+            x = jnp.transpose(x, linear.rotated(x.ndim, x.ndim - inputs))
+        return jnp.transpose(x, linear.stored(x.ndim, inputs, dtype)).astype(dtype)
+
+    inputs = modules.metadata(FeatureHead, config, "num_contracted")
+    layer = dataclasses.replace(config.layer, dtype=dtype)
+    return dataclasses.replace(config, layer=layer), jax.tree.map(convert, params, inputs)
+
+
+def embed(config: DecoderConfig, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The target's embeddings of tokens, without any learned positions."""
+    target = modules.merge(decoder.module(config), config, sharding.RULES, params)
+    return target.head.look_up(tokens) if config.tie_embeddings else linear.look_up(target.embedding[...], tokens)
+
+
+def output_rows(config: DecoderConfig, params: Tree, tokens: Int[np.ndarray, " W"]) -> Float[Array, "W D"]:
+    """The rows of the target's output matrix for these tokens, in the target's dtype."""
+    target = modules.merge(decoder.module(config), config, sharding.RULES, params)
+    return target.head.look_up(jnp.asarray(tokens)[None])[0].astype(config.dtype)

@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
     # model, ngram, suffix, aggressive (for editing), merged, table, retrieval, none; of the target alone: jacobi,
     # lookahead, mask_tokens, skip, early_exit; or FILE.py:FUNCTION of your own.
     config.drafter = "ngram"
-    # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; your own gets it as `draft`.
+    # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; for feature_head that of
+    # configs/head.py, or smollm2-135m-instruct; your own gets it as `draft`.
     # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
     config.draft = ""
     config.draft_int8 = False  # drafter=model: round the draft's matrices to eight bits.

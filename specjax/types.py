@@ -67,14 +67,11 @@ class Block(NamedTuple):
         did not commit, then the T of this block, which are written after them. The entries that a token attends to form
         a path, each continuing the one before. None: U = 0, and each token attends to itself and those before it. All
         committed entries are attended to (within the window, where layers have one).
-      embeddings: `[B, M, E]`, read by the last M tokens in the place of their rows of the embedding table, of which
-        they are no copies: their ids are then ignored. None: every token reads its row.
     """
 
     tokens: Int[Array, "B T"]
     depth: Int[Array, "B T"] | None = None
     sees: Bool[Array, "B T W"] | None = None
-    embeddings: Float[Array, "B M E"] | None = None
 
 
 class ModelOutput(NamedTuple):
@@ -198,13 +195,11 @@ class Probes(NamedTuple):
       depth: `[B, M]` the position of each, counted from the last committed token, which has depth 0.
       sees: `[B, M, N + 1 + M]` which tokens of the block each attends to: the last committed token, the nodes, then the
         probes. As in `Block.sees`, they form a path, which ends with the probe itself. No node sees a probe.
-      embeddings: `[B, M, E]` what they read in the place of their tokens' embeddings, or None (see `Block`).
     """
 
     tokens: Int[Array, "B M"]
     depth: Int[Array, "B M"]
     sees: Bool[Array, "B M W"]
-    embeddings: Float[Array, "B M E"] | None = None
 
 
 class Proposal(NamedTuple):

@@ -20,11 +20,11 @@ from specjax.decoding import verify
 from specjax.drafters import contract, pool
 from specjax.drafters.lookahead import guesses_of
 from specjax.models import families
-from specjax.models.config import DecoderConfig, T5Config
+from specjax.models.config import T5Config
 from specjax.planning import hlo
 from specjax.sampling import tree
 from specjax.state import DecodeState
-from specjax.types import Block, Draft, Drafter, Inputs, Params, Probes, Topology
+from specjax.types import Block, Drafter, Inputs, Params, Probes, Topology
 
 JACOBI, LOOKAHEAD, MASKS = (
     importlib.import_module(f"specjax.drafters.{name}") for name in ("jacobi", "lookahead", "mask_tokens")
@@ -33,21 +33,6 @@ V = 7
 TARGET, PARAMS = testing.tiny_decoder(3, vocab_size=V, num_layers=1)
 WINDOW, NGRAM, GUESSES = 3, 4, 2
 K, MASK = 2, V - 1
-
-MODELS: dict[str, Any] = {
-    "learned": DecoderConfig(V, 16, 32, 1, 2, 1, 8, max_position=64, positions="learned", scale_embeddings=True),
-    "rotary": DecoderConfig(V, 16, 32, 1, 2, 1, 8, max_position=64, tie_embeddings=True),
-    "t5": T5Config(V, 16, 8, 32, 1, 1, 2),
-}
-
-
-def embedding_of(params: Any, token: Any) -> Any:
-    """The row of a token in the embedding table, which the head of a tied model is."""
-    if "embedding" in params:
-        return params["embedding"][token]
-    table = params["head"]["values"]
-    return table[token] if table.shape[0] == V else table[:, token]
-
 
 DRAFTERS = {
     "jacobi": drafters.jacobi(num_draft_tokens=4),
@@ -161,10 +146,10 @@ def test_text_of_an_encoder_decoder_is_that_of_plain_decoding(name: str):
 
 
 def steps_of(
-    drafter: Drafter, state: DecodeState, target: Any, params: Any, rule: verify.Rule = verify.greedy, own: Any = None
+    drafter: Drafter, state: DecodeState, target: Any, params: Any, rule: verify.Rule = verify.greedy
 ) -> Iterator[tuple[DecodeState, DecodeState]]:
     """The states before and after each step, until one of the rows has no room for a whole draft."""
-    both = Params(params, own)
+    both = Params(params, None)
     step = jax.jit(lambda state: decoding.decode_step(target, drafter, rule, both, state, fixed_shape=True))
     while True:
         after = step(state)
@@ -230,64 +215,6 @@ def test_convergence_catches_jacobi(bug: str, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(JACOBI, "own_tokens", JACOBI_BUGS[bug])
     with catches(bug, "converged guesses", "a solved guess is rejected"):
         converges(JACOBI.jacobi.__wrapped__(num_draft_tokens=4))
-
-
-def iterate(guess: list[int], text: list[int]) -> list[int]:
-    """One parallel call: the target's token at each position of a block, by the guess before it."""
-    return greedy_tokens([text + guess[:i] for i in range(len(guess))])
-
-
-def parallel_gauss_seidel_jacobi(prompt: list[int], block: int, length: int, stop: int | None) -> tuple[list[int], int]:
-    """PGJ of Santilli et al. 2023, and the number of its calls; with a stop token, the parallel part of HGJ.
-
-    A block has converged when a call changes nothing.
-    """
-    text, calls, guess = list(prompt), 0, greedy_tokens([prompt]) * block
-    while len(text) < len(prompt) + length:
-        while True:
-            after, calls = iterate(guess, text), calls + 1
-            if guess == after:
-                break
-            guess = after
-        text += guess
-        if stop in guess:
-            end = text.index(stop, len(prompt)) + 1
-            return text[: min(end, len(prompt) + length)], calls
-        guess = guess[-1:] * block
-    return text[: len(prompt) + length], calls
-
-
-def needs_no_more_calls(drafter: Drafter) -> None:
-    """Against PGJ (rows that never stop) and HGJ (rows with a stop token), whose calls read as many tokens."""
-    prompts, stops = random_prompts(6, V, seed=1), [None, None, None, 2, 1, 6]
-    state = decoding.prefill(
-        TARGET,
-        drafter,
-        Params(PARAMS, None),
-        right_pad(prompts, 16),
-        max_new_tokens=20,
-        stop_tokens=[[] if stop is None else [stop] for stop in stops],
-        step_cost=0.0,
-        max_len=BUFFER,
-    )
-    state = run(Pair(TARGET, PARAMS, drafter), verify.greedy, state)
-    block = drafter.num_draft_tokens + 1
-    published = [parallel_gauss_seidel_jacobi(p, block, 20, stop) for p, stop in zip(prompts, stops, strict=True)]
-    assert texts(state) == [text for text, _ in published]
-    for calls, (_, of_blocks) in zip(state.rows.stats.target_calls, published, strict=True):
-        assert calls <= of_blocks, f"more calls than with blocks: {calls}, not {of_blocks}"
-
-
-def test_a_moving_window_needs_no_more_calls_than_blocks_that_converge_one_by_one():
-    needs_no_more_calls(DRAFTERS["jacobi"])
-
-
-@pytest.mark.slow
-def test_the_calls_of_blocks_catch_a_guess_that_is_lost(catches: Any):
-    jacobi = DRAFTERS["jacobi"]
-    drafter = jacobi._replace(update=lambda *arguments: jacobi.update(*arguments) * 0 + V)
-    with catches("Jacobi loses its guess between the calls", "calls of PGJ", "more calls than with blocks"):
-        needs_no_more_calls(drafter)
 
 
 # What the others draft, by the target's prefill of whole texts.
@@ -431,12 +358,12 @@ def test_the_paper_catches_a_window_that_sees_whole_rows(monkeypatch: pytest.Mon
         follows_the_paper(LOOKAHEAD.lookahead.__wrapped__(**sizes))
 
 
-def drafts_behind_the_text(drafter: Drafter, own: Any = None, masks: Sequence[int] = (MASK,) * K) -> None:
+def drafts_behind_the_text(drafter: Drafter) -> None:
     """After each step, draft j is the target's token behind the text without its last token, then j + 1 masks."""
     checked = 0
-    for _, new in steps_of(drafter, greedy_start(drafter), TARGET, PARAMS, own=own):
+    for _, new in steps_of(drafter, greedy_start(drafter), TARGET, PARAMS):
         for row, text in enumerate(texts(new)):
-            wanted = greedy_tokens([text[:-1] + list(masks[: j + 1]) for j in range(K)])
+            wanted = greedy_tokens([text[:-1] + [MASK] * (j + 1) for j in range(K)])
             assert new.rows.drafter[row].tolist() == wanted, "the draft is not what the target says behind the masks"
             checked += 1
     assert checked > 10
@@ -444,52 +371,6 @@ def drafts_behind_the_text(drafter: Drafter, own: Any = None, masks: Sequence[in
 
 def test_mask_tokens_draft_what_the_target_says_behind_them():
     drafts_behind_the_text(DRAFTERS["mask_tokens"])
-
-
-def rows_of_the_table(tokens: Sequence[int]) -> np.ndarray:
-    """What the target reads for these tokens: embeddings whose drafts are known."""
-    return np.asarray(jax.vmap(lambda token: embedding_of(PARAMS, token))(jnp.asarray(tokens)))
-
-
-def given(tokens: Sequence[int]) -> Draft:
-    draft = drafters.mask_tokens(embeddings=rows_of_the_table(tokens))
-    assert isinstance(draft, Draft)
-    return draft
-
-
-def test_embeddings_are_read_as_the_tokens_whose_they_are():
-    draft = given((MASK, 1))
-    drafts_behind_the_text(draft.drafter, draft.params, masks=(MASK, 1))
-
-
-@pytest.mark.slow
-def test_prefills_catch_embeddings_of_another_place(catches: Any):
-    draft = given((1, MASK))
-    with catches("the masks read each other's embeddings", "prefills", "the draft is not"):
-        drafts_behind_the_text(draft.drafter, draft.params, masks=(MASK, 1))
-
-
-@pytest.mark.parametrize(
-    "name", ["learned", pytest.param("rotary", marks=pytest.mark.slow), pytest.param("t5", marks=pytest.mark.slow)]
-)
-def test_a_model_reads_embeddings_in_the_place_of_tokens(name: str):
-    """In the embedding table's place: positions are added, and scaled embeddings are scaled."""
-    config = MODELS[name]
-    model, params = families.model(config), families.init_params(config, jax.random.key(1))
-    tokens = jnp.asarray([[3, 1, 4, 2], [5, 2, 0, 1]])
-    rows = jax.vmap(jax.vmap(lambda token: embedding_of(params, token)))(tokens[:, 2:])
-    source = (tokens, jnp.asarray([4, 3])) if model.start_token is not None else (None, None)
-
-    @jax.jit
-    def read(block: Block) -> Any:
-        _, cache = model.prefill(params, Inputs(tokens, jnp.asarray([4, 2]), *source), model.init_cache(2, 16, 4))
-        return model.apply(params, block, cache)[0].logits
-
-    wanted, replaced = read(Block(tokens)), tokens.at[:, 2:].set(6)
-    np.testing.assert_allclose(read(Block(replaced, embeddings=rows)), wanted, atol=1e-5)
-    assert np.abs(np.asarray(read(Block(replaced)) - wanted)).max() > 1e-3
-    with pytest.raises(ValueError, match="Embeddings of width 5, but this model's have 16"):
-        jax.eval_shape(read, Block(tokens, embeddings=jnp.zeros((2, 2, 5))))
 
 
 @pytest.mark.slow
@@ -561,10 +442,7 @@ def test_a_single_guess_is_a_chain():
         (lambda: drafters.lookahead(ngram=2), "ngram=2 is out of range"),
         (lambda: drafters.lookahead(window=500), "would read 1520 tokens"),
         (lambda: drafters.mask_tokens(mask_token=-1), "mask_token=-1 is out of range"),
-        (lambda: drafters.mask_tokens(mask_token=(1, 2), num_draft_tokens=3), "names 2 tokens"),
-        (lambda: drafters.mask_tokens(), "Give either mask_token="),
-        (lambda: drafters.mask_tokens(embeddings=np.zeros(4)), r"embeddings of shape \[4\]: give \[K, E\]"),
-        (lambda: drafters.mask_tokens(embeddings=np.zeros((2, 4)), num_draft_tokens=3), "embeddings names 2"),
+        (lambda: drafters.mask_tokens(mask_token=(1, 2)), "names 2 tokens"),
         (lambda: drafters.mask_tokens(mask_token=0, num_draft_tokens=40), "from 1 to 31"),
     ],
 )

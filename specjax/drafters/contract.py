@@ -98,12 +98,6 @@ def check_probes(probes: Any, drafter: Drafter, batch_size: int) -> None:
             raise ValueError(
                 _blame(drafter.propose, f"proposes probes whose {field} are {found}, not {axes} = {dtype}{list(shape)}")
             )
-    given = probes.embeddings
-    if given is not None and (given.ndim != 3 or given.shape[:2] != (batch_size, number)):
-        wanted_shape = f"[B, M, E] = [{batch_size}, {number}, E]"
-        raise ValueError(
-            _blame(drafter.propose, f"proposes probes whose embeddings are {list(given.shape)}, not {wanted_shape}")
-        )
 
 
 def _kind(value: Any) -> str:

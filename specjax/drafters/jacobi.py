@@ -38,11 +38,10 @@ def jacobi(*, num_draft_tokens: int = 8) -> Drafter:
     The state is the guess, `[B, K]`. A step is one Jacobi iteration on K positions: the target reads the guess, the
     rule accepts the longest prefix that is the target's own text, and the outputs behind it are the next guess,
     followed by repetitions of the last one. So each iteration freezes at least one token, and the K positions move on
-    by as many as were accepted. K at least the length of the text is the paper's algorithm PJ. PGJ iterates on a block
-    until it has converged, then begins the next one with a new guess; here the positions move on at once, which saves
-    the call that finds a block unchanged, and keeps the outputs beyond its end as a guess. Neither form is always
-    ahead: a new guess may happen to be right where an old one is not. Stop tokens and budgets end the iteration as they
-    end any text, which is what HGJ (PGJ up to an unknown length, then plain decoding) is for.
+    by as many as were accepted: K at least the length of the text is the paper's algorithm PJ; a smaller K is PGJ,
+    whose blocks of K tokens follow each other, except that this block moves on before it has converged as a whole; stop
+    tokens and budgets end it as they end any text, which is what HGJ (PGJ up to an unknown length, then plain decoding)
+    is for.
 
     At a temperature above 0 the equations are y_i = argmax(log p(. | y_1 .. y_{i-1}) + g_i), with the noise g_i that
     `verify.coupled` draws position i with, so that their solution is plain decoding's own text, and a guess that has

@@ -7,15 +7,15 @@ token carries its own, so that one call both verifies a draft and makes the next
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from specjax import sampling
 from specjax.limits import MAX_DRAFT_TOKENS, check_num_draft_tokens, check_size
-from specjax.types import AnyDrafter, Context, Draft, Drafter, Feedback, Params, Probes, Proposal, Topology
+from specjax.types import Context, Drafter, Feedback, Params, Probes, Proposal, Topology
 
 
 class _Masks(NamedTuple):
@@ -41,19 +41,7 @@ def _masks(tokens: tuple[int, ...]) -> _Masks:
     return _Masks(np.tile(np.asarray(tokens, np.int32), k + 1), depth, np.concatenate([sees_text, sees_masks], axis=1))
 
 
-@overload
-def mask_tokens(
-    *, mask_token: int | Sequence[int] | None = None, num_draft_tokens: int | None = None, embeddings: None = None
-) -> Drafter: ...
-
-
-@overload
-def mask_tokens(*, num_draft_tokens: int | None = None, embeddings: Array | np.ndarray) -> Draft: ...
-
-
-def mask_tokens(
-    *, mask_token: int | Sequence[int] | None = None, num_draft_tokens: int | None = None, embeddings: Any = None
-) -> AnyDrafter:
+def mask_tokens(*, mask_token: int | Sequence[int], num_draft_tokens: int = 3) -> Drafter:
     """Drafts what the target says behind K mask tokens, without a model or further calls.
 
     A step reads K draft tokens and K masks behind each of the K + 1 tokens that it judges: K (K + 2) tokens besides the
@@ -62,69 +50,31 @@ def mask_tokens(
     temperature.
 
     A target that has not been trained to read a mask predicts little behind it: with an ordinary token, expect few
-    tokens per call more than one. PaSS (section 2) adds K embeddings to a frozen model and trains nothing else: give
-    them as `embeddings`. They are the drafter's parameters, and the target's table is neither copied nor changed.
+    tokens per call more than one. PaSS trains the embeddings of K tokens with all else frozen; a table of embeddings
+    often has unused rows to put them into.
 
     Args:
       mask_token: the id of the mask, such as that of padding, or K ids, one for each place.
-      num_draft_tokens: K; at least 1, by default the number of ids or embeddings, or 3.
-      embeddings: `[K, E]`, what the masks read in the place of a token's embedding; instead of `mask_token`.
-
-    Returns:
-      a `Draft` with embeddings, otherwise a `Drafter`.
+      num_draft_tokens: K; at least 1.
 
     Raises:
-      ValueError: for K < 1, a negative id, a number of ids or embeddings that is not K, both or neither of them, or
-        more tokens in a step than `limits.MAX_DRAFT_TOKENS`. While the loop is traced, for embeddings of another width
-        than the target's.
+      ValueError: for K < 1, a negative id, a number of ids that is not K, or more tokens in a step than
+        `limits.MAX_DRAFT_TOKENS`.
     """
-    tokens, params = parse(mask_token, num_draft_tokens, embeddings)
-    num_draft_tokens = len(tokens)
+    check_num_draft_tokens(num_draft_tokens)
     if not 0 < num_draft_tokens * (num_draft_tokens + 2) <= MAX_DRAFT_TOKENS:
         raise ValueError(
             f"num_draft_tokens={num_draft_tokens}: from 1 to {int((MAX_DRAFT_TOKENS + 1) ** 0.5) - 1}, since a step "
             "reads K (K + 2) tokens."
         )
-    drafter = _drafter(tokens)
-    return drafter if params is None else Draft(drafter, params)
-
-
-def parse(
-    mask_token: int | Sequence[int] | None, num_draft_tokens: int | None, embeddings: Any
-) -> tuple[tuple[int, ...], dict[str, Array] | None]:
-    """The ids of the K masks, and the parameters of a draft with embeddings, whose ids are never read.
-
-    Raises:
-      ValueError: as `mask_tokens`.
-    """
-    if (mask_token is None) == (embeddings is None):
-        raise ValueError("Give either mask_token=..., ids of the target's table, or embeddings=..., trained vectors.")
-    params = None
-    if embeddings is not None:
-        params = {"embeddings": jnp.asarray(embeddings)}
-        if params["embeddings"].ndim != 2:
-            raise ValueError(f"embeddings of shape {list(params['embeddings'].shape)}: give [K, E].")
-    name = f"mask_token={mask_token}" if embeddings is None else "embeddings"
-    given = (0,) * params["embeddings"].shape[0] if params else mask_token
-    assert given is not None  # As checked above.
-    number = num_draft_tokens
-    if number is None:
-        number = len(given) if isinstance(given, Sequence) else 3
-    check_num_draft_tokens(number)
-    tokens = tuple(given) if isinstance(given, Sequence) else (given,) * number
+    tokens = tuple(mask_token) if isinstance(mask_token, Sequence) else (mask_token,) * num_draft_tokens
     for token in tokens:
         check_size("mask_token", token, 0)
-    if len(tokens) != number:
-        raise ValueError(f"{name} names {len(tokens)} tokens: give one id, or num_draft_tokens={len(tokens)}.")
-    return tuple(map(int, tokens)), params
-
-
-def given_embeddings(params: Params, rows: int, repeats: int = 1) -> Float[Array, "B M E"] | None:
-    """What the masks of all rows read instead of a token's embedding, the K of them `repeats` times; None: tokens."""
-    if not isinstance(params.draft, dict) or "embeddings" not in params.draft:
-        return None
-    table = jnp.tile(params.draft["embeddings"], (repeats, 1))
-    return jnp.broadcast_to(table, (rows, *table.shape))
+    if len(tokens) != num_draft_tokens:
+        raise ValueError(
+            f"mask_token={mask_token} names {len(tokens)} tokens: give one, or num_draft_tokens={num_draft_tokens}."
+        )
+    return _drafter(tuple(map(int, tokens)))
 
 
 @functools.cache
@@ -139,11 +89,9 @@ def _drafter(tokens: tuple[int, ...]) -> Drafter:
     def propose(
         params: Params, state: Int[Array, "B K"], cache: Any, context: Context
     ) -> tuple[Proposal, Int[Array, "B K"], Any]:
+        del params
         rows = state.shape[0]
-        probes = Probes(
-            *(jnp.broadcast_to(x, (rows, *x.shape)) for x in masks),
-            embeddings=given_embeddings(params, rows, repeats=k + 1),
-        )
+        probes = Probes(*(jnp.broadcast_to(x, (rows, *x.shape)) for x in masks))
         return Proposal(state, jnp.minimum(context.max_draft, k), None, probes=probes), state, cache
 
     def update(params: Params, state: Int[Array, "B K"], feedback: Feedback) -> Int[Array, "B K"]:

@@ -135,23 +135,7 @@ def _join_probes(proposals: Sequence[Proposal], owners: Sequence[Int[Array, "B _
         jnp.concatenate([probes.tokens for probes in given], axis=1),
         jnp.concatenate([probes.depth for probes in given], axis=1),
         jnp.concatenate(seen, axis=1),
-        _join_embeddings([probes.embeddings for probes in given]),
     )
-
-
-def _join_embeddings(given: Sequence[Float[Array, "B _ E"] | None]) -> Float[Array, "B M E"] | None:
-    """The embeddings of all probes; a block brings them for all or for none.
-
-    Raises:
-      ValueError: where some parts read tokens, and others embeddings.
-    """
-    own = [embeddings for embeddings in given if embeddings is not None]
-    if own and len(own) < len(given):
-        raise ValueError(
-            "merged([...]): one part has probes that are tokens, such as lookahead, and another has mask tokens with "
-            "embeddings of their own; leave one of the two out."
-        )
-    return jnp.concatenate(own, axis=1) if own else None
 
 
 def _agreed(

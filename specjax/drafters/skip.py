@@ -16,7 +16,7 @@ from specjax.drafters import chain, model_tree, rollout
 from specjax.drafters.catch_up import read_last, set_length
 from specjax.drafters.children import Children, without_replacement
 from specjax.limits import check_num_draft_tokens
-from specjax.types import AnyDrafter, Context, Draft, Drafter, Feedback, Model, Params, Proposal, Skips, Topology, Tree
+from specjax.types import Context, Draft, Drafter, Feedback, Model, Params, Proposal, Skips, Topology, Tree
 
 
 class Threshold(NamedTuple):
@@ -112,17 +112,7 @@ def skip(
     return _chain(rollout.Chain(draft, num_draft_tokens), start, adaptive)
 
 
-def early_exit(
-    target: Any,
-    layer: int,
-    *,
-    norm: Any = None,
-    num_draft_tokens: int | None = None,
-    min_confidence: float = 0.0,
-    adaptive: bool = False,
-    topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
-    children: Children = without_replacement,
-) -> AnyDrafter:
+def early_exit(target: Any, layer: int, *, norm: Any = None, **options: Any) -> Any:
     """Drafts with the first layers of the target, its final norm and its head.
 
     With `topology=(k,)` the k most probable tokens of the layer are read together: so Predictive Pipelined Decoding
@@ -132,12 +122,7 @@ def early_exit(
       target: the target that will be decoded, a `Pretrained` or its `Model`.
       layer: how many layers are run, at least 1.
       norm: the scale of a norm of its own before the head, `[E]`, in the place of the target's final one, or None.
-      num_draft_tokens: K, for a chain; by default 4.
-      min_confidence: a row's draft ends after the first token at whose position the early exit's most probable token
-        was less probable than that; 0: never.
-      adaptive: that threshold follows the acceptance rate of each row (`learn`), from `min_confidence` on, or 0.6.
-      topology: the shape of a tree, as in `drafters.model`; None: a chain.
-      children: how the children of a node of a tree are found, as there.
+      **options: `num_draft_tokens`, `min_confidence`, `adaptive`, `topology` and `children` of `skip`.
 
     Returns:
       a `Draft` with a norm of its own, otherwise a `Drafter`.
@@ -149,16 +134,7 @@ def early_exit(
     if model.num_layers and not 1 <= layer < model.num_layers:
         raise ValueError(f"layer={layer}: the target has {model.num_layers} layers; run 1 to {model.num_layers - 1}.")
     rest = range(layer, model.num_layers or layer + 1)
-    drafter = skip(
-        model,
-        attention=rest,
-        mlp=rest,
-        num_draft_tokens=num_draft_tokens,
-        min_confidence=min_confidence,
-        adaptive=adaptive,
-        topology=topology,
-        children=children,
-    )
+    drafter = skip(model, attention=rest, mlp=rest, **options)
     return drafter if norm is None else Draft(drafter, {"norm": jnp.asarray(norm)})
 
 

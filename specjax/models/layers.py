@@ -4,7 +4,7 @@ Every parameter names its logical axes next to its shape; matrices are `linear.M
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from specjax.models.config import DecoderConfig, LinearRopeScaling
 from specjax.models.linear import Matrix
 from specjax.models.modules import parameter
 from specjax.parallel import sharding
-from specjax.types import Block, Skips
+from specjax.types import Skips
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -140,25 +140,6 @@ def visible(
     of_block = jnp.take_along_axis(jnp.where(sees, later, -1), behind, axis=-1)
     of_block = jnp.where(slots < sees.shape[-1], of_block, -1)
     return (slots < 0) | (of_block >= 0), jnp.where(slots < 0, distance, of_block)
-
-
-def embedded(table: Callable[[Int[Array, "B T"]], Float[Array, "B T D"]], block: Block) -> Float[Array, "B T D"]:
-    """The embeddings of a block: rows of the table, and those that the block brings for its last tokens.
-
-    Raises:
-      ValueError: for embeddings of another width than the table's.
-    """
-    given = block.embeddings
-    if given is None:
-        return table(block.tokens)
-    ordinary = block.tokens.shape[1] - given.shape[1]
-    rows = table(block.tokens[:, : max(ordinary, 1)])
-    if given.shape[-1] != rows.shape[-1]:
-        raise ValueError(
-            f"Embeddings of width {given.shape[-1]}, but this model's have {rows.shape[-1]}: give those that were "
-            "trained for it."
-        )
-    return jnp.concatenate([rows[:, :ordinary], given.astype(rows.dtype)], axis=1)
 
 
 def from_zero(taps: tuple[int, ...], num_layers: int) -> tuple[int, ...]:

@@ -288,16 +288,14 @@ class T5(nnx.Module):
         head, axes = (c.hidden_size, c.head_size), ("embed", "vocab")
         self.head = Matrix(rngs, head, axes, c.dtype, int8=c.int8, init=init)
 
-    def embed(self, block: Block) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up; ids beyond the table read its last row (a draft may know fewer tokens than its target)."""
-        if self.config.tie_embeddings:
-            return layers.embedded(self.head.look_up, block)
-        return layers.embedded(lambda tokens: linear.look_up(self.embedding[...], tokens), block)
+        return self.head.look_up(tokens) if self.config.tie_embeddings else linear.look_up(self.embedding[...], tokens)
 
     def encode(self, source: Int[Array, "B S"], mask: Bool[Array, "B S S"]) -> Float[Array, "B S D"]:
         """The encoder's output; each token attends to those that `mask` allows."""
         c, (rows, size) = self.config, source.shape
-        x, bias = self.embed(Block(source)), None
+        x, bias = self.embed(source), None
         empty = jnp.zeros((rows, c.num_heads, size, c.head_dim), c.dtype)
         for block in self.encoder:
             if bias is None or c.bias_per_layer:
@@ -327,7 +325,7 @@ class T5(nnx.Module):
             assert packed.source_segments is not None  # `score` has checked it.
             mask &= layers.same_segment(packed.segments, packed.segments)
             sees = layers.same_segment(packed.segments, packed.source_segments)
-        x, bias, states = self.embed(block), None, {}
+        x, bias, states = self.embed(tokens), None, {}
         keys, values = list(cache.keys), list(cache.values)
         for i, layer in enumerate(self.decoder):
             states[i] = x

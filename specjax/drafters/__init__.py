@@ -11,6 +11,7 @@ from specjax.drafters.model import model
 from specjax.drafters.model_dynamic import Dynamic
 from specjax.drafters.ngram import ngram
 from specjax.drafters.none import none
+from specjax.drafters.parallel_masks import parallel_masks
 from specjax.drafters.retrieval import Datastore, index_corpus, load_datastore, retrieval, save_datastore
 from specjax.drafters.skip import early_exit, skip
 from specjax.drafters.suffix import suffix
@@ -36,6 +37,7 @@ __all__ = [
     "model",
     "ngram",
     "none",
+    "parallel_masks",
     "retrieval",
     "save_datastore",
     "save_feature_head",

@@ -98,6 +98,9 @@ def check_probes(probes: Any, drafter: Drafter, batch_size: int) -> None:
             raise ValueError(
                 _blame(drafter.propose, f"proposes probes whose {field} are {found}, not {axes} = {dtype}{list(shape)}")
             )
+    if probes.embeddings is not None and probes.embeddings.ndim != 2:
+        wrong = f"proposes probes whose embeddings are {list(probes.embeddings.shape)}, not [X, E]"
+        raise ValueError(_blame(drafter.propose, wrong))
 
 
 def _kind(value: Any) -> str:
@@ -162,6 +165,7 @@ def check(drafter: Any) -> Draft:
             "merged": "[drafters.ngram(), ...]",
             "mask_tokens": "mask_token=...",
             "feature_head": "drafters.load_feature_head(...), target",
+            "parallel_masks": "specjax.load(...), mask_token=...",
             "skip": "specjax.load(...), attention=(...)",
             "early_exit": "specjax.load(...), layer",
         }

@@ -105,7 +105,7 @@ def join(proposals: Sequence[Proposal], depth: int, vocab_size: int) -> tuple[Pr
     probs = jnp.concatenate(stated, axis=1) if is_sampled.any() else None
     places = {part: owner[:, begins[k] : begins[k + 1]] for k, part in enumerate(order)}
     owners = tuple(places[part] for part in range(len(proposals)))
-    probes = _join_probes(proposals, owners, tokens.shape[1])
+    probes = _join_probes(proposals, owners, tokens.shape[1], vocab_size)
     return Proposal(tokens, length, probs, parent, probes), owners
 
 
@@ -116,7 +116,9 @@ def _stated(proposal: Proposal, vocab_size: int) -> Float[Array, "B N V"]:
     return proposal.probs
 
 
-def _join_probes(proposals: Sequence[Proposal], owners: Sequence[Int[Array, "B _"]], num_nodes: int) -> Probes | None:
+def _join_probes(
+    proposals: Sequence[Proposal], owners: Sequence[Int[Array, "B _"]], num_nodes: int, vocab_size: int
+) -> Probes | None:
     """The probes of all parts, one behind the other: each sees the nodes that stand for those of its part."""
     sizes = [0 if proposal.probes is None else proposal.probes.tokens.shape[1] for proposal in proposals]
     total, begins, seen = sum(sizes), np.cumsum([0, *sizes]).tolist(), []
@@ -131,11 +133,20 @@ def _join_probes(proposals: Sequence[Proposal], owners: Sequence[Int[Array, "B _
         nodes = jnp.any(sees[:, :, 1 : 1 + own, None] & stands_for[:, None], axis=2)
         around = ((0, 0), (0, 0), (begins[i], total - begins[i] - sizes[i]))
         seen.append(jnp.concatenate([sees[:, :, :1], nodes, jnp.pad(sees[:, :, 1 + own :], around)], axis=2))
-    return Probes(
-        jnp.concatenate([probes.tokens for probes in given], axis=1),
-        jnp.concatenate([probes.depth for probes in given], axis=1),
-        jnp.concatenate(seen, axis=1),
-    )
+    tokens, embeddings = _join_embeddings(given, vocab_size)
+    depth = jnp.concatenate([probes.depth for probes in given], axis=1)
+    return Probes(tokens, depth, jnp.concatenate(seen, axis=1), embeddings)
+
+
+def _join_embeddings(given: Sequence[Probes], vocab_size: int) -> tuple[Int[Array, "B M"], Float[Array, "X E"] | None]:
+    """The tokens of all probes, and one table of the embeddings that those beyond the vocabulary read."""
+    tables, tokens, begin = [], [], 0
+    for probes in given:
+        tokens.append(jnp.where(probes.tokens >= vocab_size, probes.tokens + begin, probes.tokens))
+        if probes.embeddings is not None:
+            tables.append(probes.embeddings)
+            begin += len(probes.embeddings)
+    return jnp.concatenate(tokens, axis=1), jnp.concatenate(tables) if tables else None
 
 
 def _agreed(

@@ -120,6 +120,10 @@ class Plan(NamedTuple):
         parents = tuple(itertools.chain.from_iterable(level.parents for level in self.levels))
         return Topology(len(parents), len(self.levels), parents)
 
+    def behind(self, depth: int) -> list[int]:
+        """The nodes whose children are the level of this depth, from 0; -1 is the last committed token."""
+        return sorted(set(self.levels[depth].parents))
+
 
 def plan(draft: Model, topology: str | Sequence[int] | Sequence[Sequence[int]], kind: Children) -> Plan:
     """The tree that a model drafts (see `drafters.model`).
@@ -145,6 +149,39 @@ def nothing(plan: Plan, cache: Any, context: Context) -> Rollout:
     return jnp.zeros((rows, num_nodes), jnp.int32), stated, cache
 
 
+def place(
+    plan: Plan,
+    depth: int,
+    behind: list[int],
+    logits: Float[Array, "B W U"],
+    tokens: Int[Array, "B N"],
+    probs: Float[Array, "B N V"] | None,
+    shape: tree.Shape,
+    context: Context,
+) -> tuple[Int[Array, "B N"], Float[Array, "B N V"] | None]:
+    """The tokens of all nodes and what they were drawn from, with those of one level in their places.
+
+    Args:
+      plan: the tree.
+      depth: the level, from 0.
+      behind: the W nodes that it continues.
+      logits: the draft's, after each of these.
+      tokens: of all nodes; those above the level are there already.
+      probs: what they were drawn from, or None.
+      shape: of the block of the last committed token and all nodes.
+      context: of the step.
+    """
+    level, at = plan.levels[depth], np.asarray(behind) + 1
+    history = tree.follow(context.history, tokens, shape, len(plan.levels), context.sampling.penalties)
+    found = _find(plan.kind, logits, max(level.ranks) + 1, depth, tree.select(history, at), context)
+    row_of = np.asarray([behind.index(parent) for parent in level.parents])
+    return jax.tree.map(
+        lambda x, new: x.at[:, np.asarray(level.nodes)].set(new[:, row_of, np.asarray(level.ranks)]),
+        (tokens, probs),
+        found,
+    )
+
+
 def grow(plan: Plan, params: Tree, logits: Float[Array, "B 1 W"], carry: Rollout, context: Context) -> Rollout:
     """The tokens of all nodes, -1 where there is none, what they were drawn from, and the cache, level by level.
 
@@ -158,26 +195,16 @@ def grow(plan: Plan, params: Tree, logits: Float[Array, "B 1 W"], carry: Rollout
     tokens, probs, cache = carry
     rows, depth, parents = context.max_draft.shape[0], len(plan.levels), plan.topology.parents
     assert parents is not None
-    # The nodes that have children are fed, level by level.
-    fed = [[node for node in level.nodes if node in parents] for level in plan.levels]
     shape = tree.shape(jnp.broadcast_to(jnp.asarray(parents, jnp.int32), (rows, len(parents))), depth)
     ancestors = tree.ancestors(parents)
-    behind, before = [-1], []
-    for i, level in enumerate(plan.levels):
-        at = np.asarray(behind) + 1
-        history = tree.follow(context.history, tokens, shape, depth, context.sampling.penalties)
-        found = _find(plan.kind, logits, max(level.ranks) + 1, i, tree.select(history, at), context)
-        row_of = np.asarray([behind.index(parent) for parent in level.parents])
-        tokens, probs = jax.tree.map(
-            lambda x, new, level=level, row_of=row_of: x.at[:, np.asarray(level.nodes)].set(
-                new[:, row_of, np.asarray(level.ranks)]
-            ),
-            (tokens, probs),
-            found,
-        )
-        if not fed[i]:
+    before: list[int] = []
+    for i in range(depth):
+        tokens, probs = place(plan, i, plan.behind(i), logits, tokens, probs, shape, context)
+        if i + 1 == depth:
             break
-        before, behind = before + fed[i], fed[i]
+        # The nodes that have children are fed, level by level.
+        behind = plan.behind(i + 1)
+        before = before + behind
         sees = jnp.broadcast_to(ancestors[np.ix_(behind, before)], (rows, len(behind), len(before)))
         fed_tokens = jnp.maximum(tokens[:, np.asarray(behind)], 0)
         block = Block(fed_tokens, jnp.full((rows, len(behind)), i, jnp.int32), sees)

@@ -153,6 +153,10 @@ def _lookahead(chosen: Any, target: Pretrained, load: Load) -> OfK:
     return lambda k: drafters.lookahead(ngram=k + 1, window=chosen.window, guesses=chosen.guesses)
 
 
+def _parallel_masks(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    return _shaped(chosen, lambda **shape: drafters.parallel_masks(target, mask_token=chosen.mask_token, **shape))
+
+
 def _skip(chosen: Any, target: Pretrained, load: Load) -> OfK:
     from specjax.experiments import skip_search  # It runs the drafters of this module.
 
@@ -190,6 +194,7 @@ DRAFTERS = {
         lambda chosen, target, load: lambda k: drafters.mask_tokens(mask_token=chosen.mask_token, num_draft_tokens=k),
         least=1,
     ),
+    "parallel_masks": Entry(_parallel_masks, trees="topology", least=1),
     "skip": Entry(
         _skip,
         draft="PATH (of configs/skip_search.py)",

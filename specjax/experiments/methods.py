@@ -155,6 +155,12 @@ METHODS = {
     "mask_tokens": Method(
         lambda side: drafters.mask_tokens(mask_token=side.chosen.mask_token, num_draft_tokens=2), merges=False
     ),
+    "parallel_masks": Method(
+        lambda side: drafters.parallel_masks(side.target, mask_token=side.chosen.mask_token, num_draft_tokens=3),
+        lambda side: 1.0 / 3,
+        coupled=False,
+        merges=False,
+    ),
     "skip": Method(
         lambda side: drafters.skip(side.target, **side.skips._asdict(), num_draft_tokens=4),
         lambda side: _kept(side, side.skips),

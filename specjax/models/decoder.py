@@ -57,14 +57,17 @@ class Decoder(nnx.Module):
         if c.head_bias:
             self.head_bias = modules.parameter(rngs, (c.head_size,), ("vocab",), c.dtype)
 
-    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], extra: Float[Array, "X U"] | None = None
+    ) -> Float[Array, "B T D"]:
         """Looks up the embeddings of tokens, and learned positions.
 
-        Ids beyond the table read its last row (a draft may know fewer tokens than its target), and so do positions:
-        only padding, and drafts beyond the limit of a sequence, are at such positions.
+        Ids beyond the table read `extra`, and without it the table's last row (a draft may know fewer tokens than its
+        target). So do positions: only padding, and drafts beyond the limit of a sequence, are at such positions.
         """
         c = self.config
         x = self.head.look_up(tokens) if c.tie_embeddings else linear.look_up(self.embedding[...], tokens)
+        x = linear.with_extra(x, tokens, extra, c.vocab_size)
         if c.scale_embeddings:
             x = x * np.asarray(math.sqrt(c.hidden_size), jnp.dtype(c.dtype)).astype(np.float32)
         if c.positions == "learned":
@@ -105,7 +108,7 @@ class Decoder(nnx.Module):
         views = {kind: self.view(kind, positions, mask, distance) for kind in sorted(set(windowed))}
         if start is not None and block.sees is not None:
             start = start + (block.sees.shape[-1] - width)
-        x = self.embed(block.tokens, positions)
+        x = self.embed(block.tokens, positions, block.embeddings)
         x, keys, values, states = self.run_layers(x, views, windowed, cache, start)
         x = layers.normalize(self, "norm", self.config, x)
         states[self.config.num_layers] = x

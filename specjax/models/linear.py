@@ -117,6 +117,22 @@ def look_up(table: Float[Array, "V D"] | Int[Array, "V D"], tokens: Int[Array, "
     return bfloat16.moved(lambda table, tokens: jnp.take(table, tokens, axis=0), (table,), tokens).astype(jnp.float32)
 
 
+def with_extra(
+    x: Float[Array, "B T D"], tokens: Int[Array, "B T"], extra: Float[Array, "X U"] | None, vocab_size: int
+) -> Float[Array, "B T D"]:
+    """The embeddings x of tokens, except that ids from `vocab_size` on read the rows of `extra` (`Block.embeddings`).
+
+    Raises:
+      ValueError: for embeddings of another width.
+    """
+    if extra is None:
+        return x
+    if extra.shape[-1] != x.shape[-1]:
+        raise ValueError(f"embeddings of shape {list(extra.shape)}: this model's have {x.shape[-1]} entries each.")
+    own = jnp.take(extra.astype(x.dtype), jnp.maximum(tokens - vocab_size, 0), axis=0, mode="clip")
+    return jnp.where((tokens >= vocab_size)[..., None], own, x)
+
+
 def _as_matrices(x: Array, weight: Array, num_contracted: int) -> tuple[Array, Array, tuple[int, ...]]:
     """The rows of x, the weight as a matrix in its own layout, and the shape of their product."""
     split = weight.ndim - num_contracted if outputs_first(weight.dtype) else num_contracted

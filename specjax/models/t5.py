@@ -288,9 +288,15 @@ class T5(nnx.Module):
         head, axes = (c.hidden_size, c.head_size), ("embed", "vocab")
         self.head = Matrix(rngs, head, axes, c.dtype, int8=c.int8, init=init)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks tokens up; ids beyond the table read its last row (a draft may know fewer tokens than its target)."""
-        return self.head.look_up(tokens) if self.config.tie_embeddings else linear.look_up(self.embedding[...], tokens)
+    def embed(self, tokens: Int[Array, "B T"], extra: Float[Array, "X U"] | None = None) -> Float[Array, "B T D"]:
+        """Looks tokens up.
+
+        Ids beyond the table read `extra`, and without it the table's last row (a draft may know fewer tokens than its
+        target).
+        """
+        c = self.config
+        x = self.head.look_up(tokens) if c.tie_embeddings else linear.look_up(self.embedding[...], tokens)
+        return linear.with_extra(x, tokens, extra, c.vocab_size)
 
     def encode(self, source: Int[Array, "B S"], mask: Bool[Array, "B S S"]) -> Float[Array, "B S D"]:
         """The encoder's output; each token attends to those that `mask` allows."""
@@ -325,7 +331,7 @@ class T5(nnx.Module):
             assert packed.source_segments is not None  # `score` has checked it.
             mask &= layers.same_segment(packed.segments, packed.segments)
             sees = layers.same_segment(packed.segments, packed.source_segments)
-        x, bias, states = self.embed(tokens), None, {}
+        x, bias, states = self.embed(tokens, block.embeddings), None, {}
         keys, values = list(cache.keys), list(cache.values)
         for i, layer in enumerate(self.decoder):
             states[i] = x

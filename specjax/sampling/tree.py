@@ -71,6 +71,7 @@ def with_probes(block: Block, probes: Probes) -> Block:
         jnp.concatenate([block.tokens, probes.tokens], axis=1),
         jnp.concatenate([depth, probes.depth], axis=1),
         jnp.concatenate([above, probes.sees], axis=1),
+        probes.embeddings,
     )
 
 

@@ -230,6 +230,104 @@ def test_convergence_catches_jacobi(bug: str, monkeypatch: pytest.MonkeyPatch, c
         converges(JACOBI.jacobi.__wrapped__(num_draft_tokens=4))
 
 
+Decoded = tuple[list[int], int]
+"""The new tokens of a text, and the calls of the target that they took."""
+
+
+def pgj(prompt: list[int], block: int, length: int, stop: int = -1, guessed: int | None = 0) -> Decoded:
+    """Parallel Jacobi iteration, block by block (Santilli et al. 2023, algorithm 2), up to the block of a stop token.
+
+    A block is finished as soon as it is known to be right: all tokens but its last are what they were before the call.
+    The published stop, two equal iterates, takes a call more.
+
+    Args:
+      prompt: the text to continue.
+      block: tokens of a block.
+      length: the most new tokens.
+      stop: the token after whose block nothing follows.
+      guessed: the first guess of all tokens of a block, as published a token of padding; None: the text's last token.
+    """
+    new, calls = [], 0
+    while len(new) < length and stop not in new:
+        guess = [(prompt + new)[-1] if guessed is None else guessed] * block
+        while True:
+            own = greedy_tokens([[*prompt, *new, *guess[:i]] for i in range(block)])
+            calls, known, guess = calls + 1, own[:-1] == guess[:-1], own
+            if known:
+                break
+        new += guess
+    return new[:length], calls
+
+
+def hgj(prompt: list[int], block: int, cap: int, length: int, stop: int, guessed: int | None = 0) -> Decoded:
+    """The hybrid for texts of unknown length (algorithm 3): blocks up to the cap, then plain decoding."""
+    new, calls = pgj(prompt, block, cap, stop, guessed)
+    while len(new) < length and stop not in new:
+        new, calls = new + greedy_tokens([[*prompt, *new]]), calls + 1
+    return new[: new.index(stop) + 1] if stop in new else new, calls
+
+
+BLOCK_PROMPTS = [[3, 6, 0, 2], [5, 1], [0, 1, 2, 3, 0, 1, 2, 4], [3, 1, 4, 1, 5], [2, 2, 4, 0, 6, 1, 3]]
+
+
+def jacobi_texts(drafter: Drafter, length: int, stop: int = -1) -> list[Decoded]:
+    """What the drafter's texts are, and how many calls each took."""
+    state = decoding.prefill(
+        TARGET,
+        drafter,
+        Params(PARAMS, None),
+        right_pad(BLOCK_PROMPTS, 16),
+        max_new_tokens=length,
+        stop_tokens=[[stop]] * len(BLOCK_PROMPTS),
+        step_cost=0.0,
+        max_len=BUFFER,
+    )
+    state = run(Pair(TARGET, PARAMS, drafter), verify.greedy, state)
+    new = [text[len(prompt) :] for text, prompt in zip(texts(state), BLOCK_PROMPTS, strict=True)]
+    return list(zip(new, np.asarray(state.rows.stats.target_calls).tolist(), strict=True))
+
+
+def a_block_takes_the_calls_of_the_paper(drafter: Drafter) -> None:
+    """From the same guess, the tokens of one block are known after as many calls as in the published iteration."""
+    k = drafter.topology.depth
+    first = greedy_tokens(BLOCK_PROMPTS)
+    for prompt, guessed, ours in zip(BLOCK_PROMPTS, first, jacobi_texts(drafter, k), strict=True):
+        assert ours == pgj(prompt, k, k, guessed=guessed), "a block takes another number of calls"
+
+
+def takes_no_more_calls_than_blocks(drafter: Drafter) -> None:
+    """The texts of PGJ and HGJ, each in as many calls or fewer, and all together in fewer."""
+    k, length, cap, stop = drafter.topology.depth, 18, 12, 5
+    for ends in (-1, stop):
+        ours, total = jacobi_texts(drafter, length, ends), 0
+        for prompt, (new, calls) in zip(BLOCK_PROMPTS, ours, strict=True):
+            for guessed in (0, None):
+                published = (
+                    pgj(prompt, k, length, guessed=guessed) if ends < 0 else hgj(prompt, k, cap, length, stop, guessed)
+                )
+                assert new == published[0], "another text than the published algorithm's"
+                assert calls <= published[1], f"{calls} calls, where blocks take {published[1]}"
+                total += published[1]
+        assert 2 * sum(calls for _, calls in ours) < total, "blocks take no more calls"
+
+
+def test_jacobi_takes_no_more_calls_than_the_published_blocks():
+    a_block_takes_the_calls_of_the_paper(DRAFTERS["jacobi"])
+    takes_no_more_calls_than_blocks(DRAFTERS["jacobi"])
+
+
+@pytest.mark.slow
+def test_blocks_catch_a_jacobi_guess_that_is_one_place_off(catches: Any):
+    made = DRAFTERS["jacobi"]
+
+    def update(params: Any, state: Any, feedback: Any) -> Any:
+        after = made.update(params, state, feedback)
+        return after if feedback.inputs is not None else jnp.roll(after, -1, axis=1)
+
+    with catches("the Jacobi guess is moved by a token too many", "published blocks", "another number of calls"):
+        a_block_takes_the_calls_of_the_paper(made._replace(update=update))
+
+
 # What the others draft, by the target's prefill of whole texts.
 
 

@@ -38,10 +38,15 @@ def jacobi(*, num_draft_tokens: int = 8) -> Drafter:
     The state is the guess, `[B, K]`. A step is one Jacobi iteration on K positions: the target reads the guess, the
     rule accepts the longest prefix that is the target's own text, and the outputs behind it are the next guess,
     followed by repetitions of the last one. So each iteration freezes at least one token, and the K positions move on
-    by as many as were accepted: K at least the length of the text is the paper's algorithm PJ; a smaller K is PGJ,
-    whose blocks of K tokens follow each other, except that this block moves on before it has converged as a whole; stop
-    tokens and budgets end it as they end any text, which is what HGJ (PGJ up to an unknown length, then plain decoding)
-    is for.
+    by as many as were accepted.
+
+    With K at least the length of the text this is the paper's algorithm PJ. PGJ iterates on a block of K tokens until
+    all of it has converged, and then begins the next one from padding. What a position becomes depends on the positions
+    before it alone; so, from the same guess, the tokens of a block are known here after the same number of calls as
+    there. Here, however, the positions behind the known ones have been iterated on by then, and the call that would
+    find a block converged commits what follows it. The later blocks begin from other guesses than PGJ's, of which
+    either may be right by luck, so that fewer calls for every text are the rule and not a theorem. HGJ (PGJ up to a
+    maximum, then plain decoding) is for texts of unknown length, which stop tokens end here as they end any text.
 
     At a temperature above 0 the equations are y_i = argmax(log p(. | y_1 .. y_{i-1}) + g_i), with the noise g_i that
     `verify.coupled` draws position i with, so that their solution is plain decoding's own text, and a guess that has

@@ -33,7 +33,8 @@ def get_config() -> ConfigDict:
     # model, ngram, suffix, aggressive (for editing), merged, table, retrieval, none; of the target alone: jacobi,
     # lookahead, mask_tokens, parallel_masks, skip, early_exit; or FILE.py:FUNCTION of your own.
     config.drafter = "ngram"
-    # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; for feature_head that of
+    # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; for skip that of
+    # configs/skip_search.py, for early_exit that of configs/exit_norm.py, or nothing; for feature_head that of
     # configs/head.py, or smollm2-135m-instruct; your own gets it as `draft`.
     # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
     config.draft = ""
@@ -50,7 +51,7 @@ def get_config() -> ConfigDict:
     config.mask_token = 260  # drafter=mask_tokens, parallel_masks: the id of the mask; 260 is " the" for SmolLM2.
     config.skip_attention = (12, 14, 16)  # drafter=skip, without a draft: the layers without attention ...
     config.skip_mlp = ()  # ... and those without feed-forward.
-    config.exit_layer = 25  # drafter=early_exit: how many layers are run.
+    config.exit_layer = 25  # drafter=early_exit, without a draft: how many layers are run.
     # Exact: rejection, block, coupled (the text of plain decoding with the same seed); greedy at temperature 0.
     # Not exact: lenient:0.3, typical:0.09,0.3, top_k:3, top_k:3,1.0 (with a log-probability gap), distance:2. Your own:
     # FILE.py:RULE, a specjax.verify.Rule.

@@ -313,14 +313,14 @@ def tokenizer_of(words: str | Sequence[str]) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def save_tiny_decoder(directory: pathlib.Path, seed: int, more_words: Sequence[str] = ()) -> str:
+def save_tiny_decoder(directory: pathlib.Path, seed: int, more_words: Sequence[str] = (), num_layers: int = 1) -> str:
     """Saves a random model that knows `WORDS`, and returns its source."""
     tokenizer = tokenizer_of([*(f"\u2581{word}" for word in [*WORDS, *more_words]), "[unk]"])
     config = specjax.DecoderConfig(
         vocab_size=len(WORDS) + len(more_words) + 1,
         hidden_size=32,
         intermediate_size=64,
-        num_layers=1,
+        num_layers=num_layers,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,

@@ -267,7 +267,7 @@ def hgj(prompt: list[int], block: int, cap: int, length: int, stop: int, guessed
     return new[: new.index(stop) + 1] if stop in new else new, calls
 
 
-BLOCK_PROMPTS = [[3, 6, 0, 2], [5, 1], [0, 1, 2, 3, 0, 1, 2, 4], [3, 1, 4, 1, 5], [2, 2, 4, 0, 6, 1, 3]]
+BLOCK_PROMPTS = [[3, 6, 0, 2], [5, 1], [0, 1, 2, 3, 0, 1, 2, 4], [3, 1, 4, 1, 5], [4, 2, 1, 1, 2]]
 
 
 def jacobi_texts(drafter: Drafter, length: int, stop: int = -1) -> list[Decoded]:

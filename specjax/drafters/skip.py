@@ -112,7 +112,17 @@ def skip(
     return _chain(rollout.Chain(draft, num_draft_tokens), start, adaptive)
 
 
-def early_exit(target: Any, layer: int, *, norm: Any = None, **options: Any) -> Any:
+def early_exit(
+    target: Any,
+    layer: int,
+    *,
+    norm: Any = None,
+    num_draft_tokens: int | None = None,
+    min_confidence: float = 0.0,
+    adaptive: bool = False,
+    topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    children: Children = without_replacement,
+) -> Any:
     """Drafts with the first layers of the target, its final norm and its head.
 
     With `topology=(k,)` the k most probable tokens of the layer are read together: so Predictive Pipelined Decoding
@@ -121,8 +131,14 @@ def early_exit(target: Any, layer: int, *, norm: Any = None, **options: Any) -> 
     Args:
       target: the target that will be decoded, a `Pretrained` or its `Model`.
       layer: how many layers are run, at least 1.
-      norm: the scale of a norm of its own before the head, `[E]`, in the place of the target's final one, or None.
-      **options: `num_draft_tokens`, `min_confidence`, `adaptive`, `topology` and `children` of `skip`.
+      norm: the scale of a norm of its own before the head, `[E]`, in the place of the target's final one
+        (`specjax.training.exit_norm` fits it), or None.
+      num_draft_tokens: K, for a chain; by default 4.
+      min_confidence: a row's draft ends after the first token at whose position the early exit's most probable token
+        was less probable than that; 0: never.
+      adaptive: that threshold follows the acceptance rate of each row (`learn`), from `min_confidence` on, or 0.6.
+      topology: the shape of a tree, as in `drafters.model`; None: a chain.
+      children: how the children of a node of a tree are found, as there.
 
     Returns:
       a `Draft` with a norm of its own, otherwise a `Drafter`.
@@ -134,7 +150,16 @@ def early_exit(target: Any, layer: int, *, norm: Any = None, **options: Any) -> 
     if model.num_layers and not 1 <= layer < model.num_layers:
         raise ValueError(f"layer={layer}: the target has {model.num_layers} layers; run 1 to {model.num_layers - 1}.")
     rest = range(layer, model.num_layers or layer + 1)
-    drafter = skip(model, attention=rest, mlp=rest, **options)
+    drafter = skip(
+        model,
+        attention=rest,
+        mlp=rest,
+        num_draft_tokens=num_draft_tokens,
+        min_confidence=min_confidence,
+        adaptive=adaptive,
+        topology=topology,
+        children=children,
+    )
     return drafter if norm is None else Draft(drafter, {"norm": jnp.asarray(norm)})
 
 

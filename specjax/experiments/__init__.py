@@ -11,6 +11,7 @@ EXPERIMENTS = {
     "data": "specjax.experiments.data:run",
     "distill": "specjax.experiments.distill:run",
     "head": "specjax.experiments.head:run",
+    "exit_norm": "specjax.experiments.exit_norm:run",
     "leviathan": "specjax.experiments.leviathan:run",
     "methods": "specjax.experiments.methods:run",
     "plan": "specjax.experiments.plan:run",

@@ -168,9 +168,12 @@ def _skip(chosen: Any, target: Pretrained, load: Load) -> OfK:
 
 
 def _early_exit(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    from specjax.experiments import exit_norm  # As above.
+
+    layer, norm = exit_norm.load(chosen.draft) if chosen.draft else (chosen.exit_layer, None)
     return _shaped(
         chosen,
-        lambda **shape: drafters.early_exit(target, chosen.exit_layer, min_confidence=chosen.min_confidence, **shape),
+        lambda **shape: drafters.early_exit(target, layer, norm=norm, min_confidence=chosen.min_confidence, **shape),
     )
 
 
@@ -204,7 +207,14 @@ DRAFTERS = {
         trees="topology",
     ),
     "feature_head": Entry(_feature_head, draft="NAME or PATH", runs_model=True, trees="topology", least=1),
-    "early_exit": Entry(_early_exit, runs_model=True, trees="topology"),
+    "early_exit": Entry(
+        _early_exit,
+        draft="PATH (of configs/exit_norm.py)",
+        needs_draft=False,
+        made_by="configs/exit_norm.py",
+        runs_model=True,
+        trees="topology",
+    ),
 }
 """By the name that flags give them."""
 

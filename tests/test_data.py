@@ -1,6 +1,7 @@
 """`configs/data.py`: files from what Python brings with it, and downloads from a server of this machine."""
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import http.server
@@ -11,10 +12,11 @@ import threading
 import types
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from specjax import launch
-from specjax.experiments import data, download, prompts, stdlib_texts, texts
+from specjax.experiments import data, download, edits, prompts, stdlib_texts, texts
 from specjax.experiments.reports.display import View
 
 CONFIG = str(pathlib.Path(__file__).parents[1] / "configs" / "data.py")
@@ -90,6 +92,23 @@ def test_files_without_network_are_what_the_experiments_read(tmp_path, monkeypat
     assert _main(tmp_path) == 0
     assert (tmp_path / "prompts.jsonl").stat().st_mtime_ns == before
     assert "prompts: there already" in capsys.readouterr().out
+
+
+def test_edits_are_copies_with_slips(tmp_path, monkeypatch):
+    monkeypatch.setattr(stdlib_texts, "pairs", _pairs)
+    assert _main(tmp_path, sets="('edits',)") == 0
+    changed = []
+    for split in ("train", "valid", "test"):
+        inputs, targets = (texts.read(tmp_path / f"edits.{split}.jsonl", field) for field in ("input", "target"))
+        assert len(inputs) == len(targets) > 0
+        for given, text in zip(inputs, targets, strict=True):
+            words, wanted = given.split(), text.split()
+            assert 8 <= len(wanted) <= 24
+            kept = sum(block.size for block in difflib.SequenceMatcher(a=words, b=wanted).get_matching_blocks())
+            changed.append(len(wanted) - kept)
+            assert len(words) <= len(wanted)
+    assert 0.5 < np.mean(changed) < 3
+    assert edits.edits() == edits.edits()
 
 
 def test_splits_share_no_text():

@@ -84,6 +84,7 @@ def command(target, data, workdir, *more):
 def test_a_run_goes_on_and_is_drafted_with(tmp_path, capfd, monkeypatch):
     plain = specjax.load(save_tiny_decoder(tmp_path / "plain", 0, num_layers=2))
     # Training texts end with a token of the vocabulary.
+    assert plain.tokenizer is not None
     tokenizer = Tokenizer(plain.tokenizer.backend, special_tokens={"eos_token": "[unk]"})
     target, data = str(tmp_path / "target"), tmp_path / "texts.jsonl"
     specjax.save(plain._replace(tokenizer=tokenizer), target)

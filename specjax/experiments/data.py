@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from specjax import files
-from specjax.experiments import download, prompts, stdlib_texts
+from specjax.experiments import download, edits, prompts, stdlib_texts
 from specjax.experiments.reports.display import View
 from specjax.experiments.settings import Check, Config, at_least, parse
 
@@ -60,6 +60,12 @@ def _prompts(chosen: Settings, directory: pathlib.Path, view: View) -> None:
 def _corpus(chosen: Settings, directory: pathlib.Path, view: View) -> None:
     del chosen, view
     _write(directory / "corpus.jsonl", stdlib_texts.corpus())
+
+
+def _edits(chosen: Settings, directory: pathlib.Path, view: View) -> None:
+    del chosen, view
+    for split, lines in edits.edits().items():
+        _write(directory / f"edits.{split}.jsonl", lines)
 
 
 def _pairs(chosen: Settings, directory: pathlib.Path, view: View) -> None:
@@ -153,6 +159,12 @@ SETS: dict[str, Source] = {
         _PSF,
         "docstrings of Python's standard library",
         _pairs,
+    ),
+    "edits": Source(
+        tuple(f"edits.{split}.jsonl" for split in ("train", "valid", "test")),
+        _PSF,
+        "docstrings of Python's standard library, with slips of the keyboard made from a seed",
+        _edits,
     ),
     "spec_bench": Source(("spec_bench.jsonl",), "Apache-2.0", SPEC_BENCH, _spec_bench),
 } | {name: _from_hub(name, hub) for name, hub in _HUB.items()}

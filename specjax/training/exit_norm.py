@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -178,5 +179,6 @@ def agreement(exits: Exit, params: Tree, scale: Any, batches: Iterable[Batch]) -
       scale: `[E]` of the exit's norm.
       batches: the texts, such as `Dataset.in_order`.
     """
-    kl, alpha, same, weight = sum(_sums(exits, params, jnp.asarray(scale, jnp.float32), batch) for batch in batches)
-    return Agreement(float(kl / weight), float(alpha / weight), float(same / weight))
+    sums = [_sums(exits, params, jnp.asarray(scale, jnp.float32), batch) for batch in batches]
+    kl, alpha, same, weight = np.sum(jax.device_get(sums), axis=0).tolist()
+    return Agreement(kl / weight, alpha / weight, same / weight)

@@ -7,11 +7,10 @@ Commands: the data, a small T5 that is trained on them, and the comparison, with
     python -m specjax.launch --config=configs/edit_t5.py --workdir=runs/edit_t5_aggressive
     python -m specjax.launch --config=configs/edit_t5.py --config.drafter=ngram --workdir=runs/edit_t5_ngram
 
-The draft is the source, from the first token on: an encoder-decoder has no text before its answer that lookup could
-continue. The second command is `configs/train.py`, the others are `configs/compare.py`, with values filled in.
+The draft is the source, from the first token on; lookup begins where two tokens of the answer match. The second command is `configs/train.py`, the others are `configs/compare.py`, with values filled in.
 
-Hardware: any; two cores of a CPU train the T5 in some minutes. Expected: every text identical to plain decoding's, and
-several tokens a call, fewer where the model corrects.
+Hardware: any; two cores of a CPU train the T5 in some minutes. Expected: a validation loss near 0.61; every text
+identical to plain decoding's; and some 5.8 tokens a call, with lookup about as many.
 """
 
 import pathlib
@@ -27,14 +26,14 @@ def _train() -> ConfigDict:
     config.name = "edit_t5, training"
     config.data = "data/edits.train.jsonl"
     config.valid = "data/edits.valid.jsonl"
-    config.vocab_size = 1024
-    config.size = "0.4m"
+    config.vocab_size = 512
+    config.size = "1.5m"
     config.target_length = 96
     config.source_length = 96
     config.num_microbatches = 4
-    config.num_steps = 1600
-    config.learning_rate = 5e-3
-    config.warmup_steps = 100
+    config.num_steps = 3000
+    config.learning_rate = 3e-3
+    config.warmup_steps = 150
     config.eval_every = 200
     config.save_every = 200
     return config

@@ -1,7 +1,9 @@
 """A head over the target's hidden states: it changes no text, its cache follows the text, and it is trained as used."""
 
+import dataclasses
 import functools
 import itertools
+import pathlib
 from typing import Any
 
 import jax
@@ -10,11 +12,13 @@ import numpy as np
 import pytest
 from helpers import compiled, random_prompts, right_pad, texts
 
-from specjax import decoding, drafters, sampling, testing
+from specjax import decoding, drafters, launch, sampling, testing
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
-from specjax.drafters.feature_head import Head
+from specjax.drafters.feature_head import TRAINED, Head
+from specjax.experiments import head as experiment
+from specjax.experiments.settings import parse
 from specjax.models import families, feature_head
 from specjax.models.config import DecoderConfig
 from specjax.models.feature_head import FeatureHeadConfig
@@ -236,3 +240,53 @@ def test_the_conditions_that_a_head_makes():
         drafters.feature_head(head(), target(5))
     with pytest.raises(ValueError, match="leave out num_draft_tokens"):
         drafters.feature_head(head(), target(), num_draft_tokens=2, topology=(2, 1))
+
+
+def test_a_head_that_is_saved_is_read_back(tmp_path):
+    ours = head()
+    drafters.save_feature_head(ours, tmp_path)
+    read = drafters.load_feature_head(tmp_path)
+    stored, params = feature_head.cast(ours.config, ours.params, "bfloat16")
+    assert (read.config, read.vocabulary) == (stored, None)
+    np.testing.assert_array_equal(read.tokens, ours.tokens)
+    jax.tree.map(np.testing.assert_array_equal, read.params, params)
+    with pytest.raises(FileNotFoundError, match="or the name of a trained head: 'smollm2-135m-instruct'"):
+        drafters.load_feature_head("no-such-head")
+
+
+def test_the_head_in_the_package_is_whole():
+    shipped = drafters.load_feature_head("smollm2-135m-instruct")
+    assert shipped.config.taps == (20, 27, 30)
+    assert shipped.vocabulary
+    assert len(shipped.tokens) == shipped.config.layer.vocab_size == 6144
+    assert (np.diff(shipped.tokens) > 0).all()
+    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(shipped.params))
+    sizes = [path.stat().st_size for path in (TRAINED / "smollm2-135m-instruct").iterdir()]
+    assert sum(sizes) < 12 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rows": 64}, "config.rows=64: at most config.batch_size=48"),
+        ({"own_prompts": 1.5}, "config.own_prompts=1.5: from 0 to 1"),
+        ({"texts": "/no/such.jsonl"}, "/no/such.jsonl does not exist"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_anything_is_loaded(values, words, tmp_path, capsys):
+    arguments = [f"--config.{key}={value}" for key, value in values.items()]
+    path = pathlib.Path(__file__).parents[1] / "configs" / "head.py"
+    assert launch.main(
+        ["launch", f"--config={path}", *arguments, f"--workdir={tmp_path / 'run'}", "--nocompilation_cache"]
+    )
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_of_other_settings_are_not_trained_on(tmp_path):
+    _, config = launch.parse(["launch", f"--config={pathlib.Path(__file__).parents[1] / 'configs' / 'head.py'}"])
+    chosen = parse(experiment.Settings, config)
+    experiment.check_texts(chosen, tmp_path)
+    experiment.check_texts(dataclasses.replace(chosen, num_batches=80, steps=3), tmp_path)
+    with pytest.raises(ValueError, match=r"config.seed=0 before, 1 now.*another --workdir"):
+        experiment.check_texts(dataclasses.replace(chosen, seed=1), tmp_path)

@@ -1,6 +1,8 @@
 """Trains a head over a target's hidden states, and saves it as `drafters.load_feature_head` reads it."""
 
 import dataclasses
+import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -13,14 +15,22 @@ from specjax import drafters, files
 from specjax.api.pretrained import Pretrained, load
 from specjax.drafters import store
 from specjax.drafters.feature_head import Head
+from specjax.experiments import results
 from specjax.experiments.instructions import instructions
 from specjax.experiments.reports.display import View
-from specjax.experiments.settings import Config, at_least, parse
+from specjax.experiments.settings import POSITIVE, Config, at_least, between, given, parse
+from specjax.experiments.store import clear
 from specjax.models import feature_head
 from specjax.models.config import DecoderConfig
 from specjax.models.feature_head import FeatureHeadConfig
 from specjax.training import harvest, heads
 from specjax.training.harvest import Texts
+
+TEXTS, QUALITY = "texts", "results.json"
+"""The directory of the texts, and the file of the evaluations."""
+
+_OF_TEXTS = ("target", "texts", "taps", "batch_size", "prompt_width", "max_new_tokens", "own_prompts", "seed")
+"""The keys that determine the texts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Settings:
     """The keys of `configs/head.py`."""
 
     name: str
-    target: str
+    target: Annotated[str, given("SOURCE")]
     texts: str
     taps: tuple[int, ...]
     vocab_size: Annotated[int, at_least(1)]
@@ -36,18 +46,22 @@ class Settings:
     batch_size: Annotated[int, at_least(1)]
     prompt_width: Annotated[int, at_least(8)]
     max_new_tokens: Annotated[int, at_least(2)]
-    own_prompts: Annotated[float, at_least(0)]
+    own_prompts: Annotated[float, between(0, 1, ", a share")]
     steps: Annotated[int, at_least(1)]
     rows: Annotated[int, at_least(1)]
     depth: Annotated[int, at_least(1)]
-    learning_rate: float
+    learning_rate: Annotated[float, POSITIVE]
     eval_every: Annotated[int, at_least(1)]
     seed: Annotated[int, at_least(0)]
 
     def check(self) -> None:
-        """Refuses a share that is none."""
-        if self.own_prompts > 1:
-            raise ValueError(f"config.own_prompts={self.own_prompts}: a share, from 0 to 1.")
+        """Refuses rows that the held-out batch does not have, and a file that does not exist."""
+        if self.rows > self.batch_size:
+            raise ValueError(
+                f"config.rows={self.rows}: at most config.batch_size={self.batch_size}, the held-out batch is read so."
+            )
+        if self.texts:
+            files.check_file(pathlib.Path(self.texts).expanduser(), "config.texts: the file", "give JSONL with `text`")
 
 
 def _passages(path: str) -> list[str]:
@@ -59,13 +73,56 @@ def _passages(path: str) -> list[str]:
     return [text for text in found if 40 <= len(text) <= 500]
 
 
+def _load(chosen: Settings, dtype: str) -> tuple[Pretrained, DecoderConfig]:
+    """The target, and its shape.
+
+    Raises:
+      ValueError: for a target that a head cannot read.
+    """
+    target = load(chosen.target, dtype=dtype)
+    config = target.config
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"config.target={chosen.target!r}: a head reads a decoder-only target.")
+    if target.tokenizer is None or not target.tokenizer.has_chat_template:
+        raise ValueError(f"config.target={chosen.target!r} has no chat template, in which it is asked for texts.")
+    if not chosen.taps or chosen.taps[-1] != config.num_layers:
+        raise ValueError(
+            f"config.taps={chosen.taps}: the last hidden state is learnt too; end with {config.num_layers}, the "
+            "number of the target's layers."
+        )
+    return target, config
+
+
+def check_texts(chosen: Settings, directory: pathlib.Path) -> None:
+    """Refuses texts that were written with other settings, and notes those of these.
+
+    Raises:
+      ValueError: naming the keys that differ.
+    """
+    path = directory / "config.json"
+    ours = json.loads(json.dumps({key: getattr(chosen, key) for key in _OF_TEXTS}))
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write(path, json.dumps(ours, indent=1) + "\n")
+        return
+    before = files.read_json(path)
+    differ = [
+        f"config.{key}={before.get(key)!r} before, {ours[key]!r} now" for key in ours if before.get(key) != ours[key]
+    ]
+    if differ:
+        raise ValueError(
+            f"{directory} has texts of other settings ({'; '.join(differ)}): give another --workdir, or --overwrite."
+        )
+
+
 def _write(chosen: Settings, directory: pathlib.Path, view: View) -> list[Texts]:
     """The texts, written by the target in bfloat16 where they are not there yet."""
+    check_texts(chosen, directory)
     prompts = [line["prompt"] for line in instructions(20_000, _passages(chosen.texts), seed=chosen.seed)]
     found = harvest.harvest(
-        load(chosen.target, dtype="bfloat16"),
+        _load(chosen, "bfloat16")[0],
         prompts,
-        directory / "texts",
+        directory,
         chosen.taps,
         num_batches=chosen.num_batches,
         batch_size=chosen.batch_size,
@@ -75,9 +132,11 @@ def _write(chosen: Settings, directory: pathlib.Path, view: View) -> list[Texts]
         seed=chosen.seed,
     )
     batches = []
-    for path in found:
-        batches.append(harvest.read_texts(path))
-        view.line(f"{path.name}: {int(batches[-1].length.sum())} tokens.")
+    with view.progress(chosen.num_batches, what="batch", remaining=True) as bar:
+        for path in found:
+            batches.append(harvest.read_texts(path))
+            view.line(f"{path.name}: {int(batches[-1].length.sum())} tokens.")
+            bar.advance(bar.task_ids[0])
     return batches
 
 
@@ -87,47 +146,52 @@ def shape(target: DecoderConfig, taps: tuple[int, ...], vocab_size: int) -> Feat
     return FeatureHeadConfig(layer, taps)
 
 
-def _evaluate(config: FeatureHeadConfig, params: Any, frozen: heads.Frozen, texts: Texts, rows: int) -> heads.Quality:
-    """The quality on held-out texts."""
-    judge = _judge(config)
-    parts = [Texts(*(x[i : i + rows] for x in texts)) for i in range(0, len(texts.length) - rows + 1, rows)]
-    found = [jax.device_get(judge(params, frozen, part)) for part in parts[:4]]
-    return jax.tree.map(lambda *x: np.mean(x, axis=0), *found)
-
-
+@functools.cache
 def _judge(config: FeatureHeadConfig) -> Any:
     return jax.jit(lambda params, frozen, texts: heads.judge(config, params, frozen, texts, depth=3, whole=True))
 
 
+def _evaluate(config: FeatureHeadConfig, params: Any, frozen: heads.Frozen, texts: Texts, rows: int) -> heads.Quality:
+    """The quality on held-out texts, by groups of rows."""
+    parts = [Texts(*(x[i : i + rows] for x in texts)) for i in range(0, len(texts.length) - rows + 1, rows)]
+    found = [jax.device_get(_judge(config)(params, frozen, part)) for part in parts]
+    return jax.tree.map(lambda *x: np.mean(x, axis=0), *found)
+
+
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
     """Writes texts and trains, as `EXPERIMENTS` says; the texts of an earlier run are kept unless `overwrite`."""
-    view, directory = view or View(), pathlib.Path(workdir)
-    chosen = parse(Settings, config)
+    view, directory, chosen = view or View(), pathlib.Path(workdir), parse(Settings, config)
     if overwrite:
-        for path in (directory / "texts").glob("*"):
-            path.unlink()
-    batches = _write(chosen, directory, view)
-    _train(chosen, load(chosen.target), batches, directory, view)
+        clear(directory, (TEXTS, QUALITY, store.FILE))
+    try:
+        batches = _write(chosen, directory / TEXTS, view)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the batches of texts that are finished are kept") from None
+    _train(chosen, batches, directory, view)
 
 
-def _train(chosen: Settings, target: Pretrained, batches: Sequence[Texts], directory: pathlib.Path, view: View) -> None:
+def _train(chosen: Settings, batches: Sequence[Texts], directory: pathlib.Path, view: View) -> None:
     held_out, batches = batches[0], batches[1:]
+    target, config = _load(chosen, "float32")
     tokens = heads.frequent_tokens(batches, chosen.vocab_size)
-    assert isinstance(target.config, DecoderConfig)
-    assert target.tokenizer is not None
-    config = shape(target.config, chosen.taps, len(tokens))
-    every = np.arange(target.config.vocab_size)
-    output = feature_head.output_rows(target.config, target.params, every)
-    embeddings = feature_head.embed(target.config, target.params, jnp.asarray(every)[None])[0]
+    head = shape(config, chosen.taps, len(tokens))
+    every = np.arange(config.vocab_size)
+    output = feature_head.output_rows(config, target.params, every)
+    embeddings = feature_head.embed(config, target.params, jnp.asarray(every)[None])[0]
     frozen = heads.Frozen(embeddings, output, output[tokens])
-    params = heads.ridge(config, feature_head.initial(config, jax.random.key(chosen.seed)), embeddings, batches)
-    vocabulary = store.fingerprint(target.tokenizer)
+    params = heads.ridge(head, feature_head.initial(head, jax.random.key(chosen.seed)), embeddings, batches)
+    assert target.tokenizer is not None  # As `_load` has checked.
+    vocabulary, rows = store.fingerprint(target.tokenizer), []
 
     def note(step: int, params: Any) -> None:
-        quality = _evaluate(config, params, frozen, held_out, chosen.rows)
+        quality = _evaluate(head, params, frozen, held_out, chosen.rows)
         greedy, sampled = (", ".join(f"{x:.3f}" for x in rates) for rates in quality[:2])
         view.line(f"step {step}: acceptance at temperature 0: {greedy}; at 1: {sampled}; loss {quality.loss:.3f}")
-        drafters.save_feature_head(Head(config, params, tokens, vocabulary), directory)
+        rates = {name: [float(x) for x in getattr(quality, name)] for name in ("greedy", "overlap")}
+        rows.append({"step": step, "loss": float(quality.loss), **rates})
+        files.write(directory / QUALITY, json.dumps(rows, indent=1) + "\n")
+        if _first(rows[-1]) >= max(map(_first, rows)):
+            drafters.save_feature_head(Head(head, params, tokens, vocabulary), directory)
 
     def report(state: heads.TrainState, loss: float) -> bool:
         del loss
@@ -143,5 +207,10 @@ def _train(chosen: Settings, target: Pretrained, batches: Sequence[Texts], direc
         depth=chosen.depth,
         seed=chosen.seed,
     )
-    heads.train(config, params, frozen, batches, recipe, report)
+    heads.train(head, params, frozen, batches, recipe, report)
     view.line(f"The head is in {directory}: --config.drafter=feature_head --config.draft={directory}.", "bold")
+
+
+def _first(row: results.Row) -> float:
+    """The acceptance rate of the first draft token, at both temperatures together."""
+    return row["greedy"][0] + row["overlap"][0]

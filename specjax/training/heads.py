@@ -280,9 +280,7 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps, rate / 10)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            schedule, b2=0.95, weight_decay=recipe.weight_decay, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
-        ),
+        optax.adamw(schedule, b2=0.95, weight_decay=recipe.weight_decay, mask=_matrices),
     )
 
 

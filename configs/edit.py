@@ -8,7 +8,7 @@ Commands, with the drafter that keeps its place in the input, and with n-gram lo
 Eight prompts ask for a corrected copy of a short text. This is `configs/compare.py` with values filled in, and takes
 the same overrides, such as `--config.data=FILE` or `--config.num_draft_tokens=31`.
 
-Hardware: any; a laptop's CPU is enough. Expected: every text identical to plain decoding's, and several tokens a call
+Hardware: any; a laptop's CPU is enough. Expected: every text identical to plain decoding's, and several tokens per call
 wherever the model copies, as its answer to a request for a correction mostly does.
 """
 

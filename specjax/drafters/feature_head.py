@@ -54,11 +54,11 @@ class HeadParams(NamedTuple):
 
 
 class HeadCache(NamedTuple):
-    """The keys and values of the head's layer, and what it thinks that the target's last hidden states are.
+    """The keys and values of the head's layer, and its estimates of the target's last hidden states.
 
     Attributes:
       keys: one `[B, kv_heads, S, head_dim]` array.
-      values: likewise.
+      values: one array of the same shape.
       length: `[B]` how many tokens of the text have entries, made from the target's hidden states (see `models.cache`).
       states: `[B, 1 + U, D]` the estimate after the last of them, then those after the entries of drafts behind it.
       feature: `[B, F, D]` the target's hidden states at the last token that it has read.

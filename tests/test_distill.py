@@ -281,7 +281,7 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()][1:]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", usual(MODELS, "t5"))
 def test_rounds_have_texts_of_all_kinds(kind, tmp_path):
     texts = make_texts(tmp_path, Shares(0.25, 0.25, 0.5), kind)
     first = texts.at(0, texts.draft.params)

@@ -316,6 +316,11 @@ PUBLISHED = {
     "llama3_8b": "8.0e9",
     "llama3_70b": "70.6e9",
     "gemma2_2b": "2.6e9",
+    "t5_v1_1_small": "77e6",
+    "t5_v1_1_base": "248e6",
+    "t5_v1_1_large": "783e6",
+    "t5_v1_1_xl": "2.85e9",
+    "t5_v1_1_xxl": "11.1e9",
 }
 
 
@@ -334,7 +339,8 @@ def test_presets_by_name():
     assert set(PUBLISHED) == set(presets.PRESETS)
     for name, config in presets.PRESETS.items():
         assert getattr(presets, name) is presets.get(name) is config
-        assert config.num_heads * config.head_dim == config.hidden_size or name == "gemma2_2b"
+        others = ("gemma2_2b", "t5_v1_1_small")
+        assert config.num_heads * config.head_dim == config.hidden_size or name in others
     with pytest.raises(ValueError, match=r"'llama9'.*chinchilla_70b, chinchilla_draft_4b"):
         presets.get("llama9")
 

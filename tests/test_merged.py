@@ -258,7 +258,7 @@ SELF_DRAFTERS = {
 
 @pytest.mark.budget(60)
 @pytest.mark.parametrize("temperature", usual([0.0, 1.0], 1.0))
-@pytest.mark.parametrize("name", usual(SELF_DRAFTERS, "lookahead"))
+@pytest.mark.parametrize("name", usual(SELF_DRAFTERS, "jacobi"))
 def test_a_part_that_reads_the_output_drafts_as_it_would_alone(name: str, temperature: float):
     """It is given the outputs of its own nodes and probes: beside a part that is always wrong, and beside itself.
 

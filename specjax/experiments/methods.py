@@ -31,6 +31,7 @@ class Settings:
     target: Annotated[str, given("SOURCE")]
     dtype: Annotated[str, one_of("float32", "bfloat16")]
     draft: str
+    head: str
     drafters: tuple[str, ...]
     merged: bool
     data: Annotated[str, given("FILE")]
@@ -52,6 +53,10 @@ class Settings:
             raise ValueError(f"config.drafters={self.drafters}: choose from {', '.join(METHODS)}.")
         if not self.draft and any(METHODS[name].needs_draft for name in self.drafters):
             raise ValueError(f"config.drafters={self.drafters} needs a draft model: give --config.draft=SOURCE.")
+        if not self.head and any(METHODS[name].needs_head for name in self.drafters):
+            raise ValueError(f"config.drafters={self.drafters} needs a trained head: give --config.head=NAME or PATH.")
+        if self.head:
+            drafters.load_feature_head(self.head)
         if self.skips:
             skip_search.load(self.skips)
 
@@ -83,6 +88,7 @@ class Method(NamedTuple):
       make: makes it.
       weights: which share of the target's bytes each call of its draft reads; 0 without a model.
       needs_draft: whether it is a draft model.
+      needs_head: whether it is a head over the target's hidden states.
       needs_layers: whether it skips layers of the target.
       coupled: whether sampled text is drafted with the target's noise, rather than judged by rejection.
       merges: whether it is also merged with lookup.
@@ -91,6 +97,7 @@ class Method(NamedTuple):
     make: Callable[[Side], AnyDrafter]
     weights: Callable[[Side], float] = lambda side: 0.0
     needs_draft: bool = False
+    needs_head: bool = False
     needs_layers: bool = False
     coupled: bool = True
     merges: bool = True
@@ -103,7 +110,8 @@ class Method(NamedTuple):
     def applies(self, side: Side) -> bool:
         """Whether the target and what is given allow it."""
         has_layers = side.target.model.with_skips is not None and side.target.model.num_layers > 1
-        return (side.draft is not None or not self.needs_draft) and (has_layers or not self.needs_layers)
+        given = (side.draft is not None or not self.needs_draft) and (bool(side.chosen.head) or not self.needs_head)
+        return given and (has_layers or not self.needs_layers)
 
 
 def _bytes(params: Any) -> int:
@@ -129,6 +137,19 @@ def _exit_skips(side: Side) -> Skips:
 def _of_draft(side: Side) -> float:
     assert side.draft is not None
     return _bytes(side.draft.params) / _bytes(side.target.params)
+
+
+def _of_head(side: Side) -> float:
+    return _bytes(drafters.load_feature_head(side.chosen.head).params) / _bytes(side.target.params)
+
+
+def _feature_head(**options: Any) -> Method:
+    return Method(
+        lambda side: drafters.feature_head(drafters.load_feature_head(side.chosen.head), side.target, **options),
+        _of_head,
+        needs_head=True,
+        coupled=False,
+    )
 
 
 def _draft_model(**options: Any) -> Method:
@@ -188,6 +209,8 @@ METHODS = {
         coupled=False,
         merges=False,
     ),
+    "feature_head": _feature_head(num_draft_tokens=2),
+    "feature_head tree": _feature_head(topology=(3, 2)),
     "model": _draft_model(num_draft_tokens=4),
     "model, 10 tokens": _draft_model(num_draft_tokens=10),
     "model tree": _draft_model(topology=_TREE),

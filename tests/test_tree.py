@@ -13,6 +13,7 @@ import specjax
 from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
 from specjax.drafters import model_tree
+from specjax.models import cache as cache_lib
 from specjax.models import families
 from specjax.models.config import DecoderConfig, T5Config
 from specjax.planning import hlo
@@ -71,6 +72,28 @@ def _inputs(name: str, tokens: Any, length: Any) -> Inputs:
         return Inputs(tokens, length)
     source = jax.random.randint(jax.random.key(7), (tokens.shape[0], 6), 0, 61)
     return Inputs(tokens, length, source, jnp.asarray([6, 4, 5])[: tokens.shape[0]])
+
+
+@pytest.mark.parametrize(
+    ("path", "count"),
+    [([0, 1, 2], 3), ([0, 1, 3], 3), ([0, 2, 3], 3), ([0, 2, 2], 2), ([0, 1, 4], 2), ([0, 3, 4], 1), ([0, 3, 4], 0)],
+)
+def test_the_kept_entries_are_moved_where_one_is_out_of_place(path: list[int], count: int):
+    # One row, since a row whose entries have to be moved has those of all rows moved.
+    cache = cache_lib.init(2, 1, 2, 12, 3, "float32")
+    rng = np.random.default_rng(0)
+    keys, values = (
+        tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in side) for side in (cache.keys, cache.values)
+    )
+    cache = cache_lib.Cache(keys, values, jnp.asarray([4]))
+    kept = _commit(cache, jnp.asarray([path]), jnp.asarray([count]))
+    assert kept.length.tolist() == [4 + count]
+    entries = [*range(4), *(4 + node for node in path[:count])]
+    for before, after in zip((*keys, *values), (*kept.keys, *kept.values), strict=True):
+        np.testing.assert_array_equal(after[:, :, : 4 + count], before[:, :, np.asarray(entries)])
+
+
+_commit = jax.jit(cache_lib.commit)
 
 
 @pytest.mark.parametrize("name", usual(CONFIGS, "window"))

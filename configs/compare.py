@@ -44,6 +44,8 @@ def get_config() -> ConfigDict:
     config.num_draft_tokens = 4  # K, the most draft tokens per step; drafter=lookahead: those of each guess.
     # drafter=model, table, parallel_masks, skip, early_exit: a tree, such as (3, 2, 1) children by depth.
     config.topology = ()
+    # Chains: shorter drafts with programs of their own, such as (3,), where scoring more tokens takes longer.
+    config.lengths = ()
     config.depth = 0  # drafter=ngram, suffix, retrieval: a tree of K nodes and this many levels; 0: a chain.
     config.min_match = 2  # drafter=ngram, suffix, merged, retrieval: the shortest match that counts, in tokens.
     config.window = 10  # drafter=lookahead: the trajectories of its window.
@@ -88,9 +90,11 @@ def get_config() -> ConfigDict:
     config.draft_sharding = "split"  # Or replicated: every device has all of the draft.
 
     config.repeats = 3  # How often each side decodes each batch; medians count.
-    # The time of a drafting step divided by that of a plain step. A row whose drafts do not pay for it stops drafting
-    # for a while; 0 always drafts. Below 0 it is measured; it decides where drafts are made, so two runs of *sampled*
+    # The time of a drafting step divided by that of a plain step. A row drafts as many tokens as pay for it, or none
+    # for a while; 0 always drafts K. Below 0 it is measured; it decides where drafts are made, so two runs of *sampled*
     # text differ (but not in distribution; greedy text is equal): fix it for reproducible sampled text.
     config.step_cost = -1.0
+    # Take num_draft_tokens, lengths and topology from what configs/tune.py found for these models on this machine.
+    config.tuned = False
     config.show_text = False  # Print the texts, with accepted draft tokens marked.
     return config

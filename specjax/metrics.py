@@ -1,5 +1,6 @@
 """Metrics of speculation: acceptance, block efficiency, costs, and the speedup that they predict."""
 
+import bisect
 import dataclasses
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ class Summary:
       num_tokens: new tokens, the stop token included.
       target_calls: steps.
       draft_steps: steps in which something was drafted.
+      steps_by_length: those by the length at which they were scored (`Topology.all_lengths`).
       acceptance_rate: alpha, the mean of `sum_x min(target(x), draft(x))` over the draft positions whose prefix was
         accepted; None where nothing was drafted.
       block_efficiency: tokens per target call.
@@ -36,6 +38,7 @@ class Summary:
     num_tokens: int
     target_calls: int
     draft_steps: int
+    steps_by_length: list[int]
     acceptance_rate: float | None
     block_efficiency: float
     histogram: list[int]
@@ -50,6 +53,7 @@ def _summary(stats: Any, num_tokens: int) -> Summary:
         num_tokens=num_tokens,
         target_calls=calls,
         draft_steps=int(stats.draft_steps),
+        steps_by_length=[int(n) for n in stats.steps_by_length],
         acceptance_rate=float(stats.overlap) / judged if judged else None,
         block_efficiency=num_tokens / calls if calls else 0.0,
         histogram=[int(n) for n in stats.histogram],
@@ -79,12 +83,14 @@ class Costs:
       score: the target reads K + 1 tokens per row.
       draft: the drafter proposes K tokens per row.
       num_draft_tokens: K; of a tree its depth, the most tokens of it that can become text.
+      shorter: `(length, draft, score)` for each of `Topology.lengths`.
     """
 
     plain: float
     score: float
     draft: float
     num_draft_tokens: int
+    shorter: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def cost_ratio(self) -> float:
@@ -101,6 +107,17 @@ class Costs:
         """The time of a drafting step over that of a plain step."""
         return (self.draft + self.score) / self.plain
 
+    @property
+    def by_length(self) -> tuple[float, ...]:
+        """The same for a step of each of `Topology.all_lengths`."""
+        return (*((draft + score) / self.plain for _, draft, score in self.shorter), self.step_cost)
+
+    @property
+    def step_costs(self) -> tuple[float, ...]:
+        """The same for a step with 1, 2, ... K draft tokens: what `generate(step_cost=...)` takes."""
+        lengths = [length for length, _, _ in self.shorter]
+        return tuple(self.by_length[bisect.bisect_left(lengths, k)] for k in range(1, self.num_draft_tokens + 1))
+
     def predicted_speedup(self, alpha: float | None) -> float:
         """Theorem 3.8 with the measured c, which assumes K drafts in every step and no cost of scoring them."""
         if alpha is None or not self.num_draft_tokens:
@@ -109,9 +126,14 @@ class Costs:
 
     def accounted_speedup(self, summary: Summary) -> float:
         """The time of plain decoding over that of the steps taken, with drafting steps at their measured cost."""
-        plain_steps = summary.target_calls - summary.draft_steps
-        spent = plain_steps + summary.draft_steps * self.step_cost
+        spent = self.spent(summary)
         return summary.num_tokens / spent if spent else 1.0
+
+    def spent(self, summary: Summary, least: float = 0.0) -> float:
+        """The time of the steps taken, in plain steps; no drafting step counts less than `least`."""
+        drafting = zip(summary.steps_by_length, self.by_length, strict=False)
+        plain_steps = summary.target_calls - summary.draft_steps
+        return plain_steps + sum(steps * max(cost, least) for steps, cost in drafting)
 
 
 class _Timed:
@@ -161,8 +183,8 @@ def _scoring(target: Model, params: Params, state: DecodeState, topology: Topolo
     return _Timed(lambda carry, n: run(params.target, carry, n), carry)
 
 
-def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeState) -> _Timed:
-    """Rounds in which the drafter proposes as much as it can, with the code of the loop."""
+def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeState, length: int) -> _Timed:
+    """Rounds in which the drafter proposes up to `length` tokens, with the code of the loop."""
     rows, depth = state.rows.length.shape[0], drafter.topology.depth
     read = Block(jnp.zeros((rows, drafter.topology.num_read + 1), jnp.int32))
 
@@ -170,7 +192,7 @@ def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeStat
         drafter_state, cache = carried
         length = state.rows.length + shift
         state = state._replace(rows=state.rows._replace(drafter=drafter_state, cache=cache, length=length))
-        room = jnp.full(rows, depth, jnp.int32)
+        room = jax.lax.optimization_barrier(jnp.full(rows, length, jnp.int32))
         keys = decoding.step_keys(state.rows.seed, state.rows.length, depth)
         context = decoding.context_of(target, drafter, verify.rejection, state, room, *keys)
         proposal, drafter_state, cache = decoding.propose(drafter, params, state, context)
@@ -212,12 +234,17 @@ def measure_costs(
       repeats: how often each loop is timed; the median counts.
     """
     k, topology = drafter.topology.depth, drafter.topology
-    loops = [_scoring(target, params, state, topology, width) for width in (1, topology.num_read + 1)]
-    if k:
-        loops.append(_drafting(target, drafter, params, state))
+    # A tree is scored whole; D is its length here.
+    lengths = (*topology.lengths, k) if k else ()
+    widths = (1, *(length + 1 for length in topology.lengths), topology.num_read + 1)
+    loops = [_scoring(target, params, state, topology, width) for width in widths]
+    loops += [_drafting(target, drafter, params, state, length) for length in lengths]
     # A model that takes about a millisecond is called more often, or the overhead of timing would dominate.
     calls = max(calls, min(64, int(0.03 / loops[0].per_call(calls))))
     seconds = np.asarray([[loop.per_call(calls) for loop in loops] for _ in range(repeats)])
     plain = float(np.median(seconds[:, 0]))
     ratios = np.median(seconds / seconds[:, :1], axis=0)
-    return Costs(plain, plain * float(ratios[1]), plain * float(ratios[2]) if k else 0.0, k)
+    if not k:
+        return Costs(plain, plain * float(ratios[1]), 0.0, 0)
+    score, draft = (plain * ratios[1 : 1 + len(lengths)]).tolist(), (plain * ratios[1 + len(lengths) :]).tolist()
+    return Costs(plain, score[-1], draft[-1], k, tuple(zip(topology.lengths, draft, score, strict=False)))

@@ -16,6 +16,7 @@ class Stats(NamedTuple):
       proposed: `[B, D]` how often position k of a draft was judged, i.e. all before it had been accepted.
       accepted: `[B, D]` how often position k was accepted.
       histogram: `[B, D + 1]` steps by number of accepted draft tokens.
+      steps_by_length: `[B, G]` the drafting steps by the length (`Topology.all_lengths`) at which all rows were scored.
       overlap: `[B]` sum of `sum_x min(target(x), draft(x))` over the judged positions (the paper's beta); for trees and
         for rules that are not exact, the number of accepted tokens.
     """
@@ -25,6 +26,7 @@ class Stats(NamedTuple):
     proposed: Int[Array, "B D"]
     accepted: Int[Array, "B D"]
     histogram: Int[Array, "B D+1"]
+    steps_by_length: Int[Array, "B G"]
     overlap: Float[Array, " B"]
 
 
@@ -43,15 +45,17 @@ class Logprobs(NamedTuple):
 
 
 class Adaptation(NamedTuple):
-    """What decides whether a row drafts (see `adaptive`).
+    """What decides how many tokens a row drafts (see `adaptive`).
 
     Attributes:
-      gain: `[B]` a running mean of accepted tokens per drafting step.
+      judged: `[B, D]` how often position k of a draft was judged; earlier steps count less.
+      accepted: `[B, D]` how often it was accepted.
       pause: `[B]` steps left without drafting.
       backoff: `[B]` how long the next pause will be.
     """
 
-    gain: Float[Array, " B"]
+    judged: Float[Array, "B D"]
+    accepted: Float[Array, "B D"]
     pause: Int[Array, " B"]
     backoff: Int[Array, " B"]
 
@@ -107,12 +111,13 @@ class Shared(NamedTuple):
     Attributes:
       stop_strings: an automaton whose last state means that one of the strings has occurred, or None.
       grammar: an automaton of the tokens that may follow, or None.
-      step_cost: `[]` time of a drafting step divided by that of a plain step (see `adaptive`).
+      step_costs: `[D + 1]` the time of a step by the number of its draft tokens, over that of a plain step (see
+        `adaptive`).
     """
 
     stop_strings: Automaton | None
     grammar: Automaton | None
-    step_cost: Float[Array, ""]
+    step_costs: Float[Array, " C"]
 
 
 class DecodeState(NamedTuple):

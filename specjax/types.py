@@ -164,6 +164,8 @@ class Topology(NamedTuple):
       num_probes: M, how many tokens behind the nodes the target reads for their outputs alone (`Probes`).
       shares_draws: whether the children of all nodes of a depth come from one draw, as where their distribution depends
         on the depth alone. Rules that judge more than one node of a depth are then biased (`Rule.own_draws`).
+      lengths: of a chain, lengths below K for which the loop has programs of their own: a step in which no row drafts
+        more tokens than that drafts and scores that many. Each costs the compilation of one more call of the target.
     """
 
     num_nodes: int
@@ -171,16 +173,22 @@ class Topology(NamedTuple):
     parents: tuple[int, ...] | None = None
     num_probes: int = 0
     shares_draws: bool = False
+    lengths: tuple[int, ...] = ()
 
     @classmethod
-    def chain(cls, num_draft_tokens: int) -> "Topology":
+    def chain(cls, num_draft_tokens: int, lengths: tuple[int, ...] = ()) -> "Topology":
         """K draft tokens, each of which follows the one before it."""
-        return cls(num_draft_tokens, num_draft_tokens)
+        return cls(num_draft_tokens, num_draft_tokens, lengths=lengths)
 
     @property
     def is_chain(self) -> bool:
         """Whether every node continues the one before it."""
         return self.num_nodes == self.depth
+
+    @property
+    def all_lengths(self) -> tuple[int, ...]:
+        """The numbers of draft tokens for which there is a program: `lengths`, and N itself; none where N is 0."""
+        return (*self.lengths, self.num_nodes) if self.num_nodes else ()
 
     @property
     def num_read(self) -> int:

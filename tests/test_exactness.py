@@ -97,13 +97,24 @@ def test_exact_where_the_draft_knows_fewer_tokens_than_the_target(options: str):
 @pytest.mark.parametrize("drafter", ["ngram 1", "model"])
 def test_exact_while_rows_pause_their_drafts(drafter: str):
     # At this cost a row pauses at once after a rejection.
-    result = sample(pair(drafter, 1), ragged("mixed"), step_cost=1.8)
+    result = sample(pair(drafter, 1), ragged("mixed"), step_cost=1.5)
     assert_exact(result)
     stats = result.state.rows.stats
     steps, drafted = np.asarray(stats.target_calls), np.asarray(stats.draft_steps)
     assert ((drafted > 0) & (drafted < steps - 1)).any(), "no row paused"
     assert (np.asarray(result.state.rows.adaptation.pause) > 0).any()
     assert_drafts_accepted(result)
+
+
+@pytest.mark.slow
+def test_exact_while_rows_choose_how_many_tokens_they_draft():
+    chosen = drafters.model(testing.tabular(1)[0], num_draft_tokens=3, lengths=(1,))
+    whole = pair("model", 3)._replace(drafter=chosen)
+    result = sample(whole, ragged("mixed"), step_cost=[1.1, 1.5, 1.6])
+    assert_exact(result)
+    steps = np.asarray(result.state.rows.stats.proposed)
+    assert (steps.sum(axis=0) > 1_000).all(), "some number of tokens was never drafted"
+    assert (np.asarray(result.state.rows.adaptation.judged)[:, 1] == 0).any(), "every row drafted two tokens"
 
 
 @pytest.mark.slow
@@ -120,7 +131,7 @@ def test_exact_where_a_row_drafts_again_after_its_pause(drafter: str, monkeypatc
     )
     budget = adaptive.FIRST_PAUSE + 4
     groups = [Group((0, 1, 1, 0, 1), 100_000, budget=budget), Group((1, 0), 30_000, budget=budget, temperature=0.7)]
-    result = sample(Pair(target, table, chosen, draft_table), groups, step_cost=1.8, step=decoding.decode_step)
+    result = sample(Pair(target, table, chosen, draft_table), groups, step_cost=1.5, step=decoding.decode_step)
     assert_exact(result)
     stats = result.state.rows.stats
     rejected = np.asarray(stats.draft_steps) - np.asarray(stats.accepted).sum(axis=1)

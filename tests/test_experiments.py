@@ -43,6 +43,7 @@ def row(prompt: int = 0, seconds: float = 0.5, baseline_seconds: float = 0.75, *
         "proposed_by_position": [2, 2],
         "accepted_by_position": [2, 1],
         "accepted_histogram": [2, 1, 1],
+        "steps_by_length": [changes.get("draft_steps", 2)],
         "batch_tokens": 7,
         "baseline_batch_tokens": 7,
         "seconds": seconds,
@@ -58,6 +59,7 @@ def row(prompt: int = 0, seconds: float = 0.5, baseline_seconds: float = 0.75, *
         "batch_size": 1,
         "cost_ratio": 0.1,
         "score_cost": 1.2,
+        "shorter_costs": [],
         "step_cost": 1.4,
         "verify": "rejection",
     }
@@ -173,6 +175,7 @@ class TestRows:
             proposed_by_position=[],
             accepted_by_position=[],
             accepted_histogram=[7],
+            steps_by_length=[],
         )
         total = results.combine([none, none], "all")
         assert total["acceptance_rate"] is None

@@ -104,7 +104,7 @@ def generate(
     stop_strings: Any = (),
     grammar: Any = None,
     logprobs: int | None = None,
-    step_cost: float = DEFAULT_STEP_COST,
+    step_cost: float | Sequence[float] = DEFAULT_STEP_COST,
     max_len: int | None = None,
     prompt_width: int | None = None,
     fixed_shape: bool = False,
@@ -131,8 +131,9 @@ def generate(
         them, as in transformers.
       grammar: restricts the text (`automaton.regex`, `automaton.json_schema`), one for all or one (or None) per prompt.
       logprobs: None; a number n keeps the log-probability of every new token, and of the n most probable ones.
-      step_cost: the time of a drafting step divided by that of a plain step. A row whose accepted drafts do not make
-        up for it stops drafting for a while (`adaptive`); 0 always drafts. `metrics.measure_costs` measures it.
+      step_cost: the time of a drafting step divided by that of a plain step, or a list of it by the number of draft
+        tokens, from 1 on. Each row drafts as many tokens as pay for it, by what it has had accepted so far, or none for
+        a while (`adaptive`); 0 always drafts as many as possible. `metrics.measure_costs` measures it.
       max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
       prompt_width: the length that prompts are padded to; by default the next of a few fixed lengths.
       fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding

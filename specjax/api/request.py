@@ -137,7 +137,7 @@ def prepare(
     stop_strings: str | Sequence[str] = (),
     grammar: Automaton | Sequence[Automaton | None] | None = None,
     logprobs: int | None = None,
-    step_cost: float = decoding.DEFAULT_STEP_COST,
+    step_cost: float | Sequence[float] = decoding.DEFAULT_STEP_COST,
     max_len: int | None = None,
     prompt_width: int | None = None,
     fixed_shape: bool = False,

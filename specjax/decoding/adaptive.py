@@ -1,9 +1,19 @@
-"""Whether a row drafts in this step: speculation must never cost more than it brings.
+"""How many tokens a row drafts in this step: speculation must never cost more than it brings.
 
-A drafting step takes the time of `step_cost` plain steps and emits `1 + accepted` tokens, so it pays while the mean of
-`accepted` exceeds `step_cost - 1`. Each row keeps that mean. A row whose drafts do not pay pauses until the time that
-it lost is a small share of the whole, at least twice as long after every failure, and then tries once more. Each row
-uses its own counters alone: its pauses, and so its text, do not depend on its neighbours.
+A step that drafts k tokens takes the time of `step_costs[k]` plain steps and emits one token more than it has accepted.
+Each row counts how often each position of its drafts was accepted, and drafts the k with the most expected tokens per
+time:
+
+    (1 + a_1 + a_1 a_2 + ... + a_1 ... a_k) / step_costs[k],   a_i: the chance of position i, if all before it were.
+
+That is Theorem 3.8 of Leviathan et al. 2022 with a chance for each position and measured costs. Where k = 0 is best, a
+row pauses until the time that its last attempt lost is a small share of the whole, at least twice as long after every
+failure, and forgets half of what it has seen, so that it tries again.
+
+What decides is known before the tokens of the step are drawn, so the text stays exact; and each row uses its own
+counters alone, so its text does not depend on its neighbours.
+
+`docs/results/adaptive.md` compares this with other schedules.
 """
 
 import jax.numpy as jnp
@@ -11,48 +21,101 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.state import Adaptation
 
-MEMORY = 0.75
-"""Weight of the past in the running mean of accepted tokens."""
+MEMORY = 0.9
+"""Weight of the past in the counts of each position, per time that the position is judged."""
+PRIOR, HOPE = 2.0, 0.7
+"""Each position begins as if the estimate of the one before it (of the first: this chance) had been seen so often."""
+FIRST_HOPE = 0.9
+"""The chance of each position before anything has been judged, so that expensive drafts are tried at all."""
+FORGET = 0.5
+"""What is left of the counts at the beginning of a pause, so that a row tries again after it."""
 FIRST_PAUSE, LAST_PAUSE = 8, 128
 """Plain steps before a row tries again: at least at first, and at most."""
 TRIAL_SHARE = 0.05
 """The share of the time until the next attempt that a failed one may have cost."""
 
 
-def init(batch_size: int) -> Adaptation:
-    """Every row may draft, and is assumed to gain one token per step at first."""
-    return Adaptation(
-        jnp.ones(batch_size, jnp.float32),
-        jnp.zeros(batch_size, jnp.int32),
-        jnp.full(batch_size, FIRST_PAUSE, jnp.int32),
-    )
+def init(batch_size: int, depth: int) -> Adaptation:
+    """Nothing has been judged yet.
+
+    Args:
+      batch_size: B.
+      depth: D, the most draft tokens that can become text in a step.
+    """
+    nothing = jnp.zeros((batch_size, depth), jnp.float32)
+    return Adaptation(nothing, nothing, jnp.zeros(batch_size, jnp.int32), jnp.full(batch_size, FIRST_PAUSE, jnp.int32))
 
 
-def drafts(adaptation: Adaptation) -> Bool[Array, " B"]:
-    """Which rows may draft now."""
-    return adaptation.pause == 0
+def acceptance(adaptation: Adaptation) -> Float[Array, "B D"]:
+    """The chance that each position is accepted if all before it were, as each row has seen it.
+
+    A position that has rarely been judged is taken to be like the one before it.
+    """
+    chance, found = jnp.full(adaptation.pause.shape, HOPE), []
+    for position in range(adaptation.judged.shape[1]):
+        judged, accepted = adaptation.judged[:, position], adaptation.accepted[:, position]
+        chance = (accepted + PRIOR * chance) / (judged + PRIOR)
+        found.append(chance)
+    return jnp.stack(found, axis=1) if found else adaptation.judged
 
 
-def update(
-    adaptation: Adaptation, proposed: Int[Array, " B"], accepted: Int[Array, " B"], step_cost: Float[Array, ""]
-) -> Adaptation:
-    """Updates the running mean and the pauses after a step.
+def _best(chance: Float[Array, "B D"], step_costs: Float[Array, " C"]) -> Int[Array, " B"]:
+    """The number of draft tokens with the most expected tokens per time; the smallest in a tie."""
+    more = jnp.cumsum(jnp.cumprod(chance, axis=1), axis=1)
+    tokens = jnp.pad(1.0 + more, ((0, 0), (1, 0)), constant_values=1.0)
+    return jnp.argmax(tokens / jnp.maximum(step_costs, 1e-6), axis=1).astype(jnp.int32)
+
+
+def num_drafts(adaptation: Adaptation, step_costs: Float[Array, " C"]) -> Int[Array, " B"]:
+    """How many tokens each row is to draft now; where nothing has been judged yet, drafts are hoped to be good.
 
     Args:
       adaptation: before the step.
-      proposed: `[B]` draft tokens proposed; 0 in a plain step.
-      accepted: `[B]` draft tokens accepted.
-      step_cost: time of a drafting step over that of a plain step.
+      step_costs: `[D + 1]` the time of a step by the number of its draft tokens, over that of a plain step, which is
+        the first entry.
     """
-    drafted = proposed > 0
-    gain = jnp.where(drafted, MEMORY * adaptation.gain + (1 - MEMORY) * accepted, adaptation.gain)
-    # A step that pays raises the mean at once, so that one attempt after a pause is enough.
-    gain = jnp.where(drafted & (1 + accepted >= step_cost), jnp.maximum(gain, accepted.astype(jnp.float32)), gain)
-    losing = drafted & (1 + gain < step_cost)
-    winning = drafted & ~losing
-    lost = jnp.maximum(step_cost - 1 - accepted, 0.0)
-    wait = jnp.maximum(adaptation.backoff, jnp.ceil(lost / TRIAL_SHARE).astype(jnp.int32))
-    wait = jnp.minimum(wait, LAST_PAUSE)
-    pause = jnp.where(losing, wait, jnp.maximum(adaptation.pause - 1, 0))
-    backoff = jnp.where(losing, jnp.minimum(2 * wait, LAST_PAUSE), adaptation.backoff)
-    return Adaptation(gain, pause, jnp.where(winning, FIRST_PAUSE, backoff))
+    chance = acceptance(adaptation)
+    is_new = jnp.sum(adaptation.judged, axis=1, keepdims=True) == 0
+    best = _best(jnp.where(is_new, FIRST_HOPE, chance), step_costs)
+    return jnp.where(adaptation.pause > 0, 0, best)
+
+
+def update(
+    adaptation: Adaptation,
+    wanted: Int[Array, " B"],
+    proposed: Int[Array, " B"],
+    is_judged: Bool[Array, "B D"],
+    accepted: Int[Array, " B"],
+    step_costs: Float[Array, " C"],
+) -> Adaptation:
+    """Counts what was accepted, and begins a pause where drafting does not pay.
+
+    Args:
+      adaptation: before the step.
+      wanted: `[B]` draft tokens that the row was to draft.
+      proposed: `[B]` those that it did; 0 in a plain step, which teaches nothing.
+      is_judged: `[B, D]` whether a token was proposed at this position after accepted ones.
+      accepted: `[B]` draft tokens accepted.
+      step_costs: as for `num_drafts`.
+    """
+    position, drafted = jnp.arange(is_judged.shape[1]), proposed > 0
+    # A step that read something and proposed nothing (`Probes`) has lost as much as one whose first token is rejected.
+    is_judged = is_judged | ((position == 0) & drafted[:, None])
+    is_accepted = is_judged & (position < accepted[:, None])
+    count = [
+        jnp.where(is_judged, MEMORY * old + new, old)
+        for old, new in ((adaptation.judged, is_judged), (adaptation.accepted, is_accepted))
+    ]
+    learned = adaptation._replace(judged=count[0], accepted=count[1])
+    cost = step_costs[jnp.minimum(proposed, step_costs.shape[0] - 1)]
+    backoff = jnp.where(drafted & (1 + accepted >= cost), FIRST_PAUSE, adaptation.backoff)
+    loses = (adaptation.pause == 0) & (drafted | (wanted == 0)) & (_best(acceptance(learned), step_costs) == 0)
+    lost = jnp.where(drafted, jnp.maximum(cost - 1 - accepted, 0.0), 0.0)
+    wait = jnp.minimum(jnp.maximum(backoff, jnp.ceil(lost / TRIAL_SHARE).astype(jnp.int32)), LAST_PAUSE)
+    kept = jnp.where(loses, FORGET, 1.0)[:, None]
+    return Adaptation(
+        learned.judged * kept,
+        learned.accepted * kept,
+        jnp.where(loses, wait, jnp.maximum(adaptation.pause - 1, 0)),
+        jnp.where(loses, jnp.minimum(2 * wait, LAST_PAUSE), backoff),
+    )

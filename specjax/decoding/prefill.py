@@ -63,6 +63,18 @@ def row_keys(seeds: UInt32[Array, " B"]) -> Array:
     return jax.vmap(jax.random.key)(seeds)
 
 
+def _step_costs(step_cost: float | Sequence[float], depth: int) -> Float[Array, " C"]:
+    """The time of a step by the number of its draft tokens, over that of a plain step."""
+    given = np.asarray(step_cost, np.float32)
+    if given.ndim > 1 or (given.ndim == 1 and len(given) != depth):
+        raise ValueError(
+            f"step_cost={step_cost}: give one number, or {depth}, one for each number of draft tokens up to the depth."
+        )
+    if not np.all(np.isfinite(given)) or np.any(given < 0):
+        raise ValueError(f"step_cost={step_cost}: times are not negative; 0 always drafts.")
+    return jnp.asarray(np.append(1.0, np.broadcast_to(given, (depth,))), jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnames=("target", "drafter", "max_len", "top_logprobs"))
 def _prefill(
     target: Model,
@@ -76,7 +88,7 @@ def _prefill(
     stop_strings: Automaton | None,
     grammar: Automaton | None,
     grammar_state: Int[Array, " B"],
-    step_cost: Float[Array, ""],
+    step_costs: Float[Array, " C"],
     max_len: int,
     top_logprobs: int | None,
 ) -> DecodeState:
@@ -106,7 +118,7 @@ def _prefill(
         stop_state=jnp.zeros(rows, jnp.int32),
         grammar_state=grammar_state,
         logprobs=logprobs,
-        adaptation=adaptive.init(rows),
+        adaptation=adaptive.init(rows, depth),
         # The first step scores the last prompt token again, together with the first drafts: no step is special.
         cache=target.commit(cache, None, jnp.full(rows, -1, jnp.int32)),
         drafter=drafter_state,
@@ -116,10 +128,11 @@ def _prefill(
             jnp.zeros((rows, depth), jnp.int32),
             jnp.zeros((rows, depth), jnp.int32),
             jnp.zeros((rows, depth + 1), jnp.int32),
+            jnp.zeros((rows, len(drafter.topology.all_lengths)), jnp.int32),
             jnp.zeros(rows, jnp.float32),
         ),
     )
-    return DecodeState(state, Shared(stop_strings, grammar, step_cost))
+    return DecodeState(state, Shared(stop_strings, grammar, step_costs))
 
 
 def prefill(
@@ -135,7 +148,7 @@ def prefill(
     stop_strings: Automaton | None = None,
     grammar: Automaton | Sequence[Automaton | None] | None = None,
     top_logprobs: int | None = None,
-    step_cost: float = DEFAULT_STEP_COST,
+    step_cost: float | Sequence[float] = DEFAULT_STEP_COST,
     max_len: int | None = None,
 ) -> DecodeState:
     """Reads the prompts into the caches of both sides.
@@ -152,7 +165,8 @@ def prefill(
       stop_strings: an automaton that ends a row when it is in its last state (`automaton.stop_strings`).
       grammar: an automaton that says which tokens may follow, or one (or None) per row.
       top_logprobs: a number n keeps the log-probability of every new token, and of the n most probable ones.
-      step_cost: time of a drafting step over that of a plain step (see `adaptive`); 0 always drafts.
+      step_cost: time of a drafting step over that of a plain step (see `adaptive`); 0 always drafts. Or a list of D
+        numbers: of a step with 1, 2, ... draft tokens.
       max_len: the length of the buffer; by default the smallest that holds everything (`buffer_length`).
 
     Raises:
@@ -195,7 +209,7 @@ def prefill(
         stop_strings,
         grammar if isinstance(grammar, Automaton) else None,
         jnp.asarray(starts, jnp.int32),
-        jnp.asarray(step_cost, jnp.float32),
+        _step_costs(step_cost, drafter.topology.depth),
         max_len,
         top_logprobs,
     )

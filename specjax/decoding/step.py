@@ -6,6 +6,7 @@ loop with the drafter `none` (N = 0).
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -77,17 +78,17 @@ def decode_step(
     running = ~rows.done
 
     # Propose. A row that drafts needs room for its drafts and the token that follows them.
-    may_draft = running & adaptive.drafts(rows.adaptation)
-    room = jnp.where(may_draft, jnp.minimum(topology.depth, rows.limit - rows.length - 1), 0)
+    wanted = jnp.minimum(adaptive.num_drafts(rows.adaptation, state.shared.step_costs), rows.limit - rows.length - 1)
+    room = jnp.where(running, wanted, 0)
     draft_keys, keys = step_keys(rows.seed, rows.length, topology.depth)
     context = context_of(target, drafter, rule, state, room, draft_keys, keys)
     proposal, drafter_state, cache = propose(drafter, params, state, context)
     num_read = _num_read(proposal, room)
 
     # Score and verify. Where no row drafts, this is a plain decoding step and costs no more.
-    widths = (topology.num_nodes + 1,) if fixed_shape or not topology.num_nodes else (1, topology.num_nodes + 1)
+    widths = (topology.num_nodes + 1,) if fixed_shape else (1, *(k + 1 for k in topology.all_lengths))
     score = functools.partial(_score, target, rule, params, state, proposal, keys, topology)
-    scored = _at_width(score, widths, jnp.any(num_read > 0), cache)
+    scored = _at_width(score, widths, 1 + jnp.max(num_read), cache)
     verdict, n = scored.verdict, scored.verdict.num_accepted
 
     # Commit: up to the first stop, within the row's budget, and nothing that was drawn from NaN.
@@ -112,7 +113,7 @@ def decode_step(
     is_accepted = is_judged & (position[:-1] < n[:, None])
     # The probability of acceptance where it is known, for chains under exact rules; otherwise whether it was accepted.
     overlap = scored.overlap if rule.exact and topology.is_chain else is_accepted.astype(jnp.float32)
-    learned = adaptive.update(rows.adaptation, num_read, n, state.shared.step_cost)
+    learned = adaptive.update(rows.adaptation, room, num_read, is_judged, n, state.shared.step_costs)
     after = rows._replace(
         tokens=_write(rows.tokens, verdict.tokens, rows.length),
         from_draft=_write(rows.from_draft, position < n[:, None], rows.length),
@@ -126,7 +127,7 @@ def decode_step(
         adaptation=_select(running, learned, rows.adaptation),
         cache=cache,
         drafter=contract.update(drafter, params, drafter_state, feedback),
-        stats=_count(rows.stats, running, proposal, n, is_judged, is_accepted, overlap),
+        stats=_count(rows.stats, running, proposal, n, is_judged, is_accepted, overlap, topology),
     )
     return state._replace(rows=after)
 
@@ -345,8 +346,9 @@ def _score(
       keys: of the step.
       topology: of the drafter.
       cache: the target's.
-      width: how many tokens are judged: the last one and all nodes, behind which the target reads the probes, or the
-        last one alone where no row drafts. The results are padded to the shapes of the first case.
+      width: how many tokens are judged: the last one and all nodes, behind which the target reads the probes; fewer of
+        a chain (`Topology.lengths`); or the last one alone where no row drafts. The results are padded to the shapes of
+        the first case.
 
     Returns:
       the cache; the verdict; the overlap at each draft position; whether the target's logits failed where the last
@@ -384,31 +386,31 @@ def _score(
 
 
 def _widen(scored: _Scored, topology: Topology, proposal: Proposal) -> _Scored:
-    """The results of a plain step in the shapes of a step with drafts."""
+    """The results of a narrower step in the shapes of a step that judges all nodes."""
 
     def pad(x: Array, size: int) -> Array:
-        return jnp.pad(x, ((0, 0), (0, size)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.pad(x, ((0, 0), (0, size - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
 
     depth, verdict = topology.depth, scored.verdict
-    tokens = pad(verdict.tokens, depth)
+    tokens = pad(verdict.tokens, depth + 1)
     return scored._replace(
         verdict=verdict._replace(tokens=tokens, path=None if proposal.parent is None else jnp.zeros_like(tokens)),
         overlap=pad(scored.overlap, depth),
-        output=jax.tree.map(lambda x: pad(x, topology.num_read), scored.output),
-        logprobs=jax.tree.map(lambda x: pad(x, depth), scored.logprobs),
+        output=jax.tree.map(lambda x: pad(x, topology.num_read + 1), scored.output),
+        logprobs=jax.tree.map(lambda x: pad(x, depth + 1), scored.logprobs),
     )
 
 
 def _at_width(
-    score: Callable[[Any, int], _Scored], widths: tuple[int, ...], drafts: Bool[Array, ""], cache: Any
+    score: Callable[[Any, int], _Scored], widths: tuple[int, ...], least: Int[Array, ""], cache: Any
 ) -> _Scored:
-    """`score` at the width that the step needs: the last of `widths` where some row drafts, else the first."""
+    """`score` at the width that the step needs: the first of `widths` that is at least `least`, or else the last."""
     if len(widths) == 1:
         return score(cache, widths[0])
     shapes = jax.eval_shape(lambda cache: score(cache, widths[-1]), cache)
     scored = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(cache=None))._replace(cache=cache)
-    for width in widths:
-        needed = drafts if width == widths[-1] else ~drafts
+    for below, width in itertools.pairwise((0, *widths)):
+        needed = least > below if width == widths[-1] else (least > below) & (least <= width)
         scored = control.once(needed, lambda scored, width=width: score(scored.cache, width), scored)
     return scored
 
@@ -447,17 +449,24 @@ def _count(
     is_judged: Bool[Array, "B D"],
     is_accepted: Bool[Array, "B D"],
     overlap: Float[Array, "B D"],
+    topology: Topology,
 ) -> Stats:
     position = jnp.arange(is_judged.shape[1] + 1)
+    drafts = running & (proposal.length > 0)
+    lengths, longest = topology.all_lengths, jnp.max(proposal.length)
+    at_length = (longest > jnp.array((0, *lengths[:-1]), jnp.int32)[: len(lengths)]) & (
+        longest <= jnp.array(lengths, jnp.int32)
+    )
     return Stats(
         stats.target_calls + running,
-        stats.draft_steps + (running & (proposal.length > 0)),
+        stats.draft_steps + drafts,
         stats.proposed + is_judged,
         stats.accepted + is_accepted,
         stats.histogram + (running[:, None] & (position == num_accepted[:, None])),
+        stats.steps_by_length + (drafts[:, None] & at_length),
         stats.overlap + jnp.sum(jnp.where(is_judged, overlap, 0.0), axis=-1),
     )
 
 
 def _select(rows: Bool[Array, " B"], new: Adaptation, old: Adaptation) -> Adaptation:
-    return Adaptation(*(jnp.where(rows, a, b) for a, b in zip(new, old, strict=True)))
+    return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(rows, a, b), new, old)

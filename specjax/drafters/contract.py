@@ -5,6 +5,7 @@ Values (ids within the vocabulary, probabilities that sum to 1, ...) are checked
 
 import functools
 import inspect
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -189,5 +190,11 @@ def check(drafter: Any) -> Draft:
                 given.propose,
                 f"has the topology {topology!r}; give specjax.types.Topology.chain(K), with K of at least 0",
             )
+        )
+    rising = all(a < b for a, b in itertools.pairwise((0, *topology.lengths, topology.num_nodes)))
+    if topology.lengths and not (rising and topology.is_chain and not topology.num_probes):
+        raise ValueError(
+            f"The drafter has lengths={topology.lengths}: rising numbers of draft tokens below K={topology.num_nodes}, "
+            "for chains without probes."
         )
     return drafter if isinstance(drafter, Draft) else Draft(drafter, ())

@@ -20,7 +20,7 @@ from specjax.models import feature_head as heads
 from specjax.models import layers, linear
 from specjax.models.config import DecoderConfig
 from specjax.models.feature_head import FeatureHeadConfig
-from specjax.types import Block, Context, Draft, Drafter, Feedback, Model, ModelOutput, Params, Proposal, Topology, Tree
+from specjax.types import Block, Context, Draft, Drafter, Feedback, Model, ModelOutput, Params, Proposal, Tree
 
 
 class Head(NamedTuple):
@@ -91,6 +91,7 @@ def feature_head(
     *,
     num_draft_tokens: int | None = None,
     min_confidence: float = 0.0,
+    lengths: tuple[int, ...] = (),
     topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
     children: Children = without_replacement,
 ) -> Draft:
@@ -105,6 +106,7 @@ def feature_head(
       target: the `Pretrained` that it was trained for; its embeddings and output matrix are the head's.
       num_draft_tokens: K, for a chain; by default 2.
       min_confidence: as for `drafters.model`.
+      lengths: of a chain, as for `drafters.model`.
       topology: the shape of a tree, as for `drafters.model`; None: a chain.
       children: as for `drafters.model`.
 
@@ -132,9 +134,11 @@ def feature_head(
         check_num_draft_tokens(num_draft_tokens)
         if not num_draft_tokens:
             raise ValueError("num_draft_tokens=0 drafts nothing: give at least 1, or drafter=None.")
-        drafter = _chain(_Plan(shape, config, 1), num_draft_tokens, min_confidence)
-    elif num_draft_tokens is not None or min_confidence:
-        raise ValueError(f"topology={topology} says what is drafted: leave out num_draft_tokens and min_confidence.")
+        drafter = _chain(_Plan(shape, config, 1), num_draft_tokens, min_confidence, tuple(lengths))
+    elif num_draft_tokens is not None or min_confidence or lengths:
+        raise ValueError(
+            f"topology={topology} says what is drafted: leave out num_draft_tokens, lengths and min_confidence."
+        )
     else:
         levels = model_tree.parse(topology)
         parents = {parent for level in levels for parent in level.parents} - {-1}
@@ -243,9 +247,9 @@ def _back(cache: HeadCache, before: HeadCache) -> HeadCache:
 
 
 @functools.cache
-def _chain(plan: _Plan, num_draft_tokens: int, min_confidence: float) -> Drafter:
+def _chain(plan: _Plan, num_draft_tokens: int, min_confidence: float, lengths: tuple[int, ...]) -> Drafter:
     draft = _as_model(plan)
-    chain = rollout.Chain(draft, num_draft_tokens)
+    chain = rollout.Chain(draft, num_draft_tokens, lengths)
 
     def propose(params: Params, state: HeadCache, cache: Any, context: Context) -> tuple[Proposal, HeadCache, Any]:
         def roll_out(none: rollout.Rollout) -> rollout.Rollout:
@@ -260,7 +264,7 @@ def _chain(plan: _Plan, num_draft_tokens: int, min_confidence: float) -> Drafter
     def update(params: Params, state: HeadCache, feedback: Feedback) -> HeadCache:
         return _update(plan, params, state, feedback)
 
-    return Drafter(draft.init_cache, propose, update, Topology.chain(num_draft_tokens), plan.head.taps)
+    return Drafter(draft.init_cache, propose, update, chain.topology, plan.head.taps)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
 from specjax.drafters.children import Children, without_replacement
 from specjax.drafters.model_dynamic import Dynamic
 from specjax.limits import check_num_draft_tokens
-from specjax.types import Context, Draft, Drafter, Feedback, Model, Params, Proposal, Topology, Tree
+from specjax.types import Context, Draft, Drafter, Feedback, Model, Params, Proposal, Tree
 
 
 def model(
@@ -20,6 +20,7 @@ def model(
     *,
     num_draft_tokens: int | None = None,
     min_confidence: float = 0.0,
+    lengths: tuple[int, ...] = (),
     topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
     children: Children = without_replacement,
     dynamic: Dynamic | None = None,
@@ -40,6 +41,9 @@ def model(
       draft: a `Model`, whose parameters the caller passes to the loop, or a `Pretrained`, which brings them.
       num_draft_tokens: K, for a chain; by default 4.
       min_confidence: from 0, which always drafts K tokens, to 1; a probability under the draft, before any option.
+      lengths: of a chain, shorter lengths with programs of their own (`Topology.lengths`): a step in which no row is to
+        draft more tokens than one of these calls the draft so often, and the target scores that many. It pays where
+        scoring more tokens takes longer, as on CPUs.
       topology: the shape of a tree: how many children every node has, by depth, such as `(3, 2, 1)`; or its nodes as
         paths, such as `[(0,), (1,), (0, 0)]`, each a list of ranks among siblings (Medusa, arXiv 2401.10774, §2.3.2);
         or the name of a published tree (`drafters.topologies`). None: a chain.
@@ -58,7 +62,7 @@ def model(
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence={min_confidence}: a probability, from 0 (off) to 1.")
     inner: Model = draft if isinstance(draft, Model) else draft.model
-    sizes = num_draft_tokens is not None or bool(min_confidence)
+    sizes = num_draft_tokens is not None or bool(min_confidence) or bool(lengths)
     if dynamic is not None:
         if sizes or topology is not None:
             raise ValueError(f"dynamic={dynamic} says what is drafted: leave out topology and the sizes of chains.")
@@ -67,11 +71,12 @@ def model(
     elif topology is None:
         num_draft_tokens = 4 if num_draft_tokens is None else num_draft_tokens
         check_num_draft_tokens(num_draft_tokens)
-        drafter = _drafter(rollout.Chain(inner, num_draft_tokens), min_confidence)
+        drafter = _drafter(rollout.Chain(inner, num_draft_tokens, tuple(lengths)), min_confidence)
     else:
         if sizes:
             raise ValueError(
-                f"topology={topology} says how many tokens are drafted: leave out num_draft_tokens and min_confidence."
+                f"topology={topology} says how many tokens are drafted: leave out num_draft_tokens, lengths and "
+                "min_confidence."
             )
         drafter = model_tree.drafter(model_tree.plan(inner, topology, children))
     if isinstance(draft, Model):
@@ -108,4 +113,4 @@ def _drafter(chain: rollout.Chain, min_confidence: float) -> Drafter:
         # K - 1 of the K draft tokens were fed; the accepted ones are text, the others are rolled back.
         return set_length(chain.draft, state, jnp.minimum(state.length, feedback.length - 1))
 
-    return Drafter(chain.draft.init_cache, propose, update, Topology.chain(chain.num_draft_tokens))
+    return Drafter(chain.draft.init_cache, propose, update, chain.topology)

@@ -143,6 +143,7 @@ def ngram(
     max_match: int = 8,
     depth: int | None = None,
     num_candidates: int = 8,
+    lengths: tuple[int, ...] = (),
 ) -> Drafter:
     """Drafts by looking up the last tokens in prompt and text, on the device, without a model or parameters.
 
@@ -156,6 +157,7 @@ def ngram(
       depth: None drafts a chain, the copy behind one match. A number D below K drafts a tree of at most K nodes and D
         levels: the copies behind several matches, whose common beginnings are shared.
       num_candidates: how many matches a tree has at most.
+      lengths: of a chain, shorter lengths whose scoring has programs of its own (`Topology.lengths`).
 
     Raises:
       ValueError: for K < 0 or above `limits.MAX_DRAFT_TOKENS`, matches that make no sense, or a depth that leaves no
@@ -193,4 +195,5 @@ def ngram(
         del params
         return sources.update(state, feedback)
 
-    return Drafter(init, propose, update, Topology(num_draft_tokens, num_draft_tokens if depth is None else depth))
+    topology = Topology(num_draft_tokens, num_draft_tokens if depth is None else depth, lengths=lengths)
+    return Drafter(init, propose, update, topology)

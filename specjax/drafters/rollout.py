@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax import sampling
+from specjax import control, sampling
 from specjax.drafters.children import has_no_token
 from specjax.sampling import processors
-from specjax.types import Block, Context, History, Model, SamplingOptions, Tree
+from specjax.types import Block, Context, History, Model, SamplingOptions, Topology, Tree
 
 
 def choose(
@@ -37,10 +37,22 @@ def _confidence(logits: Float[Array, "B 1 V"]) -> Float[Array, " B"]:
 
 
 class Chain(NamedTuple):
-    """A draft model, and the most tokens that it drafts."""
+    """A draft model, and how many tokens it drafts.
+
+    Attributes:
+      draft: the model.
+      num_draft_tokens: K, the most tokens of a draft.
+      lengths: of `Topology`: a step in which no row may draft more tokens than one of these calls the model so often.
+    """
 
     draft: Model
     num_draft_tokens: int
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def topology(self) -> Topology:
+        """That of its drafter."""
+        return Topology.chain(self.num_draft_tokens, self.lengths)
 
 
 Rollout = tuple[Int[Array, "B K"], Float[Array, "B K V"], Int[Array, " B"], Any]
@@ -101,11 +113,22 @@ def draw(
         token, probs, going = _pick(logits, key, history, context, going)
         return (cache, token, going, history), (token, probs, going)
 
-    (cache, *_), rest = jax.lax.scan(draft_one, (cache, first[0], first[2], context.history), keys[1:])
-    tokens, probs, going = (
-        jnp.concatenate([a[:, None], jnp.swapaxes(b, 0, 1)], axis=1) for a, b in zip(first, rest, strict=True)
-    )
-    return tokens, probs, jnp.sum(going, axis=1, dtype=jnp.int32), cache
+    begin, *others = chain.topology.all_lengths
+    carry, rest = jax.lax.scan(draft_one, (cache, first[0], first[2], context.history), keys[1:begin])
+    drawn = tuple(jnp.concatenate([a[None], b]) for a, b in zip(first, rest, strict=True))
+    if others:
+        drawn = tuple(jnp.pad(x, ((0, others[-1] - begin), *[(0, 0)] * (x.ndim - 1))) for x in drawn)
+    for end in others:
+
+        def go_on(state: tuple[Any, Any], span: slice = slice(begin, end)) -> tuple[Any, Any]:
+            carry, more = jax.lax.scan(draft_one, state[0], keys[span])
+            return carry, tuple(x.at[span].set(new) for x, new in zip(state[1], more, strict=True))
+
+        # A longer draft is drawn where some row may use it.
+        carry, drawn = control.once(jnp.any(context.max_draft > begin), go_on, (carry, drawn))
+        begin = end
+    tokens, probs, going = (jnp.swapaxes(x, 0, 1) for x in drawn)
+    return tokens, probs, jnp.sum(going, axis=1, dtype=jnp.int32), carry[0]
 
 
 def _while_sure(

@@ -16,7 +16,7 @@ from specjax.drafters import chain, model_tree, rollout
 from specjax.drafters.catch_up import read_last, set_length
 from specjax.drafters.children import Children, without_replacement
 from specjax.limits import check_num_draft_tokens
-from specjax.types import Context, Draft, Drafter, Feedback, Model, Params, Proposal, Skips, Topology, Tree
+from specjax.types import Context, Draft, Drafter, Feedback, Model, Params, Proposal, Skips, Tree
 
 
 class Threshold(NamedTuple):
@@ -64,6 +64,7 @@ def skip(
     num_draft_tokens: int | None = None,
     min_confidence: float = 0.0,
     adaptive: bool = False,
+    lengths: tuple[int, ...] = (),
     topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
     children: Children = without_replacement,
 ) -> Drafter:
@@ -81,7 +82,8 @@ def skip(
       min_confidence: a row's draft ends after the first token at whose position the draft's most probable token was
         less probable than that; 0: never. Only the tokens before that position matter, so exact rules stay exact.
       adaptive: that threshold follows the acceptance rate of each row (`learn`), from `min_confidence` on, or 0.6.
-      topology: the shape of a tree, as in `drafters.model`; None: a chain.
+      lengths: of a chain, as in `drafters.model`.
+      topology: the shape of a tree, as there; None: a chain.
       children: how the children of a node of a tree are found, as there.
 
     Raises:
@@ -101,15 +103,16 @@ def skip(
         )
     draft = model.with_skips(skips)
     if topology is not None:
-        if num_draft_tokens is not None or min_confidence or adaptive:
+        if num_draft_tokens is not None or min_confidence or adaptive or lengths:
             raise ValueError(
-                f"topology={topology} says what is drafted: leave out num_draft_tokens, min_confidence and adaptive."
+                f"topology={topology} says what is drafted: leave out num_draft_tokens, min_confidence, adaptive and "
+                "lengths."
             )
         return _tree(model_tree.plan(draft, topology, children))
     num_draft_tokens = 4 if num_draft_tokens is None else num_draft_tokens
     check_num_draft_tokens(num_draft_tokens)
     start = (min_confidence or START) if adaptive else min_confidence
-    return _chain(rollout.Chain(draft, num_draft_tokens), start, adaptive)
+    return _chain(rollout.Chain(draft, num_draft_tokens, tuple(lengths)), start, adaptive)
 
 
 def early_exit(
@@ -120,6 +123,7 @@ def early_exit(
     num_draft_tokens: int | None = None,
     min_confidence: float = 0.0,
     adaptive: bool = False,
+    lengths: tuple[int, ...] = (),
     topology: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
     children: Children = without_replacement,
 ) -> Any:
@@ -137,7 +141,8 @@ def early_exit(
       min_confidence: a row's draft ends after the first token at whose position the early exit's most probable token
         was less probable than that; 0: never.
       adaptive: that threshold follows the acceptance rate of each row (`learn`), from `min_confidence` on, or 0.6.
-      topology: the shape of a tree, as in `drafters.model`; None: a chain.
+      lengths: of a chain, as in `drafters.model`.
+      topology: the shape of a tree, as there; None: a chain.
       children: how the children of a node of a tree are found, as there.
 
     Returns:
@@ -157,6 +162,7 @@ def early_exit(
         num_draft_tokens=num_draft_tokens,
         min_confidence=min_confidence,
         adaptive=adaptive,
+        lengths=lengths,
         topology=topology,
         children=children,
     )
@@ -219,4 +225,4 @@ def _chain(plan: rollout.Chain, start: float, adaptive: bool) -> Drafter:
         accepted = jnp.clip(feedback.num_tokens - 1, 0, drafted)
         return learn(state._replace(drafted=drafted), accepted, plan.num_draft_tokens)
 
-    return Drafter(init, propose, update, Topology.chain(plan.num_draft_tokens))
+    return Drafter(init, propose, update, plan.topology)

@@ -58,6 +58,7 @@ class _Options(NamedTuple):
     tokens_per_match: float
     min_probability: float
     num_occurrences: int
+    lengths: tuple[int, ...]
     corpus_size: int
 
 
@@ -118,6 +119,7 @@ def suffix(
     tokens_per_match: float = 4.0,
     min_probability: float = 0.2,
     num_occurrences: int = 32,
+    lengths: tuple[int, ...] = (),
     corpus: Sequence[Sequence[int] | np.ndarray] | None = None,
 ) -> AnyDrafter:
     """Drafts what mostly followed the longest suffix of the text that occurred before.
@@ -137,6 +139,7 @@ def suffix(
       min_probability: a draft ends before the first token whose path has a smaller relative frequency than this among
         the occurrences; 0: never.
       num_occurrences: the most occurrences that vote, the most recent ones.
+      lengths: of a chain, shorter lengths whose scoring has programs of its own (`Topology.lengths`).
       corpus: token ids of texts, which are searched as if they stood before the text. Every committed token compares
         itself with all of them: for a corpus of more than some 10^5 tokens, `retrieval` is faster.
 
@@ -166,6 +169,7 @@ def suffix(
         float(tokens_per_match),
         float(min_probability),
         num_occurrences,
+        tuple(lengths),
         0 if tokens is None else tokens.shape[0],
     )
     return _drafter(options) if tokens is None else Draft(_drafter(options), tokens)
@@ -261,4 +265,4 @@ def _drafter(options: _Options) -> Drafter:
         matched, _ = jax.lax.scan(read, state.matched, (tokens, jnp.arange(tokens.shape[0])))
         return state._replace(matched=matched)
 
-    return Drafter(init, propose, update, Topology(options.num_draft_tokens, options.depth))
+    return Drafter(init, propose, update, Topology(options.num_draft_tokens, options.depth, lengths=options.lengths))

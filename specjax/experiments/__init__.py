@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "methods": "specjax.experiments.methods:run",
     "plan": "specjax.experiments.plan:run",
     "skip_search": "specjax.experiments.skip_search:run",
+    "tune": "specjax.experiments.tune:run",
     "train": "specjax.experiments.train:run",
 }
 """`module:function` by name, imported when asked for.

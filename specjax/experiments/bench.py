@@ -6,6 +6,7 @@ done here.
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,19 @@ def workload(
     return Workload(target, prompts, encoded, chosen.max_new_tokens, chosen.repeats, chosen.seed, options, fields)
 
 
+def pick(texts: Sequence[Prompt], chosen: Any, target: Pretrained, chat: bool) -> list[Prompt]:
+    """The first prompts of each category that are not too long; `chosen` has `per_category` and `max_prompt_tokens`."""
+    found: dict[str, list[Prompt]] = {}
+    for prompt, tokens in zip(texts, api.encode(target, [prompt.text for prompt in texts], chat=chat), strict=True):
+        group = found.setdefault(prompt.task, [])
+        if len(group) < chosen.per_category and len(tokens) <= chosen.max_prompt_tokens:
+            group.append(prompt)
+    picked = [prompt for group in found.values() for prompt in group]
+    if not picked:
+        raise ValueError(f"config.max_prompt_tokens={chosen.max_prompt_tokens}: every prompt of the file is longer.")
+    return picked
+
+
 def prompt_width(batch: PromptBatch) -> int:
     """The length that a batch's prompts are padded to; each length is compiled to its own program."""
     return decoding.pad_prompts(batch.tokens).tokens.shape[1]
@@ -252,6 +266,7 @@ class Bench:
             "repeats": self.work.repeats,
             "cost_ratio": costs.cost_ratio,
             "score_cost": costs.score_cost,
+            "shorter_costs": [[n, draft / costs.plain, score / costs.plain] for n, draft, score in costs.shorter],
             "device": device,
             "jax_version": jax.__version__,
         }
@@ -302,8 +317,8 @@ def load(source: str, view: View, **options: Any) -> Pretrained:
     return loaded
 
 
-def load_both(chosen: choices.Models, view: View) -> tuple[Pretrained, Callable[[int], AnyDrafter]]:
-    """The target, and its drafter as a function of K.
+def load_target(chosen: choices.Models, view: View) -> tuple[Pretrained, drafting.Load]:
+    """The target, and what loads its draft model.
 
     Raises:
       ValueError: where the target has no tokenizer, or what is loaded does not fit.
@@ -318,10 +333,17 @@ def load_both(chosen: choices.Models, view: View) -> tuple[Pretrained, Callable[
     if target.tokenizer is None:
         raise ValueError(f"The target {chosen.target} has no tokenizer: save one beside it (tokenizer.json).")
 
+    @functools.cache
     def load_draft() -> Pretrained:
         if chosen.draft == chosen.target and not chosen.draft_int8:
             return target
         rules = sharding.REPLICATED if chosen.draft_sharding == "replicated" else split
         return load(chosen.draft, view, **options, rules=rules, int8=chosen.draft_int8)
 
+    return target, load_draft
+
+
+def load_both(chosen: choices.Models, view: View) -> tuple[Pretrained, Callable[[int], AnyDrafter]]:
+    """The target, and its drafter as a function of K; raises what `load_target` does."""
+    target, load_draft = load_target(chosen, view)
     return target, drafting.drafter_of(chosen, target, load_draft)

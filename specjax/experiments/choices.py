@@ -64,6 +64,7 @@ class AllModels(Models):
     """The keys of `Models`, and those of all drafters."""
 
     num_draft_tokens: Annotated[int, DRAFT_TOKENS]
+    lengths: Annotated[tuple[int, ...], Check(lambda lengths: all(n > 0 for n in lengths), "numbers above 0")]
     topology: tuple[Any, ...]
     depth: Annotated[int, between(0, limits.MAX_DRAFT_TOKENS)]
     window: Annotated[int, between(1, 256, " trajectories")]

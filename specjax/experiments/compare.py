@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from specjax import api
 from specjax.api.pretrained import Pretrained
 from specjax.drafters import contract
-from specjax.experiments import bench, choices, prompts, results
+from specjax.experiments import bench, choices, prompts, results, tuned
 from specjax.experiments.bench import Bench, PromptBatch
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.reports import compare as report
@@ -43,6 +43,7 @@ class Settings(choices.AllModels):
     fixed_shape: bool
     repeats: Annotated[int, at_least(1)]
     step_cost: Annotated[float, FINITE]
+    tuned: bool
     show_text: bool
 
     def check(self) -> None:
@@ -57,6 +58,8 @@ class Settings(choices.AllModels):
             raise FileNotFoundError(
                 f"config.json_schema={self.json_schema!r} is not a file: give one with a JSON schema."
             )
+        if self.tuned:
+            tuned.load(self, self.batch_size)
         if self.batch_size % self.mesh_data:
             raise ValueError(f"config.batch_size={self.batch_size} is not a multiple of mesh_data={self.mesh_data}.")
 
@@ -76,7 +79,17 @@ def _grammar(chosen: Settings, target: Pretrained) -> Automaton | None:
     return None
 
 
+def _tuned(chosen: Settings, view: View) -> Settings:
+    """The settings with the shape of the drafts that `configs/tune.py` chose."""
+    found = tuned.load(chosen, chosen.batch_size)
+    view.line(f"As tuned: {found.shape}, which was expected to give {found.predicted_speedup:.2f}x.")
+    if found.topology:
+        return dataclasses.replace(chosen, topology=found.topology, lengths=())
+    return dataclasses.replace(chosen, num_draft_tokens=found.num_draft_tokens, lengths=found.lengths)
+
+
 def _bench(chosen: Settings, texts: Sequence[Prompt], view: View) -> Bench:
+    chosen = _tuned(chosen, view) if chosen.tuned else chosen
     target, drafter_of = bench.load_both(chosen, view)
     drafter = drafter_of(chosen.num_draft_tokens)
     assert target.tokenizer is not None
@@ -136,7 +149,7 @@ def _with_costs(chosen: Settings, side: Bench, first: PromptBatch, store: RowSto
     else:
         with view.status("Measuring the costs of a step"):
             costs = side.measure_costs(first)
-        step_cost = distributed.from_first(costs.step_cost) if chosen.step_cost < 0 else chosen.step_cost
+        step_cost = distributed.from_first(list(costs.step_costs)) if chosen.step_cost < 0 else chosen.step_cost
     side = dataclasses.replace(side, options=side.options | {"step_cost": step_cost})
     names = {"draft": chosen.draft, "drafter": choices.name_of(chosen.drafter), "batch_size": chosen.batch_size}
     return side, side.common(costs, bench.device_name(), **names)

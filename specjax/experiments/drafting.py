@@ -32,6 +32,7 @@ class Entry(NamedTuple):
       runs_model: whether it rolls a model out, which `config.min_confidence` can end.
       trees: the key that makes it draft trees, `topology` or `depth`, if any.
       least: the least K.
+      lengths: whether its chains may have programs of shorter lengths (`Topology.lengths`).
     """
 
     make: Callable[[Any, Pretrained, Load], OfK]
@@ -41,6 +42,7 @@ class Entry(NamedTuple):
     runs_model: bool = False
     trees: str = ""
     least: int = 0
+    lengths: bool = False
 
     def check(self, chosen: Any) -> None:
         """Refuses keys that do not fit the drafter, before anything is loaded.
@@ -84,6 +86,15 @@ class Entry(NamedTuple):
             if chosen.min_confidence:
                 raise ValueError(f"config.min_confidence={chosen.min_confidence} is for chains: leave out topology.")
             model_tree.parse(chosen.topology)
+        lengths = getattr(chosen, "lengths", ())
+        if lengths and not self.lengths:
+            having = ", ".join(name for name, entry in DRAFTERS.items() if entry.lengths)
+            raise ValueError(
+                f"config.lengths={lengths} is not used by drafter={chosen.drafter}: leave it out, or choose one of "
+                f"{having}."
+            )
+        if lengths and (getattr(chosen, "topology", None) or getattr(chosen, "depth", 0)):
+            raise ValueError(f"config.lengths={lengths} is for chains: leave it out, or topology and depth.")
         k = getattr(chosen, "num_draft_tokens", None)
         if isinstance(k, int) and k < self.least:
             raise ValueError(f"config.num_draft_tokens={k}: drafter={chosen.drafter} needs at least {self.least}.")
@@ -98,11 +109,17 @@ def _depth(chosen: Any, k: int) -> int | None:
     return min(getattr(chosen, "depth", 0), max(k - 1, 1)) or None
 
 
+def _lengths(chosen: Any, k: int) -> dict[str, Any]:
+    """The lengths below K that are chosen, for drafters that have them."""
+    lengths = tuple(sorted(n for n in getattr(chosen, "lengths", ()) if n < k))
+    return {"lengths": lengths} if lengths else {}
+
+
 def _shaped(chosen: Any, make: Callable[..., AnyDrafter]) -> OfK:
     """A drafter of the topology that is chosen, or else a chain of K tokens."""
     if topology := getattr(chosen, "topology", None):
         return lambda k: make(topology=topology)
-    return lambda k: make(num_draft_tokens=k)
+    return lambda k: make(num_draft_tokens=k, **_lengths(chosen, k))
 
 
 def _model(chosen: Any, target: Pretrained, load: Load) -> OfK:
@@ -111,11 +128,15 @@ def _model(chosen: Any, target: Pretrained, load: Load) -> OfK:
 
 
 def _ngram(chosen: Any, target: Pretrained, load: Load) -> OfK:
-    return lambda k: drafters.ngram(num_draft_tokens=k, depth=_depth(chosen, k), **_matches(chosen))
+    return lambda k: drafters.ngram(
+        num_draft_tokens=k, depth=_depth(chosen, k), **_lengths(chosen, k), **_matches(chosen)
+    )
 
 
 def _suffix(chosen: Any, target: Pretrained, load: Load) -> OfK:
-    return lambda k: drafters.suffix(num_draft_tokens=k, depth=_depth(chosen, k), min_match=chosen.min_match)
+    return lambda k: drafters.suffix(
+        num_draft_tokens=k, depth=_depth(chosen, k), min_match=chosen.min_match, **_lengths(chosen, k)
+    )
 
 
 def _merged(chosen: Any, target: Pretrained, load: Load) -> OfK:
@@ -183,9 +204,9 @@ def _counted(make: Callable[[Any, Pretrained, Load], OfK], trees: str) -> Entry:
 
 
 DRAFTERS = {
-    "model": Entry(_model, draft="SOURCE", runs_model=True, trees="topology"),
-    "ngram": Entry(_ngram, trees="depth"),
-    "suffix": Entry(_suffix, trees="depth"),
+    "model": Entry(_model, draft="SOURCE", runs_model=True, trees="topology", lengths=True),
+    "ngram": Entry(_ngram, trees="depth", lengths=True),
+    "suffix": Entry(_suffix, trees="depth", lengths=True),
     "aggressive": Entry(lambda chosen, target, load: lambda k: drafters.aggressive(num_draft_tokens=k)),
     "merged": Entry(_merged, draft="SOURCE", needs_draft=False),
     "table": _counted(_table, "topology"),
@@ -205,8 +226,11 @@ DRAFTERS = {
         made_by="configs/skip_search.py",
         runs_model=True,
         trees="topology",
+        lengths=True,
     ),
-    "feature_head": Entry(_feature_head, draft="NAME or PATH", runs_model=True, trees="topology", least=1),
+    "feature_head": Entry(
+        _feature_head, draft="NAME or PATH", runs_model=True, trees="topology", lengths=True, least=1
+    ),
     "early_exit": Entry(
         _early_exit,
         draft="PATH (of configs/exit_norm.py)",
@@ -214,6 +238,7 @@ DRAFTERS = {
         made_by="configs/exit_norm.py",
         runs_model=True,
         trees="topology",
+        lengths=True,
     ),
 }
 """By the name that flags give them."""

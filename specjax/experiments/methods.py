@@ -3,19 +3,18 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import jax
 
-from specjax import api, drafters
+from specjax import drafters
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
 from specjax.experiments import bench, choices, prompts, results, skip_search
 from specjax.experiments.bench import Bench, Workload
-from specjax.experiments.prompts import Prompt
 from specjax.experiments.reports import methods as report
 from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
@@ -241,19 +240,6 @@ def cells(side: Side) -> list[tuple[str, AnyDrafter, Method]]:
     ]
 
 
-def pick(texts: Sequence[Prompt], chosen: Settings, target: Pretrained, chat: bool) -> list[Prompt]:
-    """The first prompts of each category that are not too long."""
-    found: dict[str, list[Prompt]] = {}
-    for prompt, tokens in zip(texts, api.encode(target, [prompt.text for prompt in texts], chat=chat), strict=True):
-        group = found.setdefault(prompt.task, [])
-        if len(group) < chosen.per_category and len(tokens) <= chosen.max_prompt_tokens:
-            group.append(prompt)
-    picked = [prompt for group in found.values() for prompt in group]
-    if not picked:
-        raise ValueError(f"config.max_prompt_tokens={chosen.max_prompt_tokens}: every prompt of the file is longer.")
-    return picked
-
-
 def _rule(method: Method, drafter: AnyDrafter, temperature: float) -> Rule:
     if temperature == 0:
         return verify.greedy
@@ -287,7 +273,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     chat = target.tokenizer.has_chat_template if chosen.chat == "auto" else chosen.chat == "true"
     listed = cells(side)
     most = max(contract.check(drafter).drafter.topology.num_read for _, drafter, _ in listed)
-    picked = pick(texts, chosen, target, chat)
+    picked = bench.pick(texts, chosen, target, chat)
     work = bench.workload(target, chosen.target, picked, chosen, most, chat=chat, one_width=True)
     todo = [(temperature, *cell) for temperature in chosen.temperatures for cell in listed]
     view.line(f"{len(todo)} measurements of {len(picked)} prompts; {len(store.cells)} are finished.")

@@ -34,7 +34,7 @@ REPEATS = tuple(f"{side}seconds_of_repeats" for side in SIDES)
 OF_PROMPT = ("num_prompts", "num_tokens", "num_identical", "target_calls", "draft_steps", "overlap")
 """Fields that are added up over rows, as are those of `BY_POSITION`, position by position."""
 
-BY_POSITION = ("proposed_by_position", "accepted_by_position", "accepted_histogram")
+BY_POSITION = ("proposed_by_position", "accepted_by_position", "accepted_histogram", "steps_by_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling))
 
 COMMON = (
     *SAMPLING, "target", "draft", "drafter", "verify", "exact", "fixed_shape", "num_draft_tokens", "batch_size",
-    "max_new_tokens", "max_len", "seed", "dtype", "repeats", "cost_ratio", "score_cost", "step_cost", "device",
-    "jax_version",
+    "max_new_tokens", "max_len", "seed", "dtype", "repeats", "cost_ratio", "score_cost", "shorter_costs",
+    "step_cost", "device", "jax_version",
 )  # fmt: skip
 """Fields that all rows of a run share."""
 
@@ -71,6 +71,7 @@ COUNTERS = {
     "proposed_by_position": "proposed",
     "accepted_by_position": "accepted",
     "accepted_histogram": "histogram",
+    "steps_by_length": "steps_by_length",
 }
 """The fields of a row that are counters of the loop, and what `Stats` calls them."""
 
@@ -87,8 +88,8 @@ def _summary(row: Row) -> metrics.Summary:
 
 def costs_of(row: Row) -> metrics.Costs:
     """The measured costs that a row holds, in plain steps instead of seconds."""
-    k = row["num_draft_tokens"]
-    return metrics.Costs(1.0, row["score_cost"], row["cost_ratio"] * k, k)
+    k, shorter = row["num_draft_tokens"], tuple((int(n), draft, score) for n, draft, score in row["shorter_costs"])
+    return metrics.Costs(1.0, row["score_cost"], row["cost_ratio"] * k, k, shorter)
 
 
 def _batches(rows: Sequence[Row]) -> list[Row]:
@@ -105,9 +106,7 @@ def _timings(rows: Sequence[Row]) -> list[noise.Timings]:
 
 def _judgement(row: Row, rows: Sequence[Row], scatter: noise.Scatter | None) -> Row:
     """The fields that say whether a row's speedup is believed, from the rows of its batches."""
-    costs = costs_of(row)
-    drafting = row["draft_steps"] * max(costs.step_cost, 1.0)
-    spent = row["target_calls"] - row["draft_steps"] + drafting
+    spent = costs_of(row).spent(_summary(row), least=1.0)
     explained = row["num_tokens"] / spent if spent else 1.0
     return noise.judge(row["measured_speedup"], explained, _timings(rows), scatter, check_size=row["batch_size"] == 1)
 

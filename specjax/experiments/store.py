@@ -5,6 +5,7 @@ as a whole (`Store.holds`). Files are written atomically, so that an interrupted
 back decides what is measured and reported, so it is checked first.
 """
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -149,7 +150,7 @@ class Store:
 
 
 _NUMBERS = (*results.OF_BATCH, *results.OF_PROMPT, "prompt", "batch", "num_draft_tokens", "batch_size", "temperature")
-_COSTS = ("cost_ratio", "score_cost", "step_cost")
+_COSTS = ("cost_ratio", "score_cost")
 _LISTS = (*results.BY_POSITION, *results.REPEATS)
 _TEXTS = ("task", "id", "target", "draft", "drafter", "verify", "dtype", "device", "jax_version")
 
@@ -168,6 +169,9 @@ def _check_row(row: Row, number: int) -> None:
     wrong += [name for name in _LISTS if type(row[name]) is not list or not all(map(_is_number, row[name]))]
     wrong += [name for name in _TEXTS if type(row[name]) is not str]
     wrong += [name for name in results.COMMON if name not in row]
+    told = row["step_cost"] if type(row["step_cost"]) is list else [row["step_cost"]]
+    wrong += ["step_cost"] if not told or not all(map(_is_number, told)) else []
+    wrong += [] if all(map(_is_number, itertools.chain(*row["shorter_costs"]))) else ["shorter_costs"]
     wrong += [name for name in results.REPEATS if not row[name] or min(row[name]) <= 0]
     if row["prompt"] != number:
         wrong.append("prompt")

@@ -207,7 +207,7 @@ def shard(setup: Setup, mesh: Mesh | AbstractMesh) -> Sharded:
         cache=place(state.rows.cache, _cache_axes(state.rows.cache)),
         drafter=place(state.rows.drafter, _cache_axes(state.rows.drafter), "draft"),
     )
-    shared = state.shared._replace(step_cost=place(state.shared.step_cost, ()))
+    shared = state.shared._replace(step_costs=place(state.shared.step_costs, (None,)))
     return Sharded(
         models,
         drafter,

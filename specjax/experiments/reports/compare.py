@@ -191,6 +191,12 @@ LEGEND = """\
 - **identical**: prompts whose text equals plain decoding's, token by token (greedy text, and the rule `coupled`)."""
 
 
+def _told(row: Row) -> str:
+    """What the loop was told that a drafting step costs."""
+    told = row["step_cost"] if isinstance(row["step_cost"], list) else [row["step_cost"]]
+    return ", ".join(f"{cost:.2f}" for cost in dict.fromkeys(told))
+
+
 def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) -> str:
     """The text of `summary.md`."""
     shown = lines(rows)
@@ -207,7 +213,7 @@ def summary(config: dict[str, Any], rows: Sequence[Row], images: Sequence[str]) 
         markdown([HEADER, *map(cells, shown)]),
         bullets(f"**{text}**" if bad else text for text, bad in findings(rows)),
         f"Scoring {k + 1} tokens costs {costs.score_cost:.2f} plain steps, a whole drafting step {costs.step_cost:.2f} "
-        f"(the run was told {total['step_cost']:.2f}). Compiling took {total['compile_seconds']:.1f} s for speculation "
+        f"(the run was told {_told(total)}). Compiling took {total['compile_seconds']:.1f} s for speculation "
         f"and {total['baseline_compile_seconds']:.1f} s for plain decoding; reading the prompts took "
         f"{total['prefill_seconds']:.2f} s and {total['baseline_prefill_seconds']:.2f} s.",
         "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in images),

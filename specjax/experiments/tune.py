@@ -1,0 +1,355 @@
+"""The number of draft tokens, the lengths of programs and the tree that pay for a target, a drafter and a machine."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import metrics, theory
+from specjax.api import encode, prepare
+from specjax.api.pretrained import Pretrained
+from specjax.drafters import contract
+from specjax.experiments import bench, choices, drafting, policies, prompts, results, traces, tuned
+from specjax.experiments.policies import Costs, Policy
+from specjax.experiments.prompts import Prompt
+from specjax.experiments.reports import tune as report
+from specjax.experiments.reports.display import View
+from specjax.experiments.results import Row
+from specjax.experiments.settings import Config, all_at_least, at_least, given, one_of, parse
+from specjax.experiments.store import Store
+from specjax.experiments.traces import Trace
+from specjax.experiments.tuned import Tuned
+from specjax.parallel import sharding
+from specjax.types import Batch, Model
+
+FILE = "tuned.json"
+"""What a run chose."""
+
+RANKS, DEPTH = 8, 8
+"""The siblings and the depth up to which trees are considered."""
+
+LEAST_GAIN = 0.01
+"""What a further length has to bring, since each is a program to compile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(choices.AllModels):
+    """The keys of `configs/tune.py`."""
+
+    data: Annotated[str, given("FILE")]
+    per_category: Annotated[int, at_least(1)]
+    max_prompt_tokens: Annotated[int, at_least(1)]
+    chat: Annotated[str, one_of("auto", "true", "false")]
+    max_new_tokens: Annotated[int, at_least(2)]
+    temperature: Annotated[float, at_least(0)]
+    seed: int
+    batch_sizes: Annotated[tuple[int, ...], all_at_least(1)]
+    thresholds: tuple[float, ...]
+
+    def check(self) -> None:
+        """Refuses values that do not fit each other."""
+        super().check()
+        choices.check_seed(self.seed)
+        if self.topology or self.depth:
+            raise ValueError("config.topology and config.depth: this run finds the tree; leave them out.")
+        if self.num_draft_tokens < 1:
+            raise ValueError(f"config.num_draft_tokens={self.num_draft_tokens}: the most to try, at least 1.")
+        if self.drafter in drafting.DRAFTERS and not drafting.DRAFTERS[self.drafter].lengths:
+            having = ", ".join(name for name, entry in drafting.DRAFTERS.items() if entry.lengths)
+            raise ValueError(f"config.drafter={self.drafter!r} has no chains of several lengths: choose from {having}.")
+        if self.thresholds and not (self.drafter in drafting.DRAFTERS and drafting.DRAFTERS[self.drafter].runs_model):
+            raise ValueError(f"config.thresholds={self.thresholds}: drafter={self.drafter} has no confidence; give ().")
+        if not all(0 < threshold <= 1 for threshold in self.thresholds):
+            raise ValueError(f"config.thresholds={self.thresholds}: probabilities above 0.")
+
+
+# Measuring.
+
+
+def probe_lengths(num_draft_tokens: int) -> tuple[int, ...]:
+    """The lengths below K at which costs are measured: 1, 3, 7, 15 ..., so that 2, 4, 8, 16 ... tokens are scored."""
+    return tuple(n for n in (2**i - 1 for i in range(1, 10)) if n < num_draft_tokens)
+
+
+def interpolated(costs: metrics.Costs) -> Costs:
+    """The costs of every number of draft tokens, from those that were measured."""
+    measured = [(0, 0.0, costs.plain), *costs.shorter, (costs.num_draft_tokens, costs.draft, costs.score)]
+    lengths, draft, score = (np.array(column) for column in zip(*measured, strict=True))
+    every = np.arange(costs.num_draft_tokens + 1)
+    # More tokens are never cheaper: what is measured so is noise.
+    rising = (np.maximum.accumulate(np.interp(every, lengths, x / costs.plain)) for x in (draft, score))
+    return Costs(*map(jnp.asarray, rising))
+
+
+def ranks(draft: Model, params: Any, text: np.ndarray, begin: int) -> np.ndarray:
+    """`[T]` the rank of each token from `begin` on among what the draft expects after the tokens before it."""
+    assert draft.score is not None
+    size = -(-len(text) // 128) * 128
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(text)] = text
+    following = np.roll(tokens, -1, axis=1)
+    real = (np.arange(size) < len(text)).astype(np.int32)[None]
+    positions = np.arange(size, dtype=np.int32)[None]
+    tokens, following, real, positions = map(jnp.asarray, (tokens, following, real, positions))
+    batch = Batch(tokens, following, real, positions, real.astype(jnp.float32), None, None)
+
+    @jax.jit
+    def of(params: Any, batch: Batch) -> Any:
+        assert draft.score is not None
+        logits = draft.score(params, batch)
+        own = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)
+        return jnp.sum(logits > own, axis=-1)
+
+    return np.asarray(of(params, batch))[0, begin - 1 : len(text) - 1]
+
+
+def acceptance_by_rank(found: Sequence[np.ndarray], num_ranks: int = RANKS, depth: int = DEPTH) -> list[list[float]]:
+    """The chance that a child of each rank is the text's next token, by depth, given that its parent was.
+
+    Args:
+      found: `[T]` for each text, the rank of each of its tokens (`ranks`).
+      num_ranks: the ranks that a tree may have.
+      depth: how deep it may be.
+    """
+    chances = []
+    for level in range(depth):
+        at = [x[level:][_reached(x, level, num_ranks)] for x in found if len(x) > level]
+        judged = np.concatenate(at) if at else np.zeros(0, int)
+        if len(judged) < 20:
+            break
+        chances.append([float(np.mean(judged == rank)) for rank in range(num_ranks)])
+    return chances
+
+
+def _reached(rank: np.ndarray, level: int, num_ranks: int) -> np.ndarray:
+    """For each position at depth `level` of a draft, whether all tokens above it were among the ranks of a tree."""
+    return np.all([rank[i : len(rank) - level + i] < num_ranks for i in range(level)] or [True], axis=0) & np.ones(
+        len(rank) - level, bool
+    )
+
+
+# Choosing.
+
+
+def _time(policy: Policy, some: Sequence[Trace], costs: Costs) -> tuple[float, float]:
+    """The speedup of a policy, a geometric mean over texts, and the draft tokens that it asks for in a step."""
+    replays = [policies.replay(policy, trace, costs) for trace in some]
+    speedup = float(np.exp(np.mean([np.log(replay.speedup) for replay in replays])))
+    return speedup, sum(replay.wanted for replay in replays) / sum(replay.steps for replay in replays)
+
+
+def candidates(num_draft_tokens: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Numbers of draft tokens with at most two shorter lengths, the simplest first."""
+    ends = (*probe_lengths(num_draft_tokens), num_draft_tokens)
+    pairs = [
+        (most, lengths)
+        for most in ends
+        for size in range(3)
+        for lengths in itertools.combinations([n for n in ends if n < most], size)
+    ]
+    return sorted(pairs, key=lambda pair: len(pair[1]))
+
+
+def best_chain(some: Sequence[Trace], costs: Costs) -> tuple[int, tuple[int, ...], float]:
+    """K, the shorter lengths and the speedup of the chain that pays most, with the loop's own choice in each step.
+
+    A further length has to bring `LEAST_GAIN`; K is 0 where nothing does.
+    """
+    best: tuple[int, tuple[int, ...], float] = (0, (), 1.0)
+    for most, lengths in candidates(len(costs.draft) - 1):
+        speedup, _ = _time(policies.expected_value(), some, policies.in_lengths(costs, lengths, most))
+        least = 1 + LEAST_GAIN * (len(lengths) + 1 - (len(best[1]) + bool(best[0])))
+        if speedup > best[2] * max(least, 1.0):
+            best = most, lengths, speedup
+    return best
+
+
+def compared(
+    some: Sequence[Trace], sure: dict[float, list[Trace]], costs: Costs, best: tuple[int, tuple[int, ...], float]
+) -> list[Row]:
+    """Every policy on the same texts: speedup, tokens asked for, and regret against the oracle.
+
+    Each has a program for every measured length, except where it says so.
+    """
+    depth = len(costs.draft) - 1
+    free = policies.in_lengths(costs, probe_lengths(depth), depth)
+    least = float(np.exp(np.mean([np.log(policies.oracle(trace, free).speedup) for trace in some])))
+    named = [(f"always {k}", policies.fixed(k), some) for k in (*probe_lengths(depth), depth)]
+    named += [("+2 / -1", policies.plus_two_minus_one(), some)]
+    named += [(f"always {depth}, confidence {x:g}", policies.fixed(depth), traced) for x, traced in sure.items()]
+    named += [("expected value", policies.expected_value(), some)]
+    rows: list[Row] = []
+    for name, policy, traced in named:
+        speedup, wanted = _time(policy, traced, free)
+        rows.append({"policy": name, "speedup": speedup, "drafted": wanted, "regret": least / speedup - 1})
+    if best[0]:
+        speedup, wanted = _time(policies.expected_value(), some, policies.in_lengths(costs, best[1], best[0]))
+        name = f"expected value, lengths {', '.join(map(str, (*best[1], best[0])))}"
+        rows.append({"policy": name, "speedup": speedup, "drafted": wanted, "regret": least / speedup - 1})
+    return [*rows, {"policy": "oracle", "speedup": least, "drafted": None, "regret": 0.0}]
+
+
+def _by_category(texts: Sequence[Prompt], some: Sequence[Trace], costs: Costs) -> list[Row]:
+    """What the loop would do with each category of prompts."""
+    rows: list[Row] = []
+    for task in dict.fromkeys(text.task for text in texts):
+        own = [trace for text, trace in zip(texts, some, strict=True) if text.task == task]
+        speedup, wanted = _time(policies.expected_value(), own, costs)
+        matched = float(np.mean(np.concatenate([trace.matched for trace in own])))
+        rows.append({"task": task, "texts": len(own), "matched": matched, "drafted": wanted, "speedup": speedup})
+    return rows
+
+
+def _best_tree(chances: list[list[float]], costs: Costs) -> theory.BestTree:
+    """The best tree, with a call of the draft for each depth; costs beyond what was measured are extrapolated."""
+    score = np.asarray(costs.score)
+    last = len(score) - 1
+    slope = (score[-1] - score[-2]) if last else 0.0
+
+    def score_cost(tokens: int) -> float:
+        return float(np.interp(tokens - 1, np.arange(last + 1), score) + max(0, tokens - 1 - last) * slope)
+
+    return theory.best_tree(chances, float(costs.draft[1]), score_cost, max_nodes=last)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a run measures with.
+
+    Attributes:
+      chosen: the settings.
+      target: the target.
+      load_draft: loads the draft model.
+      drafter_of: the drafter of the settings, as a function of K.
+      texts: the prompts, and `encoded` their token ids.
+      store: keeps what is finished.
+      view: the screen.
+    """
+
+    chosen: Settings
+    target: Pretrained
+    load_draft: drafting.Load
+    drafter_of: drafting.OfK
+    texts: list[Prompt]
+    encoded: list[list[int]]
+    store: Store
+    view: View
+
+    def costs(self, batch_size: int) -> Costs:
+        """The costs of every number of draft tokens at a batch size."""
+        some = list(itertools.islice(itertools.cycle(self.encoded), batch_size))
+        drafter = self.drafter_of(self.chosen.num_draft_tokens)
+        request = prepare(self.target, some, drafter=drafter, max_new_tokens=self.chosen.max_new_tokens)
+        with sharding.on_mesh(request.mesh):
+            measured = metrics.measure_costs(request.target.model, request.drafter, request.params, request.state)
+        return interpolated(measured)
+
+    def traces(self, drafter_of: drafting.OfK, name: str) -> list[Trace]:
+        """The traces of all texts."""
+        found = []
+        with self.view.progress(len(self.texts), what="texts") as bar:
+            for number, tokens in enumerate(self.encoded):
+                key = f"trace of text {number}{name}"
+                found.append(self.store.get(key, lambda n=number, t=tokens: self._trace(drafter_of, n, t)))
+                bar.advance(bar.task_ids[0])
+        return [Trace(*(np.array(part, int) for part in parts)) for parts in found]
+
+    def _trace(self, drafter_of: drafting.OfK, number: int, tokens: list[int]) -> list[list[int]]:
+        drafter = drafter_of(self.chosen.num_draft_tokens)
+        width = max(map(len, self.encoded))
+        options: dict[str, Any] = {"max_new_tokens": self.chosen.max_new_tokens, "prompt_width": width}
+        options |= {"temperature": self.chosen.temperature, "seed": self.chosen.seed + number}
+        [trace] = traces.record(self.target, [tokens], drafter, **options)
+        return [part.tolist() for part in trace]
+
+
+def _trees(run: _Run, drafted: Sequence[Trace]) -> list[list[float]]:
+    """The acceptance by rank and depth, where the draft is a model that scores texts; else nothing."""
+    draft = contract.check(run.drafter_of(run.chosen.num_draft_tokens))
+    model = draft.model
+    if run.chosen.drafter != "model" or model is None or model.score is None or model.start_token is not None:
+        return []
+    found = [
+        ranks(model, draft.params, np.concatenate([tokens, trace.text]), len(tokens))
+        for tokens, trace in zip(run.encoded, drafted, strict=True)
+    ]
+    return acceptance_by_rank(found)
+
+
+def _of_threshold(run: _Run, threshold: float) -> drafting.OfK:
+    """The drafter whose drafts end where it is less sure than that."""
+    chosen = dataclasses.replace(run.chosen, min_confidence=threshold)
+    return drafting.drafter_of(chosen, run.target, run.load_draft)
+
+
+def _choose(
+    run: _Run,
+    batch_size: int,
+    costs: Costs,
+    drafted: Sequence[Trace],
+    sure: dict[float, list[Trace]],
+    chances: list[list[float]],
+) -> Row:
+    """What pays at a batch size, with all that it was chosen from; kept for later runs."""
+    k, lengths, speedup = best_chain(drafted, costs)
+    used = policies.in_lengths(costs, lengths, k)
+    tree = _best_tree(chances, costs) if chances and run.chosen.drafter == "model" else theory.BestTree((), 1.0, 1.0)
+    gains = 1 / tree.time_per_token > speedup * (1 + LEAST_GAIN) and len(tree.paths) > max(map(len, tree.paths))
+    found = Tuned(
+        k,
+        lengths,
+        tuple(np.asarray(used.step)[1 : k + 1].tolist()),
+        tree.paths if gains else (),
+        max(speedup, 1 / tree.time_per_token if gains else 1.0),
+    )
+    tuned.save(run.chosen, batch_size, found)
+    return {
+        "batch_size": batch_size,
+        "tuned": dataclasses.asdict(found),
+        "draft_costs": np.asarray(costs.draft).tolist(),
+        "score_costs": np.asarray(costs.score).tolist(),
+        "policies": compared(drafted, sure, costs, (k, lengths, speedup)),
+        "categories": _by_category(run.texts, drafted, used if k else policies.in_lengths(costs, (), 1)),
+        "acceptance_by_rank": chances,
+        "tree_speedup": 1 / tree.time_per_token,
+    }
+
+
+def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
+    """Measures and chooses, as `EXPERIMENTS` says."""
+    view, chosen = view or View(), parse(Settings, config)
+    store = Store(
+        workdir, config.to_dict(), overwrite=overwrite, names=(FILE, "results.json", "summary.md", "tune.png")
+    )
+    store.write_config()
+    lengths = probe_lengths(chosen.num_draft_tokens)
+    target, load_draft = bench.load_target(chosen, view)
+    assert target.tokenizer is not None
+    drafter_of = drafting.drafter_of(dataclasses.replace(chosen, lengths=lengths), target, load_draft)
+    chat = target.tokenizer.has_chat_template if chosen.chat == "auto" else chosen.chat == "true"
+    texts = bench.pick(prompts.read(chosen.data, 0), chosen, target, chat)
+    encoded = encode(target, [text.text for text in texts], chat=chat)
+    this = _Run(chosen, target, load_draft, drafter_of, texts, encoded, store, view)
+    view.line(f"{len(texts)} texts, up to {chosen.num_draft_tokens} draft tokens.")
+    drafted = this.traces(drafter_of, "")
+    sure = {x: this.traces(_of_threshold(this, x), f", confidence {x:g}") for x in chosen.thresholds}
+    chances = store.get("acceptance by rank", lambda: _trees(this, drafted))
+    measured = []
+    for batch_size in chosen.batch_sizes:
+        with view.status(f"Measuring the costs of a step at batch {batch_size}"):
+            parts = store.get(f"costs at batch {batch_size}", lambda b=batch_size: [x.tolist() for x in this.costs(b)])
+        costs = Costs(*map(jnp.asarray, parts))
+        measured.append(_choose(this, batch_size, costs, drafted, sure, chances))
+    store.write("results.json", results.to_json(measured))
+    store.write(FILE, results.to_json([row["tuned"] for row in measured]))
+    images = report.plot(store.directory, measured)
+    store.write("summary.md", report.summary(chosen, bench.device_name(), measured, images))
+    for row in measured:
+        view.line(report.line(chosen, row), "bold")
+    view.line(f"Results: {store.directory}{os.sep} (summary.md, results.json, {FILE}, {', '.join(images)})")

@@ -205,7 +205,7 @@ def sample(
     *,
     rule: Rule = verify.rejection,
     step: Step | None = None,
-    step_cost: float = 0.0,
+    step_cost: Any = 0.0,
     stop_tokens: Sequence[int] = (),
     width: int = 8,
     max_len: int = 24,

@@ -281,6 +281,7 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()][1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", usual(MODELS, "t5"))
 def test_rounds_have_texts_of_all_kinds(kind, tmp_path):
     texts = make_texts(tmp_path, Shares(0.25, 0.25, 0.5), kind)
@@ -418,6 +419,7 @@ def _curve(directory: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "train.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_model_is_that_of_the_greatest_alpha(uninterrupted, tmp_path):
     valid = [line for line in _curve(uninterrupted) if "valid_loss" in line]
     best = max(valid, key=lambda line: line["alpha"])

@@ -369,6 +369,7 @@ def test_the_text_up_to_a_stop_token_is_distributed_as_the_target():
     assert testing.g_test(counts, merged) > 1e-4
 
 
+@pytest.mark.slow
 def test_stats_are_consistent_row_by_row():
     result = sample(pair("model", 3), [Group((0, 1, 2), 3000, budget=12), Group((1,), 500, budget=1)])
     stats, length = result.state.rows.stats, np.asarray(result.state.rows.length)

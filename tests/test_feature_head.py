@@ -173,6 +173,7 @@ def joint(vocab_size: int, prompt: list[int], num_tokens: int) -> np.ndarray:
     return np.exp(chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", [None, pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_the_text_is_distributed_as_the_targets(topology: Any):
     """Rejection with the stated distributions, against all texts of three tokens; one of five is never drafted."""

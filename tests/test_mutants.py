@@ -682,6 +682,7 @@ TREES: dict[str, tuple[Callable[[pytest.MonkeyPatch], Pair], list[Group]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", usual(TREES, "the accepted path of a tree is not moved in the cache"))
 def test_exactness_catches_tree(bug: str, monkeypatch: pytest.MonkeyPatch, catches: Any):
     plant, groups = TREES[bug]

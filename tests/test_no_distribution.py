@@ -214,6 +214,7 @@ def test_a_draft_that_knows_no_allowed_token_ends_its_proposal(min_confidence: f
     assert not proposed[result.owner == 2].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", usual(["chain", "tree"], "chain"))
 def test_a_draft_of_nan_is_still_named(shape: str):
     drafter = drafters.model(DRAFT, topology=(2, 1) if shape == "tree" else None)

@@ -178,7 +178,7 @@ esac
 """
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_slice_is_deleted_also_where_the_run_fails(keep, tmp_path):
     """gcloud is a stand-in whose run fails."""
     bin = tmp_path / "bin"

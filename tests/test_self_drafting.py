@@ -311,6 +311,7 @@ def takes_no_more_calls_than_blocks(drafter: Drafter) -> None:
         assert 2 * sum(calls for _, calls in ours) < total, "blocks take no more calls"
 
 
+@pytest.mark.slow
 def test_a_block_takes_the_calls_of_the_published_iteration():
     a_block_takes_the_calls_of_the_paper(DRAFTERS["jacobi"])
 

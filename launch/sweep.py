@@ -7,8 +7,14 @@ Every other flag is passed on. Each combination is a cell: a run of its own, in 
 WORKDIR/cells/NAME, whose log.txt has the output. The same command skips finished cells, so an interrupted sweep
 resumes; a cell that fails is reported at the end, with exit code 1, and does not stop the others. A value may contain
 commas inside brackets or quotes: --sweep='config.num_draft_tokens=(1,2),(4,8)'.
+
+On a cluster, `--write_jobs=slurm` writes WORKDIR/jobs.sbatch, a job array with a task for each cell, and
+`--write_jobs=kubernetes` WORKDIR/jobs.yaml, an indexed Job; the comments in them say how they are submitted. Afterwards
+`--gather` with the same flags makes the table of all cells that are finished, and runs none.
 """
 
+import csv
+import io
 import itertools
 import json
 import pathlib
@@ -31,6 +37,9 @@ from specjax.experiments.results import Row
 
 RECORD = "sweep.json"
 """The finished cells of a sweep, and what they were run with."""
+
+MARK = "finished.json"
+"""In the directory of a cell that ran as a task of its own: the seconds that it took."""
 
 COLUMNS = {
     "draft": "{}",
@@ -70,6 +79,10 @@ class Cell(NamedTuple):
     def flags(self) -> list[str]:
         """The flags of the run in addition to the common ones."""
         return [f"--{flag}={value}" for flag, value in self.values.items()]
+
+
+OWN = ("sweep", "workdir", "dry_run", "write_jobs", "cell", "gather")
+"""The flags of a sweep itself, as its help lists them."""
 
 
 def split_values(text: str) -> list[str]:
@@ -147,6 +160,13 @@ class Record:
                 f"{self.path} is of a sweep with other flags ({', '.join(differ)}): choose another --workdir, or "
                 "delete that one."
             )
+
+    def collect(self, cells: Sequence[Cell]) -> None:
+        """Adds the cells that have been finished as tasks of their own."""
+        for cell in cells:
+            mark = self.path.parent / "cells" / cell.name / MARK
+            if cell.name not in self.finished and mark.is_file():
+                self.add(cell, json.loads(mark.read_text(encoding="utf-8"))["seconds"])
 
     def add(self, cell: Cell, seconds: float) -> None:
         """Writes that a cell is finished."""
@@ -251,6 +271,16 @@ def plot(axes: Sequence[tuple[str, list[str]]], rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def to_csv(rows: Sequence[Row]) -> str:
+    """All rows as CSV, with a column for each field that is one value."""
+    flat = [row["flags"] | {name: x for name, x in row.items() if not isinstance(x, (list, dict))} for row in rows]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
 def gather(
     axes: Sequence[tuple[str, list[str]]],
     cells: Sequence[Cell],
@@ -265,6 +295,7 @@ def gather(
     """
     rows = [row for cell in cells if cell.name in record.finished for row in rows_of(cell, directory)]
     files.write(directory / "results.json", results.to_json(rows))
+    files.write(directory / "results.csv", to_csv(rows))
     parts = [f"# {directory.name}", f"`specjax.launch {shlex.join(record.common)}`"]
     found = table(cells, rows, record.finished, failed)
     parts.append(found)
@@ -357,6 +388,84 @@ def run_all(
     return 1 if failed else 0
 
 
+def run_one(cells: Sequence[Cell], number: int, common: Sequence[str], directory: pathlib.Path) -> int:
+    """Runs one cell as a task of its own, unless it is finished.
+
+    Returns:
+      the exit code of its run.
+
+    Raises:
+      UsageError: for a number that no cell has.
+    """
+    if not 0 <= number < len(cells):
+        raise launch.UsageError(f"--cell={number}: the sweep has the cells 0 to {len(cells) - 1}.")
+    cell = cells[number]
+    workdir = directory / "cells" / cell.name
+    if (workdir / MARK).is_file():
+        print(f"{cell.name}: finished before")
+        return 0
+    begin = time.monotonic()
+    code = run_cell(command(common, cell, directory), workdir)
+    if code:
+        print(f"error: {cell.name}: exit code {code}: {last_line(workdir / 'log.txt')}", file=sys.stderr)
+    else:
+        files.write(workdir / MARK, results.to_json({"seconds": time.monotonic() - begin}))
+    return code
+
+
+_SLURM = """\
+#!/usr/bin/env bash
+# Submit it with `sbatch {path}`, in the directory of the repository; add the options of your cluster, such as
+# --partition, --gpus-per-task or --time, there or as lines below. Then gather with the same flags and --gather.
+#SBATCH --job-name=specjax-sweep
+#SBATCH --array=0-{last}
+#SBATCH --output={directory}/task-%a.txt
+#SBATCH --signal=INT@60
+set -euo pipefail
+{task} --cell="$SLURM_ARRAY_TASK_ID"
+"""
+
+_KUBERNETES = """\
+# Set the image (with specjax and this repository as its working directory) and the claim of a volume that all pods
+# share, which {directory} has to be on; then `kubectl apply -f {path}`, and gather with the same flags and --gather.
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: specjax-sweep
+spec:
+  completions: {number}
+  parallelism: {number}
+  completionMode: Indexed
+  backoffLimitPerIndex: 1
+  template:
+    spec:
+      restartPolicy: Never
+      containers:
+      - name: specjax
+        image: IMAGE
+        command: ["sh", "-c", {task}]
+        volumeMounts:
+        - {{name: data, mountPath: /data}}
+      volumes:
+      - {{name: data, persistentVolumeClaim: {{claimName: CLAIM}}}}
+"""
+
+
+def write_jobs(kind: str, argv: Sequence[str], cells: Sequence[Cell], directory: pathlib.Path) -> pathlib.Path:
+    """Writes the job array, or the indexed Job, that runs every cell as a task of its own; returns its path."""
+    again = [arg for arg in argv[1:] if not arg.lstrip("-").startswith("write_jobs")]
+    task = shlex.join(["python", "launch/sweep.py", *again])
+    path = directory / ("jobs.sbatch" if kind == "slurm" else "jobs.yaml")
+    if kind == "slurm":
+        text = _SLURM.format(path=path, directory=directory, last=len(cells) - 1, task=task)
+    else:
+        whole = json.dumps(f'exec {task} --cell="$JOB_COMPLETION_INDEX"')
+        text = _KUBERNETES.format(path=path, directory=directory, number=len(cells), task=whole)
+    directory.mkdir(parents=True, exist_ok=True)
+    files.write(path, text)
+    return path
+
+
 def read_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     """The sweep's own flags, and those that are passed on.
 
@@ -367,6 +476,10 @@ def read_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_multi_string("sweep", [], "config.KEY=VALUE,VALUE,...; repeat it for more axes.", flag_values=own)
     flags.DEFINE_string("workdir", "runs/sweep", "Where the table and the cells go.", flag_values=own)
     flags.DEFINE_bool("dry_run", False, "Print the commands, and run nothing.", flag_values=own)
+    flags.DEFINE_bool("gather", False, "Make the table of what is finished, and run nothing.", flag_values=own)
+    jobs = ["slurm", "kubernetes"]
+    flags.DEFINE_enum("write_jobs", None, jobs, "Write a job with a task for each cell.", flag_values=own)
+    flags.DEFINE_integer("cell", None, "Run the cell of this number alone, from 0.", flag_values=own)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
     try:
         return own, own(list(argv), known_only=True)[1:]
@@ -385,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, common = read_flags(argv)
         if own.help:
             print(__doc__)
-            print("\n".join(f"  --{name}: {own[name].help}" for name in ("sweep", "workdir", "dry_run")))
+            print("\n".join(f"  --{name}: {own[name].help}" for name in OWN))
             return 0
         axes = [read_axis(text) for text in own.sweep]
         cells = grid(axes)
@@ -396,7 +509,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if own.dry_run:
             print("\n".join(shlex.join(command(common, cell, directory)) for cell in cells))
             return 0
+        if own.write_jobs:
+            print(f"{write_jobs(own.write_jobs, argv, cells, directory)} has a task for each of {len(cells)} cells.")
+            return 0
+        if own.cell is not None:
+            return run_one(cells, own.cell, common, directory)
         record = Record(directory, common)
+        record.collect(cells)
+        if own.gather:
+            directory.mkdir(parents=True, exist_ok=True)
+            print(gather(axes, cells, directory, record, {}))
+            return 0
     except (launch.UsageError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

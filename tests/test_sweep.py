@@ -5,12 +5,14 @@ import os
 import pathlib
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 from helpers import WORDS, save_tiny_decoder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,6 +101,34 @@ def test_a_grid_is_run_once_gathered_and_continued(sweep, tmp_path, capfd):
     # With other flags it is another sweep.
     assert sweep("--sweep=config.k=2", "--config.pause=0.1") == 1
     assert "other flags (--config.pause=0.1)" in capfd.readouterr().err
+
+
+def test_a_sweep_runs_as_tasks_of_a_job(sweep, tmp_path, capfd):
+    out, grid = tmp_path / "out", "--sweep=config.k=2,4"
+    assert sweep(grid, "--write_jobs=slurm") == 0
+    assert sweep(grid, "--write_jobs=kubernetes") == 0
+    script = (out / "jobs.sbatch").read_text()
+    assert "#SBATCH --array=0-1\n" in script
+    assert subprocess.run(["bash", "-n", str(out / "jobs.sbatch")], check=False).returncode == 0
+    line = next(line for line in script.splitlines() if line.startswith("python "))
+    assert line.endswith('--cell="$SLURM_ARRAY_TASK_ID"')
+    assert grid in shlex.split(line)
+    assert "--write_jobs=slurm" not in line
+    job = yaml.safe_load((out / "jobs.yaml").read_text())
+    assert (job["kind"], job["spec"]["completions"], job["spec"]["completionMode"]) == ("Job", 2, "Indexed")
+    assert '--cell="$JOB_COMPLETION_INDEX"' in job["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    # Nothing was run; then one task runs its cell, once, and the table has it.
+    assert sweep(grid, "--cell=1") == 0
+    assert sweep(grid, "--cell=1") == 0
+    assert "k=4: finished before" in capfd.readouterr().out
+    assert sweep(grid, "--gather") == 0
+    table = capfd.readouterr().out
+    assert re.search(r"\| 2 \|.*not run \|", table)
+    assert re.search(r"\| 4 \|.*1.50x.*finished \|", table)
+    header, row = (out / "results.csv").read_text().splitlines()
+    assert dict(zip(header.split(","), row.split(","), strict=True))["measured_speedup"] == "1.5"
+    assert sweep(grid, "--cell=2") == 1
+    assert "--cell=2: the sweep has the cells 0 to 1" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("speedups", [[0.4, 0.5], [1.0, 1.25], [2.0, 9.0]])

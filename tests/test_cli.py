@@ -2,10 +2,13 @@
 
 import io
 import pathlib
+import tomllib
 
 import pytest
+import yaml
 from helpers import save_tiny_decoder
 
+import specjax
 from specjax import cli, launch
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -68,3 +71,10 @@ def test_wrong_commands_are_named(argv, message, capsys):
 def test_without_a_command_it_says_what_there_is(capsys):
     assert cli.main(["specjax"]) == 0
     assert "specjax generate" in capsys.readouterr().out
+
+
+def test_the_version_is_said_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "specjax.__version__"}
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == specjax.__version__

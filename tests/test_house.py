@@ -19,6 +19,7 @@ LEVELS = (
     ("training", "serving"),
     ("experiments",),
     ("launch",),
+    ("cli",),
 )
 """Rooms and files, the lowest first: each imports those of its own level and below."""
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

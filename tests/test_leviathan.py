@@ -6,8 +6,9 @@ import runpy
 
 import pytest
 
+import specjax
 from specjax import launch, theory
-from specjax.experiments import results, tasks
+from specjax.experiments import leviathan, results, tasks
 from specjax.experiments.reports import leviathan as leviathan_report
 from specjax.experiments.reports.leviathan import Measured
 from specjax.experiments.store import Store
@@ -26,11 +27,11 @@ def pairs(tmp_path_factory):
     return directory
 
 
-def command(pairs, workdir, *more):
+def command(pairs, workdir, *more, config="mini_ende"):
     files = [f"--config.{name}={pairs / name}.jsonl" for name in ("train", "valid", "test")]
     small = ["--config.training.vocab_size=64", "--config.temperatures=(0.0, 1.0)", "--config.tables=(2,)"]
     steps = [f"--config.models.{name}.num_steps=4" for name in ("target", "base", "small")]
-    args = ["launch", "--config=configs/leviathan/mini_ende.py:tiny", f"--workdir={workdir}", "--nocompilation_cache"]
+    args = ["launch", f"--config=configs/leviathan/{config}.py:tiny", f"--workdir={workdir}", "--nocompilation_cache"]
     return [
         *args,
         *files,
@@ -71,9 +72,34 @@ def test_from_pairs_to_the_tables_of_the_paper(pairs, tmp_path, capfd):
     assert "seed: 0 before, 1 now" in capfd.readouterr().err
 
 
+@pytest.mark.slow
+def test_an_inflated_target_writes_the_text_of_the_small_one_with_distilled_drafts(pairs, tmp_path, capfd):
+    more = ["--config.timed_drafts=('distilled',)", "--config.lenience=()", "--config.tables=()"]
+    assert launch.main(command(pairs, tmp_path, *more, config="inflated_ende")) == 0, capfd.readouterr().err
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert {(row["draft"], row["temperature"]) for row in rows} == {("distilled", 0.0), ("distilled", 1.0)}
+    assert all(row["identical"] == 1.0 for row in rows if row["temperature"] == 0)
+    cells = json.loads((tmp_path / "cells.json").read_text())["cells"]
+    assert cells[leviathan.SAME_TEXTS] == 1.0
+    drafts = {key.split(", ")[1] for key in cells if key.startswith("alpha")}
+    assert drafts == {"base", "small", "base_distilled", "distilled"}
+    label = "same text at temperature 0 for 100% of the timed prompts"
+    summary = (tmp_path / "summary.md").read_text()
+    assert label in summary
+    assert "## Distilled drafts" in summary
+    assert label in capfd.readouterr().out.replace("\n", " ")
+    loaded = specjax.load(tmp_path / "models" / "distilled" / "model").config
+    assert (loaded.num_layers, loaded.hidden_size) == (1, 32)
+    assert specjax.load(tmp_path / "models" / "base_distilled" / "model").config.num_layers == 1
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
+        ("--config.inflate.hidden_size=8", "config.inflate.hidden_size=8: the model has 32; give more, or 0"),
+        ("--config.models.base.distil=small2", "config.models.base.distil='small2': a draft"),
+        ("--config.models.target.distil=layers", "config.models.target.distil='layers': a draft"),
+        ("--config.models.small.distil=small", "begins as one of layers, base; else"),
         ("--config.test=missing.jsonl", "missing.jsonl does not exist"),
         ("--config.metric=meteor", "config.metric='meteor'"),
         ("--config.num_draft_tokens=(0,)", "config.num_draft_tokens=(0,)"),
@@ -127,12 +153,14 @@ def measured(error):
         name="x",
         paper="ende",
         metric="bleu",
+        label="",
         about="About.",
         sizes={"target": 100, "small": 10},
         alpha={"small": {0.0: (0.75, 99), 1.0: (0.75, 99)}},
         rows=rows,
         quality={0.0: {"plain": 20.0, "small": 20.0}, 1.0: {"plain": 15.0, "small": 15.5}},
         lenience={"small": {1.0: 0.6, 0.5: 0.7}},
+        distilled={},
         seconds={"measuring": 60.0},
     )
 
@@ -163,7 +191,17 @@ def test_metrics_are_those_of_the_libraries():
 
 
 @pytest.mark.parametrize(
-    "name", ["t5_xxl_ende", "t5_xxl_cnndm", "lm1b_gpt", "mini_ende", "mini_synopsis", "experiment"]
+    "name",
+    [
+        "t5_xxl_ende",
+        "t5_xxl_cnndm",
+        "lm1b_gpt",
+        "mini_ende",
+        "mini_synopsis",
+        "inflated_ende",
+        "inflated_synopsis",
+        "experiment",
+    ],
 )
 def test_every_config_is_whole(name):
     path = f"configs/leviathan/{name}.py"

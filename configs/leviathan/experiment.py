@@ -21,13 +21,17 @@ import runpy
 
 from ml_collections import ConfigDict
 
-_TRAIN = pathlib.Path(__file__).parent.parent / "train.py"
+_CONFIGS = pathlib.Path(__file__).parent.parent
+_TRAIN, _DISTIL = _CONFIGS / "train.py", _CONFIGS / "distill.py"
 
 
 def model() -> ConfigDict:
     config = ConfigDict()
     config.source = ""  # A SOURCE; empty: trained by this run.
     config.size = "6m"  # As in configs/train.py.
+    # Empty: trained on the texts. Else a draft that is distilled from the target: it begins as model.num_layers of the
+    # target's layers (layers), or as another model of this experiment (its name).
+    config.distil = ""
     config.num_steps = 2000  # Training steps.
     config.model = runpy.run_path(str(_TRAIN))["get_config"]().model
     return config
@@ -51,6 +55,17 @@ def get_config(num_drafts: str = "1") -> ConfigDict:
     config.tables = (1, 2)  # Orders of the n-gram tables that draft too: unigrams, bigrams.
     config.max_entries = 2_000_000  # The most entries of a table.
     config.training = runpy.run_path(str(_TRAIN))["get_config"]()
+
+    config.distilling = runpy.run_path(str(_DISTIL))["get_config"]()
+
+    # Times are measured with a larger target that computes the same logits (specjax/models/inflate.py); 0 keeps a size.
+    config.inflate = ConfigDict()
+    config.inflate.hidden_size = 0  # Its width.
+    config.inflate.head_dim = 0  # The width of its heads.
+    config.inflate.num_heads = 0  # Its heads.
+    config.inflate.intermediate_size = 0  # The width within its MLPs.
+    config.inflate.num_layers = 0  # The layers of its decoder.
+    config.inflate.num_encoder_layers = 0  # The layers of its encoder.
 
     config.temperatures = (0.0, 1.0)  # The temperatures to measure.
     config.num_draft_tokens = (1, 2, 3, 5, 7)  # Every K that is timed, the paper's gamma.

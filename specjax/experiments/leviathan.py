@@ -1,12 +1,15 @@
 """The experiment of Leviathan et al. 2022 (arXiv 2211.17192): one target, drafts of several sizes, K swept.
 
-The stages, each of which a resumed run skips if it is done: the vocabulary, the models (trained, or loaded from
-published weights), the n-gram tables, then the cells of three tables:
+The stages, each of which a resumed run skips if it is done: the vocabulary, the models (`leviathan_models`), the n-gram
+tables, then the cells of three tables:
 
   Table 3  alpha = E[sum_x min(target, draft)] of every draft on text that the target generates;
   Table 2  for every draft, temperature and K, the speedup that Theorem 3.8 predicts from alpha and c, and the measured
            one, with the quality of the text with and without speculation;
   Table 5  alpha of every draft at several degrees of lenience.
+
+Where the trained target is too small for the paper's regime, `config.inflate` measures the times with a larger one that
+computes the same logits (`models/inflate.py`).
 """
 
 import dataclasses
@@ -16,12 +19,11 @@ from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from specjax import drafters, files
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
-from specjax.experiments import bench, cells, prompts, tasks, texts, train
+from specjax.experiments import bench, cells, leviathan_models, prompts, tasks, texts
 from specjax.experiments.bench import Workload
 from specjax.experiments.cells import Cell
 from specjax.experiments.reports import leviathan as report
@@ -30,8 +32,6 @@ from specjax.experiments.reports.display import View
 from specjax.experiments.reports.leviathan import Measured
 from specjax.experiments.settings import Check, Config, at_least, one_of, parse
 from specjax.experiments.store import Store
-from specjax.text.tokenizer import SPIECE
-from specjax.training import fit
 from specjax.types import AnyDrafter
 
 
@@ -50,6 +50,8 @@ class Settings:
     tables: tuple[int, ...]
     max_entries: int
     training: dict[str, Any]
+    distilling: dict[str, Any]
+    inflate: dict[str, int]
     temperatures: tuple[float, ...]
     num_draft_tokens: Annotated[tuple[int, ...], Check(lambda ks: all(k >= 1 for k in ks), "at least 1 each")]
     timed_drafts: tuple[str, ...]
@@ -67,8 +69,7 @@ class Settings:
 
     def check(self) -> None:
         """Refuses missing files, before anything is trained."""
-        if "target" not in self.models:
-            raise ValueError(f"config.models has no 'target', only {', '.join(self.models)}.")
+        leviathan_models.check(self.models, self.training, self.inflate)
         trains = any(not model["source"] for model in self.models.values())
         needed = {"test": True, "train": trains or bool(self.tables), "valid": trains}
         remedy = "JSONL with `input` and `target`"
@@ -85,40 +86,6 @@ class Draft(NamedTuple):
     name: str
     drafter: Callable[[int], AnyDrafter]
     num_params: int
-
-
-def _train(config: Config, name: str, directory: pathlib.Path, view: View, overwrite: bool) -> str:
-    """Trains a model, resumes, or finds it trained; returns its directory. The target's run makes the vocabulary."""
-    view.line(f"Training {name}", "bold")
-    made: Any = ConfigDict(config.training.to_dict())
-    model, target = config.models[name], config.models.target
-    made.update(name=name, data=config.train, valid=config.valid, size=model.size, num_steps=model.num_steps)
-    made.model.update(model.model.to_dict())
-    if name != "target":
-        made.vocabulary = target.source or str(directory / "models" / "target" / SPIECE)
-    train.run(made, directory / "models" / name, overwrite=overwrite, view=view)
-    return str(directory / "models" / name / fit.MODEL)
-
-
-def _models(config: Config, directory: pathlib.Path, view: View, overwrite: bool) -> dict[str, Pretrained]:
-    """All models, loaded from their sources, or trained here first."""
-    loaded: dict[str, Pretrained] = {}
-    for name, model in sorted(config.models.items(), key=lambda item: item[0] != "target"):
-        source = model.source or _train(config, name, directory, view, overwrite)
-        loaded[name] = bench.load(source, view, dtype=config.dtype)
-    if loaded["target"].tokenizer is None:
-        raise ValueError(f"The target {config.models.target.source} has no tokenizer: save one beside it.")
-    return loaded
-
-
-def _training_seconds(chosen: Settings, directory: pathlib.Path) -> dict[str, float]:
-    """The seconds of training, by model."""
-    found = {}
-    for name, model in chosen.models.items():
-        if not model["source"]:
-            curve = files.read_json_lines(directory / "models" / name / fit.CURVE)
-            found[f"training {name}"] = sum(line.get("seconds", 0.0) for _, line in curve)
-    return found
 
 
 def _size(params: Any) -> int:
@@ -166,10 +133,14 @@ def _pairs(chosen: Settings, target: Pretrained) -> tuple[list[prompts.Prompt], 
 
 
 class Sweep(NamedTuple):
-    """The settings, prompts and drafts that the cells measure, and the finished cells."""
+    """The settings, prompts and drafts that the cells measure, and the finished cells.
+
+    `work` has the target; `clocked`, whose speed is measured, has the inflated one, or the same.
+    """
 
     chosen: Settings
     work: Workload
+    clocked: Workload
     drafts: Sequence[Draft]
     references: Sequence[str]
     store: Store
@@ -187,6 +158,12 @@ class Sweep(NamedTuple):
             if found.num_tokens >= self.chosen.alpha_tokens or number == len(self.work.prompts):
                 return {"alpha": found.acceptance_rate, "num_tokens": found.num_tokens}
             number = min(2 * number, len(self.work.prompts))
+
+    def same_texts(self) -> float:
+        """The share of the timed prompts of which the inflated target writes the target's own text at temperature 0."""
+        number, batch = self.chosen.num_prompts, self.chosen.quality_batch
+        both = [cells.texts(w, drafters.none(), 0.0, range(number), batch).text for w in (self.work, self.clocked)]
+        return sum(a == b for a, b in zip(*both, strict=True)) / number
 
     def best(self, draft: Draft, temperature: float) -> int:
         """The fastest K of a draft, among the measured cells."""
@@ -208,6 +185,10 @@ class Sweep(NamedTuple):
         return found.acceptance_rate
 
 
+SAME_TEXTS = "texts of the inflated target that are the target's own, T=0"
+"""The key of the cell of `Sweep.same_texts`."""
+
+
 def speed_key(draft: Draft, k: int, temperature: float) -> str:
     """The key of a timed cell."""
     return f"speed, {draft.name}, K={k}, T={temperature:g}"
@@ -227,7 +208,7 @@ def _measure(sweep: Sweep, view: View) -> dict[str, Any]:
     speeds = [
         Cell(
             speed_key(draft, k, t),
-            lambda d=draft, k=k, t=t: cells.timed(sweep.work, d.drafter(k), d.name, t, chosen.num_prompts),
+            lambda d=draft, k=k, t=t: cells.timed(sweep.clocked, d.drafter(k), d.name, t, chosen.num_prompts),
             lambda row: f"{tables.speedup(row)} (c {row['cost_ratio']:.2f})",
         )
         for draft in sweep.timed
@@ -248,7 +229,8 @@ def _measure(sweep: Sweep, view: View) -> dict[str, Any]:
         for draft in sweep.drafts
         for degree in chosen.lenience
     }
-    cells.run([*alphas.values(), *speeds, *qualities.values(), *lenience.values()], store, view)
+    same = [Cell(SAME_TEXTS, sweep.same_texts, lambda share: f"{share:.0%}")] if sweep.clocked is not sweep.work else []
+    cells.run([*alphas.values(), *same, *speeds, *qualities.values(), *lenience.values()], store, view)
 
     def nested(of: dict[Any, Cell], shown: Callable[[Any], Any] = lambda found: found) -> dict[Any, dict[Any, Any]]:
         found: dict[Any, dict[Any, Any]] = {}
@@ -273,12 +255,26 @@ def _about(chosen: Settings, sizes: dict[str, int]) -> str:
     )
 
 
+def _label(chosen: Settings, sizes: dict[str, int], large: Pretrained, store: Store) -> str:
+    """Says which numbers are those of a larger model than the one that writes the text; empty if none are."""
+    if SAME_TEXTS not in store.cells:
+        return ""
+    shapes = ", ".join(f"{name} {value}" for name, value in chosen.inflate.items() if value)
+    return (
+        f"The text of a model of {sizes['target']:,} parameters, at the cost of one of {_size(large.params):,}: where "
+        f"times are measured, the target is inflated ({shapes}; models/inflate.py), so that it computes the same "
+        f"logits in the time of a larger model. It writes the same text at temperature 0 for "
+        f"{store.cells[SAME_TEXTS]:.0%} of the timed prompts. Alpha, {chosen.metric} and lenience are those of the "
+        "target as it was trained."
+    )
+
+
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
     """Runs the experiment, as `EXPERIMENTS` says; `overwrite` also deletes the trained models."""
     view, chosen = view or View(), parse(Settings, config)
     store = Store(workdir, config.to_dict(), overwrite=overwrite)
     store.write_config()
-    models = _models(config, store.directory, view, overwrite)
+    models = leviathan_models.load(config, store.directory, view, overwrite)
     target = models.pop("target")
     found, references = _pairs(chosen, target)
     drafts = _tables(chosen, target, view)
@@ -288,14 +284,19 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     ]
     name, largest = config.models.target.source or "target", max(*chosen.num_draft_tokens, chosen.lenience_draft_tokens)
     work = bench.workload(target, name, found, chosen, largest, one_width=True)
+    large = leviathan_models.inflated(target, chosen.inflate, chosen.seed)
+    clocked = work if large is target else dataclasses.replace(work, target=large)
     sizes = {"target": _size(target.params)} | {draft.name: draft.num_params for draft in drafts}
+    cells_of = _measure(Sweep(chosen, work, clocked, drafts, references, store), view)
     measured = Measured(
         name=chosen.name,
         paper=chosen.paper,
         metric=chosen.metric,
+        label=_label(chosen, sizes, large, store),
         about=_about(chosen, sizes),
         sizes=sizes,
-        **_measure(Sweep(chosen, work, drafts, references, store), view),
-        seconds=_training_seconds(chosen, store.directory) | {"measuring": store.seconds},
+        **cells_of,
+        distilled=leviathan_models.distilled(chosen.models, store.directory),
+        seconds=leviathan_models.seconds(chosen.models, store.directory) | {"measuring": store.seconds},
     )
     cells.write_report(store, measured, report, view)

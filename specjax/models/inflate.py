@@ -86,6 +86,7 @@ def inflate(config: ModelConfig, params: Tree, sizes: Mapping[str, int], *, seed
       ValueError: for sizes that `shape` refuses.
     """
     larger = shape(config, sizes)
+    assert isinstance(config, T5Config)  # `shape` refuses others.
     axes, rng = families.param_axes(larger), np.random.default_rng(seed)
 
     def fill(path: tuple[str | int, ...], new: Any, old: Any) -> Any:

@@ -60,24 +60,28 @@ class Measured(NamedTuple):
       name: the name of the experiment.
       paper: which of the paper's experiments is shown next to it: "ende", "cnndm", "lm1b" or "".
       metric: the name of the quality metric.
+      label: what the target is, where times are those of a larger model than the one that writes the text; else empty.
       about: a sentence about models, data and machine.
       sizes: parameters of each model or entries of each table.
       alpha: by draft, then temperature: alpha on the target's own text, and the number of tokens it is a mean over.
       rows: the timed cells.
       quality: by temperature: the metric of plain decoding, and of each draft's speculative texts.
       lenience: by draft, then lenience: alpha.
+      distilled: by draft that was distilled: the validations before its training and of the greatest acceptance rate.
       seconds: how long each stage took.
     """
 
     name: str
     paper: str
     metric: str
+    label: str
     about: str
     sizes: dict[str, int]
     alpha: dict[str, dict[float, tuple[float, int]]]
     rows: list[Row]
     quality: dict[float, dict[str, float]]
     lenience: dict[str, dict[float, float]]
+    distilled: dict[str, list[Row]]
     seconds: dict[str, float]
 
 
@@ -194,6 +198,19 @@ def table_5(measured: Measured) -> list[list[str]]:
     return table([("draft", str), *columns], measured.lenience)
 
 
+def table_distilled(measured: Measured) -> list[list[str]]:
+    """Alpha of the distilled drafts on held-out text of the target, before their training and after it."""
+    columns = (
+        ("distilled draft", lambda cell: cell[0]),
+        ("steps", lambda cell: f"{cell[1][1]['step']:,}"),
+        ("alpha before", lambda cell: f"{cell[1][0]['alpha']:.3f}"),
+        ("after", lambda cell: f"{cell[1][1]['alpha']:.3f}"),
+        ("greedy agreement before", lambda cell: f"{cell[1][0]['agreement']:.3f}"),
+        ("after", lambda cell: f"{cell[1][1]['agreement']:.3f}"),
+    )
+    return table(columns, measured.distilled.items())
+
+
 def _by_temperature(
     measured: Measured, height: float, x: str, y: str, draw: Callable[[Axes, Sweep, str], object]
 ) -> Figure:
@@ -241,10 +258,11 @@ def findings(measured: Measured) -> list[str]:
     cells = [(row, sweep.alpha) for sweep in sweeps(measured) for row in sweep.rows]
     errors = [row["measured_speedup"] / scored_prediction(row, alpha) - 1 for row, alpha in cells]
     inside = sum(abs(error) <= 0.15 for error in errors)
-    found = [
+    found = [f"**{measured.label}**"] if measured.label else []
+    found.append(
         f"{inside} of {len(errors)} cells lie within 15 % of Theorem 3.8 with the measured cost of scoring K + 1 "
         f"tokens (median {np.median(errors):+.0%}, from {min(errors):+.0%} to {max(errors):+.0%})."
-    ]
+    )
     calls = [row["num_draft_tokens"] * row["cost_ratio"] + row["score_cost"] for row in measured.rows]
     steps = [step_cost(row) for row in measured.rows]
     found.append(
@@ -300,6 +318,8 @@ def summary(measured: Measured) -> str:
         "## Alpha (Table 3)",
         markdown(table_3(measured)),
         "![acceptance by position](acceptance.png)",
+        "## Distilled drafts" if measured.distilled else "",
+        markdown(table_distilled(measured)) if measured.distilled else "",
         "## Lenience (Table 5, temperature 1)" if measured.lenience else "",
         markdown(table_5(measured)) if measured.lenience else "",
         "## Every cell",

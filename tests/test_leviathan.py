@@ -1,6 +1,7 @@
 """The experiment of Leviathan et al. 2022, in the small: from files of pairs to the paper's tables."""
 
 import json
+import pathlib
 import random
 import runpy
 
@@ -8,7 +9,7 @@ import pytest
 
 import specjax
 from specjax import launch, theory
-from specjax.experiments import leviathan, results, tasks
+from specjax.experiments import continuations, leviathan, results, tasks
 from specjax.experiments.reports import leviathan as leviathan_report
 from specjax.experiments.reports.leviathan import Measured
 from specjax.experiments.store import Store
@@ -27,7 +28,7 @@ def pairs(tmp_path_factory):
     return directory
 
 
-def command(pairs, workdir, *more, config="mini_ende"):
+def command(pairs, workdir, *more, config="mini_ende", timed=("bigram", "small"), lenience=(0.5,)):
     files = [f"--config.{name}={pairs / name}.jsonl" for name in ("train", "valid", "test")]
     small = ["--config.training.vocab_size=64", "--config.temperatures=(0.0, 1.0)", "--config.tables=(2,)"]
     steps = [f"--config.models.{name}.num_steps=4" for name in ("target", "base", "small")]
@@ -37,8 +38,8 @@ def command(pairs, workdir, *more, config="mini_ende"):
         *files,
         *small,
         *steps,
-        "--config.lenience=(0.5,)",
-        "--config.timed_drafts=('bigram', 'small')",
+        f"--config.lenience={lenience}",
+        f"--config.timed_drafts={timed}",
         *more,
     ]
 
@@ -74,15 +75,15 @@ def test_from_pairs_to_the_tables_of_the_paper(pairs, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_an_inflated_target_writes_the_text_of_the_small_one_with_distilled_drafts(pairs, tmp_path, capfd):
-    more = ["--config.timed_drafts=('distilled',)", "--config.lenience=()", "--config.tables=()"]
-    assert launch.main(command(pairs, tmp_path, *more, config="inflated_ende")) == 0, capfd.readouterr().err
+    given = command(pairs, tmp_path, config="inflated_ende", timed=("distilled",), lenience=())
+    assert launch.main(given) == 0, capfd.readouterr().err
     rows = json.loads((tmp_path / "results.json").read_text())
     assert {(row["draft"], row["temperature"]) for row in rows} == {("distilled", 0.0), ("distilled", 1.0)}
     assert all(row["identical"] == 1.0 for row in rows if row["temperature"] == 0)
     cells = json.loads((tmp_path / "cells.json").read_text())["cells"]
     assert cells[leviathan.SAME_TEXTS] == 1.0
     drafts = {key.split(", ")[1] for key in cells if key.startswith("alpha")}
-    assert drafts == {"base", "small", "base_distilled", "distilled"}
+    assert drafts == {"bigram", "base", "small", "base_distilled", "distilled"}
     label = "same text at temperature 0 for 100% of the timed prompts"
     summary = (tmp_path / "summary.md").read_text()
     assert label in summary
@@ -91,6 +92,30 @@ def test_an_inflated_target_writes_the_text_of_the_small_one_with_distilled_draf
     loaded = specjax.load(tmp_path / "models" / "distilled" / "model").config
     assert (loaded.num_layers, loaded.hidden_size) == (1, 32)
     assert specjax.load(tmp_path / "models" / "base_distilled" / "model").config.num_layers == 1
+
+
+@pytest.mark.slow
+def test_language_models_learn_and_write_what_follows_the_first_words(pairs, tmp_path, capfd):
+    files = [f"--config.{name}={pairs / name}.jsonl" for name in ("train", "valid", "test")]
+    flags = [*files, f"--workdir={tmp_path}", "--nocompilation_cache", "--config.temperatures=(1.0,)"]
+    assert launch.main(["launch", "--config=configs/leviathan/mini_gpt.py:tiny", *flags]) == 0, capfd.readouterr().err
+    cells = json.loads((tmp_path / "cells.json").read_text())["cells"]
+    assert {key for key in cells if key.startswith("alpha")} == {
+        f"alpha, {draft}, T=1{truncated}" for draft in ("unigram", "bigram", "small") for truncated in ("", ", top 40")
+    }
+    assert "| small | " in (tmp_path / "summary.md").read_text()
+
+
+def test_continuations_are_texts_without_their_first_words(tmp_path):
+    source = tmp_path / "data.jsonl"
+    lines = [{"input": "one two  three\nfour", "target": "x"}, {"input": "too short", "target": "y"}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = continuations.write(str(source), tmp_path / "texts" / "test.jsonl", 2, whole=False)
+    assert json.loads(pathlib.Path(pairs).read_text()) == {"input": "one two", "target": " three four"}
+    whole = continuations.write(str(source), tmp_path / "texts" / "train.jsonl", 2, whole=True)
+    assert json.loads(pathlib.Path(whole).read_text()) == {"text": "one two three four"}
+    with pytest.raises(ValueError, match="no input of more than prompt_words=4 words"):
+        continuations.write(str(source), tmp_path / "none.jsonl", 4, whole=True)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +182,7 @@ def measured(error):
         about="About.",
         sizes={"target": 100, "small": 10},
         alpha={"small": {0.0: (0.75, 99), 1.0: (0.75, 99)}},
+        alpha_top_k={"small": {40: (0.8, 99)}},
         rows=rows,
         quality={0.0: {"plain": 20.0, "small": 20.0}, 1.0: {"plain": 15.0, "small": 15.5}},
         lenience={"small": {1.0: 0.6, 0.5: 0.7}},
@@ -179,7 +205,22 @@ def test_the_report_holds_the_clock_against_the_theorem():
     assert first["with scoring"] == first["measured"] == f"{theory.walltime_factor(0.75, 7, 0.02, 1.2):.2f}x"
     assert first["K"] == first["best K predicted"] == "7"
     assert first["paper: K / alpha / measured"] == "7 / 0.75 / 3.4x"
+    table = leviathan_report.table_3(measured(1.0))
+    assert table[1] == ["small", "10", "0", "0.750", "0.75", "99"]
+    assert table[3] == ["small", "10", "1, top 40", "0.800", "-", "99"]
+    table = leviathan_report.table_3(measured(1.0)._replace(paper="lm1b"))
+    assert [line[4] for line in table[1:]] == ["0.88", "0.89", "0.74"]
     assert leviathan_report.table_5(measured(1.0))[1] == ["small", "0.60 (0.62)", "0.70 (0.71)"]
+
+
+def test_the_report_says_whose_text_and_whose_cost_it_shows():
+    valid = [{"step": 0, "alpha": 0.5, "agreement": 0.4}, {"step": 90, "alpha": 0.75, "agreement": 0.7}]
+    inflated = measured(0.9)._replace(label="Of two models.", distilled={"small": valid})
+    assert leviathan_report.findings(inflated)[0] == "**Of two models.**"
+    summary = leviathan_report.summary(inflated)
+    assert "- **Of two models.**" in summary
+    assert "| small | 90 | 0.500 | 0.750 | 0.400 | 0.700 |" in summary
+    assert "Distilled" not in leviathan_report.summary(measured(0.9))
 
 
 def test_metrics_are_those_of_the_libraries():

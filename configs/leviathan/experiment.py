@@ -47,6 +47,8 @@ def get_config(num_drafts: str = "1") -> ConfigDict:
     config.valid = ""  # A held-out FILE to validate on in training.
     config.test = ""  # A FILE whose inputs are decoded.
     config.prefix = ""  # Text to put before each input.
+    # Language models: the first words of each `input` are a prompt, and the rest of it is learnt and written; 0: pairs.
+    config.prompt_words = 0
     config.metric = "bleu"  # Or rouge2.
 
     config.models = ConfigDict({"target": model()})
@@ -73,6 +75,7 @@ def get_config(num_drafts: str = "1") -> ConfigDict:
     config.num_prompts = 24  # Prompts that are timed, at batch 1.
     config.quality_prompts = 200  # Prompts for the metric, the lenience and alpha.
     config.alpha_tokens = 10_000  # The fewest tokens to measure alpha on; more prompts are used where needed.
+    config.alpha_top_k = ()  # Every k of a top-k that alpha is also measured with, at temperature 1. LaMDA: (40,).
     config.quality_batch = 16  # Rows of a batch of prompts that are not timed.
     config.max_prompt_tokens = 192  # Longer inputs are left out.
     config.max_new_tokens = 96  # The most new tokens of each text.

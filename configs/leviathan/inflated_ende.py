@@ -26,7 +26,6 @@ import runpy
 
 from ml_collections import ConfigDict
 
-_BASE = runpy.run_path(str(pathlib.Path(__file__).parent / "experiment.py"))
 _MINI = runpy.run_path(str(pathlib.Path(__file__).parent / "mini_ende.py"))
 
 # The decoder of T5-base (arXiv 1910.10683); the encoder, which runs once per text, keeps its three layers.
@@ -38,21 +37,14 @@ def inflated(config: ConfigDict) -> ConfigDict:
     is_tiny = config.name.endswith(":tiny")
     config.name = config.name.replace("mini", "inflated")
     config.inflate.update({"hidden_size": 64, "num_layers": 3} if is_tiny else LARGE)
-    for name, begin, layers in (("base_distilled", "base", 0), ("distilled", "layers", 1 if is_tiny else 4)):
-        config.models[name] = _BASE["model"]()
-        config.models[name].distil = begin
-        config.models[name].model.num_layers = layers
-        config.models[name].num_steps = 4 if is_tiny else 200
-    config.distilling.update(batch_size=8, num_microbatches=8, write_batch_size=16, learning_rate=1e-3, eval_every=50)
-    config.distilling.update(num_prompts=1500, num_valid=64, max_new_tokens=config.max_new_tokens, patience=0)
-    config.distilling.update(target_length=config.training.target_length, source_length=config.training.source_length)
-    config.timed_drafts = ("base", "base_distilled", "distilled")
+    _MINI["distilled"](config)
+    config.timed_drafts = ("base", "distilled")
     config.num_draft_tokens = (2, 4, 6)
+    config.lenience = ()
     if is_tiny:
-        config.distilling.update(num_prompts=8, num_valid=4, write_batch_size=4, eval_every=2, num_microbatches=1)
         config.num_draft_tokens = (2,)
         return config
-    config.training.update(batch_size=8, num_microbatches=8, warmup_steps=100, eval_every=100, save_every=100)
+    config.training.update(batch_size=8, num_microbatches=8, warmup_steps=100, eval_every=250, save_every=100)
     # One prompt takes seconds on either side.
     config.update(num_prompts=6, repeats=2)
     return config
@@ -63,5 +55,5 @@ def get_config(variant: str = "") -> ConfigDict:
     if not variant:
         config.training.update(target_length=128, source_length=128)
         for model in config.models.values():
-            model.num_steps = 600
+            model.num_steps = 750
     return inflated(config)

@@ -7,6 +7,8 @@ Command:
 
 The files have one JSON object per line with `input` (English) and `target` (German). `mini_ende.py:tiny` is the same in
 a few minutes, with models that have hardly learnt anything: it shows that everything works, and nothing else.
+`mini_ende.py:distilled` has two more drafts, distilled from the target (DistillSpec, arXiv 2310.08461):
+`base_distilled` begins as `base`, and `distilled` as four of the target's eight decoder layers.
 
 A T5 of 7.6M parameters with a deep decoder is the target; drafts are T5s of 1.7M and 0.4M, each about four times
 smaller than the one before, a bigram and a unigram table. Hardware: two CPU cores. On one core of an AMD EPYC the
@@ -50,9 +52,27 @@ SHAPES = {
 }
 
 
+def distilled(config: ConfigDict) -> ConfigDict:
+    """The config with two drafts that are distilled from the target."""
+    is_tiny = config.models.target.model.num_layers < 4
+    for name, begin, layers in (("base_distilled", "base", 0), ("distilled", "layers", 1 if is_tiny else 4)):
+        config.models[name] = _BASE["model"]()
+        config.models[name].distil = begin
+        config.models[name].model.num_layers = layers
+        config.models[name].num_steps = 4 if is_tiny else 200
+    config.distilling.update(batch_size=8, num_microbatches=8, write_batch_size=16, learning_rate=1e-3, eval_every=50)
+    config.distilling.update(num_prompts=1500, num_valid=64, max_new_tokens=config.max_new_tokens, patience=0)
+    config.distilling.update(target_length=config.training.target_length, source_length=config.training.source_length)
+    if is_tiny:
+        config.distilling.update(num_prompts=8, num_valid=4, write_batch_size=4, eval_every=2, num_microbatches=1)
+    return config
+
+
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "tiny"):
-        raise ValueError(f"{variant!r} is not a variant: write mini_ende.py, or mini_ende.py:tiny.")
+    if variant not in ("", "tiny", "distilled"):
+        raise ValueError(
+            f"{variant!r} is not a variant: write mini_ende.py, mini_ende.py:distilled or mini_ende.py:tiny."
+        )
     config = _BASE["get_config"]("0")
     config.name = "mini_ende"
     config.paper = "ende"
@@ -76,4 +96,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.lenience = (1.0, 0.3)
         config.update(num_prompts=2, quality_prompts=4, alpha_tokens=64, quality_batch=4, repeats=1)
         config.update(max_prompt_tokens=96, max_new_tokens=16)
+    if variant == "distilled":
+        config.name = "mini_ende:distilled"
+        return distilled(config)
     return config

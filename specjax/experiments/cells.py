@@ -68,8 +68,8 @@ def fitting(target: Pretrained, prompts: Iterable[str], max_tokens: int) -> list
     return [i for i, text in enumerate(prompts) if len(target.tokenizer.encode(text)) <= max_tokens]
 
 
-def _bench(work: Workload, drafter: AnyDrafter, temperature: float, top_p: float, rule: verify.Rule) -> Bench:
-    sampling = dataclasses.asdict(results.Sampling(temperature=temperature, top_p=top_p))
+def _bench(work: Workload, drafter: AnyDrafter, rule: verify.Rule, **options: Any) -> Bench:
+    sampling = dataclasses.asdict(results.Sampling(**options))
     # As in the papers, every step drafts.
     return Bench(work, drafter, {"verify": rule, **sampling, "fixed_shape": False, "step_cost": 0.0})
 
@@ -100,7 +100,7 @@ def timed(
 
     Its `clock` has the times of each batch.
     """
-    side = _bench(work, drafter, temperature, top_p, verify.rejection)
+    side = _bench(work, drafter, verify.rejection, temperature=temperature, top_p=top_p)
     batches = work.batches(batch_size, end=num_prompts)
     seconds = side.compile_sides(batches[0])
     kind = "model" if isinstance(drafter, Draft) and drafter.model is not None else "table"
@@ -132,9 +132,10 @@ def texts(
     *,
     rule: verify.Rule = verify.rejection,
     top_p: float = 1.0,
+    top_k: int = 0,
 ) -> Texts:
     """Decodes prompts in batches, untimed; with the rule `observe`, alpha is measured over the target's whole text."""
-    side = _bench(work, drafter, temperature, top_p, rule)
+    side = _bench(work, drafter, rule, temperature=temperature, top_p=top_p, top_k=top_k)
     text: list[str] = []
     num_tokens, overlap, judged = 0, 0.0, 0.0
     for batch in work.batches(batch_size, prompts.start, prompts.stop):

@@ -19,11 +19,12 @@ from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from specjax import drafters, files
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
-from specjax.experiments import bench, cells, leviathan_models, prompts, tasks, texts
+from specjax.experiments import bench, cells, continuations, leviathan_models, prompts, tasks, texts
 from specjax.experiments.bench import Workload
 from specjax.experiments.cells import Cell
 from specjax.experiments.reports import leviathan as report
@@ -45,6 +46,7 @@ class Settings:
     train: str
     valid: str
     prefix: str
+    prompt_words: Annotated[int, at_least(0)]
     metric: Annotated[str, one_of(*tasks.METRICS)]
     models: dict[str, dict[str, Any]]
     tables: tuple[int, ...]
@@ -58,6 +60,7 @@ class Settings:
     num_prompts: Annotated[int, at_least(1)]
     quality_prompts: Annotated[int, at_least(1)]
     alpha_tokens: Annotated[int, at_least(1)]
+    alpha_top_k: Annotated[tuple[int, ...], Check(lambda ks: all(k >= 1 for k in ks), "at least 1 each")]
     quality_batch: int
     max_prompt_tokens: int
     max_new_tokens: int
@@ -100,7 +103,7 @@ def _tables(chosen: Settings, target: Pretrained, view: View) -> list[Draft]:
     assert tokenizer is not None
     start = [] if target.model.start_token is None else [target.model.start_token]
     with view.status(f"Counting n-grams of {chosen.train}"):
-        encoded = [start + tokenizer.encode(text) for text in texts.read(chosen.train, "target")]
+        encoded = [start + tokenizer.encode(text) for text in texts.read(chosen.train)]
     found = []
     for order in chosen.tables:
         table = drafters.count_ngrams(
@@ -150,11 +153,11 @@ class Sweep(NamedTuple):
         """The drafts whose speed is measured."""
         return [draft for draft in self.drafts if draft.name in self.chosen.timed_drafts] or list(self.drafts)
 
-    def alpha(self, draft: Draft, temperature: float) -> dict[str, float]:
+    def alpha(self, draft: Draft, temperature: float, top_k: int = 0) -> dict[str, float]:
         """Alpha of a draft on the target's own text: at least `alpha_tokens` tokens, where the prompts suffice."""
         number, batch, rule = self.chosen.quality_prompts, self.chosen.quality_batch, verify.observe
         while True:
-            found = cells.texts(self.work, draft.drafter(1), temperature, range(number), batch, rule=rule)
+            found = cells.texts(self.work, draft.drafter(1), temperature, range(number), batch, rule=rule, top_k=top_k)
             if found.num_tokens >= self.chosen.alpha_tokens or number == len(self.work.prompts):
                 return {"alpha": found.acceptance_rate, "num_tokens": found.num_tokens}
             number = min(2 * number, len(self.work.prompts))
@@ -194,16 +197,23 @@ def speed_key(draft: Draft, k: int, temperature: float) -> str:
     return f"speed, {draft.name}, K={k}, T={temperature:g}"
 
 
+def _shown_alpha(found: dict[str, float]) -> str:
+    return f"{found['alpha']:.3f}"
+
+
 def _measure(sweep: Sweep, view: View) -> dict[str, Any]:
     """All cells: the alphas, the timed rows, the quality, and alpha under lenience, as `Measured` has them."""
     chosen, store = sweep.chosen, sweep.store
     temperatures, metric = chosen.temperatures, chosen.metric
     alphas = {
-        (draft.name, t): Cell(
-            f"alpha, {draft.name}, T={t:g}", partial(sweep.alpha, draft, t), lambda found: f"{found['alpha']:.3f}"
-        )
+        (draft.name, t): Cell(f"alpha, {draft.name}, T={t:g}", partial(sweep.alpha, draft, t), _shown_alpha)
         for draft in sweep.drafts
         for t in temperatures
+    }
+    truncated = {
+        (draft.name, k): Cell(f"alpha, {draft.name}, T=1, top {k}", partial(sweep.alpha, draft, 1.0, k), _shown_alpha)
+        for draft in sweep.drafts
+        for k in chosen.alpha_top_k
     }
     speeds = [
         Cell(
@@ -230,7 +240,9 @@ def _measure(sweep: Sweep, view: View) -> dict[str, Any]:
         for degree in chosen.lenience
     }
     same = [Cell(SAME_TEXTS, sweep.same_texts, lambda share: f"{share:.0%}")] if sweep.clocked is not sweep.work else []
-    cells.run([*alphas.values(), *same, *speeds, *qualities.values(), *lenience.values()], store, view)
+    cells.run(
+        [*alphas.values(), *truncated.values(), *same, *speeds, *qualities.values(), *lenience.values()], store, view
+    )
 
     def nested(of: dict[Any, Cell], shown: Callable[[Any], Any] = lambda found: found) -> dict[Any, dict[Any, Any]]:
         found: dict[Any, dict[Any, Any]] = {}
@@ -240,6 +252,7 @@ def _measure(sweep: Sweep, view: View) -> dict[str, Any]:
 
     return {
         "alpha": nested(alphas, lambda found: (found["alpha"], found["num_tokens"])),
+        "alpha_top_k": nested(truncated, lambda found: (found["alpha"], found["num_tokens"])),
         "rows": [store.cells[cell.key] for cell in speeds],
         "quality": nested(qualities),
         "lenience": nested(lenience),
@@ -269,11 +282,25 @@ def _label(chosen: Settings, sizes: dict[str, int], large: Pretrained, store: St
     )
 
 
+def _with_prompts(config: Config, chosen: Settings, directory: pathlib.Path) -> tuple[Config, Settings]:
+    """The settings with files of texts whose first words are prompts, where `prompt_words` says so."""
+    if not chosen.prompt_words:
+        return config, chosen
+    made, written = ConfigDict(config.to_dict()), {}
+    for key in ("train", "valid", "test"):
+        if source := getattr(chosen, key):
+            path = directory / "texts" / f"{key}.jsonl"
+            written[key] = continuations.write(source, path, chosen.prompt_words, whole=key != "test")
+    made.update(written)
+    return made, dataclasses.replace(chosen, **written)
+
+
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
     """Runs the experiment, as `EXPERIMENTS` says; `overwrite` also deletes the trained models."""
     view, chosen = view or View(), parse(Settings, config)
     store = Store(workdir, config.to_dict(), overwrite=overwrite)
     store.write_config()
+    config, chosen = _with_prompts(config, chosen, store.directory)
     models = leviathan_models.load(config, store.directory, view, overwrite)
     target = models.pop("target")
     found, references = _pairs(chosen, target)

@@ -42,6 +42,9 @@ PAPER_ALPHA: dict[str, dict[float, dict[str, float]]] = {
 }
 """Table 3: alpha by temperature and draft."""
 
+PAPER_TOP_K: dict[str, dict[int, dict[str, float]]] = {"lm1b": {40: {"small": 0.74}}}
+"""Table 3, LaMDA 137B with the draft of 8B, whose ratio of sizes is that of the pair on lm1b, temperature 1."""
+
 PAPER_LENIENCE: dict[str, dict[str, dict[float, float]]] = {
     "ende": {
         "unigram": {1.0: 0.07, 0.5: 0.10, 0.3: 0.11, 0.1: 0.16},
@@ -64,6 +67,7 @@ class Measured(NamedTuple):
       about: a sentence about models, data and machine.
       sizes: parameters of each model or entries of each table.
       alpha: by draft, then temperature: alpha on the target's own text, and the number of tokens it is a mean over.
+      alpha_top_k: by draft, then k: the same at temperature 1 with the k likeliest tokens alone, on both sides.
       rows: the timed cells.
       quality: by temperature: the metric of plain decoding, and of each draft's speculative texts.
       lenience: by draft, then lenience: alpha.
@@ -78,6 +82,7 @@ class Measured(NamedTuple):
     about: str
     sizes: dict[str, int]
     alpha: dict[str, dict[float, tuple[float, int]]]
+    alpha_top_k: dict[str, dict[int, tuple[float, int]]]
     rows: list[Row]
     quality: dict[float, dict[str, float]]
     lenience: dict[str, dict[float, float]]
@@ -172,18 +177,26 @@ def table_sweep(measured: Measured) -> list[list[str]]:
 
 def table_3(measured: Measured) -> list[list[str]]:
     """Alpha of every draft on the target's own text."""
-    paper = PAPER_ALPHA.get(measured.paper, {})
+    paper, paper_top_k = PAPER_ALPHA.get(measured.paper, {}), PAPER_TOP_K.get(measured.paper, {})
+    cells = [
+        (draft, f"{t:g}", found, paper.get(t, {}).get(draft))
+        for draft, by_t in measured.alpha.items()
+        for t, found in sorted(by_t.items())
+    ]
+    cells += [
+        (draft, f"1, top {k}", found, paper_top_k.get(k, {}).get(draft))
+        for draft, by_k in measured.alpha_top_k.items()
+        for k, found in by_k.items()
+    ]
     columns = (
         ("draft", lambda cell: cell[0]),
         ("size", lambda cell: f"{measured.sizes.get(cell[0], 0):,}"),
-        ("T", lambda cell: f"{cell[1]:g}"),
+        ("T", lambda cell: cell[1]),
         ("alpha", lambda cell: f"{cell[2][0]:.3f}"),
-        ("paper", lambda cell: number(paper.get(cell[1], {}).get(cell[0]), ".2f")),
+        ("paper", lambda cell: number(cell[3], ".2f")),
         ("tokens", lambda cell: f"{cell[2][1]:,}"),
     )
-    return table(
-        columns, [(draft, t, found) for draft, by_t in measured.alpha.items() for t, found in sorted(by_t.items())]
-    )
+    return table(columns, cells)
 
 
 def table_5(measured: Measured) -> list[list[str]]:

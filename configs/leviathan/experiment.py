@@ -7,9 +7,10 @@ Command, with a target and drafts that exist:
         --config.test=FILE --workdir=runs/mine
 
 The number after the colon is the number of drafts. A SOURCE is what `specjax.load` takes; a model without one is
-trained by this run, with the keys of `configs/train.py` under `training` and its own `size`, `model` and `num_steps`. A
-FILE has one JSON object per line with `input` and `target`; `.xz` is unpacked. The other files in this directory are
-this one with values filled in.
+trained by this run, with the keys of `configs/train.py` under `training` and its own `size`, `model` and `num_steps`; a
+draft with `distil` is distilled from the target, with the keys of `configs/distill.py` under `distilling`. A FILE has
+one JSON object per line with `input` and `target`; `.xz` is unpacked. The other files in this directory are this one
+with values filled in.
 
 Hardware: whatever JAX runs on. Expected: summary.md with the paper's Tables 2, 3 and 5, its numbers beside the measured
 ones, and plots of speedup against K with the curve of Theorem 3.8. Text has the target's distribution on both sides, so
@@ -59,6 +60,8 @@ def get_config(num_drafts: str = "1") -> ConfigDict:
     config.training = runpy.run_path(str(_TRAIN))["get_config"]()
 
     config.distilling = runpy.run_path(str(_DISTIL))["get_config"]()
+    config.distilling.num_prompts = 400  # Prompts of config.train that texts are written for, to distil on.
+    config.distilling.max_new_tokens = 96  # The most tokens of such a text.
 
     # Times are measured with a larger target that computes the same logits (specjax/models/inflate.py); 0 keeps a size.
     config.inflate = ConfigDict()

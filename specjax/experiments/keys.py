@@ -86,7 +86,8 @@ def describe(config: ConfigDict, path: str | pathlib.Path) -> list[str]:
     for key, value in flatten(config).items():
         # The models of an experiment and their training have the same keys as other files.
         above, _, name = key.rpartition(".")
-        text = texts.get(key) or texts.get(f"model.{name}") or texts.get(name) or texts.get(above, "")
+        places = (key, key.partition(".")[2], f"model.{name}", name, above)
+        text = next((texts[place] for place in places if texts.get(place)), "")
         lines += [f"  --config.{key}={value!r}", f"      {_kind(value)}. {text}".rstrip()]
     return lines
 

@@ -75,6 +75,7 @@ def test_the_logits_are_those_of_the_small_model(name):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), large.params) == shapes
 
 
+@pytest.mark.slow
 def test_greedy_text_and_the_encoder_are_the_same():
     small = make(**CASES["t5-v1.1"])
     large = inflated(small)
@@ -91,6 +92,7 @@ def test_greedy_text_and_the_encoder_are_the_same():
     np.testing.assert_allclose(b[:, :4, :, :8], a, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_agrees_within_its_rounding():
     small = make()
     config, params = families.cast(small.config, small.params, "bfloat16")
@@ -118,6 +120,7 @@ def test_what_is_not_zero_is_seen_in_the_logits(bug, monkeypatch):
     assert np.abs(logits(inflated(small)) - logits(small)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_norms_add_to_the_variance_is_rescaled():
     small = make()
     large = inflated(small)

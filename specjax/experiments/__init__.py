@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "leviathan": "specjax.experiments.leviathan:run",
     "methods": "specjax.experiments.methods:run",
     "plan": "specjax.experiments.plan:run",
+    "prune": "specjax.experiments.prune:run",
     "skip_search": "specjax.experiments.skip_search:run",
     "tune": "specjax.experiments.tune:run",
     "train": "specjax.experiments.train:run",

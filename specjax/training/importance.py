@@ -1,17 +1,22 @@
 """What a trained model can do without, measured on calibration texts: the units that `prune` leaves out."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from specjax.models import families
 from specjax.models.config import ModelConfig
 from specjax.training import prune, train
 from specjax.training.prune import Gates
 from specjax.types import Batch, Tree
+
+Report = Callable[[int, int], None]
+"""Takes how many layers of how many are measured."""
 
 Scores = dict[str, dict[str, np.ndarray]]
 """A number for every unit, as in `prune.Gates`."""
@@ -44,7 +49,7 @@ def removal_costs(
     config: ModelConfig,
     params: Tree,
     batches: Sequence[Batch],
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Report = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
     """By how much the loss of the calibration texts rises where one layer alone is removed.
 
@@ -109,3 +114,56 @@ def best_units(scores: Scores, heads: int, width: int) -> dict[str, dict[str, li
         stack: {part: [best(row, numbers[part]) for row in rows] for part, rows in parts.items() if part in numbers}
         for stack, parts in scores.items()
     }
+
+
+class Sizes(NamedTuple):
+    """What is left of a model.
+
+    Attributes:
+      layers: the number of layers of each stack.
+      heads: the key/value heads of an attention.
+      width: the inner width of the feed-forwards.
+      sparsity: the share of zeros in every matrix of the layers.
+    """
+
+    layers: Mapping[str, int]
+    heads: int
+    width: int
+    sparsity: float = 0.0
+
+
+def shrink(
+    config: ModelConfig,
+    params: Tree,
+    sizes: Sizes,
+    batches: Sequence[Batch],
+    *,
+    dtype: str = "float32",
+    report: Report = lambda done, total: None,
+) -> tuple[ModelConfig, Tree]:
+    """A model without its least important layers, then heads and channels, then weights.
+
+    Args:
+      config: the shape; neither quantised nor scanned.
+      params: the parameters.
+      sizes: what is left.
+      batches: the calibration texts.
+      dtype: that of the products by which importance is measured.
+      report: called while layers are measured.
+
+    Returns:
+      The shape and the parameters, float32.
+
+    Raises:
+      ValueError: for a model that cannot be pruned.
+    """
+    prune.check(config)
+    config, params = families.cast(config, params, "float32")
+    if dict(sizes.layers) != prune.stacks(config):
+        costs = removal_costs(*families.cast(config, params, dtype), batches, report)
+        kept = {stack: best(cost, sizes.layers[stack]) for stack, cost in costs.items()}
+        config, params = prune.keep_layers(config, params, kept)
+    if (sizes.heads, sizes.width) != (prune.num_heads(config), config.intermediate_size):
+        scores = taylor(*families.cast(config, params, dtype), batches)
+        config, params = prune.keep_units(config, params, best_units(scores, sizes.heads, sizes.width))
+    return config, prune.by_magnitude(config, params, sizes.sparsity) if sizes.sparsity else params

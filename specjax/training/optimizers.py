@@ -68,3 +68,17 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     make = _OPTIMIZERS[config.optimizer] if isinstance(config.optimizer, str) else config.optimizer
     made = make(schedule(config), config)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), made) if config.clip_norm else made
+
+
+@functools.cache
+def keeping_zeros(name: str) -> Callable[[Schedule, TrainConfig], optax.GradientTransformation]:
+    """The optimiser of that name, under which parameters that are exactly zero stay zero: those of a sparse model."""
+
+    def mask(updates: Tree, params: Tree | None) -> Tree:
+        return jax.tree.map(lambda update, x: jnp.where(x == 0, 0.0, update), updates, params)
+
+    def make(rate: Schedule, config: TrainConfig) -> optax.GradientTransformation:
+        return optax.chain(_OPTIMIZERS[name](rate, config), optax.stateless(mask))
+
+    make.__qualname__ = f"{name}, zeros kept"  # Part of the identity of a run.
+    return make

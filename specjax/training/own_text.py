@@ -199,6 +199,7 @@ class OwnTexts:
       every: steps after which the draft writes new texts.
       num_texts: texts of such a round, of all three kinds.
       report: called while texts are written.
+      name: what the files of the draft's texts begin with.
     """
 
     prompts: list[Prompt]
@@ -211,6 +212,7 @@ class OwnTexts:
     every: int
     num_texts: int
     report: Report = lambda done, total: None
+    name: str = "draft"
     _round: tuple[int, Dataset] | None = None
 
     @property
@@ -255,7 +257,7 @@ class OwnTexts:
             tokens = self.of_target(by_target)
             examples += [example(self.prompts[n], tokens[n], self.lengths) for n in by_target]
         if by_draft:
-            texts = Texts(self.directory / f"draft-{number:05}.jsonl", self._settings())
+            texts = Texts(self.directory / f"{self.name}-{number:05}.jsonl", self._settings())
             if texts.missing(by_draft) and not begins:
                 raise ValueError(
                     f"{texts.path} lacks texts that the draft wrote at step {number * self.every}: restore it, or give "

@@ -7,6 +7,7 @@ from typing import Any
 EXPERIMENTS = {
     "chinchilla": "specjax.experiments.chinchilla:run",
     "compare": "specjax.experiments.compare:run",
+    "compress": "specjax.experiments.compress:run",
     "count": "specjax.experiments.count:run",
     "data": "specjax.experiments.data:run",
     "distill": "specjax.experiments.distill:run",

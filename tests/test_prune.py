@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import usual
+from helpers import usual, virtual_devices
 from test_distill import make_target
 from test_training import MODELS, copies, make_dataset, write_texts
 
@@ -217,13 +219,10 @@ def test_what_cannot_be_pruned_is_refused():
         (families.quantise(config, params), "int8=True.*prune it, and quantise what is left"),
         (families.stack_layers(config, params), "scan_layers=True.*Load the model without"),
     ):
-        for pruned in (
-            lambda changed=changed: prune.keep_layers(*changed, {"layers": (0,)}),
-            lambda changed=changed: prune.keep_units(*changed, {}),
-            lambda changed=changed: prune.by_magnitude(*changed, 0.5),
-        ):
+        last: Any
+        for pruned, last in ((prune.keep_layers, {"layers": (0,)}), (prune.keep_units, {}), (prune.by_magnitude, 0.5)):
             with pytest.raises(ValueError, match=words):
-                pruned()
+                pruned(*changed, last)
     for kept, words in (
         ({"encoder": (0,)}, r"kept\['encoder'\]: this decoder has layers"),
         ({"layers": (0, 3)}, r"kept\['layers'\]=\(0, 3\): one or more of 0 to 2"),
@@ -371,3 +370,20 @@ def test_errors_are_one_line(changes, words, given_files, tmp_path, capsys):
     assert error.count("\n") == 1
     for word in words:
         assert word in error
+
+
+# Meshes
+
+
+@pytest.mark.slow
+def test_a_mesh_prunes_what_one_device_prunes():
+    program = str(pathlib.Path(__file__).parent / "prune_mesh_program.py")
+    done = subprocess.run(
+        [sys.executable, program], env=virtual_devices(8), capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind, (one, mesh) in json.loads(done.stdout).items():
+        assert one["down"] == [[64, 32], [64, 32]], kind
+        assert mesh["down"] == [[64, 32], [16, 32]], kind
+        # Which units stay is decided by the same numbers but for rounding: the same ones stay.
+        np.testing.assert_allclose(mesh["sums"], one["sums"], rtol=1e-4)

@@ -84,43 +84,8 @@ def check_units(kind: str) -> None:
     np.testing.assert_allclose(logits(small, pruned, batch), masked, rtol=error, atol=10 * error)
 
 
-@pytest.mark.parametrize("kind", usual(SHAPES, "t5"))
-def test_fewer_heads_and_channels_are_the_whole_model_with_these_closed(kind):
-    check_units(kind)
-
-
-def _biases_of_other_heads(config, params):
-    config, params = OWN_BIASES(config, params)
-    turned = {
-        i: layer | {"attention": layer["attention"] | {"bias": layer["attention"]["bias"][:, ::-1]}}
-        for i, layer in params["decoder"].items()
-    }
-    return config, params | {"decoder": turned}
-
-
-OWN_BIASES, TAKE = prune._own_biases, prune._take
-
-BUGS = {
-    "the position biases of other heads": ("t5", "_own_biases", _biases_of_other_heads),
-    "the first units instead of those that stay": (
-        "decoder",
-        "_take",
-        lambda tree, axes, name, chosen: TAKE(tree, axes, name, range(len(chosen))),
-    ),
-}
-
-
-@pytest.mark.parametrize("bug", usual(BUGS, "the first units instead of those that stay"))
-def test_planted_bugs_are_noticed(bug, monkeypatch):
-    kind, name, broken = BUGS[bug]
-    monkeypatch.setattr(prune, name, broken)
-    with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        check_units(kind)
-
-
-@pytest.mark.parametrize("kind", usual(SHAPES, "decoder"))
-def test_what_contributes_nothing_is_found_and_removing_it_changes_nothing(kind):
-    """One head and 24 channels of every layer are dead, and one layer."""
+def check_dead(kind: str) -> None:
+    """Of one layer, and one head and 24 channels of every layer, that contribute nothing, nothing is left."""
     (config, params), batches = make(kind), make_batches(kind)
     stack = list(prune.stacks(config))[-1]
     _, gates = kept_units(config, 1, 40)
@@ -134,6 +99,53 @@ def test_what_contributes_nothing_is_found_and_removing_it_changes_nothing(kind)
     assert (prune.num_heads(small), small.intermediate_size, small.dtype) == (1, 40, "float32")
     error = 0.05 if kind == "bfloat16" else 1e-5
     np.testing.assert_allclose(logits(small, left, batches[0]), before, rtol=error, atol=10 * error)
+
+
+@pytest.mark.parametrize("kind", usual(SHAPES, "t5"))
+def test_fewer_heads_and_channels_are_the_whole_model_with_these_closed(kind):
+    check_units(kind)
+
+
+@pytest.mark.parametrize("kind", usual(SHAPES, "decoder"))
+def test_what_contributes_nothing_is_found_and_removing_it_changes_nothing(kind):
+    check_dead(kind)
+
+
+def _biases_of_other_heads(config, params):
+    config, params = OWN_BIASES(config, params)
+    turned = {
+        i: layer | {"attention": layer["attention"] | {"bias": layer["attention"]["bias"][:, ::-1]}}
+        for i, layer in params["decoder"].items()
+    }
+    return config, params | {"decoder": turned}
+
+
+OWN_BIASES, TAKE, BEST = prune._own_biases, prune._take, importance.best
+
+
+def _first_units(tree, axes, name, chosen):
+    return TAKE(tree, axes, name, range(len(chosen)))
+
+
+BUGS: dict[str, Any] = {
+    "the position biases of other heads": (check_units, "t5", prune, "_own_biases", _biases_of_other_heads),
+    "the first units instead of those that stay": (check_units, "decoder", prune, "_take", _first_units),
+    "the least important units": (
+        check_dead,
+        "decoder",
+        importance,
+        "best",
+        lambda scores, number: BEST(-scores, number),
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", usual(BUGS, "the least important units"))
+def test_planted_bugs_are_noticed(bug, monkeypatch):
+    check, kind, module, name, broken = BUGS[bug]
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check(kind)
 
 
 @pytest.mark.parametrize("kind", usual(SHAPES))

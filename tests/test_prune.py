@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import usual, virtual_devices
+from jax.sharding import AbstractMesh
 from test_distill import make_target
 from test_training import MODELS, copies, make_dataset, write_texts
 
 import specjax
 from specjax import launch
+from specjax.experiments import prune as experiment
 from specjax.models import families
 from specjax.models.config import ModelConfig
 from specjax.training import fit, importance, optimizers, prune, train
@@ -339,7 +341,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(given_files, tmp_path, mon
     monkeypatch.setattr(fit._Loop, "step", stopped)
     assert launch.main(command(tmp_path / "resumed", **values)) == 130
     monkeypatch.setattr(fit._Loop, "step", step)
-    monkeypatch.setattr("specjax.experiments.prune._Rounds.tidy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(experiment._Rounds, "tidy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert launch.main(command(tmp_path / "resumed", **values)) == 130
     monkeypatch.undo()
     assert launch.main(command(tmp_path / "resumed", **values)) == 0, capsys.readouterr().err
@@ -385,6 +387,16 @@ def test_errors_are_one_line(changes, words, given_files, tmp_path, capsys):
 
 
 # Meshes
+
+
+def test_sizes_that_do_not_divide_over_a_mesh_are_refused():
+    mesh, sizes = AbstractMesh((2, 4), ("data", "model")), importance.Sizes({"layers": 2}, 4, 64)
+    experiment.check_placed(sizes, mesh)
+    experiment.check_placed(sizes._replace(heads=3), None)
+    with pytest.raises(ValueError, match=r"config\.prune\.heads leaves 3.* mesh_model=4: leave a multiple"):
+        experiment.check_placed(sizes._replace(heads=3), mesh)
+    with pytest.raises(ValueError, match=r"config\.prune\.width leaves 66"):
+        experiment.check_placed(sizes._replace(width=66), mesh)
 
 
 @pytest.mark.slow

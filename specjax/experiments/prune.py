@@ -6,6 +6,8 @@ import pathlib
 import shutil
 from typing import Annotated
 
+from jax.sharding import AbstractMesh, Mesh
+
 from specjax.api import pretrained
 from specjax.api.pretrained import Pretrained
 from specjax.experiments import results, teaching
@@ -13,8 +15,8 @@ from specjax.experiments.reports import prune as report
 from specjax.experiments.reports.display import View
 from specjax.experiments.reports.train import perplexity
 from specjax.experiments.results import Row
-from specjax.experiments.settings import Check, Config, at_least, parse
-from specjax.experiments.store import Store
+from specjax.experiments.settings import Config, at_least, parse
+from specjax.experiments.store import Store, clear
 from specjax.experiments.teaching import WRITTEN, Taught, Teaching
 from specjax.experiments.training_progress import Progress
 from specjax.models import families
@@ -40,7 +42,7 @@ class Settings(Teaching):
     prune: dict[str, float]
     fractions: tuple[float, ...]
     width_multiple: Annotated[int, at_least(1)]
-    num_calibration: Annotated[int, Check(lambda value: value >= 1, "at least 1")]
+    num_calibration: Annotated[int, at_least(1)]
 
     def check(self) -> None:
         """Refuses values that do not fit each other, before anything is loaded."""
@@ -83,6 +85,21 @@ def sizes(chosen: Settings, config: ModelConfig, fraction: float) -> Sizes:
         width,
         shares["weights"] * fraction,
     )
+
+
+def check_placed(wanted: Sizes, mesh: Mesh | AbstractMesh | None) -> None:
+    """Refuses sizes that do not divide over a mesh, before anything is measured.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    devices = 1 if mesh is None else dict(mesh.shape)["model"]
+    for name, size in (("heads", wanted.heads), ("width", wanted.width)):
+        if size % devices:
+            raise ValueError(
+                f"config.prune.{name} leaves {size}, which do not divide over mesh_model={devices}: leave a multiple, "
+                "or choose another mesh_model."
+            )
 
 
 def _calibration(chosen: Settings, texts: OwnTexts, taught: Taught) -> list[Batch]:
@@ -209,22 +226,19 @@ def _whole(rounds: _Rounds) -> Row:
     return {**described(config, params), "round": 0, "fraction": 0.0, "steps": 0, **same}
 
 
-def _clear(directory: pathlib.Path) -> None:
-    for path in directory.glob("round-*"):
-        shutil.rmtree(path)
-
-
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:
     """Prunes, as `EXPERIMENTS` says."""
     view, chosen = view or View(), parse(Settings, config)
-    store = Store(workdir, config.to_dict(), overwrite=overwrite, names=FILES)
+    store = Store(workdir, config.to_dict(), overwrite=overwrite)
     if overwrite:
-        _clear(store.directory)
+        # But not the target of this run.
+        rounds = [path.name for path in store.directory.glob("round-*")]
+        clear(store.directory, (*FILES, *rounds), kept=chosen.target)
     store.write_config()
     taught = teaching.load(chosen, view)
     prune.check(taught.target.config)
     for fraction in chosen.fractions:
-        sizes(chosen, taught.target.config, fraction)
+        check_placed(sizes(chosen, taught.target.config, fraction), taught.mesh)
     rounds = _Rounds(chosen, taught, store, view)
     rows = [store.get("round 0", lambda: _whole(rounds))]
     for number in range(1, rounds.total + 1):

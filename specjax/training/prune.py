@@ -152,7 +152,9 @@ def keep_units(config: ModelConfig, params: Tree, kept: Kept) -> tuple[ModelConf
     width = _number(config, {place: rows for place, rows in parts.items() if place[1] == MLP}, config.intermediate_size)
     if isinstance(config, T5Config):
         changes = {"num_heads": heads, "intermediate_size": width}
-        if not config.bias_per_layer and any(_differ(kept.get(stack, {}).get("attention", ())) for stack in params):
+        if not config.bias_per_layer and any(
+            _differ(kept.get(stack, {}).get("attention", ())) for stack in stacks(config)
+        ):
             config, params = _own_biases(config, params)
     else:
         group = config.num_heads // config.num_kv_heads

@@ -17,7 +17,7 @@ def line(row: Row) -> str:
 
 def _shape(row: Row) -> str:
     layers = " + ".join(f"{number}" for number in row["layers"].values())
-    sparse = f", {row['sparsity']:.0%} of weights zero" if row["sparsity"] else ""
+    sparse = f", {row['sparsity']:.0%} of weights zero" if row["sparsity"] >= 0.005 else ""
     return f"{layers} layers, {row['heads']} key/value heads, width {row['width']}{sparse}"
 
 

@@ -224,7 +224,7 @@ def main(argv: list[str]) -> None:
             SPECULATIVE: specjax_run(target, drafter_of(draft), longest),
         }
         if _INT8.value:
-            int8 = specjax.load(_DRAFT.value, dtype=_DTYPE.value, int8=True)
+            int8 = specjax.load(_DRAFT.value, dtype=_DTYPE.value, quantise="int8")
             runs[INT8] = specjax_run(target, drafter_of(int8), longest)
         if _TRANSFORMERS.value:
             runs |= transformers_runs(target)

@@ -45,8 +45,11 @@ CONFIGS: dict[str, ModelConfig] = {
     "decoder": DECODER,
     "scanned": dataclasses.replace(DECODER, num_layers=2, scan_layers=True),
     "int8": DECODER,
+    "int4": dataclasses.replace(DECODER, head_dim=32),
     "t5": T5,
+    "t5-int4": dataclasses.replace(T5, head_dim=32),
 }
+QUANTISED = {"int8": "int8", "int4": "int4:32", "t5-int4": "int4:32:offset,head=int8"}
 PROMPTS = [[1, 2, 3, 4, 1, 2], [9], [5, 6, 7, 8, 5, 6, 7], [11, 12, 13] * 4, [1, 2, 3, 4, 1, 2], [3] * 9, [7, 8], [200]]
 TEMPERATURES = [0.0, 1.0, 0.7, 1.0, 1.3, 0.0, 1.0, 1.0]
 CORPUS = [[1, 2, 3, 4, 1, 2, 5, 6, 7, 8], [11, 12, 13, 11, 12, 13], [9, 10, 9, 10]] * 3
@@ -79,6 +82,7 @@ MAIN: list[Case] = [
     ("decoder", "model", "coupled"),
     ("scanned", "model", "rejection"),
     ("int8", "model", "rejection"),
+    ("int4", "model", "rejection"),
     ("decoder", "model", BEAMS),
 ]
 REST: list[Case] = (
@@ -88,7 +92,7 @@ REST: list[Case] = (
     + [("decoder", "tree", rule) for rule in ("rejection", "traversal")]
     + [("decoder", drafter, "coupled") for drafter in ("suffix", "aggressive")]
     + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "skip", "merged")]
-    + [("t5", "skip", "rejection")]
+    + [("t5", "skip", "rejection"), ("t5-int4", "model", "rejection")]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
 SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D
@@ -112,7 +116,7 @@ SLOW: Meshes = {
 
 def params(family: str, seed: int) -> Any:
     """Random parameters; those of another seed are a little different."""
-    config, scale = CONFIGS[family], {"t5": 2}.get(family, 6)
+    config, scale = CONFIGS[family], {"t5": 2, "t5-int4": 2}.get(family, 6)
     scaled = jax.tree.map(lambda x: scale * x if x.ndim > 1 else x, families.init_params(config, jax.random.key(0)))
     noise = jax.random.key(seed)
     return jax.tree.map(lambda x: x + 0.02 * seed * jax.random.normal(noise, x.shape) if x.ndim > 1 else x, scaled)
@@ -120,8 +124,8 @@ def params(family: str, seed: int) -> Any:
 
 def load(family: str, seed: int, mesh: jax.sharding.Mesh | None, rules: sharding.Rules) -> Pretrained:
     config, tree = CONFIGS[family], params(family, seed)
-    if family == "int8":
-        config, tree = families.quantise(config, tree)
+    if how := QUANTISED.get(family):
+        config, tree = families.quantise(config, tree, how)
     if mesh is not None:
         tree = sharding.shard(tree, families.param_axes(config), mesh, rules)
     return Pretrained(families.model(config, rules), tree, None, config)

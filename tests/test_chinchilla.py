@@ -93,7 +93,7 @@ def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkey
     few = ["--config.num_draft_tokens=(1,)", "--config.batch_sizes=(2,)", "--config.num_timed=2"]
     few.append("--config.quality_draft_tokens=1")
     same = [f"--config.draft={target}", "--config.num_samples=2", f"--config.execute={execute}"]
-    same += ["--config.draft_int8=True", "--config.min_confidence=0.1"]
+    same += ["--config.draft_quantise=int8", "--config.min_confidence=0.1"]
     assert launch.main(command("humaneval", target, tmp_path, *few, *same)) == 0, capfd.readouterr().err
     said = capfd.readouterr().out
     execute = execute == "True"

@@ -111,7 +111,7 @@ def test_only_few_rows_on_one_cpu_use_it(dtype):
 
 
 def test_a_mesh_does_not_use_it():
-    assert not cpu_products.is_supported(1, "int8")
+    assert not cpu_products.is_supported(1, "float16")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("model",))):
         assert not cpu_products.is_supported(1, "float32")
     assert cpu_products._NAME in program(1, "float32", mesh=sharding.make_mesh())

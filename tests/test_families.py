@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 import specjax
 from specjax import decoding, drafters, sampling
 from specjax.decoding import verify
-from specjax.models import families, layers, linear, presets
+from specjax.models import families, layers, presets
 from specjax.models.config import DecoderConfig, LinearRopeScaling, T5Config
 from specjax.parallel import sharding
 from specjax.planning import hlo
@@ -181,38 +181,18 @@ def test_a_model_is_loaded_with_scanned_layers_and_saved_with_them(tmp_path):
     assert found == [wanted, wanted]
 
 
-@pytest.mark.parametrize(("dtype", "shape", "num_contracted"), [("float32", (24, 3, 5), 1), ("bfloat16", (7, 4, 6), 2)])
-def test_an_int8_product_is_that_of_the_rounded_matrix(dtype, shape, num_contracted):
-    rng = np.random.default_rng(0)
-    matrix = rng.standard_normal(shape) * np.exp(rng.standard_normal(shape[num_contracted:]))
-    weight = jnp.transpose(jnp.asarray(matrix, dtype), linear.stored(3, num_contracted, dtype))
-    sizes = (10.0 ** np.arange(-1, 2)).reshape(3, *[1] * num_contracted)
-    x = jnp.asarray(rng.standard_normal((2, 3, *shape[:num_contracted])) * sizes, jnp.float32)
-    x = x.at[0, 0].set(0.0)
-    values, scale = linear.quantise(weight, num_contracted)
-    rounded = values.astype(jnp.float32) * jnp.expand_dims(scale, tuple(range(-num_contracted, 0)))
-    exact = jnp.moveaxis(
-        jnp.asarray(matrix, dtype).astype(jnp.float32), range(num_contracted), range(-num_contracted, 0)
-    )
-    # Half a step of the largest weight of each output.
-    assert jnp.all(jnp.abs(rounded - exact) <= 0.501 * jnp.expand_dims(scale, tuple(range(-num_contracted, 0))))
-    assert int(jnp.max(jnp.abs(values))) == 127
-    got = linear.product_int8(x, values, scale, num_contracted)
-    axes = (tuple(range(2, 2 + num_contracted)), tuple(range(rounded.ndim - num_contracted, rounded.ndim)))
-    wanted = jax.lax.dot_general(x, rounded, (axes, ((), ())), precision="highest")
-    size = jnp.max(jnp.abs(wanted), axis=tuple(range(2, wanted.ndim)), keepdims=True)
-    # 15 bits of each input, of which at most 24 are added up.
-    assert jnp.all(jnp.abs(got - wanted) <= 24 * 2.0**-14 * size)
-    # The same for every number of rows, to the last bit.
-    np.testing.assert_array_equal(got[1:, 2:], linear.product_int8(x[1:, 2:], values, scale, num_contracted))
-
-
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["int8", "int4:32,head=int8", "int8:32:offset+int8"])
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "chinchilla"])
-def test_an_int8_draft_is_nearly_its_target_and_its_text_is_exact(name, scanned):
-    model, params = tiny(name)
-    config, small = families.quantise(CONFIGS[name], params)
+def test_a_quantised_draft_is_nearly_its_target_and_its_text_is_exact(name, scanned, how):
+    # 64 wide, so that everything divides into groups of 32.
+    base = dataclasses.replace(CONFIGS[name], intermediate_size=64)
+    model, params = (
+        families.model(base),
+        jax.tree.map(lambda x: x * (50 / 32**0.5) if x.ndim > 1 else x, families.init_params(base, jax.random.key(0))),
+    )
+    config, small = families.quantise(base, params, how)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), small) == jax.tree.map(
         lambda x: (x.shape, x.dtype), families.abstract_params(config)
     )
@@ -221,21 +201,8 @@ def test_an_int8_draft_is_nearly_its_target_and_its_text_is_exact(name, scanned)
     plain = decoded(model, params, drafters.none())
     drafted = decoded(model, params, drafters.model(families.model(config), num_draft_tokens=3), small)
     assert texts(drafted) == texts(plain)
-    assert float(drafted.rows.stats.overlap.sum() / drafted.rows.stats.proposed.sum()) > 0.9
-
-
-def test_an_int8_model_is_saved_and_loaded_and_stays_what_it_is(tmp_path):
-    source = save_tiny_decoder(tmp_path / "source", 0)
-    small = specjax.load(source, dtype="bfloat16", int8=True)
-    specjax.save(small, tmp_path / "saved")
-    again = specjax.load(tmp_path / "saved", dtype="bfloat16")
-    assert again.config == small.config
-    jax.tree.map(np.testing.assert_array_equal, again.params, small.params)
-    with pytest.raises(ValueError, match=r"dtype='float32'.*int8 in bfloat16"):
-        specjax.load(tmp_path / "saved")
-    config, params = families.stack_layers(CONFIGS["gpt2"], tiny("gpt2")[1])
-    with pytest.raises(ValueError, match=r"int8=True.*scanned already"):
-        families.quantise(config, params)
+    least = 0.9 if how == "int8" else 0.4
+    assert float(drafted.rows.stats.overlap.sum() / drafted.rows.stats.proposed.sum()) > least
 
 
 def test_an_encoder_decoder_is_not_scanned():

@@ -90,7 +90,7 @@ WRONG = [
     (Q, ["--config.drafter=model"], ["--config.draft=SOURCE"]),
     (Q, ["--config.drafter=table", "--config.draft=nowhere"], ["'nowhere' does not exist"]),
     (Q, ["--config.draft=x"], ["is not used by drafter=ngram"]),
-    (Q, ["--config.draft_int8=True"], ["draft_int8=True"]),
+    (Q, ["--config.draft_quantise=int4:64"], ["draft_quantise='int4:64'"]),
     (Q, ["--config.min_confidence=2.0"], ["min_confidence=2.0"]),
     (Q, ["--config.min_confidence=nan"], ["min_confidence=nan"]),
     (Q, ["--config.min_match=0"], ["min_match=0: from 1 to 64"]),

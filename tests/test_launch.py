@@ -129,7 +129,7 @@ def test_sampled_text_is_not_called_identical(target, data, tmp_path, capsys):
 @pytest.mark.slow
 def test_coupled_text_is_called_identical_though_it_is_sampled(target, draft, data, tmp_path):
     options = {"verify": "coupled", "drafter": "model", "draft": draft, "temperature": 1.0, "step_cost": 0}
-    options |= {"draft_int8": True, "min_confidence": 0.1}
+    options |= {"draft_quantise": "int8", "min_confidence": 0.1}
     options |= {"repetition_penalty": 1.3, "stop_strings": "('cat sat',)"}
     arguments = _compare(target, data, tmp_path, batch_size=3, fixed_shape=True, **options)
     assert launch.main(arguments) == 0
@@ -213,7 +213,7 @@ def test_interrupt(target, data, tmp_path):
         (_arguments(QUICKSTART, config__drafter="model"), ["--config.draft=SOURCE"]),
         (_arguments(config__repeats=0), ["repeats=0", "at least 1"]),
         (_arguments(QUICKSTART, config__min_confidence=2.0), ["min_confidence=2.0", "probability"]),
-        (_arguments(QUICKSTART, config__draft_int8=True), ["draft_int8=True", "--config.drafter=model"]),
+        (_arguments(QUICKSTART, config__draft_quantise="int8"), ["draft_quantise='int8'", "--config.drafter=model"]),
         (_arguments(config__experiment="sweep"), ["'sweep'", "compare"]),
         (_arguments(QUICKSTART, config__num_prompts=99), ["6 prompts", "99"]),
         (_arguments(QUICKSTART, config__target="/no/such/model"), ["/no/such/model", "does not exist"]),

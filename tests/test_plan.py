@@ -18,6 +18,7 @@ from specjax import drafters, experiments, launch, theory
 from specjax.decoding import verify
 from specjax.models import families, presets
 from specjax.models.config import DecoderConfig, T5Config
+from specjax.models.quantisation import Quantisation
 from specjax.models.weights import checkpoint, shapes
 from specjax.planning import aot, chips, hlo, libtpu, plan
 from specjax.types import Draft
@@ -640,17 +641,19 @@ def test_the_compiled_step_copies_no_cache_and_gathers_nothing(family: str, topo
         assert program.collectives[part, "all-reduce"][2] <= 1024 < 4 * setup.target.vocab_size / 4 + 1
 
 
-VARIANTS = [("int8", family, chip) for family in FAMILIES for chip in ("v5e:2x2", "H100:1", "H100:4")]
+INT8, INT4 = ({"quantisation": how, "head_quantisation": how} for how in (Quantisation(8), Quantisation(4, 64)))
+VARIANTS = [(INT8, family, chip) for family in FAMILIES for chip in ("v5e:2x2", "H100:1", "H100:4")]
+VARIANTS += [(INT4, "decoder", chip) for chip in ("v5e:2x2", "H100:1")]
 # On GPUs, XLA writes a scanned layer's slice of the cache to memory (docs/limits.md).
-VARIANTS.append(("scan_layers", "decoder", "v5e:2x2"))
+VARIANTS.append(({"scan_layers": True}, "decoder", "v5e:2x2"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "family", "topology"), VARIANTS)
-def test_small_weights_and_scanned_layers_are_read_in_place(variant: str, family: str, topology: str):
+def test_small_weights_and_scanned_layers_are_read_in_place(variant: dict[str, Any], family: str, topology: str):
     setup = gate_setup(family, topology)
     mesh = gate_mesh(setup)
-    wide, narrow = (dataclasses.replace(setup.side(side), **{variant: True}) for side in plan.SIDES)
+    wide, narrow = (dataclasses.replace(setup.side(side), **variant) for side in plan.SIDES)
     setup = dataclasses.replace(setup, target=wide, draft=narrow)
     placed = plan.shard(setup, mesh)
     program = aot.read(aot.step(setup, mesh), aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))

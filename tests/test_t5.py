@@ -15,7 +15,7 @@ import specjax
 from specjax import decoding
 from specjax.decoding import verify
 from specjax.drafters import contract
-from specjax.models import families, linear, t5
+from specjax.models import families, linear, quantisation, t5
 from specjax.models.config import T5Config
 from specjax.models.weights import huggingface, t5_mapping
 from specjax.planning import hlo
@@ -64,7 +64,7 @@ def tiny(model_type="t5", changes=None, tied=True, seed=0):
     config = transformers.AutoConfig.for_model(model_type, **(settings | (changes or {})))
     model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
     if not tied:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, settings["d_model"]) * 0.4)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, config.d_model) * 0.4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -87,10 +87,14 @@ def write(model, directory, changes=None, tied=True):
     safetensors_torch.save_file(tensors, str(directory / "model.safetensors"))
 
 
-def load(tmp_path, name="t5", seed=0):
+WIDE = {"d_model": 32, "d_ff": 64}
+"""Changes with which everything divides into groups of 32."""
+
+
+def load(tmp_path, name="t5", seed=0, more=None):
     """A case on both sides."""
     model_type, changes, tied = CASES[name]
-    reference = tiny(model_type, changes, tied, seed)
+    reference = tiny(model_type, changes | (more or {}), tied, seed)
     directory = tmp_path / f"{name}-{seed}"
     directory.mkdir()
     write(reference, directory, tied=tied)
@@ -257,23 +261,24 @@ def test_an_encoder_decoder_draft_needs_an_encoder_decoder_target(tmp_path):
 
 
 def in_floats(tree, contracted):
-    """The parameters with every int8 matrix as the float32 matrix that it stands for."""
+    """The parameters with every quantised matrix as the float32 matrix that it stands for."""
     if not isinstance(tree, dict):
         return tree
     if not linear.is_matrix(contracted):
         return {name: in_floats(x, contracted[name]) for name, x in tree.items()}
-    values, number = tree["values"], contracted["values"]
-    scale = jnp.expand_dims(tree["scale"], tuple(range(-number, 0)))
-    return {"values": jnp.transpose(values * scale, linear.rotated(values.ndim, values.ndim - number))}
+    number = contracted["values"]
+    weight = quantisation.dequantise(quantisation.Rounded(tree["values"], tree["scale"], tree.get("offset")), number)
+    return {"values": jnp.transpose(weight, linear.rotated(weight.ndim, weight.ndim - number))}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["int8", "int4:32,head=int4"])
 @pytest.mark.parametrize("name", ["t5", "t5-v1.1"])
-def test_an_int8_t5_computes_with_the_rounded_matrices(name, tmp_path):
-    _, target = load(tmp_path, name)
-    small = specjax.load(tmp_path / f"{name}-0", int8=True)
+def test_a_quantised_t5_computes_with_the_rounded_matrices(name, how, tmp_path):
+    _, target = load(tmp_path, name, more=WIDE)
+    small = specjax.load(tmp_path / f"{name}-0", quantise=how)
     assert isinstance(small.config, T5Config)
-    assert dataclasses.replace(small.config, int8=False) == target.config
+    assert dataclasses.replace(small.config, quantisation=None, head_quantisation=None) == target.config
     assert jax.tree.map(lambda x: (x.shape, x.dtype), small.params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), families.abstract_params(small.config)
     )
@@ -289,15 +294,15 @@ def test_an_int8_t5_computes_with_the_rounded_matrices(name, tmp_path):
     again = specjax.load(tmp_path / "saved")
     assert again.config == small.config
     jax.tree.map(np.testing.assert_array_equal, again.params, small.params)
-    with pytest.raises(ValueError, match="int8 T5"):
+    with pytest.raises(ValueError, match="quantised T5"):
         t5_mapping.to_huggingface(small.config, small.params)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "t5-v1.1"])
-def test_an_int8_t5_drafts_exactly(name, tmp_path):
-    _, target = load(tmp_path, name)
-    small = specjax.load(tmp_path / f"{name}-0", int8=True)
+def test_a_quantised_t5_drafts_exactly(name, tmp_path):
+    _, target = load(tmp_path, name, more=WIDE)
+    small = specjax.load(tmp_path / f"{name}-0", quantise="int4:32,head=int8")
     plain = specjax.generate(target, SOURCES, drafter=specjax.drafters.none(), max_new_tokens=8)
     drafter = specjax.drafters.model(small, num_draft_tokens=3)
     drafted = specjax.generate(target, SOURCES, drafter=drafter, max_new_tokens=8)

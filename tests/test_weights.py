@@ -720,7 +720,7 @@ def check(x, y, names):
     np.testing.assert_array_equal(x, y)
 for tree in (placed.params, again.params):
     jax.tree.map(check, host.params, tree, families.param_axes(host.config))
-for options in ({"int8": True, "dtype": "bfloat16"}, {"scan_layers": True}):
+for options in ({"quantise": "int8", "dtype": "bfloat16"}, {"scan_layers": True}):
     whole, split = (pretrained.load(sys.argv[1], **options, **at) for at in ({}, {"mesh": mesh, "rules": rules}))
     jax.tree.map(check, whole.params, split.params, families.param_axes(whole.config))
 assert again.params["layers"][0]["mlp"]["down"]["values"].addressable_shards[0].data.shape == (10, 16)

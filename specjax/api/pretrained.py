@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from specjax.models import families
 from specjax.models.config import ModelConfig
+from specjax.models.quantisation import EXAMPLES, KEEP
 from specjax.models.weights import checkpoint, gguf, huggingface, wheel
 from specjax.parallel import sharding
 from specjax.text.tokenizer import SPIECE, Tokenizer
@@ -87,7 +88,7 @@ def load(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
-    int8: bool = False,
+    quantise: str = "",
     scan_layers: bool = False,
 ) -> Pretrained:
     """Loads a model, its weights and its tokenizer.
@@ -104,8 +105,9 @@ def load(
         its own devices hold. Where the mesh splits the key/value heads over more devices than there are heads, each is
         stored on several (`decoder.repeat_kv_heads`), and the configuration says so.
       rules: logical to mesh axes; a draft may use other rules than its target, such as `sharding.REPLICATED`.
-      int8: round the matrices to eight bits (`families.quantise`). A draft then takes half the memory, and the target's
-        text stays exact.
+      quantise: how to store the matrices in eight or four bits, such as "int8", "int4:64" or "int4:64,head=int8"
+        (`families.quantise`); "keep" keeps a GGUF file's own blocks (`blocks.KEPT`); empty: in `dtype`. A draft then
+        takes a fraction of the memory, and the target's text stays exact; a quantised target is another model.
       scan_layers: compile one layer's program for all layers of a decoder-only model (`DecoderConfig.scan_layers`).
 
     Returns:
@@ -116,11 +118,15 @@ def load(
       OSError: where a download fails.
       ValueError: for files that are broken or that specjax does not support.
     """
-    path = _resolve(source)
+    path, keep = _resolve(source), quantise == KEEP
+    if keep and not path.is_file():
+        raise ValueError(
+            f"quantise={quantise!r}: only GGUF files have such blocks, and {path} is none; give {EXAMPLES}."
+        )
     if path.is_file():
         file = gguf.open_file(path)
         tokenizer = Tokenizer.from_gguf(file.fields, path=path) if "tokenizer.ggml.tokens" in file.fields else None
-        config, params = gguf.load(file, dtype=dtype, mesh=mesh, rules=rules)
+        config, params = gguf.load(file, dtype=dtype, keep=keep, mesh=mesh, rules=rules)
     elif (path / checkpoint.CONFIG_FILE).is_file():
         config, params = checkpoint.restore(path, dtype=dtype, mesh=mesh, rules=rules)
         tokenizer = _tokenizer(path)
@@ -132,8 +138,8 @@ def load(
             f"{path} holds neither config.json (Hugging Face) nor {checkpoint.CONFIG_FILE} (specjax): it is not a "
             "model, or was not written to the end."
         )
-    if int8:
-        config, params = families.quantise(config, params)
+    if quantise and not keep:
+        config, params = families.quantise(config, params, quantise)
         if mesh is not None:
             params = sharding.shard(params, families.param_axes(config), mesh, rules)
     if scan_layers:

@@ -329,16 +329,16 @@ def load_target(chosen: choices.Models, view: View) -> tuple[Pretrained, draftin
         mesh = sharding.make_mesh(data=chosen.mesh_data, model=chosen.mesh_model)
     split = sharding.with_whole(chosen.mesh_whole)
     options: dict[str, Any] = {"dtype": chosen.dtype, "mesh": mesh}
-    target = load(chosen.target, view, **options, rules=split)
+    target = load(chosen.target, view, **options, rules=split, quantise=chosen.target_quantise)
     if target.tokenizer is None:
         raise ValueError(f"The target {chosen.target} has no tokenizer: save one beside it (tokenizer.json).")
 
     @functools.cache
     def load_draft() -> Pretrained:
-        if chosen.draft == chosen.target and not chosen.draft_int8:
+        if (chosen.draft, chosen.draft_quantise) == (chosen.target, chosen.target_quantise):
             return target
         rules = sharding.REPLICATED if chosen.draft_sharding == "replicated" else split
-        return load(chosen.draft, view, **options, rules=rules, int8=chosen.draft_int8)
+        return load(chosen.draft, view, **options, rules=rules, quantise=chosen.draft_quantise)
 
     return target, load_draft
 

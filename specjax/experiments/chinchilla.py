@@ -245,7 +245,7 @@ def _measure(sweep: Sweep, view: View) -> tuple[list[Row], dict[str, Scores], li
 def _about(chosen: Settings, num_problems: int) -> str:
     draft = "n-gram lookup" if chosen.drafter == "ngram" else choices.name_of(chosen.drafter)
     if chosen.drafter == "model":
-        draft = f"{chosen.draft}{' in int8' if chosen.draft_int8 else ''}"
+        draft = f"{chosen.draft}{f' in {chosen.draft_quantise}' if chosen.draft_quantise else ''}"
         if chosen.min_confidence:
             draft += f" that stops where less than {chosen.min_confidence:g} sure"
     device = f"{chosen.dtype} on {bench.device_name()} with jax {jax.__version__}"

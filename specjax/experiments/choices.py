@@ -13,10 +13,14 @@ from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.experiments import drafting, own
 from specjax.experiments.settings import Check, at_least, between, given, one_of
+from specjax.models import quantisation
 from specjax.parallel import sharding
 
 DRAFT_TOKENS = between(0, limits.MAX_DRAFT_TOKENS, "; 4 to 10 are common")
 """A number of draft tokens that a machine has memory for."""
+
+QUANTISE = Check(lambda text: not text or quantisation.is_known(text), f"choose one of {quantisation.EXAMPLES}")
+"""How a model is quantised, or an empty text."""
 
 MAX_MATCH = 64
 """The longest match in tokens: each token is compared with the whole text."""
@@ -29,7 +33,8 @@ class Models:
     target: Annotated[str, given("SOURCE")]
     drafter: str
     draft: str
-    draft_int8: bool
+    target_quantise: Annotated[str, QUANTISE]
+    draft_quantise: Annotated[str, QUANTISE]
     min_confidence: Annotated[float, Check(lambda p: 0 <= p <= 1, "a probability, from 0 (off) to 1")]
     min_match: Annotated[int, between(1, MAX_MATCH, " tokens")]
     dtype: Annotated[str, one_of("float32", "bfloat16")]

@@ -28,6 +28,7 @@ class Entry(NamedTuple):
       make: `(settings, target, load) -> (K -> drafter)`, from the keys of a config (`choices.Models`).
       draft: what `config.draft` names; empty: it has no draft.
       needs_draft: whether it has to be given.
+      is_model: whether the draft is a model of its own, which `config.draft_quantise` can round.
       made_by: the config that makes the draft, where that is a directory.
       runs_model: whether it rolls a model out, which `config.min_confidence` can end.
       trees: the key that makes it draft trees, `topology` or `depth`, if any.
@@ -38,6 +39,7 @@ class Entry(NamedTuple):
     make: Callable[[Any, Pretrained, Load], OfK]
     draft: str = ""
     needs_draft: bool = True
+    is_model: bool = False
     made_by: str = ""
     runs_model: bool = False
     trees: str = ""
@@ -55,8 +57,11 @@ class Entry(NamedTuple):
           FileNotFoundError: where the draft does not exist.
         """
         name, draft = chosen.drafter, chosen.draft
-        if chosen.draft_int8 and name != "model":
-            raise ValueError(f"config.draft_int8=True: only --config.drafter=model has it, not {name!r}; leave it out.")
+        if chosen.draft_quantise and not (self.is_model and draft):
+            raise ValueError(
+                f"config.draft_quantise={chosen.draft_quantise!r}: only a draft that is a model has it, but "
+                f"config.drafter={name!r}. Give --config.drafter=model and a --config.draft, or leave it out."
+            )
         if chosen.min_confidence and not self.runs_model:
             raise ValueError(
                 f"config.min_confidence={chosen.min_confidence}: only a draft that is a model has it, but "
@@ -204,11 +209,11 @@ def _counted(make: Callable[[Any, Pretrained, Load], OfK], trees: str) -> Entry:
 
 
 DRAFTERS = {
-    "model": Entry(_model, draft="SOURCE", runs_model=True, trees="topology", lengths=True),
+    "model": Entry(_model, draft="SOURCE", is_model=True, runs_model=True, trees="topology", lengths=True),
     "ngram": Entry(_ngram, trees="depth", lengths=True),
     "suffix": Entry(_suffix, trees="depth", lengths=True),
     "aggressive": Entry(lambda chosen, target, load: lambda k: drafters.aggressive(num_draft_tokens=k)),
-    "merged": Entry(_merged, draft="SOURCE", needs_draft=False),
+    "merged": Entry(_merged, draft="SOURCE", needs_draft=False, is_model=True),
     "table": _counted(_table, "topology"),
     "retrieval": _counted(_retrieval, "depth"),
     "none": Entry(lambda chosen, target, load: lambda k: drafters.none()),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from specjax.limits import check_flag, check_number, check_size
+from specjax.models.quantisation import Quantisation
 
 DTYPES = ("float32", "bfloat16")
 
@@ -149,8 +150,9 @@ class DecoderConfig:
       global_layers: the layers, counted from 0, without the sliding window.
       local_rope_theta: the base of the unstretched rotary angles of layers with a window (Gemma 3); None for the same
         angles as in the other layers.
-      int8: whether matrices are stored in eight bits, with a scale for each output, and multiplied as integers on CPUs
-        (`families.quantise`); everything else stays in `dtype`. Not for training.
+      quantisation: how the layers' matrices are stored in eight or four bits (`families.quantise`); everything else
+        stays in `dtype`. None: in `dtype` too. A quantised model is not trained.
+      head_quantisation: the same for the head, which is the embedding table of a tied model.
       head_tokens: the tokens that the head computes logits of, in ascending order; all others are never written (see
         `layers.all_logits`). Empty for all tokens. For drafts, whose head may be most of their cost.
       scan_layers: whether one layer's program is compiled and run for every layer, on stacked parameters
@@ -190,7 +192,8 @@ class DecoderConfig:
     logit_softcap: float | None = None
     global_layers: tuple[int, ...] = ()
     local_rope_theta: float | None = None
-    int8: bool = False
+    quantisation: Quantisation | None = None
+    head_quantisation: Quantisation | None = None
     head_tokens: tuple[int, ...] = ()
     scan_layers: bool = False
 
@@ -240,7 +243,7 @@ class T5Config:
 
     `bias_per_layer` gives every layer its own relative position bias (umT5), where T5's layers share the first's.
     `scale_outputs` divides the decoder's last hidden state by the root of the width before the head (T5 v1.0). `dtype`,
-    `int8` and `head_tokens` are as in `DecoderConfig`.
+    `quantisation`, `head_quantisation` and `head_tokens` are as in `DecoderConfig`.
     """
 
     vocab_size: int
@@ -260,7 +263,8 @@ class T5Config:
     bias_per_layer: bool = False
     start_token: int = 0
     dtype: str = "float32"
-    int8: bool = False
+    quantisation: Quantisation | None = None
+    head_quantisation: Quantisation | None = None
     head_tokens: tuple[int, ...] = ()
 
     scan_layers: ClassVar[bool] = False

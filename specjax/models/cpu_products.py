@@ -1,7 +1,8 @@
 """Products of a few rows with large matrices on CPUs: a small C library, compiled on the machine on first use.
 
 XLA:CPU multiplies few rows by bfloat16 or float32 matrices at a third to two thirds of the speed at which memory
-delivers the weights, which is what a decoding step waits for. `cpu_products.c` comes closer, and each row of its
+delivers the weights, which is what a decoding step waits for, and writes a float32 copy of a matrix in groups or in
+int4. `cpu_products.c` comes closer, and each row of its
 results is, to the last bit, what it would be alone; `docs/results/speed.md` has the figures. It needs a C compiler
 (`cc`, or what `$CC` names); without one, or with `SPECJAX_CPU_PRODUCTS=0`, XLA makes all products. Nothing here affects
 what TPUs and GPUs compile.
@@ -26,8 +27,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from specjax import files
+from specjax.models.quantisation import Rounded
 
-MAX_ROWS = {"bfloat16": 8, "float32": 16}
+MAX_ROWS = {"bfloat16": 8, "float32": 16, "int8": 16, "int4": 16}
 """The most rows, by the dtype of the matrix: XLA multiplies more of them about as fast, or faster."""
 
 _NAME = "specjax_product"
@@ -39,7 +41,7 @@ _lock = threading.Lock()
 def is_supported(rows: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether this process can multiply so many rows by a matrix of this dtype here.
 
-    It can on one CPU device with a compiler. The first question on a machine compiles the library, in about a second.
+    It can on one CPU device with a compiler. The first question on a machine compiles the library, in a few seconds.
     """
     if rows > MAX_ROWS.get(jnp.dtype(dtype).name, 0) or jax.default_backend() != "cpu":
         return False
@@ -59,6 +61,19 @@ def product(x: Float[Array, "R I"], weight: Float[Array, "..."]) -> Float[Array,
     outputs = weight.shape[0 if weight.dtype == jnp.bfloat16 else 1]
     call = jax.ffi.ffi_call(_NAME, jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32), vmap_method="sequential")
     return call(x.astype(jnp.float32), weight)
+
+
+def product_rounded(x: Float[Array, "R I"], weight: Rounded) -> Float[Array, "R O"]:
+    """The product with a matrix of small integers, `[O, I]`, in float32.
+
+    Args:
+      x: in float32; at most `MAX_ROWS` rows.
+      weight: with scales `[O, G]`, for G groups of a multiple of 32 inputs, or for one; int4 of an even
+        number of inputs.
+    """
+    outputs = jax.ShapeDtypeStruct((x.shape[0], weight.values.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call(_NAME, outputs, vmap_method="sequential")
+    return call(x, *(part for part in weight if part is not None))
 
 
 @product.defjvp

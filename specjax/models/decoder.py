@@ -53,7 +53,7 @@ class Decoder(nnx.Module):
         self.layers: Any = _stack(blocks) if c.scan_layers else nnx.List(blocks)
         layers.declare_norm(self, "norm", c, rngs)
         head = (c.hidden_size, c.head_size)
-        self.head = linear.Matrix(rngs, head, ("embed", "vocab"), c.dtype, int8=c.int8)
+        self.head = linear.Matrix(rngs, head, ("embed", "vocab"), c.dtype, how=c.head_quantisation)
         if c.head_bias:
             self.head_bias = modules.parameter(rngs, (c.head_size,), ("vocab",), c.dtype)
 

@@ -5,6 +5,7 @@ weights.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from specjax.models import decoder, linear, modules, t5
+from specjax.models import decoder, linear, modules, quantisation, t5
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
+from specjax.models.quantisation import Quantisation
 from specjax.models.weights import decoder_configs, naming, t5_mapping
 from specjax.parallel import sharding
 from specjax.types import Model, Tree
@@ -133,18 +135,24 @@ def init_params(config: ModelConfig, key: jax.Array) -> Tree:
 
 
 def num_params(config: ModelConfig) -> int:
-    """The number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    """The number of parameters, without the scales of quantised matrices."""
+    floats = dataclasses.replace(config, quantisation=None, head_quantisation=None)
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(floats)))
+
+
+def num_bytes(params: Tree) -> int:
+    """The memory of parameters, or of their shapes, in bytes: scales included, and two int4 in a byte, as XLA packs."""
+    return sum(math.ceil(leaf.size * quantisation.bits(leaf.dtype) / 8) for leaf in jax.tree.leaves(params))
 
 
 def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tree]:
     """The same model in another dtype, which may store its matrices in another order.
 
     Raises:
-      ValueError: for a model whose matrices are int8.
+      ValueError: for a model that is quantised.
     """
-    if config.int8:
-        raise ValueError(f"dtype={dtype!r}: this model is int8 in {config.dtype}; choose that, or quantise it anew.")
+    if found := quantised_as(config):
+        raise ValueError(f"dtype={dtype!r}: this model is {found} in {config.dtype}; choose that, or quantise it anew.")
 
     def convert(x: jax.Array, inputs: int) -> jax.Array:
         if linear.outputs_first(config.dtype):
@@ -161,34 +169,64 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
     }
 
 
-def quantise(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
-    """The same model with its matrices in int8, rounded to 1/127 of each output's largest weight.
+def quantised_as(config: ModelConfig) -> str:
+    """How a model is quantised, as `quantise` takes it; empty where it is not."""
+    return quantisation.spell(config.quantisation, config.head_quantisation)
 
-    As a draft, it proposes nearly the same tokens in half the memory, and the text keeps the target's distribution
-    exactly; as a target, it is another model.
+
+def with_quantisation(config: ModelConfig, how: str) -> ModelConfig:
+    """The shape of a model that is quantised.
+
+    Args:
+      config: the shape.
+      how: as `quantise` takes it; empty for the shape as it is.
+
+    Raises:
+      ValueError: for another text, matrices that do not divide into the groups, or a model that is quantised already.
+    """
+    if not how:
+        return config
+    if found := quantised_as(config):
+        raise ValueError(f"quantise={how!r}: this model is {found} already; leave it out, or load the model in floats.")
+    layers, head = quantisation.parse(how)
+    config = dataclasses.replace(config, quantisation=layers, head_quantisation=head)
+    abstract_params(config)  # Whether everything divides.
+    return config
+
+
+def quantise(config: ModelConfig, params: Tree, how: str) -> tuple[ModelConfig, Tree]:
+    """The same model with its matrices in eight or four bits.
+
+    As a draft, it proposes nearly the same tokens in a fraction of the memory, and the text keeps the target's
+    distribution exactly; as a target, it is another model. `training.perplexity` says how far it is from the first.
 
     Args:
       config: the shape of a model whose layers are not scanned yet.
       params: its parameters.
+      how: such as "int8", "int4:64" or "int4:64,head=int8" (`quantisation.parse`).
 
     Raises:
-      ValueError: for layers that are scanned already.
+      ValueError: for another text, matrices that do not divide into the groups, a model that is quantised already, or
+        layers that are scanned already.
     """
-    if config.int8:
-        return config, params
+    quantised = with_quantisation(config, how)
     if config.scan_layers:
-        raise ValueError("int8=True: layers are quantised before they are scanned, and these are scanned already.")
-    quantised = jax.jit(linear.quantise, static_argnums=1)
+        raise ValueError(
+            f"quantise={how!r}: layers are quantised before they are scanned, and these are scanned already."
+        )
 
-    def walk(tree: Any, contracted: Any) -> Any:
+    def walk(tree: Any, contracted: Any, how: Quantisation) -> Any:
         if not isinstance(tree, dict):
             return tree
         if linear.is_matrix(contracted):
-            values, scale = quantised(tree["values"], contracted["values"])
-            return {"values": values, "scale": scale}
-        return {name: walk(x, contracted[name]) for name, x in tree.items()}
+            return linear.quantise(tree["values"], contracted["values"], how)
+        return {name: walk(x, contracted[name], how) for name, x in tree.items()}
 
-    return dataclasses.replace(config, int8=True), walk(params, num_contracted(config))
+    layers, head = quantisation.parse(how)
+    inputs = num_contracted(config)
+    return quantised, {
+        name: walk(part, inputs[name], head if name == "head" else layers) for name, part in params.items()
+    }
 
 
 def stack_layers(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:

@@ -185,9 +185,9 @@ class Attention(nnx.Module):
         self.config, self.rules = config, rules
         heads = (c.num_kv_heads, group + 2, c.head_dim)
         head_axes = ("kv_heads", "heads_per_group", "head_dim")
-        self.qkv = Matrix(rngs, (c.hidden_size, *heads), ("embed", *head_axes), c.dtype, int8=c.int8)
+        self.qkv = Matrix(rngs, (c.hidden_size, *heads), ("embed", *head_axes), c.dtype, how=c.quantisation)
         out = (c.num_kv_heads, group, c.head_dim, c.hidden_size)
-        self.out = Matrix(rngs, out, (*head_axes, "embed"), c.dtype, int8=c.int8, num_contracted=3)
+        self.out = Matrix(rngs, out, (*head_axes, "embed"), c.dtype, how=c.quantisation, num_contracted=3)
         if c.qkv_bias:
             self.qkv_bias = parameter(rngs, heads, head_axes, c.dtype)
         if c.output_bias:
@@ -249,9 +249,9 @@ class FeedForward(nnx.Module):
         self.config = config
         inner = (2 if c.gated else 1, c.intermediate_size)
         up, up_axes = (c.hidden_size, *inner), ("embed", "gate_up", "mlp")
-        self.gate_up = Matrix(rngs, up, up_axes, c.dtype, int8=c.int8)
+        self.gate_up = Matrix(rngs, up, up_axes, c.dtype, how=c.quantisation)
         down = (c.intermediate_size, c.hidden_size)
-        self.down = Matrix(rngs, down, ("mlp", "embed"), c.dtype, int8=c.int8)
+        self.down = Matrix(rngs, down, ("mlp", "embed"), c.dtype, how=c.quantisation)
         if c.mlp_bias:
             self.gate_up_bias = parameter(rngs, inner, ("gate_up", "mlp"), c.dtype)
             self.down_bias = parameter(rngs, (c.hidden_size,), ("embed",), c.dtype)

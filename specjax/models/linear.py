@@ -1,4 +1,4 @@
-"""The matrices of all models: how one is stored, in float32, bfloat16 or int8, and the product with it.
+"""The matrices of all models: how one is stored, in float32, bfloat16, int8 or int4, and the product with it.
 
 A model declares a `Matrix` by its shape and logical axes, and calls it; only this module knows the precision in which
 it is stored.
@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from specjax.models import bfloat16, cpu_products, modules
+from specjax.models import bfloat16, cpu_products, modules, quantisation, quantised
+from specjax.models.quantisation import Quantisation
 from specjax.parallel import sharding
 
 
 def outputs_first(dtype: jax.typing.DTypeLike) -> bool:
     """Whether a matrix of this dtype is stored `[out, in]`.
 
-    CPUs multiply bfloat16 and int8 up to three times faster where the weights of one output lie together, and float32
-    where those of one input do. TPUs and GPUs are equally fast with both.
+    CPUs multiply bfloat16 and integers up to three times faster where the weights of one output lie together, and
+    float32 where those of one input do. TPUs and GPUs are equally fast with both.
     """
     return jnp.dtype(dtype).itemsize <= 2
 
@@ -42,8 +43,11 @@ class Matrix(nnx.Module):
 
     Attributes:
       values: the weights, in the order that `stored` gives for their dtype.
-      scale: what each output of an int8 matrix is multiplied by, in float32; None where the weights are floats.
+      scale: what the integers of a quantised matrix are multiplied by, in float32 (`quantisation`); None where the
+        weights are floats.
+      offset: what is added to them; None for nothing.
       num_contracted: how many axes of the argument are inputs.
+      how: the way in which it is quantised, or None.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Matrix(nnx.Module):
         axes: sharding.Axes,
         dtype: str,
         *,
-        int8: bool = False,
+        how: Quantisation | None = None,
         init: nnx.Initializer | None = None,
         num_contracted: int = 1,
     ):
@@ -64,24 +68,40 @@ class Matrix(nnx.Module):
           shape: the inputs' dimensions, then the outputs'.
           axes: the logical axes of these dimensions.
           dtype: the dtype of the weights where they are floats.
-          int8: whether they are rounded to eight bits (`quantise`).
+          how: how they are quantised; None: they are floats.
           init: by default normal with standard deviation 0.02.
           num_contracted: how many dimensions are the inputs'.
         """
         make = init or nnx.initializers.normal(0.02)
-        order = stored(len(shape), num_contracted, "int8" if int8 else dtype)
+        self.num_contracted, self.how = num_contracted, how
         weight = make(rngs.params(), tuple(shape), jnp.dtype(dtype))
-        weight = jnp.transpose(weight, stored(len(shape), num_contracted, dtype))
-        values, scale = quantise(weight, num_contracted) if int8 else (weight, None)
-        self.num_contracted = num_contracted
-        self.values = modules.variable(values, [axes[i] for i in order], num_contracted=num_contracted)
-        self.scale = None if scale is None else modules.variable(scale, axes[num_contracted:])
+        if how is None:
+            order = stored(len(shape), num_contracted, dtype)
+            self.values = self._declare(jnp.transpose(weight, order), [axes[i] for i in order])
+            self.scale = self.offset = None
+            return
+        # In the order that `stored` gives for integers.
+        order = rotated(len(shape), num_contracted)
+        rounded = quantisation.quantise(jnp.transpose(weight, order), num_contracted, how)
+        self.values = self._declare(rounded.values, [axes[i] for i in order])
+        shared = [axes[i] for i in order][: rounded.scale.ndim]
+        self.scale = modules.variable(rounded.scale, shared)
+        self.offset = None if rounded.offset is None else modules.variable(rounded.offset, shared)
+
+    def _declare(self, values: jax.Array, axes: sharding.Axes) -> nnx.Param:
+        return modules.variable(values, axes, num_contracted=self.num_contracted)
+
+    def _rounded(self) -> quantisation.Rounded:
+        assert self.scale is not None
+        return quantisation.Rounded(
+            self.values[...], self.scale[...], None if self.offset is None else self.offset[...]
+        )
 
     def __call__(self, x: Float[Array, "B T *i"]) -> Float[Array, "B T *o"]:
         """The product, in float32."""
-        if self.scale is None:
+        if self.how is None:
             return product(x, self.values[...], self.num_contracted)
-        return product_int8(x, self.values[...], self.scale[...], self.num_contracted)
+        return quantised.product(x, self._rounded(), self.num_contracted, self.how)
 
     def look_up(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The weights of the outputs with these indices: a head `D -> V` read as an embedding table.
@@ -95,10 +115,20 @@ class Matrix(nnx.Module):
         if not outputs_first(values.dtype):
             tokens = jnp.minimum(tokens, values.shape[1] - 1)
             return jnp.moveaxis(jnp.take(values, tokens, axis=1), 0, -1).astype(jnp.float32)
-        found = look_up(values, tokens)
-        if self.scale is None:
-            return found
-        return found * look_up(self.scale[...][:, None], tokens)
+        if self.how is None:
+            return look_up(values, tokens)
+        tokens = jnp.minimum(tokens, values.shape[0] - 1)
+        rows = jax.tree.map(lambda table: jnp.take(table, tokens, axis=0), self._rounded())
+        return quantisation.dequantise(rows, self.num_contracted)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def quantise(values: Float[Array, "..."], num_contracted: int, how: Quantisation) -> dict[str, jax.Array]:
+    """The parameters of a quantised `Matrix`, from the values of one in floats, in the order of `stored`."""
+    if not outputs_first(values.dtype):
+        values = jnp.transpose(values, rotated(values.ndim, num_contracted))
+    rounded = quantisation.quantise(values, num_contracted, how)
+    return {name: x for name, x in rounded._asdict().items() if x is not None}
 
 
 def is_matrix(contracted: Any) -> bool:
@@ -106,7 +136,7 @@ def is_matrix(contracted: Any) -> bool:
     return isinstance(contracted, dict) and bool(contracted.get("values"))
 
 
-def look_up(table: Float[Array, "V D"] | Int[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The embeddings of tokens, in float32.
 
     Ids beyond the table read its last row, since a draft may know fewer tokens than its target.
@@ -167,44 +197,3 @@ def product(x: Float[Array, "B T *i"], weight: Float[Array, "..."], num_contract
     """The product over the last `num_contracted` axes of x, in the weight's dtype, accumulated in float32."""
     on_cpu, elsewhere = (functools.partial(dot, num_contracted=num_contracted) for dot in (_dot_on_cpu, _dot))
     return jax.lax.platform_dependent(x.astype(weight.dtype), weight, cpu=on_cpu, default=elsewhere)
-
-
-def quantise(weight: Float[Array, "..."], num_contracted: int) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
-    """A matrix in int8, `[out, in]`, and the float32 scale of each output, 1/127 of its largest weight.
-
-    Args:
-      weight: with its axes in the order of `stored`.
-      num_contracted: how many of its axes are the inputs'.
-    """
-    if not outputs_first(weight.dtype):
-        weight = jnp.transpose(weight, rotated(weight.ndim, num_contracted))
-    inputs = tuple(range(weight.ndim - num_contracted, weight.ndim))
-    weight = weight.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(weight), axis=inputs)
-    scale = jnp.where(largest > 0, largest, 1.0) / 127
-    return jnp.round(weight / jnp.expand_dims(scale, inputs)).astype(jnp.int8), scale
-
-
-def product_int8(
-    x: Float[Array, "B T *i"], weight: Int[Array, "..."], scale: Float[Array, "*o"], num_contracted: int = 1
-) -> Float[Array, "B T *o"]:
-    """The product with a matrix from `quantise`, in float32.
-
-    CPUs multiply int8 by int8: every x is rounded to 15 bits, relative to the largest of its row, and split into an
-    upper and a lower int8 part, which are two rows of one product. Sums of integers are exact, so a result does not
-    depend on how many rows there are. Elsewhere the weights are converted to bfloat16 as they are read.
-    """
-
-    def integers(x: Array, weight: Array) -> Array:
-        rows, matrix, shape = _as_matrices(x.astype(jnp.float32), weight, num_contracted)
-        step = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-30) / (127 * 128)
-        whole = jnp.round(rows / step).astype(jnp.int32)
-        both = jnp.concatenate([whole >> 7, whole & 127]).astype(jnp.int8)
-        product = jax.lax.dot_general(matrix, both, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-        upper, lower = jnp.split(product.T.astype(jnp.float32), 2)
-        return ((128 * upper + lower) * step).reshape(shape)
-
-    def floats(x: Array, weight: Array) -> Array:
-        return _dot(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), num_contracted)
-
-    return jax.lax.platform_dependent(x, weight, cpu=integers, default=floats) * scale

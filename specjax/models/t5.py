@@ -116,7 +116,7 @@ class SelfAttention(nnx.Module):
             (c.hidden_size, *heads),
             ("embed", "kv_heads", "qkv", "head_dim"),
             c.dtype,
-            int8=c.int8,
+            how=c.quantisation,
             init=_normal(deviation * c.head_dim**-0.5, deviation, deviation),
         )
         self.out = _out(c, rngs)
@@ -159,7 +159,7 @@ class CrossAttention(nnx.Module):
             (c.hidden_size, c.num_heads, c.head_dim),
             ("embed", "kv_heads", "head_dim"),
             c.dtype,
-            int8=c.int8,
+            how=c.quantisation,
             init=_normal(deviation * c.head_dim**-0.5),
         )
         self.key_value = Matrix(
@@ -167,7 +167,7 @@ class CrossAttention(nnx.Module):
             (c.hidden_size, c.num_heads, 2, c.head_dim),
             ("embed", "kv_heads", "qkv", "head_dim"),
             c.dtype,
-            int8=c.int8,
+            how=c.quantisation,
             init=_normal(deviation),
         )
         self.out = _out(c, rngs)
@@ -195,7 +195,7 @@ def _out(c: T5Config, rngs: nnx.Rngs) -> Matrix:
     """The projection from the heads back to the residual."""
     init = _normal((c.num_heads * c.head_dim) ** -0.5)
     shape, axes = (c.num_heads, c.head_dim, c.hidden_size), ("kv_heads", "head_dim", "embed")
-    return Matrix(rngs, shape, axes, c.dtype, int8=c.int8, init=init, num_contracted=2)
+    return Matrix(rngs, shape, axes, c.dtype, how=c.quantisation, init=init, num_contracted=2)
 
 
 class FeedForward(nnx.Module):
@@ -207,9 +207,9 @@ class FeedForward(nnx.Module):
         self.activation = c.activation
         up = (c.hidden_size, 2 if c.gated else 1, c.intermediate_size)
         init = _normal(c.hidden_size**-0.5)
-        self.up = Matrix(rngs, up, ("embed", "gate_up", "mlp"), c.dtype, int8=c.int8, init=init)
+        self.up = Matrix(rngs, up, ("embed", "gate_up", "mlp"), c.dtype, how=c.quantisation, init=init)
         down, init = (c.intermediate_size, c.hidden_size), _normal(c.intermediate_size**-0.5)
-        self.down = Matrix(rngs, down, ("mlp", "embed"), c.dtype, int8=c.int8, init=init)
+        self.down = Matrix(rngs, down, ("mlp", "embed"), c.dtype, how=c.quantisation, init=init)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer's contribution to the residual."""
@@ -286,7 +286,7 @@ class T5(nnx.Module):
         self.decoder, self.norm = stack(c.num_layers, True), _norm(c, rngs)
         init = _normal(1.0 if c.tie_embeddings and c.scale_outputs else c.hidden_size**-0.5)
         head, axes = (c.hidden_size, c.head_size), ("embed", "vocab")
-        self.head = Matrix(rngs, head, axes, c.dtype, int8=c.int8, init=init)
+        self.head = Matrix(rngs, head, axes, c.dtype, how=c.head_quantisation, init=init)
 
     def embed(self, tokens: Int[Array, "B T"], extra: Float[Array, "X U"] | None = None) -> Float[Array, "B T D"]:
         """Looks tokens up.

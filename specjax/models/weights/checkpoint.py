@@ -24,11 +24,12 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from specjax import files
 from specjax.models import families
 from specjax.models.config import LinearRopeScaling, Llama3RopeScaling, ModelConfig
+from specjax.models.quantisation import Quantisation
 from specjax.parallel import sharding
 from specjax.types import Tree
 
 CONFIG_FILE = "specjax.json"
-FORMAT = 4
+FORMAT = 5
 """The version that this code writes, and the only one that it reads."""
 
 _PARAMS = "params"
@@ -57,6 +58,9 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     if scaling := values.get("rope_scaling"):
         entries = dict(scaling)
         values["rope_scaling"] = _SCALINGS[entries.pop("type")](**entries)
+    for name in ("quantisation", "head_quantisation"):
+        if values.get(name):
+            values[name] = Quantisation(**values[name])
     for name in ("global_layers", "head_tokens"):
         if name in values:  # JSON has no tuples
             values[name] = tuple(values[name])

@@ -13,7 +13,8 @@ from specjax import files
 from specjax.limits import check_number, check_size
 from specjax.models import decoder
 from specjax.models.config import LIMITS, DecoderConfig, LinearRopeScaling, Llama3RopeScaling
-from specjax.models.weights import mapping
+from specjax.models.quantisation import Quantisation
+from specjax.models.weights import blocks, mapping
 from specjax.parallel import sharding
 from specjax.types import Tree
 
@@ -276,18 +277,42 @@ def dequantize(tensor: Tensor) -> np.ndarray:
     return quants.dequantize(tensor.data, constants.GGMLQuantizationType[tensor.kind])
 
 
+def _kept(
+    config: DecoderConfig, tensors: Mapping[str, Tensor], path: pathlib.Path
+) -> tuple[DecoderConfig, dict[str, Quantisation]]:
+    """The shape with the quantisation of the file's own blocks, and how each tensor that keeps its blocks is stored."""
+    head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    layers = [name for name, tensor in tensors.items() if name.startswith("model.layers.") and len(tensor.shape) == 2]
+    found: dict[str, Quantisation | None] = {}
+    for part, names in (("quantisation", layers), ("head_quantisation", [head])):
+        found[part] = blocks.common({tensors[name].kind for name in names})
+    if not any(found.values()):
+        kinds = ", ".join(sorted({tensors[name].kind for name in [*layers, head]}))
+        raise ValueError(
+            f"quantise='keep': {path} has matrices of {kinds}; of layers or head, all have to be "
+            f"{', '.join(blocks.KEPT)}. Give another quantisation, such as int8, or leave it out."
+        )
+    kept = {name: how for name in layers if (how := found["quantisation"])}
+    if how := found["head_quantisation"]:
+        kept[head] = how
+    return dataclasses.replace(config, **found), kept
+
+
 def load(
     source: str | pathlib.Path | File,
     *,
     dtype: str = "float32",
+    keep: bool = False,
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
 ) -> tuple[DecoderConfig, Tree]:
-    """Loads the model of a GGUF file, one dequantised tensor at a time.
+    """Loads the model of a GGUF file, one tensor at a time, dequantised or as it is.
 
     Args:
       source: its path, or the file from `open_file`.
       dtype: "float32" or "bfloat16", that of the parameters.
+      keep: whether matrices stay in the file's eight or four bits, where all of the layers', or the head, are of the
+        types `blocks.KEPT`.
       mesh: where to place the parameters; None for the default device.
       rules: logical to mesh axes.
 
@@ -311,8 +336,13 @@ def load(
     if file.fields["general.architecture"] != "llama":
         permuted = {}
 
+    kept: dict[str, Quantisation] = {}
+    if keep:
+        config, kept = _kept(config, tensors, file.path)
+
     def get(name: str) -> np.ndarray:
-        array = dequantize(tensors[name])
+        tensor = tensors[name]
+        array = blocks.read(tensor.data, tensor.kind, kept[name]) if name in kept else dequantize(tensor)
         heads = permuted.get(name.split(".")[-2])
         return array if heads is None else mapping.unpermute(array, heads)
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from specjax.models import decoder, linear, modules
 from specjax.models.config import DecoderConfig, ModelConfig
+from specjax.models.weights import blocks
 from specjax.models.weights.lazy import Tensor
 from specjax.parallel import sharding
 from specjax.types import Tree
@@ -42,13 +43,23 @@ is the result.
 
 
 def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Place:
-    """A function that converts an array to the order and dtype in which the model stores it, and places it."""
+    """A function that converts an array to the order and dtype in which the model stores it, and places it.
+
+    The records of `blocks` become a quantised matrix.
+    """
     dtype = jnp.dtype(config.dtype)
 
     def place(array: Tensor, axes: Any, contracted: Any) -> Any:
-        if linear.is_matrix(contracted):
-            return {"values": place(array, axes["values"], contracted["values"])}
-        array = np.transpose(array, linear.stored(array.ndim, contracted, dtype))
+        if not linear.is_matrix(contracted):
+            return put(np.transpose(array, linear.stored(array.ndim, contracted, dtype)), axes, dtype)
+        inputs = contracted["values"]
+        if array.dtype.names is None:
+            return {"values": place(array, axes["values"], inputs)}
+        records = np.asarray(np.transpose(array, linear.rotated(array.ndim, inputs)))
+        parts = blocks.rounded(records, inputs, has_offset="offset" in axes)
+        return {name: put(part, axes[name], part.dtype) for name, part in parts.items()}
+
+    def put(array: Tensor, axes: Any, dtype: np.dtype) -> jax.Array:
         # Copies: on CPUs, JAX may keep the buffer itself, which could be a view of a memory-mapped file.
         if mesh is None:
             return jax.device_put(np.array(array, dtype=dtype, order="C"))

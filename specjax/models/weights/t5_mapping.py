@@ -228,10 +228,12 @@ def to_huggingface(config: T5Config, params: Tree) -> dict[str, np.ndarray]:
       params: the parameters.
 
     Raises:
-      ValueError: for a model whose matrices are int8.
+      ValueError: for a quantised model.
     """
-    if config.int8:
-        raise ValueError("An int8 T5 has no tensors under Hugging Face's names: convert the model it was made from.")
+    if config.quantisation or config.head_quantisation:
+        raise ValueError(
+            "A quantised T5 has no tensors under Hugging Face's names: convert the model it was made from."
+        )
     c = config
 
     def logical(x: Any, contracted: Any) -> Any:

@@ -1,0 +1,81 @@
+"""Products with matrices in eight or four bits (`quantisation`), which are read in that size.
+
+TPUs and GPUs convert the weights as they read them, and multiply in bfloat16, or integers with integers where
+activations are int8 and an output has one scale. CPUs multiply in float32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from specjax.models import cpu_products
+from specjax.models.quantisation import Quantisation, Rounded, dequantise
+
+
+def round_rows(x: Float[Array, "B T *i"], num_contracted: int) -> tuple[Float[Array, "B T *i"], Float[Array, "..."]]:
+    """Activations as whole numbers from -127 to 127, and the scale of each row (Dettmers et al. 2022, 2208.07339)."""
+    inputs = tuple(range(x.ndim - num_contracted, x.ndim))
+    step = jnp.maximum(jnp.max(jnp.abs(x), axis=inputs, keepdims=True), 1e-30) / 127
+    return jnp.round(x / step), step
+
+
+def product(
+    x: Float[Array, "B T *i"], weight: Rounded, num_contracted: int, how: Quantisation
+) -> Float[Array, "B T *o"]:
+    """The product over the last `num_contracted` axes of x with a rounded matrix, in float32."""
+    x, step = x.astype(jnp.float32), None
+    if how.activations:
+        x, step = round_rows(x, num_contracted)
+
+    def on_cpu(x: Array, weight: Rounded) -> Array:
+        rows = math.prod(x.shape[: x.ndim - num_contracted])
+        if cpu_products.is_supported(rows, weight.values.dtype) and (how.bits == 8 or x.shape[-1] % 2 == 0):
+            return _by_rows(x, weight, num_contracted)
+        return _exact(x, weight, num_contracted) if how == Quantisation(8) else _in_float32(x, weight, num_contracted)
+
+    def elsewhere(x: Array, weight: Rounded) -> Array:
+        if how.group is None:
+            dtype = jnp.int8 if how.activations else jnp.bfloat16
+            return _dot(x.astype(dtype), weight.values.astype(dtype), num_contracted).astype(jnp.float32) * weight.scale
+        return _dot(x.astype(jnp.bfloat16), dequantise(weight, num_contracted).astype(jnp.bfloat16), num_contracted)
+
+    out = jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
+    if step is None:
+        return out
+    return out * step.reshape(*step.shape[: x.ndim - num_contracted], *[1] * (out.ndim - x.ndim + num_contracted))
+
+
+def _dot(x: Array, weight: Array, num_contracted: int) -> Array:
+    inputs, summed = (tuple(range(a.ndim - num_contracted, a.ndim)) for a in (x, weight))
+    wide = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    return jax.lax.dot_general(x, weight, ((inputs, summed), ((), ())), preferred_element_type=wide)
+
+
+def _by_rows(x: Array, weight: Rounded, num_contracted: int) -> Array:
+    kept, outputs = (a.shape[: a.ndim - num_contracted] for a in (x, weight.values))
+    flat = jax.tree.map(lambda a: a.reshape(math.prod(outputs), -1), weight)
+    return cpu_products.product_rounded(x.reshape(math.prod(kept), -1), flat).reshape(*kept, *outputs)
+
+
+def _in_float32(x: Array, weight: Rounded, num_contracted: int) -> Array:
+    return _dot(x, dequantise(weight, num_contracted), num_contracted)
+
+
+def _exact(x: Array, weight: Rounded, num_contracted: int) -> Array:
+    """The product with one scale for each output, as XLA:CPU makes it fast: int8 times int8.
+
+    Every x is rounded to 15 bits, relative to the largest of its row, and split into an upper and a lower int8 part,
+    which are two rows of one product. Sums of integers are exact, so a result does not depend on how many rows there
+    are.
+    """
+    values, scale, _ = weight
+    outputs, kept = values.shape[: values.ndim - num_contracted], x.shape[: x.ndim - num_contracted]
+    rows, matrix = x.reshape(math.prod(kept), -1), values.reshape(math.prod(outputs), -1)
+    step = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True), 1e-30) / (127 * 128)
+    whole = jnp.round(rows / step).astype(jnp.int32)
+    both = jnp.concatenate([whole >> 7, whole & 127]).astype(jnp.int8)
+    product = jax.lax.dot_general(matrix, both, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    upper, lower = jnp.split(product.T.astype(jnp.float32), 2)
+    return ((128 * upper + lower) * step).reshape(*kept, *outputs) * scale

@@ -105,18 +105,22 @@ def test_a_product_is_that_of_what_the_matrix_stands_for_row_by_row(way, by_xla,
             np.testing.assert_array_equal(got[1, 2], run(rows, weight)[0, 0])
 
 
-@pytest.mark.parametrize("way", ["int8", "int4:32:offset"])
-def test_accelerators_multiply_what_the_matrix_stands_for(way, monkeypatch):
-    # What TPUs and GPUs run is run here, in bfloat16.
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+@pytest.mark.parametrize("num_rows", [3, quantised.MAX_ROWS + 1])
+@pytest.mark.parametrize("way", ["int8", "int4:32", "int4:32:offset"])
+def test_accelerators_multiply_what_the_matrix_stands_for(way, num_rows, monkeypatch):
+    # What GPUs run, and TPUs for many rows, is run here, in bfloat16.
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, cuda, default: cuda(*args))
     how, rng = quantisation.parse(way)[0], np.random.default_rng(3)
     for activations in (None, 8):
         how = dataclasses.replace(how, activations=activations)
-        matrix = jnp.asarray(rng.standard_normal((7, 64)), jnp.float32)
-        x, weight = jnp.asarray(rng.standard_normal((1, 3, 64)), jnp.float32), quantisation.quantise(matrix, 1, how)
-        wanted = x @ quantisation.dequantise(weight, 1).T
-        got = quantised.product(x, weight, 1, how)
-        np.testing.assert_allclose(got, wanted, atol=0.1)
+        matrix = jnp.asarray(rng.standard_normal((5, 3, 2, 64)), jnp.float32)
+        x, weight = (
+            jnp.asarray(rng.standard_normal((1, num_rows, 2, 64)), jnp.float32),
+            quantisation.quantise(matrix, 2, how),
+        )
+        wanted = jnp.einsum("btij,opij->btop", x, quantisation.dequantise(weight, 2))
+        got = quantised.product(x, weight, 2, how)
+        np.testing.assert_allclose(got, wanted, atol=0.3)
         assert float(jnp.corrcoef(got.ravel(), wanted.ravel())[0, 1]) > 0.999
 
 

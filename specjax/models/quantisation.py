@@ -156,7 +156,7 @@ def num_groups(inputs: Sequence[int], how: Quantisation) -> tuple[int, ...]:
     )
 
 
-def _split(shape: Sequence[int], groups: Sequence[int]) -> tuple[int, ...]:
+def split(shape: Sequence[int], groups: Sequence[int]) -> tuple[int, ...]:
     """The shape of values with each dimension of the inputs split into groups and what is in one."""
     outputs, inputs = shape[: len(shape) - len(groups)], shape[len(shape) - len(groups) :]
     pairs = ((number, size // number) for size, number in zip(inputs, groups, strict=True))
@@ -175,7 +175,7 @@ def dequantise(rounded: Rounded, num_contracted: int) -> Float[Array, "..."]:
     values, scale, offset = rounded
     shape = values.shape
     groups = scale.shape[len(shape) - num_contracted :] or (1,) * num_contracted
-    weight = values.reshape(_split(shape, groups)).astype(jnp.float32) * spread(scale, shape, num_contracted)
+    weight = values.reshape(split(shape, groups)).astype(jnp.float32) * spread(scale, shape, num_contracted)
     if offset is not None:
         weight = weight + spread(offset, shape, num_contracted)
     return weight.reshape(shape)
@@ -196,21 +196,21 @@ def quantise(weight: Float[Array, "..."], num_contracted: int, how: Quantisation
     """
     shape, outputs = weight.shape, weight.ndim - num_contracted
     groups = num_groups(shape[outputs:], how)
-    split = weight.astype(jnp.float32).reshape(_split(shape, groups))
-    within = tuple(range(outputs + 1, split.ndim, 2))
+    grouped = weight.astype(jnp.float32).reshape(split(shape, groups))
+    within = tuple(range(outputs + 1, grouped.ndim, 2))
     low, high = -(2 ** (how.bits - 1)), 2 ** (how.bits - 1) - 1
     offset = None
     if how.offset:
-        least, most = (reduce(split, axis=within, keepdims=True) for reduce in (jnp.min, jnp.max))
+        least, most = (reduce(grouped, axis=within, keepdims=True) for reduce in (jnp.min, jnp.max))
         scale = _positive(most - least) / (high - low)
         offset = least - low * scale
-        values = split - offset
+        values = grouped - offset
     else:
-        values = split
-        largest = jnp.max(jnp.abs(split), axis=within, keepdims=True)
+        values = grouped
+        largest = jnp.max(jnp.abs(grouped), axis=within, keepdims=True)
         scale = _positive(largest) / high
         if how.bits == 4:
-            scale = _best_scale(split, largest, within)
+            scale = _best_scale(grouped, largest, within)
     rounded = jnp.clip(jnp.round(values / scale), low, high).astype(jnp.int8 if how.bits == 8 else jnp.int4)
 
     def folded(x: Array) -> Array:
@@ -224,17 +224,17 @@ def _positive(x: Array) -> Array:
     return jnp.where(x > 0, x, 1.0)
 
 
-def _best_scale(split: Array, largest: Array, within: tuple[int, ...]) -> Array:
+def _best_scale(grouped: Array, largest: Array, within: tuple[int, ...]) -> Array:
     """Of several scales, that whose values are nearest to the weights.
 
     The largest weight becomes -8, which there is one more of than of positive values: so a scale may be negative.
     """
-    most = jnp.max(split, axis=within, keepdims=True)
+    most = jnp.max(grouped, axis=within, keepdims=True)
     whole = jnp.where(most == largest, -1.0, 1.0) * _positive(largest) / 8
 
     def better(found: tuple[Array, Array], factor: Array) -> tuple[tuple[Array, Array], None]:
         scale = whole * factor
-        error = split - scale * jnp.clip(jnp.round(split / scale), -8, 7)
+        error = grouped - scale * jnp.clip(jnp.round(grouped / scale), -8, 7)
         error = jnp.sum(error * error, axis=within, keepdims=True)
         best, least = found
         return (jnp.where(error < least, scale, best), jnp.minimum(error, least)), None

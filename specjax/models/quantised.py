@@ -11,7 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from specjax.models import cpu_products
-from specjax.models.quantisation import Quantisation, Rounded, dequantise
+from specjax.models.quantisation import Quantisation, Rounded, dequantise, split
+
+
+MAX_ROWS = 16
+"""The most rows whose products with each group are written down on GPUs; more share a matrix that is converted once."""
 
 
 def round_rows(x: Float[Array, "B T *i"], num_contracted: int) -> tuple[Float[Array, "B T *i"], Float[Array, "..."]]:
@@ -41,7 +45,11 @@ def product(
             return _dot(x.astype(dtype), weight.values.astype(dtype), num_contracted).astype(jnp.float32) * weight.scale
         return _dot(x.astype(jnp.bfloat16), dequantise(weight, num_contracted).astype(jnp.bfloat16), num_contracted)
 
-    out = jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
+    def on_cuda(x: Array, weight: Rounded) -> Array:
+        few = math.prod(x.shape[: x.ndim - num_contracted]) <= MAX_ROWS
+        return _by_groups(x, weight, num_contracted) if how.group and few else elsewhere(x, weight)
+
+    out = jax.lax.platform_dependent(x, weight, cpu=on_cpu, cuda=on_cuda, default=elsewhere)
     if step is None:
         return out
     return out * step.reshape(*step.shape[: x.ndim - num_contracted], *[1] * (out.ndim - x.ndim + num_contracted))
@@ -57,6 +65,36 @@ def _by_rows(x: Array, weight: Rounded, num_contracted: int) -> Array:
     kept, outputs = (a.shape[: a.ndim - num_contracted] for a in (x, weight.values))
     flat = jax.tree.map(lambda a: a.reshape(math.prod(outputs), -1), weight)
     return cpu_products.product_rounded(x.reshape(math.prod(kept), -1), flat).reshape(*kept, *outputs)
+
+
+def _by_groups(x: Array, weight: Rounded, num_contracted: int) -> Array:
+    """The products of the groups, each multiplied by its scale, and added up.
+
+    XLA:GPU converts integers within its kernels of products, but writes a matrix that is multiplied by scales to memory
+    first, at four times the bytes of int4. The products of groups are few bytes as long as rows are few.
+    """
+    values, scale, offset = weight
+    groups = scale.shape[scale.ndim - num_contracted :]
+    x, values = (a.reshape(split(a.shape, groups)) for a in (x, values))
+    # Of both, the last axes are numbers of groups and what is in one, in turn.
+    number, within = ([tuple(range(a.ndim - 2 * num_contracted + i, a.ndim, 2)) for a in (x, values)] for i in range(2))
+    dot = ((within[0], within[1]), (number[0], number[1]))
+    parts = jax.lax.dot_general(
+        x.astype(jnp.bfloat16), values.astype(jnp.bfloat16), dot, preferred_element_type=jnp.float32
+    )
+    kept = x.ndim - 2 * num_contracted
+
+    def of_parts(a: Array, num_outputs: int) -> Array:
+        """Moves the numbers of groups to the front, as in `parts`, and makes room for the rows."""
+        moved = jnp.moveaxis(a, range(num_outputs, a.ndim), range(num_contracted))
+        return jnp.expand_dims(moved, tuple(range(num_contracted, num_contracted + kept)))
+
+    outputs = scale.ndim - num_contracted
+    parts = parts * of_parts(scale, outputs)
+    if offset is not None:
+        sums = jnp.moveaxis(jnp.sum(x, axis=within[0]), range(kept, kept + num_contracted), range(num_contracted))
+        parts = parts + jnp.expand_dims(sums, tuple(range(sums.ndim, parts.ndim))) * of_parts(offset, outputs)
+    return jnp.sum(parts, axis=tuple(range(num_contracted)))
 
 
 def _in_float32(x: Array, weight: Rounded, num_contracted: int) -> Array:

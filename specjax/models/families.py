@@ -151,6 +151,8 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
     Raises:
       ValueError: for a model that is quantised.
     """
+    if dtype == config.dtype:
+        return config, params
     if found := quantised_as(config):
         raise ValueError(f"dtype={dtype!r}: this model is {found} in {config.dtype}; choose that, or quantise it anew.")
 

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from specjax.models import cpu_products
 from specjax.models.quantisation import Quantisation, Rounded, dequantise, split
 
-
 MAX_ROWS = 16
 """The most rows whose products with each group are written down on GPUs; more share a matrix that is converted once."""
 

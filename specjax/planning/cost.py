@@ -44,6 +44,9 @@ _SAME_DATA = frozenset(
 _UPDATES = frozenset(("dynamic_update_slice", "scatter"))
 
 
+_SCALINGS = frozenset(("mul", "add"))
+
+
 _LOOKUPS = frozenset(("gather", "dynamic_slice"))
 
 
@@ -61,8 +64,12 @@ def _inner(eqn: Any) -> Any:
     return getattr(found, "jaxpr", found)
 
 
-def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -> Generator[_Product, None, list[int]]:
+def _walk(
+    jaxpr: Any, origins: list[int], small: frozenset[int], read: set[int], looked_up: set[int]
+) -> Generator[_Product, None, list[int]]:
     """The matrix products of a program, noting which of its arguments are read, and which only by look-ups of rows.
+
+    What is made of one of the arguments `small`, quantised matrices, by scales and offsets is that matrix in floats.
 
     Returns:
       which argument each result is another form of, or -1.
@@ -78,8 +85,11 @@ def _walk(jaxpr: Any, origins: list[int], read: set[int], looked_up: set[int]) -
         if name in _SAME_DATA or name in _UPDATES:
             origin[eqn.outvars[0]] = sources[0]
         elif inner is not None:
-            results = yield from _walk(inner, sources[len(sources) - len(inner.invars) :], read, looked_up)
+            results = yield from _walk(inner, sources[len(sources) - len(inner.invars) :], small, read, looked_up)
             origin.update(zip(eqn.outvars, results, strict=True))
+        elif name in _SCALINGS and (matrices := [source for source in sources if source in small]):
+            origin[eqn.outvars[0]] = matrices[0]
+            read.update({*sources} - {-1})
         elif name in _LOOKUPS:
             looked_up.update({sources[0]} - {-1})
         else:
@@ -117,6 +127,7 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
     arguments = jax.tree.leaves((params, cache))
     shards = [x.size // math.prod(local_shape(x)) for x in arguments]
     num_params = len(jax.tree.leaves(params))
+    small = frozenset(i for i, x in enumerate(arguments[:num_params]) if jnp.issubdtype(x.dtype, jnp.integer))
     rows = setup.batch_size // setup.data
 
     def traced(tokens: int) -> Cost:
@@ -127,7 +138,7 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
         read: set[int] = set()
         looked_up: set[int] = set()
         flops = 0.0
-        for product in _walk(jaxpr, [*range(len(arguments)), -1], read, looked_up):
+        for product in _walk(jaxpr, [*range(len(arguments)), -1], small, read, looked_up):
             known = [i for i in product.arguments if i >= 0]
             # A product with the cache has its rows split already; one with a parameter runs for the device's own rows.
             divisors = [shards[i] * (setup.data if i < num_params else 1) for i in known]

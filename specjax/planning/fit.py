@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from specjax import decoding
+from specjax.models import families
 from specjax.planning.memory import memory
 from specjax.planning.setup import SIDES, Setup
+
+_QUANTISED = ("int8", "int4:64")
+"""The ways to quantise a draft that are tried, the most accurate first."""
 
 
 class Fit(NamedTuple):
@@ -98,6 +102,20 @@ def _narrower_or_more(setup: Setup, budget: _Budget) -> Iterator[str]:
             )
 
 
+def _smaller_draft(setup: Setup, budget: _Budget) -> Iterator[str]:
+    """The draft in int8, or else in int4, where that is enough: the text stays the target's."""
+    if families.quantised_as(setup.draft):
+        return
+    for how in _QUANTISED:
+        try:
+            found = dataclasses.replace(setup, draft=families.with_quantisation(setup.draft, how))
+        except ValueError:  # The draft does not divide into the groups.
+            continue
+        if budget.fits(found):
+            yield f"a draft in {how} needs {budget.shown(found)} a device: --config.draft_quantise={how}"
+            return
+
+
 def _fewer_rows(setup: Setup, budget: _Budget) -> Iterator[str]:
     """The largest batch that fits."""
 
@@ -141,6 +159,7 @@ def fit(setup: Setup, overhead: int = 0) -> Fit:
     if not budget.fits(setup):
         remedies = [
             *_narrower_or_more(setup, budget),
+            *_smaller_draft(setup, budget),
             *_fewer_rows(setup, budget),
             *_shorter(setup, budget),
         ]

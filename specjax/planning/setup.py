@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from specjax import decoding, drafters, sampling
 from specjax.models import cache as cache_lib
-from specjax.models import families
+from specjax.models import families, quantisation
 from specjax.models.config import ModelConfig
 from specjax.parallel import sharding
 from specjax.planning.chips import Topology
@@ -223,8 +223,10 @@ def local_shape(x: Any) -> tuple[int, ...]:
 
 
 def local_bytes(tree: Tree) -> int:
-    """What each device holds of a tree of abstract, sharded arrays; random keys count eight bytes."""
+    """What each device holds of a tree of abstract, sharded arrays; random keys count eight bytes, int4 half a byte."""
     return sum(
-        math.prod(local_shape(x)) * (8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize)
+        math.prod(local_shape(x))
+        * (64 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else quantisation.bits(x.dtype))
+        // 8
         for x in jax.tree.leaves(tree)
     )

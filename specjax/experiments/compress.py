@@ -23,6 +23,7 @@ from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
 from specjax.experiments.settings import FINITE, Config, at_least, given, one_of, parse
 from specjax.experiments.store import Store
+from specjax.models import quantisation
 from specjax.training import data
 from specjax.training.data import Text
 from specjax.training.perplexity import perplexity
@@ -65,23 +66,8 @@ class Settings:
             if names.count(name) > 1:
                 raise ValueError(f"config.students, config.quantised and config.pruned name {name} twice.")
         for how in self.quantised:
-            check_precision(how)
-
-
-def check_precision(how: str) -> None:
-    """Refuses precisions that `load` does not know.
-
-    Raises:
-      ValueError: naming those that it knows.
-    """
-    if how != "int8":
-        raise ValueError(f"config.quantised={how!r}: choose int8.")
-
-
-def load_quantised(source: str, how: str, dtype: str, view: View) -> Pretrained:
-    """The target in another precision."""
-    check_precision(how)
-    return bench.load(source, view, dtype=dtype, int8=True)
+            if not quantisation.is_known(how):
+                raise ValueError(f"config.quantised={how!r}: choose from {quantisation.EXAMPLES}.")
 
 
 class Variant(NamedTuple):
@@ -103,7 +89,9 @@ def variants(chosen: Settings) -> list[Variant]:
         return Variant(f"{kind}, {source}", lambda view: bench.load(source, view, dtype=chosen.dtype))
 
     def in_precision(how: str) -> Variant:
-        return Variant(f"quantised, {how}", lambda view: load_quantised(chosen.target, how, chosen.dtype, view))
+        return Variant(
+            f"quantised, {how}", lambda view: bench.load(chosen.target, view, dtype=chosen.dtype, quantise=how)
+        )
 
     return [
         *(from_source("distilled", source) for source in chosen.students),

@@ -41,7 +41,8 @@ class Tuned:
 
 def path_of(chosen: Any, batch_size: int) -> pathlib.Path:
     """Where the choice for a target, a drafter, a dtype, a batch size and this machine is kept."""
-    names = [chosen.target, chosen.drafter, chosen.draft, chosen.dtype, str(batch_size), bench.device_name()]
+    names = [chosen.target, chosen.target_quantise, chosen.drafter, chosen.draft, chosen.draft_quantise, chosen.dtype]
+    names += [str(batch_size), bench.device_name()]
     return files.cache_directory() / "tuned" / f"{zlib.crc32(json.dumps(names).encode()):08x}.json"
 
 
@@ -49,7 +50,7 @@ def load(chosen: Any, batch_size: int) -> Tuned:
     """What a run of `configs/tune.py` chose for these models, on this machine.
 
     Args:
-      chosen: settings with `target`, `drafter`, `draft` and `dtype`.
+      chosen: settings with `target`, `drafter`, `draft`, how they are quantised, and `dtype`.
       batch_size: B.
 
     Raises:

@@ -12,6 +12,7 @@ import zipfile
 import gguf as gguf_package
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -20,7 +21,7 @@ from gguf.constants import GGMLQuantizationType
 from helpers import virtual_devices
 
 from specjax.api import pretrained
-from specjax.models import families
+from specjax.models import families, linear, quantisation
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
 from specjax.models.weights import checkpoint, decoder_configs, gguf, huggingface, mapping, naming, wheel
 from specjax.parallel import sharding
@@ -446,6 +447,53 @@ def test_every_gguf_type(name, tmp_path):
     np.testing.assert_array_equal(params["layers"][0]["mlp"]["down"]["values"], values.T)
 
 
+def as_floats(tree, contracted):
+    """The parameters, with each quantised matrix as the float32 matrix that it stands for."""
+    if not isinstance(tree, dict):
+        return tree
+    if "scale" not in tree:
+        return {name: as_floats(x, contracted[name]) for name, x in tree.items()}
+    number = contracted["values"]
+    weight = quantisation.dequantise(quantisation.Rounded(tree["values"], tree["scale"], tree.get("offset")), number)
+    return {"values": jnp.transpose(weight, linear.rotated(weight.ndim, weight.ndim - number))}
+
+
+@pytest.mark.parametrize(
+    ("layers", "head", "way"),
+    [
+        ("Q8_0", "Q8_0", "int8:32"),
+        ("Q4_0", "Q4_0", "int4:32"),
+        ("Q4_1", "Q8_0", "int4:32:offset,head=int8:32"),
+        ("Q4_0", "F32", "int4:32,head=floats"),
+        ("mixed", "Q4_1", "int8:32,head=int4:32:offset"),
+    ],
+)
+def test_gguf_blocks_are_kept_as_they_are(layers, head, way, tmp_path):
+    number = iter(range(1000))
+
+    def encode(array):
+        mixed = ("Q4_0", "Q8_0")[next(number) % 2]
+        name = head if array.shape[0] == WIDE.vocab_size else mixed if layers == "mixed" else layers
+        kind = GGMLQuantizationType[name]
+        return quants.quantize(array, kind), kind
+
+    path = write_gguf(tmp_path / "m.gguf", WIDE, random_tensors(WIDE), encode=encode)
+    _, floats = gguf.load(path)
+    config, kept = gguf.load(path, keep=True)
+    assert families.quantised_as(config) == way
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), kept) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), families.abstract_params(config)
+    )
+    found = as_floats(kept, families.num_contracted(config))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, floats)
+
+
+def test_gguf_without_blocks_that_are_kept(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", WIDE, random_tensors(WIDE))
+    with pytest.raises(ValueError, match=r"quantise='keep'.*matrices of F32.*Q8_0, Q4_0, Q4_1.*such as int8"):
+        gguf.load(path, keep=True)
+
+
 def test_gguf_of_an_unknown_type(tmp_path):
     kind = GGMLQuantizationType.Q2_K
     encode = random_blocks(kind, np.random.default_rng(0))
@@ -702,7 +750,7 @@ MESH = """
 import sys, jax, numpy as np, specjax
 from specjax.api import pretrained
 from specjax.parallel import sharding
-from specjax.models import families
+from specjax.models import families, linear, quantisation
 assert jax.device_count() == 4
 mesh = sharding.make_mesh(data=2, model=2)
 host = pretrained.load(sys.argv[1])

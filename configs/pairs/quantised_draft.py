@@ -13,8 +13,8 @@ such a pair, on hardware that has the memory:
 
 The draft needs no training and no other checkpoint, and the text is the target's, to the last token.
 
-Hardware: any CPU; nothing is run. Expected: it fits; the draft's parameters are 4.5 bits each; c near 0.3, so that
-speculation pays little unless nearly every draft token is accepted.
+Hardware: any CPU; nothing is run. Expected: it fits, with 20 of 22 GiB; c = 0.29, so that speculation pays where the
+copy is nearly always accepted: 1.9 times at the acceptance rate of 0.9 that is assumed, as a lower bound of the times.
 """
 
 import pathlib

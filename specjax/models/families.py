@@ -217,8 +217,8 @@ def quantise(config: ModelConfig, params: Tree, how: str) -> tuple[ModelConfig, 
             f"quantise={how!r}: layers are quantised before they are scanned, and these are scanned already."
         )
 
-    def walk(tree: Any, contracted: Any, how: Quantisation) -> Any:
-        if not isinstance(tree, dict):
+    def walk(tree: Any, contracted: Any, how: Quantisation | None) -> Any:
+        if how is None or not isinstance(tree, dict):
             return tree
         if linear.is_matrix(contracted):
             return linear.quantise(tree["values"], contracted["values"], how)

@@ -31,6 +31,9 @@ EXAMPLES = "int8, int4:64 (a scale for every 64 inputs), int4:64+int8 (int8 acti
 KEEP = "keep"
 """What `load` takes for the blocks that a file has, in the place of a spelling."""
 
+_FLOATS = "floats"
+"""What is not quantised, where something else is."""
+
 _SPELLING = re.compile(r"int(?P<bits>[48])(:(?P<group>\d+))?(?P<offset>:offset)?(\+int(?P<activations>8))?")
 
 _SHRUNK = 12
@@ -83,17 +86,20 @@ class Rounded(NamedTuple):
     offset: Float[Array, "..."] | None
 
 
-def parse(text: str) -> tuple[Quantisation, Quantisation]:
+def parse(text: str) -> tuple[Quantisation | None, Quantisation | None]:
     """How the matrices of the layers, and that of the head, are stored.
 
     Args:
       text: "int8" or "int4", then ":32", ":64" or ":128" for groups of so many inputs, ":offset" for offsets, "+int8"
-        for int8 activations; ",head=" and the same again where the head differs.
+        for int8 activations; ",head=" and the same again where the head differs. "floats" on one side of that leaves
+        it as it is (None).
 
     Raises:
       ValueError: for anything else, with some that can be chosen.
     """
     layers, comma, head = text.partition(",head=")
+    if layers == (head if comma else layers) == _FLOATS:
+        raise ValueError(f"quantise={text!r} leaves everything as it is: leave it out, or give {EXAMPLES}.")
     return _one(layers, text), _one(head if comma else layers, text)
 
 
@@ -108,7 +114,9 @@ def is_known(text: str) -> bool:
     return True
 
 
-def _one(spelled: str, text: str) -> Quantisation:
+def _one(spelled: str, text: str) -> Quantisation | None:
+    if spelled == _FLOATS:
+        return None
     match = _SPELLING.fullmatch(spelled)
     if match is None or (match["group"] and int(match["group"]) not in GROUPS):
         raise ValueError(f"quantise={text!r} is not known: give {EXAMPLES}; groups have {', '.join(map(str, GROUPS))}.")
@@ -120,7 +128,7 @@ def spell(layers: Quantisation | None, head: Quantisation | None) -> str:
     """The text that `parse` reads as these; empty where nothing is quantised."""
     if layers == head:
         return str(layers or "")
-    return f"{layers or 'floats'},head={head or 'floats'}"
+    return f"{layers or _FLOATS},head={head or _FLOATS}"
 
 
 def bits(dtype: jax.typing.DTypeLike) -> int:

@@ -102,7 +102,7 @@ def test_a_product_is_that_of_what_the_matrix_stands_for_row_by_row(way, by_xla,
         step = np.maximum(abs(rows).max(1, keepdims=True), 1e-30) / 127
         rows = np.round(rows / step) * step
     wanted = rows @ np.asarray(quantisation.dequantise(weight, 2), np.float64).reshape(21, -1).T
-    tolerance = 128 * 2.0**-14 if way == "int8" and by_xla else 1e-5  # 15 bits of each input
+    tolerance = 128 * 2.0**-14 if way == "int8" else 1e-5  # 15 bits of each input
     assert got.shape == (2, 3, 3, 7)
     assert (abs(got.reshape(6, -1) - wanted) <= tolerance * abs(wanted).max(1, keepdims=True) + 1e-12).all()
     np.testing.assert_array_equal(got[1], run(x.at[0].set(9.0), weight)[1])

@@ -33,10 +33,12 @@ def product(
         x, step = round_rows(x, num_contracted)
 
     def on_cpu(x: Array, weight: Rounded) -> Array:
+        if how == Quantisation(8):
+            return _exact(x, weight, num_contracted)
         rows = math.prod(x.shape[: x.ndim - num_contracted])
         if cpu_products.is_supported(rows, weight.values.dtype) and (how.bits == 8 or x.shape[-1] % 2 == 0):
             return _by_rows(x, weight, num_contracted)
-        return _exact(x, weight, num_contracted) if how == Quantisation(8) else _in_float32(x, weight, num_contracted)
+        return _in_float32(x, weight, num_contracted)
 
     def elsewhere(x: Array, weight: Rounded) -> Array:
         if how.group is None:

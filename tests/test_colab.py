@@ -1,0 +1,92 @@
+"""The notebooks of `colab/`: each is its source, executed, and says nothing of the machine; `-m slow` executes them."""
+
+import importlib.util
+import pathlib
+import platform
+import re
+
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _build():
+    spec = importlib.util.spec_from_file_location("colab_build", ROOT / "colab" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = _build()
+each = pytest.mark.parametrize("name", build.NAMES)
+
+
+def written(name: str):
+    return nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
+
+
+def outputs(notebook) -> str:
+    """All that a notebook shows, but its pictures."""
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    texts = [output.get("text", "") for output in shown]
+    texts += [str(text) for output in shown for kind, text in output.get("data", {}).items() if "image" not in kind]
+    return "\n".join(texts)
+
+
+def test_the_folder_has_these_notebooks_and_no_others():
+    assert sorted(path.stem for path in (ROOT / "colab" / "src").glob("*.py")) == sorted(build.NAMES)
+    assert sorted(path.stem for path in (ROOT / "colab").glob("*.ipynb")) == sorted(build.NAMES)
+
+
+@each
+def test_a_notebook_is_its_source(name):
+    source, notebook = build.read(name), written(name)
+    said = f"python colab/build.py {name} was not run after the last change of its source"
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+        (cell.cell_type, cell.source) for cell in source.cells
+    ], said
+    nbformat.validate(notebook)
+
+
+@each
+def test_a_notebook_was_executed_without_an_error(name):
+    code = [cell for cell in written(name).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = {output.output_type for cell in code for output in cell.outputs}
+    assert "error" not in kinds
+    assert "the smallest sizes" not in outputs(written(name)), "the committed outputs are those of a test"
+
+
+@each
+def test_a_notebook_says_nothing_of_the_machine(name):
+    said = outputs(written(name))
+    assert platform.node() not in said.split()
+    assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|usr|content|Users)/", said)
+
+
+@each
+def test_badges_open_the_right_file(name):
+    badge = build.badge(name)
+    assert f"/github/{build.REPOSITORY}/blob/main/colab/{name}.ipynb)" in badge
+    assert build.read(name).cells[0].source.startswith(badge)
+    assert badge in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_all_notebooks_are_set_up_in_the_same_way():
+    cells = [cell.source for name in build.NAMES for cell in build.read(name).cells]
+    installing = [source for source in cells if source.startswith("# @title Install specjax")]
+    assert len(installing) == len(build.NAMES)
+    found = set(installing)
+    assert len(found) == 1
+    assert f'"https://github.com/{build.REPOSITORY}"' in found.pop()
+
+
+@each
+@pytest.mark.slow
+def test_a_notebook_runs_in_small(name):
+    notebook = build.read(name)
+    build.execute(notebook, small=True)
+    assert "the smallest sizes" in outputs(notebook)

@@ -26,6 +26,7 @@ REPOSITORY = "specjax/specjax"
 """Where the notebooks are opened and installed from, on GitHub: OWNER/NAME. The sources and the README repeat it."""
 
 NAMES = (
+    "speculative_decoding_from_scratch",
     "quickstart",
     "shard_and_plan",
 )

@@ -29,6 +29,7 @@ NAMES = (
     "speculative_decoding_from_scratch",
     "quickstart",
     "shard_and_plan",
+    "train_a_draft",
 )
 """In the order in which they are best read."""
 

@@ -8,6 +8,9 @@ import re
 import nbformat
 import pytest
 
+from specjax.experiments import notebooks
+from specjax.experiments.reports import notebook as report
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -82,6 +85,44 @@ def test_all_notebooks_are_set_up_in_the_same_way():
     found = set(installing)
     assert len(found) == 1
     assert f'"https://github.com/{build.REPOSITORY}"' in found.pop()
+
+
+@pytest.mark.parametrize(
+    ("num_accepted", "kinds"),
+    [
+        (0, ["rejected", "of the target", "dropped", "dropped"]),
+        (2, ["accepted", "accepted", "rejected", "of the target"]),
+        (3, ["accepted", "accepted", "accepted", "of the target"]),
+    ],
+)
+def test_the_tokens_of_a_step_are_drawn_in_the_order_of_their_places(num_accepted, kinds):
+    boxes = report._boxes(report.Step([5, 6, 7], num_accepted, 9))
+    assert [kind for _, kind in boxes] == kinds
+    assert [token for token, kind in boxes if kind != "of the target"] == [5, 6, 7]
+
+
+def test_a_config_runs_as_its_command_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert notebooks.run("data.py", "data", sets=("prompts",), num_prompts=3) == pathlib.Path("data")
+    said = capsys.readouterr().out
+    flags = '"--config.sets=(\'prompts\',)" --config.num_prompts=3'
+    assert said.startswith(f"$ python -m specjax.launch --config=configs/data.py {flags} --workdir=data\n")
+    assert len((tmp_path / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    with pytest.raises(KeyError, match="num_prompt"):
+        notebooks.run("data.py", "data", num_prompt=3)
+    with pytest.raises(FileNotFoundError, match="clone the repository"):
+        notebooks.config("nothing.py")
+
+
+def test_the_page_of_a_run_is_shown_below_its_plots(tmp_path):
+    (tmp_path / "summary.md").write_text("# Run\n\n![speed](b.png)\n\n## Costs\n", encoding="utf-8")
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    plot, page = report.results(tmp_path)
+    assert plot.forms == {"image/png": b"b.png"}
+    assert page.text == "### Run\n\n#### Costs\n"
+    (tmp_path / "summary.md").write_text("# Run\n", encoding="utf-8")
+    assert [shown.text for shown in report.results(tmp_path)] == ["a.png", "b.png", "### Run\n"]
 
 
 @each

@@ -28,6 +28,7 @@ REPOSITORY = "specjax/specjax"
 NAMES = (
     "speculative_decoding_from_scratch",
     "quickstart",
+    "which_draft_pays",
     "shard_and_plan",
     "train_a_draft",
 )

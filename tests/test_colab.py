@@ -105,7 +105,7 @@ def test_a_config_runs_as_its_command_does(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert notebooks.run("data.py", "data", sets=("prompts",), num_prompts=3) == pathlib.Path("data")
     said = capsys.readouterr().out
-    flags = '"--config.sets=(\'prompts\',)" --config.num_prompts=3'
+    flags = "\"--config.sets=('prompts',)\" --config.num_prompts=3"
     assert said.startswith(f"$ python -m specjax.launch --config=configs/data.py {flags} --workdir=data\n")
     assert len((tmp_path / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()) == 3
     with pytest.raises(KeyError, match="num_prompt"):

@@ -30,6 +30,7 @@ NAMES = (
     "quickstart",
     "which_draft_pays",
     "shard_and_plan",
+    "t5_xxl_and_t5_mini",
     "train_a_draft",
 )
 """In the order in which they are best read."""

@@ -94,7 +94,8 @@ def as_model(module: Transformer) -> tuple[Model, nnx.State]:
 def main() -> None:
     """Decodes with and without speculation, and compares."""
     model, params = as_model(Transformer(nnx.Rngs(0)))
-    target = specjax.Pretrained(model, params, None, None)
+    # Nothing but saving, training and planning needs a configuration.
+    target = specjax.Pretrained(model, params, None, None)  # pyright: ignore[reportArgumentType]
     prompts = [[1, 2, 3, 1, 2, 3, 1], [5, 6, 7, 8]]
     plain = specjax.generate(target, prompts, max_new_tokens=24)
     drafts = {

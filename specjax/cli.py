@@ -78,7 +78,7 @@ def generate(argv: Sequence[str]) -> None:
         drafter = _drafter(values)
     if target.tokenizer is None:
         raise ValueError(f"The target {values.target} has no tokenizer: save one beside it (tokenizer.json).")
-    options = {name: values[name].value for name in ("max_new_tokens", "temperature", "seed")}
+    options: dict[str, Any] = {name: values[name].value for name in ("max_new_tokens", "temperature", "seed")}
     chat = values.chat and target.tokenizer.has_chat_template
     last: list[specjax.Generation] = []
 

@@ -160,8 +160,8 @@ def test_sizes_that_do_not_fit_are_refused(sizes, message):
 
 def test_only_float_encoder_decoders_are_inflated():
     small = make()
-    with pytest.raises(ValueError, match="int8; load it in float32 or bfloat16"):
-        inflate.shape(dataclasses.replace(small.config, int8=True), LARGER)
+    with pytest.raises(ValueError, match=r"quantised \(int8\); load it in float32 or bfloat16"):
+        inflate.shape(families.with_quantisation(small.config, "int8"), LARGER)
     with pytest.raises(ValueError, match="this model is a decoder, and only encoder-decoders"):
         inflate.shape(specjax.DecoderConfig(67, 16, 24, 1, 2, 1, 8, 256), LARGER)
     assert inflate.shape(small.config, dict.fromkeys(LARGER, 0)) == small.config

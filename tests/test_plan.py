@@ -667,6 +667,7 @@ def test_the_compiled_step_copies_no_cache_and_gathers_nothing(family: str, topo
 
 
 INT8, INT4 = ({"quantisation": how, "head_quantisation": how} for how in (Quantisation(8), Quantisation(4, 64)))
+VARIANTS: list[tuple[dict[str, Any], str, str]]
 VARIANTS = [(INT8, family, chip) for family in FAMILIES for chip in ("v5e:2x2", "H100:1", "H100:4")]
 VARIANTS += [(INT4, "decoder", chip) for chip in ("v5e:2x2", "H100:1", "H100:4")]
 # On GPUs, XLA writes a scanned layer's slice of the cache to memory (docs/limits.md).

@@ -230,7 +230,7 @@ def test_zeros_stay_zero_in_training(name):
 def test_what_cannot_be_pruned_is_refused():
     config, params = make("decoder")
     for changed, words in (
-        (families.quantise(config, params), "int8=True.*prune it, and quantise what is left"),
+        (families.quantise(config, params, "int8"), "quantise='int8'.*prune it, and quantise what is left"),
         (families.stack_layers(config, params), "scan_layers=True.*Load the model without"),
     ):
         last: Any

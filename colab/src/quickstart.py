@@ -183,9 +183,12 @@ display(notebook.table(["token", "log-probability", "the three most probable"], 
 #
 # The classic drafter is a smaller model of the same vocabulary. With a pair from the hub, on a GPU or a TPU:
 #
-# ```python target = specjax.load("Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16") draft =
-# specjax.load("Qwen/Qwen2.5-0.5B-Instruct", dtype="bfloat16", int8=True) out = specjax.generate(target, [PROMPT],
-# drafter=specjax.drafters.model(draft, num_draft_tokens=4), chat=True) ```
+# ```python
+# target = specjax.load("Qwen/Qwen2.5-7B-Instruct", dtype="bfloat16")
+# draft = specjax.load("Qwen/Qwen2.5-0.5B-Instruct", dtype="bfloat16", quantise="int8")
+# drafter = specjax.drafters.model(draft, num_draft_tokens=4)
+# out = specjax.generate(target, [PROMPT], drafter=drafter, chat=True)
+# ```
 #
 # The other notebooks: `speculative_decoding_from_scratch` explains the algorithm, `which_draft_pays` compares drafters
 # on your prompts, `train_a_draft` makes a draft for a target, `shard_and_plan` splits models over devices and plans

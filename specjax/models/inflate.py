@@ -48,14 +48,14 @@ def shape(config: ModelConfig, sizes: Mapping[str, int]) -> T5Config:
       sizes: new values of some of `SIZES`; 0 keeps a size.
 
     Raises:
-      ValueError: for a model that is no T5 or is int8, a size that cannot grow, or one below the model's.
+      ValueError: for a model that is no T5 or is quantised, a size that cannot grow, or one below the model's.
     """
     if not isinstance(config, T5Config):
         raise ValueError(
             f"inflate: this model is a {families.name_of(config)}, and only encoder-decoders (T5) are inflated."
         )
-    if config.int8:
-        raise ValueError("inflate: this model's matrices are int8; load it in float32 or bfloat16.")
+    if how := families.quantised_as(config):
+        raise ValueError(f"inflate: this model is quantised ({how}); load it in float32 or bfloat16.")
     for name, value in sizes.items():
         if name not in SIZES:
             raise ValueError(f"inflate.{name}={value} cannot grow: choose among {', '.join(SIZES)}.")

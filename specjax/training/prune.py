@@ -41,9 +41,9 @@ def check(config: ModelConfig) -> None:
     Raises:
       ValueError: for a quantised model, or one whose layers are scanned.
     """
-    if config.int8:
+    if how := families.quantised_as(config):
         raise ValueError(
-            "int8=True: a quantised model is not pruned. Load it without, prune it, and quantise what is left."
+            f"quantise={how!r}: a quantised model is not pruned. Load it without, prune it, and quantise what is left."
         )
     if config.scan_layers:
         raise ValueError("scan_layers=True: scanned layers are not pruned. Load the model without; scan what is left.")

@@ -101,7 +101,7 @@ def test_programs_are_run_when_asked_for_alone(execute, target, tmp_path, monkey
     assert ("16 programs that the model writes will be run" in said) == execute
     assert ("--config.execute=True would run 16" in said) != execute
     summary = (tmp_path / "summary.md").read_text()
-    assert f"draft {target} in int8 that stops where less than 0.1 sure" in summary
+    assert f"draft {target} (int8) that stops where less than 0.1 sure" in summary
     assert ("pass@1 25.0" in summary) == execute
     assert ("pass@2 25.0" in summary) == execute
     assert {row["drafter"] for row in json.loads((tmp_path / "results.json").read_text())} == {"model"}

@@ -181,7 +181,8 @@ class Sweep(NamedTuple):
         """The row of a timed cell."""
         drafter = self.drafter_of(k) if k else drafters.none()
         options = {"top_p": sampling.top_p, "batch_size": batch_size}
-        row = cells.timed(self.work, drafter, self.chosen.draft, sampling.temperature, self.chosen.num_timed, **options)
+        name, number = self.chosen.draft_name, self.chosen.num_timed
+        row = cells.timed(self.work, drafter, name, sampling.temperature, number, **options)
         name = choices.name_of(self.chosen.drafter) if drafter.num_draft_tokens else "none"
         return row | {"task": self.chosen.task, "drafter": name}
 
@@ -245,13 +246,13 @@ def _measure(sweep: Sweep, view: View) -> tuple[list[Row], dict[str, Scores], li
 def _about(chosen: Settings, num_problems: int) -> str:
     draft = "n-gram lookup" if chosen.drafter == "ngram" else choices.name_of(chosen.drafter)
     if chosen.drafter == "model":
-        draft = f"{chosen.draft}{f' in {chosen.draft_quantise}' if chosen.draft_quantise else ''}"
+        draft = chosen.draft_name
         if chosen.min_confidence:
             draft += f" that stops where less than {chosen.min_confidence:g} sure"
     device = f"{chosen.dtype} on {bench.device_name()} with jax {jax.__version__}"
     return (
-        f"Target {chosen.target}, draft {draft}, {device}; task {chosen.task}: {chosen.num_timed} texts timed, each "
-        f"{chosen.repeats} times by both sides; {chosen.num_samples} of each of {num_problems} problems judged; at "
+        f"Target {chosen.target_name}, draft {draft}, {device}; task {chosen.task}: {chosen.num_timed} texts timed, "
+        f"each {chosen.repeats} times by both sides; {chosen.num_samples} of each of {num_problems} problems judged; at "
         f"most {chosen.max_new_tokens} new tokens."
     )
 
@@ -278,7 +279,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     prompts = [Prompt(i, task.prompts[problem], chosen.task, str(problem)) for i, problem in enumerate(cycle)]
     largest = max(*chosen.num_draft_tokens, chosen.quality_draft_tokens)
     options = {"one_width": True, "stop_strings": task.stop_strings}
-    work = bench.workload(target, chosen.target, prompts, chosen, largest, **options)
+    work = bench.workload(target, chosen.target_name, prompts, chosen, largest, **options)
     if chosen.task == "humaneval":
         view.line(_about_programs(chosen, 2 * len(chosen.samplings) * number))
     rows, scores, samples = _measure(Sweep(chosen, work, task, problems, drafter_of, store), view)

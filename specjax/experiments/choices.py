@@ -52,6 +52,16 @@ class Models:
     known_drafters: ClassVar[tuple[str, ...]] = ("model", "ngram")
     """The drafters of `drafting.DRAFTERS` that may be chosen, besides a user's own."""
 
+    @property
+    def target_name(self) -> str:
+        """The target in results: a quantised one is another model than the one that it was made of."""
+        return f"{self.target} ({self.target_quantise})" if self.target_quantise else self.target
+
+    @property
+    def draft_name(self) -> str:
+        """The draft in results."""
+        return f"{self.draft} ({self.draft_quantise})" if self.draft_quantise else self.draft
+
     def check(self) -> None:
         """Refuses a drafter that cannot be made, before anything is loaded.
 

@@ -96,7 +96,7 @@ def _bench(chosen: Settings, texts: Sequence[Prompt], view: View) -> Bench:
     chat = target.tokenizer.has_chat_template if chosen.chat == "auto" else chosen.chat == "true"
     work = bench.workload(
         target,
-        chosen.target,
+        chosen.target_name,
         texts,
         chosen,
         contract.check(drafter).drafter.topology.num_read,
@@ -151,7 +151,7 @@ def _with_costs(chosen: Settings, side: Bench, first: PromptBatch, store: RowSto
             costs = side.measure_costs(first)
         step_cost = distributed.from_first(list(costs.step_costs)) if chosen.step_cost < 0 else chosen.step_cost
     side = dataclasses.replace(side, options=side.options | {"step_cost": step_cost})
-    names = {"draft": chosen.draft, "drafter": choices.name_of(chosen.drafter), "batch_size": chosen.batch_size}
+    names = {"draft": chosen.draft_name, "drafter": choices.name_of(chosen.drafter), "batch_size": chosen.batch_size}
     return side, side.common(costs, bench.device_name(), **names)
 
 

@@ -98,11 +98,11 @@ def _section(chosen: Any, row: Row) -> list[str]:
 
 def summary(chosen: Any, device: str, rows: Sequence[Row], images: Sequence[str]) -> str:
     """The text of `summary.md`."""
-    draft = f" with {chosen.draft}" if chosen.draft else ""
+    draft = f" with {chosen.draft_name}" if chosen.draft else ""
     texts = sum(row["texts"] for row in rows[0]["categories"])
     return tables.page(
         "# Tuned drafts",
-        f"{chosen.target}, {chosen.dtype}, drafter {chosen.drafter}{draft}, {texts} texts of at most "
+        f"{chosen.target_name}, {chosen.dtype}, drafter {chosen.drafter}{draft}, {texts} texts of at most "
         f"{chosen.max_new_tokens} new tokens, temperature {chosen.temperature:g}, {device}. Each text was decoded "
         "once, and the drafter asked at each of its positions; all else follows from that and from measured costs.",
         *(f"![{image}]({image})" for image in images),

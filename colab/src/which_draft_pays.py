@@ -181,4 +181,4 @@ print(" ".join(f"--config.{key}={value}" for key, value in choice.items()))
 #
 # ## Tuning with one command
 #
-# `configs/tune.py` will do these steps in one run; this section is where it goes.
+# `configs/tune.py` does the last of these steps in one run, for one drafter, and finds trees too.

@@ -252,8 +252,8 @@ def _about(chosen: Settings, num_problems: int) -> str:
     device = f"{chosen.dtype} on {bench.device_name()} with jax {jax.__version__}"
     return (
         f"Target {chosen.target_name}, draft {draft}, {device}; task {chosen.task}: {chosen.num_timed} texts timed, "
-        f"each {chosen.repeats} times by both sides; {chosen.num_samples} of each of {num_problems} problems judged; at "
-        f"most {chosen.max_new_tokens} new tokens."
+        f"each {chosen.repeats} times by both sides; {chosen.num_samples} of each of {num_problems} problems judged; "
+        f"at most {chosen.max_new_tokens} new tokens."
     )
 
 

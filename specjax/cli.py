@@ -38,12 +38,13 @@ def _generate_flags() -> flags.FlagValues:
 
 
 def _drafter(values: flags.FlagValues) -> Any:
-    from specjax import drafters, load
+    import specjax
 
+    drafters = specjax.drafters
     if not values.num_draft_tokens:
         return drafters.none()
     if values.draft:
-        draft = load(values.draft, dtype=values.dtype)
+        draft = specjax.load(values.draft, dtype=values.dtype)
         return drafters.model(draft, num_draft_tokens=values.num_draft_tokens)
     return drafters.ngram(num_draft_tokens=values.num_draft_tokens)
 

@@ -71,14 +71,21 @@ def test_the_number_is_the_one_with_the_most_expected_tokens_per_time():
     state = adaptive.init(64, K)._replace(judged=jnp.asarray(judged), accepted=jnp.asarray(accepted))
     step_costs = np.append(1.0, np.sort(rng.uniform(1.0, 2.5, K))).astype(np.float32)
     got = np.asarray(adaptive.num_drafts(state, jnp.asarray(step_costs)))
-    for row in range(64):
-        chance, value = adaptive.HOPE, [1.0]
-        expected, along = 1.0, 1.0
+
+    def values(row: int, least: float = 0.0) -> list[float]:
+        """Expected tokens per time, by the number of draft tokens."""
+        chance, found, expected, along = adaptive.HOPE, [1.0], 1.0, 1.0
         for k in range(K):
             chance = (accepted[row, k] + adaptive.PRIOR * chance) / (judged[row, k] + adaptive.PRIOR)
-            along *= chance
+            along *= max(chance, least)
             expected += along
-            value.append(expected / step_costs[k + 1])
+            found.append(expected / step_costs[k + 1])
+        return found
+
+    for row in range(64):
+        value = values(row)
+        if max(value) == 1.0:  # Nothing is expected to pay, so the row, which does not pause, hopes.
+            value = values(row, adaptive.FIRST_HOPE)
         assert value[got[row]] == pytest.approx(max(value), rel=1e-5)
     assert len(set(got.tolist())) > 2
 
@@ -103,9 +110,10 @@ def test_expensive_attempts_that_lose_cost_little_of_the_time(step_cost):
 
 
 def test_expensive_drafts_are_tried_and_kept_where_they_are_good():
-    # What is hoped for at first would not pay for such a step, if it were not tried.
-    drafted, _ = follow([[4]], 3.2)
-    assert (drafted == K).all()
+    # What is expected at first would not pay for such a step, if it were not tried.
+    for step_cost in (3.2, 4.0):
+        drafted, _ = follow([[4]], step_cost)
+        assert (drafted == K).all()
 
 
 def test_a_single_rejection_does_not_pause_a_winning_row():

@@ -247,7 +247,10 @@ def test_help(capsys):
     assert "--config.num_draft_tokens=7" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pairs").glob("*.py")), ids=lambda path: path.stem)
+PAIRS = sorted(path for path in (ROOT / "configs" / "pairs").glob("*.py") if path.stem != "quantised_draft")  # A plan.
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
 def test_pairs_are_compare_with_values(path):
     _, compare = launch.parse(_arguments())
     _, pair = launch.parse(_arguments(str(path)))

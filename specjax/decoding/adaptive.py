@@ -26,7 +26,7 @@ MEMORY = 0.9
 PRIOR, HOPE = 2.0, 0.7
 """Each position begins as if the estimate of the one before it (of the first: this chance) had been seen so often."""
 FIRST_HOPE = 0.9
-"""The chance of each position before anything has been judged, so that expensive drafts are tried at all."""
+"""The chance of each position where a row tries, so that expensive drafts are tried at all."""
 FORGET = 0.5
 """What is left of the counts at the beginning of a pause, so that a row tries again after it."""
 FIRST_PAUSE, LAST_PAUSE = 8, 128
@@ -67,7 +67,10 @@ def _best(chance: Float[Array, "B D"], step_costs: Float[Array, " C"]) -> Int[Ar
 
 
 def num_drafts(adaptation: Adaptation, step_costs: Float[Array, " C"]) -> Int[Array, " B"]:
-    """How many tokens each row is to draft now; where nothing has been judged yet, drafts are hoped to be good.
+    """How many tokens each row is to draft now.
+
+    Where nothing has been judged yet, or a pause is over and what was judged still says none, drafts are hoped to be
+    good.
 
     Args:
       adaptation: before the step.
@@ -75,9 +78,9 @@ def num_drafts(adaptation: Adaptation, step_costs: Float[Array, " C"]) -> Int[Ar
         the first entry.
     """
     chance = acceptance(adaptation)
-    is_new = jnp.sum(adaptation.judged, axis=1, keepdims=True) == 0
-    best = _best(jnp.where(is_new, FIRST_HOPE, chance), step_costs)
-    return jnp.where(adaptation.pause > 0, 0, best)
+    best = jnp.where(jnp.sum(adaptation.judged, axis=1) == 0, 0, _best(chance, step_costs))
+    hoped = _best(jnp.maximum(chance, FIRST_HOPE), step_costs)
+    return jnp.where(adaptation.pause > 0, 0, jnp.where(best > 0, best, hoped))
 
 
 def update(
@@ -88,7 +91,8 @@ def update(
     accepted: Int[Array, " B"],
     step_costs: Float[Array, " C"],
 ) -> Adaptation:
-    """Counts what was accepted, and begins a pause where drafting does not pay.
+    """Counts what was accepted, and begins a pause where drafting does not pay: a step has lost, and no other number of
+    draft tokens is expected to gain.
 
     Args:
       adaptation: before the step.
@@ -108,8 +112,10 @@ def update(
     ]
     learned = adaptation._replace(judged=count[0], accepted=count[1])
     cost = step_costs[jnp.minimum(proposed, step_costs.shape[0] - 1)]
-    backoff = jnp.where(drafted & (1 + accepted >= cost), FIRST_PAUSE, adaptation.backoff)
-    loses = (adaptation.pause == 0) & (drafted | (wanted == 0)) & (_best(acceptance(learned), step_costs) == 0)
+    gains = 1 + accepted >= cost
+    backoff = jnp.where(drafted & gains, FIRST_PAUSE, adaptation.backoff)
+    is_hopeless = jnp.where(drafted, ~gains & (_best(acceptance(learned), step_costs) == 0), wanted == 0)
+    loses = (adaptation.pause == 0) & is_hopeless
     lost = jnp.where(drafted, jnp.maximum(cost - 1 - accepted, 0.0), 0.0)
     wait = jnp.minimum(jnp.maximum(backoff, jnp.ceil(lost / TRIAL_SHARE).astype(jnp.int32)), LAST_PAUSE)
     kept = jnp.where(loses, FORGET, 1.0)[:, None]

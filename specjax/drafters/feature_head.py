@@ -299,7 +299,12 @@ def save_feature_head(head: Head, directory: str | pathlib.Path) -> None:
     """Writes a head in bfloat16, which `load_feature_head` reads."""
     config, params = heads.cast(head.config, head.params, "bfloat16")
     info = {
-        "layer": dataclasses.asdict(config.layer),
+        # What is as in any decoder is left out, so that a file outlives the fields of the configuration.
+        "layer": {
+            field.name: value
+            for field in dataclasses.fields(config.layer)
+            if (value := getattr(config.layer, field.name)) != field.default
+        },
         "taps": list(config.taps),
         "vocabulary": head.vocabulary,
     }

@@ -191,6 +191,8 @@ class Bench:
 
     def prepare(self, drafter: AnyDrafter, batch: PromptBatch) -> api.Request:
         """Reads a batch's prompts into the caches of one side."""
+        # Costs are those of the drafter; plain decoding has nothing to choose.
+        options = self.options if drafter is self.drafter else self.options | {"step_cost": 0.0}
         request = api.prepare(
             self.work.target,
             batch.tokens,
@@ -198,7 +200,7 @@ class Bench:
             max_new_tokens=batch.max_new_tokens,
             seed=batch.seeds,
             **self.work.options,
-            **self.options,
+            **options,
         )
         return request._replace(state=jax.block_until_ready(request.state))
 

@@ -72,7 +72,7 @@ class Costs(NamedTuple):
     """The times of the parts of a step by the number of draft tokens, in plain steps.
 
     Attributes:
-      draft: `[D + 1]` of drafting that many.
+      draft: `[D + 1]` of drafting that many. A draft that ends early, since its draft model is unsure, costs less.
       score: `[D + 1]` of scoring that many and the last token; 1 for none.
     """
 
@@ -119,7 +119,7 @@ def _replay(
         accepted = jnp.minimum(used, matched[at])
         is_judged = jnp.arange(depth) < jnp.minimum(accepted + 1, used)
         state = policy.learn(state, k, used, is_judged, accepted, costs.step)
-        return at + accepted + 1, time + costs.draft[k] + costs.score[used], steps + 1, wanted + k, state
+        return at + accepted + 1, time + costs.step[used], steps + 1, wanted + k, state
 
     zero = jnp.int32(0)
     start = zero, jnp.float32(0), zero, zero, policy.init(depth)

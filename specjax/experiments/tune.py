@@ -1,10 +1,11 @@
 """The number of draft tokens, the lengths of programs and the tree that pay for a target, a drafter and a machine."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -87,9 +88,20 @@ def interpolated(costs: metrics.Costs) -> Costs:
     return Costs(*map(jnp.asarray, rising))
 
 
+@functools.cache
+def _ranks(draft: Model) -> Callable[[Any, Batch], Any]:
+    @jax.jit
+    def of(params: Any, batch: Batch) -> Any:
+        assert draft.score is not None
+        logits = draft.score(params, batch)
+        own = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)
+        return jnp.sum(logits > own, axis=-1)
+
+    return of
+
+
 def ranks(draft: Model, params: Any, text: np.ndarray, begin: int) -> np.ndarray:
     """`[T]` the rank of each token from `begin` on among what the draft expects after the tokens before it."""
-    assert draft.score is not None
     size = -(-len(text) // 128) * 128
     tokens = np.zeros((1, size), np.int32)
     tokens[0, : len(text)] = text
@@ -98,15 +110,7 @@ def ranks(draft: Model, params: Any, text: np.ndarray, begin: int) -> np.ndarray
     positions = np.arange(size, dtype=np.int32)[None]
     tokens, following, real, positions = map(jnp.asarray, (tokens, following, real, positions))
     batch = Batch(tokens, following, real, positions, real.astype(jnp.float32), None, None)
-
-    @jax.jit
-    def of(params: Any, batch: Batch) -> Any:
-        assert draft.score is not None
-        logits = draft.score(params, batch)
-        own = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)
-        return jnp.sum(logits > own, axis=-1)
-
-    return np.asarray(of(params, batch))[0, begin - 1 : len(text) - 1]
+    return np.asarray(_ranks(draft)(params, batch))[0, begin - 1 : len(text) - 1]
 
 
 def acceptance_by_rank(found: Sequence[np.ndarray], num_ranks: int = RANKS, depth: int = DEPTH) -> list[list[float]]:

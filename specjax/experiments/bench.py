@@ -192,7 +192,7 @@ class Bench:
     def prepare(self, drafter: AnyDrafter, batch: PromptBatch) -> api.Request:
         """Reads a batch's prompts into the caches of one side."""
         # Costs are those of the drafter; plain decoding has nothing to choose.
-        options = self.options if drafter is self.drafter else self.options | {"step_cost": 0.0}
+        options: dict[str, Any] = self.options if drafter is self.drafter else self.options | {"step_cost": 0.0}
         request = api.prepare(
             self.work.target,
             batch.tokens,

@@ -26,7 +26,7 @@ class Summary:
       num_tokens: new tokens, the stop token included.
       target_calls: steps.
       draft_steps: steps in which something was drafted.
-      steps_by_length: those by the length at which they were scored (`Topology.all_lengths`).
+      steps_by_length: those by the shortest of `Topology.all_lengths` that held the drafts of all rows.
       acceptance_rate: alpha, the mean of `sum_x min(target(x), draft(x))` over the draft positions whose prefix was
         accepted; None where nothing was drafted.
       block_efficiency: tokens per target call.

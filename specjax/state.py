@@ -16,7 +16,7 @@ class Stats(NamedTuple):
       proposed: `[B, D]` how often position k of a draft was judged, i.e. all before it had been accepted.
       accepted: `[B, D]` how often position k was accepted.
       histogram: `[B, D + 1]` steps by number of accepted draft tokens.
-      steps_by_length: `[B, G]` the drafting steps by the length (`Topology.all_lengths`) at which all rows were scored.
+      steps_by_length: `[B, G]` the drafting steps by the shortest of `Topology.all_lengths` that held all rows' drafts.
       overlap: `[B]` sum of `sum_x min(target(x), draft(x))` over the judged positions (the paper's beta); for trees and
         for rules that are not exact, the number of accepted tokens.
     """

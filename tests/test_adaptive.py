@@ -136,8 +136,9 @@ def test_steps_that_cost_no_more_are_never_left_out():
 
 
 def test_step_cost_0_always_drafts_as_much_as_possible():
-    drafted, _ = follow([[0], [4]], 0.0)
-    assert (drafted == K).all()
+    for k in (K, 24):
+        drafted, _ = follow([[0], [4]], 0.0, k)
+        assert (drafted == k).all()
 
 
 def test_rows_are_independent():

@@ -695,6 +695,11 @@ def of_tree(placed: plan.Sharded) -> Draft:
     return Draft(drafters.model(placed.models["draft"], topology=(2, 2, 1)), placed.params.draft)
 
 
+def of_lengths(placed: plan.Sharded) -> Draft:
+    drafter = drafters.model(placed.models["draft"], num_draft_tokens=3, lengths=(1,))
+    return Draft(drafter, placed.params.draft)
+
+
 def of_dynamic_tree(placed: plan.Sharded) -> Draft:
     shape = drafters.Dynamic(width=2, depth=3, num_nodes=5)
     return Draft(drafters.model(placed.models["draft"], dynamic=shape), placed.params.draft)
@@ -722,6 +727,7 @@ def of_text(placed: plan.Sharded) -> Draft:
 
 
 OTHERS = [
+    (of_lengths, verify.rejection),
     (of_tree, verify.coupled),
     (of_tree, verify.rejection),
     (of_tree, verify.traversal),

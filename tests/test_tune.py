@@ -115,6 +115,16 @@ def test_a_trace_says_what_a_drafter_proposes_and_how_much_is_right(tmp_path):
     plain = specjax.generate(target, [[1, 2, 3, 1, 2, 3, 1, 2]], max_new_tokens=12).tokens[0]
     assert found.text.tolist() == plain
     assert found.proposed[0] == 3
+    # A model that drafts for itself is right everywhere.
+    own = drafters.model(target, num_draft_tokens=3)
+    [right] = traces.record(target, [[1, 2, 3, 1, 2, 3, 1, 2]], own, max_new_tokens=12)
+    assert right.matched.tolist() == right.proposed.tolist() == [3] * 9 + [2, 1, 0]
+    # Nothing that a trace is recorded of is accepted, and yet all K tokens are asked for, up to the end of the text.
+    chosen = drafters.ngram(num_draft_tokens=20, min_match=1)
+    [longer] = traces.record(target, [[1, 2, 3, 1, 2, 3, 1, 2]], chosen, max_new_tokens=40)
+    has_some = np.flatnonzero(longer.proposed[:19])
+    assert len(has_some) > 5
+    assert (longer.proposed[has_some] == 20).all()
     assert found.matched[0] == int(np.cumprod(np.array([3, 1, 2]) == plain[:3]).sum())
     assert (found.matched <= found.proposed).all()
     with pytest.raises(ValueError, match="a drafter of chains"):

@@ -16,6 +16,7 @@ counters alone, so its text does not depend on its neighbours.
 `docs/results/adaptive.md` compares this with other schedules.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -51,19 +52,23 @@ def acceptance(adaptation: Adaptation) -> Float[Array, "B D"]:
 
     A position that has rarely been judged is taken to be like the one before it.
     """
-    chance, found = jnp.full(adaptation.pause.shape, HOPE), []
-    for position in range(adaptation.judged.shape[1]):
-        judged, accepted = adaptation.judged[:, position], adaptation.accepted[:, position]
-        chance = (accepted + PRIOR * chance) / (judged + PRIOR)
-        found.append(chance)
-    return jnp.stack(found, axis=1) if found else adaptation.judged
+    total = adaptation.judged + PRIOR
+    # a_i = (accepted_i + PRIOR a_(i - 1)) / total_i, a linear recurrence: `weight` and `own` of several steps combine.
+    weight, own = jax.lax.associative_scan(
+        lambda before, after: (before[0] * after[0], after[1] + after[0] * before[1]),
+        (PRIOR / total, adaptation.accepted / total),
+        axis=1,
+    )
+    return own + weight * HOPE
 
 
 def _best(chance: Float[Array, "B D"], step_costs: Float[Array, " C"]) -> Int[Array, " B"]:
-    """The number of draft tokens with the most expected tokens per time; the smallest in a tie."""
+    """The number of draft tokens with the most expected tokens per time; the largest in a tie, and where all cost 0."""
     more = jnp.cumsum(jnp.cumprod(chance, axis=1), axis=1)
     tokens = jnp.pad(1.0 + more, ((0, 0), (1, 0)), constant_values=1.0)
-    return jnp.argmax(tokens / jnp.maximum(step_costs, 1e-6), axis=1).astype(jnp.int32)
+    # Not a quotient by a tiny number: the last of many tokens that are hardly ever accepted vanish in the sum.
+    value = jnp.where(step_costs > 0, tokens / step_costs, jnp.inf)
+    return (value.shape[1] - 1 - jnp.argmax(value[:, ::-1], axis=1)).astype(jnp.int32)
 
 
 def num_drafts(adaptation: Adaptation, step_costs: Float[Array, " C"]) -> Int[Array, " B"]:

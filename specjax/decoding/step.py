@@ -86,7 +86,8 @@ def decode_step(
     num_read = _num_read(proposal, room)
 
     # Score and verify. Where no row drafts, this is a plain decoding step and costs no more.
-    widths = (topology.num_nodes + 1,) if fixed_shape else (1, *(k + 1 for k in topology.all_lengths))
+    lengths = topology.all_lengths
+    widths = (topology.num_nodes + 1,) if fixed_shape else (1, *(k + 1 for k in lengths))
     score = functools.partial(_score, target, rule, params, state, proposal, keys, topology)
     scored = _at_width(score, widths, 1 + jnp.max(num_read), cache)
     verdict, n = scored.verdict, scored.verdict.num_accepted
@@ -127,7 +128,7 @@ def decode_step(
         adaptation=_select(running, learned, rows.adaptation),
         cache=cache,
         drafter=contract.update(drafter, params, drafter_state, feedback),
-        stats=_count(rows.stats, running, proposal, n, is_judged, is_accepted, overlap, topology),
+        stats=_count(rows.stats, running, proposal, n, is_judged, is_accepted, overlap, lengths),
     )
     return state._replace(rows=after)
 
@@ -449,14 +450,11 @@ def _count(
     is_judged: Bool[Array, "B D"],
     is_accepted: Bool[Array, "B D"],
     overlap: Float[Array, "B D"],
-    topology: Topology,
+    lengths: tuple[int, ...],
 ) -> Stats:
     position = jnp.arange(is_judged.shape[1] + 1)
-    drafts = running & (proposal.length > 0)
-    lengths, longest = topology.all_lengths, jnp.max(proposal.length)
-    at_length = (longest > jnp.array((0, *lengths[:-1]), jnp.int32)[: len(lengths)]) & (
-        longest <= jnp.array(lengths, jnp.int32)
-    )
+    drafts, longest = running & (proposal.length > 0), jnp.max(proposal.length)
+    at_length = jnp.arange(len(lengths)) == sum(longest > length for length in lengths[:-1])
     return Stats(
         stats.target_calls + running,
         stats.draft_steps + drafts,

@@ -23,7 +23,7 @@ from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
 from specjax.experiments.settings import FINITE, Config, at_least, given, one_of, parse
 from specjax.experiments.store import Store
-from specjax.models import quantisation
+from specjax.models import families, quantisation
 from specjax.training import data
 from specjax.training.data import Text
 from specjax.training.perplexity import perplexity
@@ -137,8 +137,8 @@ def _material(chosen: Settings, target: Pretrained, found: Sequence[Prompt]) -> 
 
 def _bytes(*models: Pretrained) -> int:
     """The bytes of the parameters of one or two models, those that they share counted once."""
-    leaves = {id(leaf): leaf.nbytes for model in models for leaf in jax.tree.leaves(model.params)}
-    return sum(leaves.values())
+    leaves = {id(leaf): leaf for model in models for leaf in jax.tree.leaves(model.params)}
+    return families.num_bytes(list(leaves.values()))
 
 
 class Side(NamedTuple):

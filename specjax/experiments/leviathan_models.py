@@ -19,7 +19,9 @@ LAYERS = "layers"
 """The value of a model's `distil` for a draft that begins as some of the target's layers."""
 
 
-def check(models: Mapping[str, Mapping[str, Any]], training: Mapping[str, Any], sizes_of_large: Mapping[str, int]):
+def check(
+    models: Mapping[str, Mapping[str, Any]], training: Mapping[str, Any], sizes_of_large: Mapping[str, int]
+) -> None:
     """Refuses models that cannot be made, before anything is trained.
 
     Args:

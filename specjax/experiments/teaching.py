@@ -20,7 +20,7 @@ from specjax.parallel import sharding
 from specjax.training import divergences, own_text
 from specjax.training.config import TrainConfig
 from specjax.training.data import Dataset
-from specjax.training.own_text import Lengths, OwnTexts, Shares, Writing
+from specjax.training.own_text import Lengths, OwnTexts, Prompt, Shares, Writing
 
 WRITTEN = "written"
 """The directory of the texts that models wrote."""
@@ -134,7 +134,9 @@ def _lines(chosen: Teaching) -> tuple[list[Line], list[Line]]:
     return both[chosen.num_valid :], both[: chosen.num_valid]
 
 
-def _prompts(chosen: Teaching, target: Pretrained, lengths: Lengths, lines: Sequence[Line], view: View, what: str):
+def _prompts(
+    chosen: Teaching, target: Pretrained, lengths: Lengths, lines: Sequence[Line], view: View, what: str
+) -> list[Prompt]:
     """Tokenised prompts that leave room for a text."""
     assert target.tokenizer is not None
     chat = target.tokenizer.has_chat_template if chosen.chat == "auto" else chosen.chat == "true"

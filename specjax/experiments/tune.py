@@ -133,9 +133,11 @@ def acceptance_by_rank(found: Sequence[np.ndarray], num_ranks: int = RANKS, dept
 
 def _reached(rank: np.ndarray, level: int, num_ranks: int) -> np.ndarray:
     """For each position at depth `level` of a draft, whether all tokens above it were among the ranks of a tree."""
-    return np.all([rank[i : len(rank) - level + i] < num_ranks for i in range(level)] or [True], axis=0) & np.ones(
-        len(rank) - level, bool
-    )
+    size = len(rank) - level
+    found = np.ones(size, bool)
+    for i in range(level):
+        found &= rank[i : size + i] < num_ranks
+    return found
 
 
 # Choosing.
@@ -303,7 +305,7 @@ def _choose(
     """What pays at a batch size, with all that it was chosen from; kept for later runs."""
     k, lengths, speedup = best_chain(drafted, costs)
     used = policies.in_lengths(costs, lengths, k)
-    tree = _best_tree(chances, costs) if chances and run.chosen.drafter == "model" else theory.BestTree((), 1.0, 1.0)
+    tree = _best_tree(chances, costs) if chances else theory.BestTree((), 1.0, 1.0)
     gains = 1 / tree.time_per_token > speedup * (1 + LEAST_GAIN) and len(tree.paths) > max(map(len, tree.paths))
     found = Tuned(
         k,

@@ -53,7 +53,7 @@ def removal_costs(
 ) -> dict[str, np.ndarray]:
     """By how much the loss of the calibration texts rises where one layer alone is removed.
 
-    The order is that of the perplexity criterion of Kim et al. 2024 (Shortened LLaMA, arXiv 2402.02834, section 3.2).
+    The order is that of the perplexity criterion of Kim et al. 2024 (Shortened LLaMA, arXiv 2402.02834).
 
     Args:
       config: the shape; neither quantised nor scanned.
@@ -84,11 +84,11 @@ def _squared_gradient(config: ModelConfig, params: Tree, batch: Batch) -> Gates:
 
 
 def taylor(config: ModelConfig, params: Tree, batches: Sequence[Batch]) -> Scores:
-    """The first-order estimate of what each unit's removal costs (Molchanov et al. 2019, arXiv 1906.10771, eq. 8).
+    """The first-order estimate of what each unit's removal costs (Molchanov et al. 2019, arXiv 1906.10771, with gates).
 
     The importance of a gate z = 1 on a unit's output is the mean over batches of (dL/dz)^2, the square of the change of
-    the loss that a first-order expansion predicts for z = 0; that of heads is Michel et al. 2019 (arXiv 1905.10650,
-    eq. 2), whose absolute value orders a single batch's heads alike.
+    the loss that a first-order expansion predicts for z = 0; that of heads is Michel et al. 2019 (arXiv
+    1905.10650), whose absolute value orders a single batch's heads alike.
 
     Args:
       config: the shape; neither quantised nor scanned.

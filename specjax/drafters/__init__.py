@@ -2,7 +2,8 @@
 
 from specjax.drafters import children, topologies
 from specjax.drafters.aggressive import aggressive
-from specjax.drafters.feature_head import feature_head, load_feature_head, save_feature_head
+from specjax.drafters.feature_head import feature_head, is_feature_head, load_feature_head, save_feature_head
+from specjax.drafters.first_of import first_of
 from specjax.drafters.jacobi import jacobi
 from specjax.drafters.lookahead import lookahead
 from specjax.drafters.mask_tokens import mask_tokens
@@ -26,7 +27,9 @@ __all__ = [
     "count_ngrams",
     "early_exit",
     "feature_head",
+    "first_of",
     "index_corpus",
+    "is_feature_head",
     "jacobi",
     "load_datastore",
     "load_feature_head",

@@ -312,6 +312,17 @@ def save_feature_head(head: Head, directory: str | pathlib.Path) -> None:
     store.write(directory, _KIND, arrays | {"tokens": head.tokens}, info, None)
 
 
+def _path(source: str | pathlib.Path) -> pathlib.Path:
+    own = TRAINED / str(source)
+    return own if isinstance(source, str) and own.is_dir() else pathlib.Path(source).expanduser()
+
+
+def is_feature_head(source: str | pathlib.Path) -> bool:
+    """Whether this names a head, as `load_feature_head` takes it, rather than a model."""
+    path = _path(source)
+    return (path / store.FILE).is_file() or path.name == store.FILE
+
+
 def load_feature_head(source: str | pathlib.Path) -> Head:
     """Reads a head.
 
@@ -323,8 +334,7 @@ def load_feature_head(source: str | pathlib.Path) -> Head:
       FileNotFoundError: where there is none.
       ValueError: for a file that is damaged, or holds something else.
     """
-    own = TRAINED / str(source)
-    path = own if isinstance(source, str) and own.is_dir() else pathlib.Path(source).expanduser()
+    path = _path(source)
     if not path.exists():
         known = files.listed(sorted(found.name for found in TRAINED.iterdir() if found.is_dir()))
         raise FileNotFoundError(f"{source} does not exist: give a directory, or the name of a trained head: {known}.")

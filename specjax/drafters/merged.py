@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from specjax.drafters import contract
+from specjax.drafters import combined, contract
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import tree
-from specjax.types import Context, Draft, Drafter, Feedback, ModelOutput, Params, Probes, Proposal, Topology
+from specjax.types import Context, Draft, Drafter, Feedback, Params, Probes, Proposal, Topology
 
 
 class State(NamedTuple):
@@ -213,25 +213,9 @@ def merged(parts: Sequence[Any]) -> Draft:
         vocabularies.
       TypeError: for a part that is not a drafter.
     """
-    drafts = [contract.check(part) for part in parts]
-    drafting = [draft for draft in drafts if draft.num_draft_tokens]
-    if not drafting:
-        raise ValueError(f"parts={list(parts)!r}: none of them drafts a token; give at least one that does.")
+    drafting = combined.drafting(parts)
     check_num_draft_tokens(sum(draft.num_draft_tokens for draft in drafting))
-    if len(drafting) == 1:
-        raise ValueError("parts: only one of them drafts tokens; give that drafter itself.")
-    tokenizers = [draft.tokenizer for draft in drafting if draft.tokenizer is not None]
-    for other in tokenizers[1:]:
-        ours, theirs = tokenizers[0].vocab(), other.vocab()
-        if any(ours.get(token, i) != i for token, i in theirs.items()):
-            raise ValueError("parts: their vocabularies do not match, but all drafts are judged by one target.")
-    bounds = [draft.max_len for draft in drafting if draft.max_len is not None]
-    return Draft(
-        _drafter(tuple(draft.drafter for draft in drafting)),
-        tuple(draft.params for draft in drafting),
-        tokenizers[0] if tokenizers else None,
-        min(bounds, default=None),
-    )
+    return combined.together(_drafter(tuple(draft.drafter for draft in drafting)), drafting)
 
 
 def _context(context: Context, part: Drafter, others: int) -> Context:
@@ -285,7 +269,7 @@ def _drafter(parts: tuple[Drafter, ...]) -> Drafter:
         for i, part in enumerate(parts):
             own = Params(params.target, params.draft[i])
             end = begin + len(part.taps)
-            seen = _with_features(feedback, begin, end)
+            seen = combined.with_features(feedback, begin, end)
             begin = end
             if feedback.context is not None:
                 seen = _of_part(seen, part, state.owners[i], probes)
@@ -301,12 +285,6 @@ def _drafter(parts: tuple[Drafter, ...]) -> Drafter:
         return state._replace(parts=tuple(states))
 
     return Drafter(init, propose, update, topology, taps)
-
-
-def _with_features(feedback: Feedback, begin: int, end: int) -> Feedback:
-    """The feedback with the features of one part's taps."""
-    output = ModelOutput(feedback.output.logits, feedback.output.features[:, :, begin:end])
-    return feedback._replace(features=feedback.features[:, :, begin:end], output=output)
 
 
 def _of_part(feedback: Feedback, part: Drafter, owners: Int[Array, "B N"], probes: int) -> Feedback:

@@ -105,12 +105,16 @@ def _drafter(chain: rollout.Chain, min_confidence: float) -> Drafter:
                 lambda none: roll_out(params.draft, none[-1], context),
                 rollout.none(chain, state, context),
             )
-        return Proposal(tokens, jnp.minimum(context.max_draft, count), probs), state, cache
+        length = jnp.minimum(context.max_draft, count)
+        # All but the last draft token were fed. Those that are not proposed cannot become text.
+        fed = context.history.length + jnp.maximum(length - 1, 0)
+        state = set_length(chain.draft, state, jnp.minimum(state.length, fed))
+        return Proposal(tokens, length, probs), state, cache
 
     def update(params: Params, state: Any, feedback: Feedback) -> Any:
         if feedback.inputs is not None:
             return learn(chain.draft, params.draft, state, feedback.inputs)
-        # K - 1 of the K draft tokens were fed; the accepted ones are text, the others are rolled back.
+        # The accepted draft tokens are text, the others are rolled back.
         return set_length(chain.draft, state, jnp.minimum(state.length, feedback.length - 1))
 
     return Drafter(chain.draft.init_cache, propose, update, chain.topology)

@@ -88,6 +88,7 @@ class AllModels(Models):
     lengths: Annotated[tuple[int, ...], Check(lambda lengths: all(n > 0 for n in lengths), "numbers above 0")]
     topology: tuple[Any, ...]
     depth: Annotated[int, between(0, limits.MAX_DRAFT_TOKENS)]
+    num_fallback_tokens: Annotated[int, DRAFT_TOKENS]
     window: Annotated[int, between(1, 256, " trajectories")]
     guesses: Annotated[int, between(1, 256)]
     mask_token: Annotated[int, at_least(0)]

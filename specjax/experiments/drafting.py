@@ -156,6 +156,20 @@ def _merged(chosen: Any, target: Pretrained, load: Load) -> OfK:
     return lambda k: drafters.merged([drafters.model(draft, num_draft_tokens=k), lookup(k)])
 
 
+def _first_of(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    """Lookup of K tokens, and a trained head or a draft model where it finds nothing."""
+    if drafters.is_feature_head(chosen.draft):
+        other = _feature_head(chosen, target, load)
+    else:
+        other = _model(chosen, target, load)
+
+    def make(k: int) -> AnyDrafter:
+        lookup = drafters.ngram(num_draft_tokens=k, **_lengths(chosen, k), **_matches(chosen))
+        return drafters.first_of([lookup, other(min(k, chosen.num_fallback_tokens))])
+
+    return make
+
+
 def _feature_head(chosen: Any, target: Pretrained, load: Load) -> OfK:
     head = drafters.load_feature_head(chosen.draft)
     make = functools.partial(drafters.feature_head, head, target, min_confidence=chosen.min_confidence)
@@ -214,6 +228,7 @@ DRAFTERS = {
     "suffix": Entry(_suffix, trees="depth", lengths=True),
     "aggressive": Entry(lambda chosen, target, load: lambda k: drafters.aggressive(num_draft_tokens=k)),
     "merged": Entry(_merged, draft="SOURCE", needs_draft=False, is_model=True),
+    "first_of": Entry(_first_of, draft="NAME, PATH or SOURCE", runs_model=True, lengths=True, least=1),
     "table": _counted(_table, "topology"),
     "retrieval": _counted(_retrieval, "depth"),
     "none": Entry(lambda chosen, target, load: lambda k: drafters.none()),

@@ -142,9 +142,14 @@ def _of_head(side: Side) -> float:
     return _bytes(drafters.load_feature_head(side.chosen.head).params) / _bytes(side.target.params)
 
 
+def _head(side: Side, num_draft_tokens: int | None = None, **options: Any) -> AnyDrafter:
+    head = drafters.load_feature_head(side.chosen.head)
+    return drafters.feature_head(head, side.target, num_draft_tokens=num_draft_tokens, **options)
+
+
 def _feature_head(**options: Any) -> Method:
     return Method(
-        lambda side: drafters.feature_head(drafters.load_feature_head(side.chosen.head), side.target, **options),
+        lambda side: _head(side, **options),
         _of_head,
         needs_head=True,
         coupled=False,
@@ -205,6 +210,13 @@ METHODS = {
         lambda side: drafters.early_exit(side.target, side.exit_layer, topology=(4,)),
         lambda side: _kept(side, _exit_skips(side)),
         needs_layers=True,
+        coupled=False,
+        merges=False,
+    ),
+    "first_of": Method(
+        lambda side: drafters.first_of([drafters.ngram(num_draft_tokens=7, lengths=(3,)), _head(side, 1)]),
+        lambda side: _of_head(side) / 7,  # Once for all depths of the lookup.
+        needs_head=True,
         coupled=False,
         merges=False,
     ),

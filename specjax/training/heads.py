@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import feature_head as heads
 from specjax.models.feature_head import FeatureHeadConfig
+from specjax.training import data
 from specjax.training.harvest import Texts
 from specjax.types import Tree
 
@@ -339,12 +340,6 @@ def train(
 
 def draw_texts(batches: Sequence[Texts], recipe: Recipe, step: int) -> Texts:
     """The texts of a step: every text once before any twice."""
-    total = sum(len(texts.length) for texts in batches)
-    place = np.arange(step * recipe.batch_size, (step + 1) * recipe.batch_size)
-    order = [
-        np.random.default_rng([recipe.seed, int(epoch)]).permutation(total) for epoch in sorted(set(place // total))
-    ]
-    chosen = [int(order[(i // total) - place[0] // total][i % total]) for i in place]
-    sizes = np.cumsum([0] + [len(texts.length) for texts in batches])
-    rows = [(int(np.searchsorted(sizes, i, side="right")) - 1, i) for i in chosen]
-    return Texts(*(np.stack([batches[b][field][i - sizes[b]] for b, i in rows]) for field in range(len(Texts._fields))))
+    places = [(batch, i) for batch, texts in enumerate(batches) for i in range(len(texts.length))]
+    chosen = data.of_step(places, step, batch_size=recipe.batch_size, seed=recipe.seed)
+    return Texts(*(np.stack([batches[b][field][i] for b, i in chosen]) for field in range(len(Texts._fields))))

@@ -75,6 +75,7 @@ def get_config() -> ConfigDict:
     config.z_loss = 0.0  # The weight of the squared log-normaliser in the loss; 0: off.
     config.dtype = "float32"  # Or bfloat16: the dtype of the pruned model's products; parameters and loss are float32.
     config.remat = False  # Compute layers again in the backward pass: less memory on accelerators, more time.
+    config.dropout = 0.0  # The share of activations that a step sets to zero; 0: off.
     config.seed = 0  # For the choice of prompts, the written texts and the order.
 
     config.eval_every = 10  # Steps between two validations.

@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
     config.z_loss = 0.0  # The weight of the squared log-normaliser in the loss; 0: off.
     config.dtype = "float32"  # Or bfloat16: the dtype of the matrix products; parameters and loss stay float32.
     config.remat = False  # Compute layers again in the backward pass: less memory on accelerators, more time.
+    config.dropout = 0.0  # The share of activations that a step sets to zero; 0: off.
     config.seed = 0  # For the initialisation and the order of the texts.
 
     config.eval_every = 250  # Steps between two validations.

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jaxtyping import Array, Float, Int
 
 if TYPE_CHECKING:
-    from specjax.types import Batch, Block, Context, Feedback, Inputs, Model, ModelOutput, Params, Proposal, Skips
+    from specjax.types import (
+        Batch,
+        Block,
+        Context,
+        Dropout,
+        Feedback,
+        Inputs,
+        Model,
+        ModelOutput,
+        Params,
+        Proposal,
+        Skips,
+    )
 
 
 class InitCache(Protocol):
@@ -46,7 +58,9 @@ class Commit(Protocol):
 class Score(Protocol):
     """The logits of packed sequences to train on."""
 
-    def __call__(self, params: Any, batch: "Batch", *, remat: bool = False) -> Float[Array, "B T V"]:
+    def __call__(
+        self, params: Any, batch: "Batch", *, remat: bool = False, dropout: "Dropout | None" = None
+    ) -> Float[Array, "B T V"]:
         """The logits `[B, T, V]`, computed without a cache; with `remat`, gradients compute each layer again."""
         ...
 

@@ -57,6 +57,18 @@ class Batch(NamedTuple):
     source_segments: Int[Array, "B S"] | None
 
 
+class Dropout(NamedTuple):
+    """Dropout of the forward pass of training (`models.dropout`).
+
+    Attributes:
+      rate: the probability that a number is set to zero.
+      keys: `[B]` the random key of each row of the batch.
+    """
+
+    rate: float | Float[Array, ""]
+    keys: Key[Array, " B"]
+
+
 class Block(NamedTuple):
     """The tokens that one model call reads, given the cache of those before them.
 
@@ -130,8 +142,8 @@ class Model(NamedTuple):
       vocab_size: V, the width of the logits (which may be padded beyond the tokenizer's vocabulary).
       max_len: the longest sequence that the model supports, in tokens.
       start_token: the token that the sequences of an encoder-decoder begin with; None for other models.
-      score: `(params, batch, remat=False) -> logits [B, T, V]` of a training `Batch`; with `remat`, gradients compute
-        each layer again. None for a model that cannot be trained.
+      score: `(params, batch, remat=False, dropout=None) -> logits [B, T, V]` of a training `Batch`; with `remat`,
+        gradients compute each layer again. None for a model that cannot be trained.
       with_taps: `(taps) -> Model`, the same model, whose outputs have the hidden states of these indices as `features`:
         0 is the embedding, i the residual stream after layer i, and the number of layers (or -1) the last one, after
         the final norm. None for a model without layers.

@@ -1,6 +1,7 @@
 """Attention of a few queries to the entries of a cache, which all models share."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ def attend(
     cap: float | None = None,
     *,
     in_cache: bool = False,
+    drop: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "B T H G E"]:
     """Softmax attention of G query heads per key/value head, with softmax and sums in float32.
 
@@ -43,6 +45,7 @@ def attend(
       cap: the bound of the scores, see `softcap`.
       in_cache: the S tokens are the entries of a cache, of which only the first may be in use: CPUs read no block of
         entries that no query attends to. Has no derivative.
+      drop: dropout of the weights `[B, H, T, G, S]`; not with `in_cache`.
     """
     rows, time, heads, group, size = query.shape
     matrix = jnp.swapaxes(query, 1, 2).reshape(rows, heads, time * group, size)
@@ -57,7 +60,7 @@ def attend(
             default=functools.partial(_whole, cap=cap),
         )
     else:
-        mixed = _whole(matrix, keys, values, mask, bias, cap)
+        mixed = _whole(matrix, keys, values, mask, bias, cap, drop)
     return jnp.swapaxes(mixed.reshape(rows, heads, time, group, size), 1, 2)
 
 
@@ -87,8 +90,9 @@ def _whole(
     mask: Bool[Array, "#B T S"],
     bias: Float[Array, "#B H T S"] | None,
     cap: float | None,
+    drop: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "B H Q E"]:
-    return _mix(jax.nn.softmax(_scores(matrix, keys, mask, bias, cap), axis=-1), values)
+    return _mix(drop(jax.nn.softmax(_scores(matrix, keys, mask, bias, cap), axis=-1)), values)
 
 
 def _by_blocks(

@@ -17,8 +17,9 @@ from specjax.models import attention, layers, linear, modules
 from specjax.models import cache as cache_lib
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
+from specjax.models.dropout import within
 from specjax.parallel import sharding
-from specjax.types import NO_SKIPS, Batch, Block, Inputs, Model, ModelOutput, Skips, Tree
+from specjax.types import NO_SKIPS, Batch, Block, Dropout, Inputs, Model, ModelOutput, Skips, Tree
 
 PREFILL_CHUNK = 512
 """The most tokens of a prompt that are read at a time: attention scores grow with the square of its length."""
@@ -91,7 +92,12 @@ class Decoder(nnx.Module):
         return rope, mask
 
     def hidden(
-        self, block: Block, cache: Cache, start: Int[Array, " B"] | None, packed: Batch | None = None
+        self,
+        block: Block,
+        cache: Cache,
+        start: Int[Array, " B"] | None,
+        packed: Batch | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F D"], Cache]:
         """The last hidden states of a block after `start` entries, those of the taps, and the updated cache.
 
@@ -109,7 +115,7 @@ class Decoder(nnx.Module):
         if start is not None and block.sees is not None:
             start = start + (block.sees.shape[-1] - width)
         x = self.embed(block.tokens, positions, block.embeddings)
-        x, keys, values, states = self.run_layers(x, views, windowed, cache, start)
+        x, keys, values, states = self.run_layers(x, views, windowed, cache, start, dropout)
         x = layers.normalize(self, "norm", self.config, x)
         states[self.config.num_layers] = x
         features = [states[tap] for tap in self.taps]
@@ -126,17 +132,18 @@ class Decoder(nnx.Module):
         windowed: list[bool],
         cache: Cache,
         start: Int[Array, " B"] | None,
+        dropout: Dropout | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...], dict[int, Array]]:
         """The residual stream after all layers, the cache's keys and values, and the stream before each layer."""
         keys, values, states = list(cache.keys), list(cache.values), {}
         for i, block in enumerate(self.layers):
-            states[i], view = x, views[windowed[i]]
+            states[i], view, dropped = x, views[windowed[i]], within(dropout, i)
             attends, feeds = i not in self.skips.attention, i not in self.skips.mlp
             if attends:
                 run = modules.traced_once(block, "__call__" if feeds else "attend", remat=self.remat)
-                x, keys[i], values[i] = run(x, view, keys[i], values[i], start)
+                x, keys[i], values[i] = run(x, view, keys[i], values[i], start, None, dropped)
             elif feeds:
-                x = modules.traced_once(block, "feed_forward")(x)
+                x = modules.traced_once(block, "feed_forward")(x, None, dropped)
         return x, tuple(keys), tuple(values), states
 
     def read(
@@ -186,7 +193,7 @@ def _stack(blocks: list[layers.Layer]) -> layers.Layer:
 class ScannedDecoder(Decoder):
     """A `Decoder` that runs one layer's program in a loop over the stacked parameters and cache of all layers."""
 
-    def run_layers(self, x, views, windowed, cache, start):
+    def run_layers(self, x, views, windowed, cache, start, dropout=None):
         """Like `Decoder.run_layers`."""
         definition, params = nnx.split(self.layers)
         is_tapped = any(tap < self.config.num_layers for tap in self.taps)
@@ -197,7 +204,8 @@ class ScannedDecoder(Decoder):
             if len(views) == 2:
                 view = jax.tree.map(lambda yes, no: jnp.where(is_windowed, yes, no), views[True], views[False])
             x, keys, values = carry
-            after = nnx.merge(definition, params)(x, view, keys, values, start, number)
+            dropped = within(dropout, number)
+            after = nnx.merge(definition, params)(x, view, keys, values, start, number, dropped)
             return after, x if is_tapped else None
 
         numbers = jnp.arange(self.config.num_layers)
@@ -273,10 +281,13 @@ def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = 
         hidden, features, cache = decoder.hidden(block, cache, cache.length)
         return ModelOutput(decoder.logits(hidden), features), cache
 
-    def score(params: Tree, batch: Batch, *, remat: bool = False) -> Float[Array, "B T V"]:
+    def score(
+        params: Tree, batch: Batch, *, remat: bool = False, dropout: Dropout | None = None
+    ) -> Float[Array, "B T V"]:
         decoder = bind(params)
         decoder.remat = remat
-        return decoder.logits(decoder.hidden(Block(batch.tokens), init_cache(*batch.tokens.shape), None, batch)[0])
+        empty = init_cache(*batch.tokens.shape)
+        return decoder.logits(decoder.hidden(Block(batch.tokens), empty, None, batch, dropout)[0])
 
     def with_taps(taps: tuple[int, ...]) -> Model:
         return model(config, rules, layers.from_zero(taps, config.num_layers), skips)

@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax.models import cache as cache_lib
 from specjax.models.attention import attend
 from specjax.models.config import DecoderConfig, LinearRopeScaling
+from specjax.models.dropout import drop
 from specjax.models.linear import Matrix
 from specjax.models.modules import parameter
 from specjax.parallel import sharding
-from specjax.types import Skips
+from specjax.types import Dropout, Skips
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -284,26 +285,26 @@ class Layer(nnx.Module):
             declare_norm(self, "attention_post_norm", c, rngs)
             declare_norm(self, "mlp_post_norm", c, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], view: View, keys, values, start, layer=None):
+    def __call__(self, x: Float[Array, "B T D"], view: View, keys, values, start, layer=None, dropout=None):
         """The residual stream after the layer, and the updated keys and values: its own, or those of all layers."""
-        attended, keys, values = self.attend(x, view, keys, values, start, layer)
+        attended, keys, values = self.attend(x, view, keys, values, start, layer, dropout)
         # Where attention and feed-forward are parallel, both read the stream before the layer.
-        return self.feed_forward(attended, x if self.config.parallel else attended), keys, values
+        return self.feed_forward(attended, x if self.config.parallel else attended, dropout), keys, values
 
-    def attend(self, x: Float[Array, "B T D"], view: View, keys, values, start, layer=None):
+    def attend(self, x: Float[Array, "B T D"], view: View, keys, values, start, layer=None, dropout=None):
         """The layer without its feed-forward."""
         normed = normalize(self, "attention_norm", self.config, x)
         mixed, keys, values = self.attention(normed, view, keys, values, start, layer)
         if self.config.post_norms:
             mixed = normalize(self, "attention_post_norm", self.config, mixed)
-        return x + mixed, keys, values
+        return x + drop(mixed, dropout, "attention"), keys, values
 
     def feed_forward(
-        self, x: Float[Array, "B T D"], before: Float[Array, "B T D"] | None = None
+        self, x: Float[Array, "B T D"], before: Float[Array, "B T D"] | None = None, dropout: Dropout | None = None
     ) -> Float[Array, "B T D"]:
         """The layer without its attention: the stream x, to which is added what comes of the stream `before` (or x)."""
         norm = "attention_norm" if self.config.parallel else "mlp_norm"
         out = self.mlp(normalize(self, norm, self.config, x if before is None else before))
         if self.config.post_norms:
             out = normalize(self, "mlp_post_norm", self.config, out)
-        return x + out
+        return x + drop(out, dropout, "mlp")

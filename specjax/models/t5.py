@@ -18,9 +18,10 @@ from specjax.models import cache as cache_lib
 from specjax.models import layers, linear, modules
 from specjax.models.attention import attend
 from specjax.models.config import T5Config
+from specjax.models.dropout import drop, within
 from specjax.models.linear import Matrix
 from specjax.parallel import sharding
-from specjax.types import NO_SKIPS, Batch, Block, Inputs, Model, ModelOutput, Skips, Tree
+from specjax.types import NO_SKIPS, Batch, Block, Dropout, Inputs, Model, ModelOutput, Skips, Tree
 
 NO_LIMIT = 2**31 - 1
 """Relative positions have no end."""
@@ -132,6 +133,7 @@ class SelfAttention(nnx.Module):
         keys: Float[Array, "B H S E"],
         values: Float[Array, "B H S E"],
         start: Int[Array, " B"] | None,
+        dropout: Dropout | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H S E"], Float[Array, "B H S E"]]:
         """Writes the tokens' keys and values into the cache, and attends to the entries that `mask` allows."""
         qkv = self.qkv(x)
@@ -141,7 +143,8 @@ class SelfAttention(nnx.Module):
             new_values, broken = cache_lib.contain(new_values)
         values = cache_lib.constrain(cache_lib.write(values, new_values, start), self.rules)
         query = qkv[:, :, :, :1].astype(keys.dtype)
-        mixed = attend(query, keys, values, mask, bias, in_cache=start is not None)
+        dropped = functools.partial(drop, dropout=dropout, place="attention weights")
+        mixed = attend(query, keys, values, mask, bias, in_cache=start is not None, drop=dropped)
         if broken is not None:
             mixed = jnp.where(broken[:, :, :, None], jnp.nan, mixed)
         return self.out(mixed[:, :, :, 0]), keys, values
@@ -184,10 +187,12 @@ class CrossAttention(nnx.Module):
         mask: Bool[Array, "B T S"],
         keys: Float[Array, "B H S E"],
         values: Float[Array, "B H S E"],
+        dropout: Dropout | None = None,
     ) -> Float[Array, "B T D"]:
         """Attends to the source."""
         query = self.query(x)[:, :, :, None].astype(keys.dtype)
-        mixed = attend(query, keys, values, mask)
+        dropped = functools.partial(drop, dropout=dropout, place="cross-attention weights")
+        mixed = attend(query, keys, values, mask, drop=dropped)
         return self.out(mixed[:, :, :, 0])
 
 
@@ -211,11 +216,11 @@ class FeedForward(nnx.Module):
         down, init = (c.intermediate_size, c.hidden_size), _normal(c.intermediate_size**-0.5)
         self.down = Matrix(rngs, down, ("mlp", "embed"), c.dtype, how=c.quantisation, init=init)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], dropout: Dropout | None = None) -> Float[Array, "B T D"]:
         """The layer's contribution to the residual."""
         up = self.up(x)
         inner = layers.ACTIVATIONS[self.activation](up[:, :, 0])
-        return self.down(inner * up[:, :, 1] if up.shape[2] == 2 else inner)
+        return self.down(drop(inner * up[:, :, 1] if up.shape[2] == 2 else inner, dropout, "inner"))
 
 
 class Layer(nnx.Module):
@@ -232,26 +237,27 @@ class Layer(nnx.Module):
         self.mlp_norm = _norm(c, rngs)
         self.mlp = FeedForward(c, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], mask, bias, keys, values, start, source=None):
+    def __call__(self, x: Float[Array, "B T D"], mask, bias, keys, values, start, source=None, dropout=None):
         """The residual stream after the layer, and the layer's updated keys and values.
 
         In the decoder, `source` is which tokens of the source each token attends to, and their keys and values.
         """
-        x, keys, values = self.attend(x, mask, bias, keys, values, start, source)
-        return self.feed_forward(x), keys, values
+        x, keys, values = self.attend(x, mask, bias, keys, values, start, source, dropout)
+        return self.feed_forward(x, dropout), keys, values
 
-    def attend(self, x: Float[Array, "B T D"], mask, bias, keys, values, start, source=None):
+    def attend(self, x: Float[Array, "B T D"], mask, bias, keys, values, start, source=None, dropout=None):
         """The layer without its feed-forward."""
         normed = layers.rms_norm(x, self.attention_norm[...], self.eps)
-        mixed, keys, values = self.attention(normed, mask, bias, keys, values, start)
-        x = x + mixed
+        mixed, keys, values = self.attention(normed, mask, bias, keys, values, start, dropout)
+        x = x + drop(mixed, dropout, "attention")
         if source is not None:
-            x = x + self.cross(layers.rms_norm(x, self.cross_norm[...], self.eps), *source)
+            mixed = self.cross(layers.rms_norm(x, self.cross_norm[...], self.eps), *source, dropout)
+            x = x + drop(mixed, dropout, "cross-attention")
         return x, keys, values
 
-    def feed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def feed_forward(self, x: Float[Array, "B T D"], dropout: Dropout | None = None) -> Float[Array, "B T D"]:
         """The layer without its attention."""
-        return x + self.mlp(layers.rms_norm(x, self.mlp_norm[...], self.eps))
+        return x + drop(self.mlp(layers.rms_norm(x, self.mlp_norm[...], self.eps), dropout), dropout, "mlp")
 
 
 def _norm(c: T5Config, rngs: nnx.Rngs) -> nnx.Param:
@@ -298,21 +304,29 @@ class T5(nnx.Module):
         x = self.head.look_up(tokens) if c.tie_embeddings else linear.look_up(self.embedding[...], tokens)
         return linear.with_extra(x, tokens, extra, c.vocab_size)
 
-    def encode(self, source: Int[Array, "B S"], mask: Bool[Array, "B S S"]) -> Float[Array, "B S D"]:
+    def encode(
+        self, source: Int[Array, "B S"], mask: Bool[Array, "B S S"], dropout: Dropout | None = None
+    ) -> Float[Array, "B S D"]:
         """The encoder's output; each token attends to those that `mask` allows."""
-        c, (rows, size) = self.config, source.shape
-        x, bias = self.embed(source), None
+        c, (rows, size), dropout = self.config, source.shape, within(dropout, "encoder")
+        x, bias = drop(self.embed(source), dropout, "embedding"), None
         empty = jnp.zeros((rows, c.num_heads, size, c.head_dim), c.dtype)
-        for block in self.encoder:
+        for i, block in enumerate(self.encoder):
             if bias is None or c.bias_per_layer:
                 positions = jnp.arange(size)
                 distance = (positions[:, None] - positions)[None]
                 bias = relative_bias(c, block.attention.bias[...], distance, bidirectional=True)
-            x, _, _ = modules.traced_once(block, remat=self.remat)(x, mask, bias, empty, empty, None)
-        return layers.rms_norm(x, self.encoder_norm[...], c.norm_eps)
+            run = modules.traced_once(block, remat=self.remat)
+            x, _, _ = run(x, mask, bias, empty, empty, None, None, within(dropout, i))
+        return drop(layers.rms_norm(x, self.encoder_norm[...], c.norm_eps), dropout, "output")
 
     def hidden(
-        self, block: Block, cache: Cache, start: Int[Array, " B"] | None, packed: Batch | None = None
+        self,
+        block: Block,
+        cache: Cache,
+        start: Int[Array, " B"] | None,
+        packed: Batch | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F D"], Cache]:
         """The decoder's last hidden states of a block after `start` entries, those of the taps, and the cache.
 
@@ -331,20 +345,22 @@ class T5(nnx.Module):
             assert packed.source_segments is not None  # `score` has checked it.
             mask &= layers.same_segment(packed.segments, packed.segments)
             sees = layers.same_segment(packed.segments, packed.source_segments)
-        x, bias, states = self.embed(tokens, block.embeddings), None, {}
+        dropout = within(dropout, "decoder")
+        x, bias, states = drop(self.embed(tokens, block.embeddings), dropout, "embedding"), None, {}
         keys, values = list(cache.keys), list(cache.values)
         for i, layer in enumerate(self.decoder):
-            states[i] = x
+            states[i], dropped = x, within(dropout, i)
             if bias is None or c.bias_per_layer:
                 bias = relative_bias(c, layer.attention.bias[...], distance, bidirectional=False)
             source = sees, cache.source_keys[i], cache.source_values[i]
             attends, feeds = i not in self.skips.attention, i not in self.skips.mlp
             if attends:
                 run = modules.traced_once(layer, "__call__" if feeds else "attend", remat=self.remat)
-                x, keys[i], values[i] = run(x, mask, bias, keys[i], values[i], start, source)
+                x, keys[i], values[i] = run(x, mask, bias, keys[i], values[i], start, source, dropped)
             elif feeds:
-                x = modules.traced_once(layer, "feed_forward")(x)
-        x = states[c.num_layers] = layers.rms_norm(x, self.norm[...], c.norm_eps)
+                x = modules.traced_once(layer, "feed_forward")(x, dropped)
+        x = drop(layers.rms_norm(x, self.norm[...], c.norm_eps), dropout, "output")
+        states[c.num_layers] = x
         features = [states[tap] for tap in self.taps]
         tapped = jnp.stack(features, axis=2) if features else x[:, :, None][:, :, :0]
         return x, tapped, cache._replace(keys=tuple(keys), values=tuple(values))
@@ -406,14 +422,16 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), s
         hidden, features, cache = t5.hidden(block, cache, cache.length)
         return ModelOutput(t5.logits(hidden), features), cache
 
-    def score(params: Tree, batch: Batch, *, remat: bool = False) -> Float[Array, "B T V"]:
+    def score(
+        params: Tree, batch: Batch, *, remat: bool = False, dropout: Dropout | None = None
+    ) -> Float[Array, "B T V"]:
         if batch.source is None or batch.source_segments is None:
             raise ValueError("An encoder-decoder trains on batches with a source, and this one's is None.")
         t5 = module(params)
         t5.remat = remat
-        encoded = t5.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments))
+        encoded = t5.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments), dropout)
         cache = t5.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), init_cache(*batch.tokens.shape))
-        return t5.logits(t5.hidden(Block(batch.tokens), cache, None, batch)[0])
+        return t5.logits(t5.hidden(Block(batch.tokens), cache, None, batch, dropout)[0])
 
     def with_taps(taps: tuple[int, ...]) -> Model:
         return model(config, rules, layers.from_zero(taps, config.num_layers), skips)

@@ -15,6 +15,7 @@ _NOT_NEGATIVE = (
     "weight_decay",
     "clip_norm",
     "z_loss",
+    "dropout",
     "seed",
     "patience",
 )
@@ -41,7 +42,10 @@ class TrainConfig:
       dtype: that of the matrix products, "float32" or "bfloat16". Parameters and loss are float32 in both.
       remat: whether the backward pass computes each layer again from what goes into it (arXiv 1604.06174): less memory
         on accelerators, and about a third more work. XLA:CPU orders the work so that little memory is saved.
-      seed: determines the initial parameters and the order of the texts.
+      dropout: the probability that a number is set to zero in the forward pass of a step (Srivastava et al. 2014): of
+        what attention and feed-forward add to the residual stream of a language model; in a T5, also of embeddings,
+        attention weights, what is within feed-forwards, and both stacks' outputs (arXiv 1910.10683, section 2.1).
+      seed: determines the initial parameters, the order of the texts, and what is dropped.
       eval_every: steps between two validations.
       save_every: steps between two checkpoints.
       log_every: steps between two reports.
@@ -64,6 +68,7 @@ class TrainConfig:
     z_loss: float = 0.0
     dtype: str = "float32"
     remat: bool = False
+    dropout: float = 0.0
     seed: int = 0
     eval_every: int = 500
     save_every: int = 500
@@ -78,6 +83,8 @@ class TrainConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 0.")
+        if self.dropout >= 1:
+            raise ValueError(f"dropout={self.dropout}: less than 1.")
         choices = {"schedule": SCHEDULES, "dtype": ("float32", "bfloat16")}
         if isinstance(self.optimizer, str):
             choices["optimizer"] = OPTIMIZERS

@@ -263,7 +263,9 @@ def of_step(elements: Sequence[T], step: int, *, batch_size: int, seed: int) -> 
     import grain  # Takes half a second, and only training needs it.
 
     shuffled = grain.MapDataset.source(elements).seed(seed).shuffle().repeat()
-    return shuffled.batch(batch_size, batch_fn=list)[step]
+    chosen = shuffled.batch(batch_size, batch_fn=list)[step]
+    assert chosen is not None  # As what a filter leaves out would be.
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,21 +6,23 @@ Parameters and the optimiser's moments are float32 and split over the mesh by th
 """
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from specjax.models import families
 from specjax.models.config import ModelConfig
 from specjax.parallel import sharding
 from specjax.training import optimizers
 from specjax.training.config import TrainConfig
-from specjax.types import Batch, Tree
+from specjax.types import Batch, Dropout, Tree
 
 
 class TrainState(NamedTuple):
@@ -52,6 +54,9 @@ class Sums(NamedTuple):
     weight: Float[Array, ""]
     measures: dict[str, Float[Array, ""]]
 
+
+Rows = tuple[Batch, Key[Array, " B"] | None]
+"""Some rows of a batch, with the keys of their dropout."""
 
 Objective = Callable[[Float[Array, "B T V"], Batch, Tree], Sums]
 """What is minimised: `(logits, batch, frozen) -> Sums`, where `frozen` are parameters that are not trained."""
@@ -173,6 +178,7 @@ def sums(
     objective: Objective = cross_entropy,
     frozen: Tree = (),
     remat: bool = False,
+    dropout: Dropout | None = None,
 ) -> Sums:
     """The loss of a batch.
 
@@ -183,13 +189,14 @@ def sums(
       objective: what is minimised.
       frozen: parameters that the objective reads and that are not trained.
       remat: whether the gradient computes the layers again (`TrainConfig.remat`).
+      dropout: that of the model, and of no frozen one; None where it is not trained.
 
     Raises:
       ValueError: for a batch without a source, where the model is an encoder-decoder.
     """
     score = families.model(model_config).score
     assert score is not None  # Every family trains.
-    return objective(score(params, batch, remat=remat), batch, frozen)
+    return objective(score(params, batch, remat=remat, dropout=dropout), batch, frozen)
 
 
 def _mean(
@@ -198,19 +205,29 @@ def _mean(
     objective: Objective,
     params: Tree,
     frozen: Tree,
-    batch: Batch,
     total: Float[Array, ""],
+    batch: Batch,
+    keys: Key[Array, " B"] | None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """A microbatch's part of what is minimised, and of the loss and the measures; `total` is the weight of all."""
     cast = families.cast(model_config, params, config.dtype)
-    added = sums(*cast, batch, objective=objective, frozen=frozen, remat=config.remat)
+    dropout = None if keys is None else Dropout(config.dropout, keys)
+    added = sums(*cast, batch, objective=objective, frozen=frozen, remat=config.remat, dropout=dropout)
     means = {name: value / total for name, value in {"loss": added.loss, **added.measures}.items()}
     return (added.loss + config.z_loss * added.square) / total, means
 
 
-def _microbatches(batch: Batch, number: int) -> Batch:
+def _dropout_keys(config: TrainConfig, step: Int[Array, ""], number: int) -> Key[Array, " B"] | None:
+    """A key for each row of the batch, so that microbatches drop what the whole batch drops; None without dropout."""
+    if not config.dropout:
+        return None
+    key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(zlib.crc32(b"dropout")))
+    return jax.random.split(jax.random.fold_in(key, step), number)
+
+
+def _microbatches(rows: Any, number: int) -> Any:
     """`[number, B / number, ...]`, split so that each microbatch has rows on every device without moving any."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch)
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="objective", donate_argnums=2)
@@ -240,16 +257,17 @@ def train_step(
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
     differentiate = jax.grad(functools.partial(_mean, model_config, config, objective), has_aux=True)
 
-    def gradient(part: Batch) -> tuple[Tree, dict[str, Float[Array, ""]]]:
-        return differentiate(state.params, frozen, part, total)
+    def gradient(part: Rows) -> tuple[Tree, dict[str, Float[Array, ""]]]:
+        return differentiate(state.params, frozen, total, *part)
 
-    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+    def add(carry: Any, part: Rows) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, gradient(part)), None
 
+    rows: Rows = batch, _dropout_keys(config, state.step, batch.tokens.shape[0])
     if config.num_microbatches == 1:
-        grads, means = gradient(batch)
+        grads, means = gradient(rows)
     else:
-        parts = _microbatches(batch, config.num_microbatches)
+        parts = _microbatches(rows, config.num_microbatches)
         shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, means), _ = jax.lax.scan(add, nothing, parts)

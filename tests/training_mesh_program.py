@@ -13,7 +13,7 @@ from specjax.parallel import sharding
 from specjax.training import train
 from specjax.training.checkpoints import Checkpoints
 
-CONFIG = dataclasses.replace(SHORT, batch_size=8, num_microbatches=2)
+CONFIG = dataclasses.replace(SHORT, batch_size=8, num_microbatches=2, dropout=0.1)
 MODEL = dataclasses.replace(MODELS["t5"], vocab_size=128, num_heads=4)
 
 

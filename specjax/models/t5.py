@@ -251,7 +251,7 @@ class Layer(nnx.Module):
         mixed, keys, values = self.attention(normed, mask, bias, keys, values, start, dropout)
         x = x + drop(mixed, dropout, "attention")
         if source is not None:
-            mixed = self.cross(layers.rms_norm(x, self.cross_norm[...], self.eps), *source, dropout)
+            mixed = self.cross(layers.rms_norm(x, self.cross_norm[...], self.eps), *source, dropout=dropout)
             x = x + drop(mixed, dropout, "cross-attention")
         return x, keys, values
 

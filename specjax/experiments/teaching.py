@@ -150,10 +150,11 @@ def _prompts(
         prompt_length=chosen.prompt_length,
         max_prompt=longest if is_decoder else chosen.source_length,
     )
+    why = "as too long"
     if chosen.shares.fixed and what == "Training":
-        found = [prompt for prompt in found if prompt.given is not None]
+        found, why = [prompt for prompt in found if prompt.given is not None], f"{why}, or without text for mix.fixed"
     left_out = len(lines) - len(found)
-    note = f", {left_out} left out as too long, or without the text that mix.fixed needs" if left_out else ""
+    note = f", {left_out} left out {why}" if left_out else ""
     view.line(f"{what}: {len(found)} prompts{note}.")
     if not found:
         raise ValueError(f"{what}: none of {len(lines)} prompts fits: raise config.target_length, or shorten them.")

@@ -275,8 +275,11 @@ def test_configs_of_prompts_are_compare_with_values(name: str, count: int):
     assert all(json.loads(line).keys() == {"category", "prompt"} for line in lines)
 
 
-def test_starting_imports_no_torch():
-    code = "import sys; from specjax import launch; launch.main(['launch', '--help']); sys.exit('torch' in sys.modules)"
+def test_starting_imports_neither_torch_nor_grain():
+    code = (
+        "import sys; from specjax import launch; from specjax.experiments import distill, train\n"
+        "launch.main(['launch', '--help']); sys.exit(bool({'torch', 'grain'} & set(sys.modules)))"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
 
 

@@ -42,7 +42,7 @@ def summary(name: str, found: Sequence[tuple[str, str]]) -> str:
         "Alpha is the mean of the sum of min(p, q) over the tokens of the target's own continuations of held-out "
         "prompts: the acceptance rate of rejection at this temperature. Greedy agreement is that at temperature 0, on "
         "the same texts. The curves of training are on what each step learns, which is other text where the draft "
-        "writes some of it (`mix.draft`)."
+        "writes some of it (`mix.draft`), and with dropout where there is any."
     )
     return page(f"# {name}", "\n".join(lines), note, "![Divergence and acceptance rate by step](distill.png)")
 

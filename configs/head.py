@@ -37,5 +37,6 @@ def get_config() -> ConfigDict:
     config.depth = 2  # Draft tokens that are trained in a row.
     config.learning_rate = 6e-4  # The largest; it falls along a cosine.
     config.eval_every = 25  # Steps between two evaluations.
+    config.tensorboard = False  # Also write the curve as TensorBoard event files, to tensorboard/ of the workdir.
     config.seed = 0  # Of the instructions, of what is sampled, and of the order in training.
     return config

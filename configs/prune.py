@@ -83,6 +83,7 @@ def get_config() -> ConfigDict:
     config.log_every = 5  # Steps between two reports.
     config.keep = 1  # How many checkpoints of a round are kept while it runs.
     config.patience = 0  # End a round after this many validations in a row without a greater acceptance rate; 0: never.
+    config.tensorboard = False  # Also write the curves as TensorBoard event files, to tensorboard/ of each round.
     config.mesh_data = 1  # Devices to split the batch over.
     config.mesh_model = 1  # Devices to split the matrices over.
     return config

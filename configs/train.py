@@ -73,6 +73,7 @@ def get_config() -> ConfigDict:
     config.log_every = 10  # Steps between two reports.
     config.keep = 2  # How many checkpoints are kept.
     config.patience = 0  # End after this many validations in a row without a better one; 0: never.
+    config.tensorboard = False  # Also write the curve as TensorBoard event files, to tensorboard/ of the workdir.
     config.mesh_data = 1  # Devices to split the batch over.
     config.mesh_model = 1  # Devices to split the matrices over.
     return config

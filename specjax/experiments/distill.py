@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from specjax.api import pretrained, request
 from specjax.api.pretrained import Pretrained
-from specjax.experiments import teaching
+from specjax.experiments import board, teaching
 from specjax.experiments.reports import distill as report
 from specjax.experiments.reports import plots
 from specjax.experiments.reports.display import View
@@ -23,7 +23,7 @@ from specjax.training.curve import Curve
 from specjax.training.fit import Run, Task
 from specjax.training.own_text import OwnTexts
 
-FILES = (*fit.FILES, WRITTEN, "config.json", "summary.md", "distill.png")
+FILES = (*fit.FILES, WRITTEN, "config.json", "summary.md", "distill.png", board.DIRECTORY)
 """The files of a run in its work directory."""
 
 
@@ -134,7 +134,10 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     except KeyboardInterrupt:
         raise KeyboardInterrupt("no step was made; the texts that are written are kept") from None
     total = prepared.run.config.num_steps
-    with view.progress(total, what="step", remaining=True) as bar:
-        curve = fit.fit(prepared.run, store.directory, Progress(view, prepared.run, bar, report.described))
+    with (
+        view.progress(total, what="step", remaining=True) as bar,
+        board.beside(Progress(view, prepared.run, bar, report.described), store.directory, chosen.tensorboard) as told,
+    ):
+        curve = fit.fit(prepared.run, store.directory, told)
     store.write_config()
     _finish(chosen, prepared, curve, store, view)

@@ -15,7 +15,7 @@ from specjax import drafters, files
 from specjax.api.pretrained import Pretrained, load
 from specjax.drafters import store
 from specjax.drafters.feature_head import Head
-from specjax.experiments import results
+from specjax.experiments import board, results
 from specjax.experiments.instructions import instructions
 from specjax.experiments.reports.display import View
 from specjax.experiments.settings import POSITIVE, Config, at_least, between, given, parse
@@ -23,7 +23,7 @@ from specjax.experiments.store import clear
 from specjax.models import feature_head
 from specjax.models.config import DecoderConfig
 from specjax.models.feature_head import FeatureHeadConfig
-from specjax.training import harvest, heads
+from specjax.training import fit, harvest, heads
 from specjax.training.harvest import Texts
 
 TEXTS, QUALITY = "texts", "results.json"
@@ -52,6 +52,7 @@ class Settings:
     depth: Annotated[int, at_least(1)]
     learning_rate: Annotated[float, POSITIVE]
     eval_every: Annotated[int, at_least(1)]
+    tensorboard: Annotated[bool, board.INSTALLED]
     seed: Annotated[int, at_least(0)]
 
     def check(self) -> None:
@@ -162,15 +163,16 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     """Writes texts and trains, as `EXPERIMENTS` says; the texts of an earlier run are kept unless `overwrite`."""
     view, directory, chosen = view or View(), pathlib.Path(workdir), parse(Settings, config)
     if overwrite:
-        clear(directory, (TEXTS, QUALITY, store.FILE))
+        clear(directory, (TEXTS, QUALITY, store.FILE, board.DIRECTORY))
     try:
         batches = _write(chosen, directory / TEXTS, view)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the batches of texts that are finished are kept") from None
-    _train(chosen, batches, directory, view)
+    with board.beside(lambda lines: None, directory, chosen.tensorboard) as told:
+        _train(chosen, batches, directory, view, told)
 
 
-def _train(chosen: Settings, batches: Sequence[Texts], directory: pathlib.Path, view: View) -> None:
+def _train(chosen: Settings, batches: Sequence[Texts], directory: pathlib.Path, view: View, told: fit.Report) -> None:
     held_out, batches = batches[0], batches[1:]
     target, config = _load(chosen, "float32")
     tokens = heads.frequent_tokens(batches, chosen.vocab_size)
@@ -189,12 +191,13 @@ def _train(chosen: Settings, batches: Sequence[Texts], directory: pathlib.Path, 
         view.line(f"step {step}: acceptance at temperature 0: {greedy}; at 1: {sampled}; loss {quality.loss:.3f}")
         rates = {name: [float(x) for x in getattr(quality, name)] for name in ("greedy", "overlap")}
         rows.append({"step": step, "loss": float(quality.loss), **rates})
+        told([{"step": step, "valid_loss": float(quality.loss), **rates}])
         files.write(directory / QUALITY, json.dumps(rows, indent=1) + "\n")
         if _first(rows[-1]) >= max(map(_first, rows)):
             drafters.save_feature_head(Head(head, params, tokens, vocabulary), directory)
 
     def report(state: heads.TrainState, loss: float) -> bool:
-        del loss
+        told([{"step": state.step, "loss": loss}])
         if state.step % chosen.eval_every == 0 or state.step == chosen.steps:
             note(state.step, state.params)
         return True

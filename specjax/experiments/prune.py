@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from specjax.api import pretrained
 from specjax.api.pretrained import Pretrained
-from specjax.experiments import results, teaching
+from specjax.experiments import board, results, teaching
 from specjax.experiments.reports import prune as report
 from specjax.experiments.reports.display import View
 from specjax.experiments.reports.train import perplexity
@@ -171,8 +171,11 @@ class _Rounds:
         model, directory = self.pruned(number), self.directory(number)
         run = self.run_of(number, model)
         self.view.line(f"Round {number} of {self.total}: {families.num_params(model.config) / 1e6:.1f}M parameters.")
-        with self.view.progress(run.config.num_steps, what="step", remaining=True) as bar:
-            curve = fit.fit(run, directory, Progress(self.view, run, bar, _described))
+        with (
+            self.view.progress(run.config.num_steps, what="step", remaining=True) as bar,
+            board.beside(Progress(self.view, run, bar, _described), directory, self.chosen.tensorboard) as told,
+        ):
+            curve = fit.fit(run, directory, told)
         first, best = curve.valid[0], curve.best
         assert best is not None
         after = self.load(directory / fit.MODEL)

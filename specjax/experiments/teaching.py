@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from specjax.api import pretrained
 from specjax.api.pretrained import Pretrained
-from specjax.experiments import distill_data
+from specjax.experiments import board, distill_data
 from specjax.experiments.distill_data import Line
 from specjax.experiments.reports.display import View
 from specjax.experiments.settings import POSITIVE, Check, at_least, given, one_of
@@ -50,6 +50,7 @@ class Teaching:
     source_length: Annotated[int, at_least(1)]
     mesh_data: Annotated[int, at_least(1)]
     mesh_model: Annotated[int, at_least(1)]
+    tensorboard: Annotated[bool, board.INSTALLED]
     seed: Annotated[int, Check(lambda value: 0 <= value < 2**32, "from 0 to 4294967295")]
     optimisation: TrainConfig
 

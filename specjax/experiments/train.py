@@ -9,6 +9,7 @@ from typing import Annotated
 
 from jax.sharding import Mesh
 
+from specjax.experiments import board
 from specjax.experiments.reports import plots
 from specjax.experiments.reports import train as report
 from specjax.experiments.reports.display import View
@@ -25,7 +26,7 @@ from specjax.training.curve import Curve
 from specjax.training.data import Dataset, Text
 from specjax.training.fit import Run
 
-FILES = (*fit.FILES, SPIECE, "config.json", "summary.md", "loss.png")
+FILES = (*fit.FILES, SPIECE, "config.json", "summary.md", "loss.png", board.DIRECTORY)
 """The files of a run in its work directory."""
 
 
@@ -47,6 +48,7 @@ class Settings:
     source_length: Annotated[int, at_least(1)]
     mesh_data: Annotated[int, at_least(1)]
     mesh_model: Annotated[int, at_least(1)]
+    tensorboard: Annotated[bool, board.INSTALLED]
     optimisation: TrainConfig
 
     def check(self) -> None:
@@ -145,7 +147,10 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
         raise ValueError(str(error)) from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt("no step was made") from None
-    with view.progress(prepared.config.num_steps, what="step", remaining=True) as bar:
-        curve = fit.fit(prepared, store.directory, Progress(view, prepared, bar))
+    with (
+        view.progress(prepared.config.num_steps, what="step", remaining=True) as bar,
+        board.beside(Progress(view, prepared, bar), store.directory, chosen.tensorboard) as told,
+    ):
+        curve = fit.fit(prepared, store.directory, told)
     store.write_config()
     _finish(chosen, prepared, curve, store, view)

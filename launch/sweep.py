@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 
 from specjax import files, launch
 from specjax.experiments import results
+from specjax.experiments.reports import plots
 from specjax.experiments.reports.tables import markdown
 from specjax.experiments.results import Row
 
@@ -242,8 +243,7 @@ def table(cells: Sequence[Cell], rows: Sequence[Row], finished: dict[str, float]
 
 def plot(axes: Sequence[tuple[str, list[str]]], rows: Sequence[Row]) -> Figure:
     """Measured speedup against the first axis, a line for each combination of the others (and of a run's own rows)."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    panel = figure.subplots()
+    figure, (panel,) = plots.panels(1, 7, 4)
     first, values = axes[0]
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -255,10 +255,10 @@ def plot(axes: Sequence[tuple[str, list[str]]], rows: Sequence[Row]) -> Figure:
             if f"config.{name}" not in row["flags"] and len({str(other[name]) for other in rows}) > 1
         ]
         lines.setdefault(", ".join(parts), {})[values.index(row["flags"][first])] = row["measured_speedup"]
-    for label, points in lines.items():
+    for (label, points), (color, marker) in zip(lines.items(), itertools.cycle(plots.STYLES), strict=False):
         places = sorted(points)
-        panel.plot(places, [points[place] for place in places], "o-", label=label)
-    panel.axhline(1, color="#666666", linewidth=0.8, linestyle=":")
+        panel.plot(places, [points[place] for place in places], f"{marker}-", color=color, label=label)
+    panel.axhline(1, color=plots.GREY, linewidth=0.8, linestyle=":")
     panel.set_xticks(range(len(values)), values)
     panel.set_xlabel(first.removeprefix("config."))
     panel.set_ylabel("speedup over plain decoding")

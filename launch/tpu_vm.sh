@@ -196,8 +196,12 @@ fi
 for file in ${data[@]+"${data[@]}"}; do
   run gcloud compute tpus tpu-vm scp "$file" "$name:specjax/$(basename "$file")" "${where[@]}" --worker=all
 done
+# Images of Ubuntu 22.04 have Python 3.10, which is too old for specjax: uv brings a newer one.
+on_hosts "test -x specjax-venv/bin/python || \
+{ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && python3 -m venv specjax-venv; } || \
+{ python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --seed --python=3.12 specjax-venv; }"
 # shellcheck disable=SC2016  # $HOME is that of the host.
-on_hosts 'test -x specjax-venv/bin/python || python3 -m venv specjax-venv; specjax-venv/bin/pip install --quiet -e "$HOME/specjax[tpu,experiments]"'
+on_hosts 'specjax-venv/bin/pip install --quiet -e "$HOME/specjax[tpu,experiments]"'
 flags=$(printf ' %q' "$@")
 started=1
 on_hosts "cd specjax && ../specjax-venv/bin/python -m specjax.launch --distributed --workdir=runs/out$flags" || {

@@ -77,15 +77,39 @@ def test_a_tpu_slice_is_made_used_and_deleted(tmp_path):
     assert done.returncode == 0, done.stderr
     shown = commands(done.stdout)
     verbs = [words[4] if words[0] == "gcloud" else words[0] for words in shown]
-    assert verbs == ["create", "tar", "scp", "ssh", "scp", "ssh", "ssh", "mkdir", "scp", "delete"]
+    assert verbs == ["create", "tar", "scp", "ssh", "scp", "ssh", "ssh", "ssh", "mkdir", "scp", "delete"]
     assert {"--spot", "--accelerator-type=v6e-8", "--version=other", "--zone=z", "--project=p"} <= set(shown[0])
-    remote = shown[6][-1].removeprefix("--command=")
-    assert "--worker=all" in shown[6]
+    remote = shown[7][-1].removeprefix("--command=")
+    assert "--worker=all" in shown[7]
     # Two shells read the flags: this one and that of the host.
     assert shlex.split(remote)[-2:] == RUN[1:]
     assert "--distributed" in remote
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+PYTHON = """#!/bin/bash
+echo "$@" >>"$(dirname "$0")/log"
+[[ $1 != -c ]] || exit OLD
+[[ $2 != venv && $3 != venv ]] || { mkdir -p specjax-venv/bin; cp "$0" specjax-venv/bin/python; }
+"""
+
+
+@pytest.mark.parametrize(("is_old", "made"), [(0, "-m venv specjax-venv"), (1, "-m uv venv")])
+def test_a_host_whose_python_is_too_old_gets_a_newer_one(is_old, made, tmp_path):
+    """What the script runs on a host, with a stand-in for the host's Python; once more, it has nothing to do."""
+    done = script("tpu_vm", tmp_path / "out", "--dry-run", *RUN)
+    (command,) = [words[-1] for words in commands(done.stdout) if "uv venv" in words[-1]]
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "python3").write_text(PYTHON.replace("OLD", str(is_old)))
+    (bin / "python3").chmod(0o755)
+    for _ in range(2):
+        remote = ["bash", "-c", command.removeprefix("--command=")]
+        assert subprocess.run(remote, cwd=tmp_path, env={"PATH": f"{bin}:/usr/bin:/bin"}).returncode == 0
+    said = (bin / "log").read_text().splitlines()
+    assert said[-1].startswith(made)
+    assert sum(" venv" in line for line in said) == 1
 
 
 @pytest.mark.parametrize(

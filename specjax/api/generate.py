@@ -121,8 +121,8 @@ def generate(
       max_new_tokens: 128; one number, or one per prompt.
       temperature: 0 (greedy); top_k, top_p, min_p, typical_p, epsilon_cutoff: off. Each takes one number, or one per
         prompt; `sampling.options` says what they mean.
-      repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias,
-        suppress_tokens: off; see `processors.penalties`.
+      repetition_penalty: off; so are presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens,
+        logit_bias and suppress_tokens. See `processors.penalties`.
       seed: 0, an integer in [0, 2^32); sequence i uses `seed + i`. Or one per sequence: a sequence depends on its own
         seed, not on its neighbours in the batch. With `verify.coupled` it does not depend on the drafter either.
       num_return_sequences: 1; how many sequences to generate for each prompt, from one prefill.

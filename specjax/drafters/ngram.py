@@ -121,8 +121,13 @@ def lookup_tree(
     before it: the first copy is the longest path, and later ones branch from it.
 
     Args:
-      tokens, length, min_match, max_match, source, source_length: as for `lookup`.
+      tokens: `[L]` the text buffer.
+      length: tokens of text in it.
       num_draft_tokens: K, the most nodes.
+      min_match: as for `lookup`.
+      max_match: as for `lookup`.
+      source: `[S]` as for `lookup`.
+      source_length: the number of its tokens.
       depth: the most tokens of each copy.
       num_candidates: how many occurrences are merged: the longest, and of equal ones the most recent.
     """

@@ -229,9 +229,9 @@ def figure_1(measured: Measured) -> Figure:
         ("time of a loop", "ms", loop_ms),
     )
     for axes, (title, unit, value) in zip(panels, shown, strict=True):
-        for line, color in zip(lines(measured.rows), itertools.cycle(plots.COLORS), strict=False):
+        for line, (color, marker) in zip(lines(measured.rows), itertools.cycle(plots.STYLES), strict=False):
             k = [row["num_draft_tokens"] for row in line.rows]
-            axes.plot(k, [value(row) for row in line.rows], "o-", color=color, label=line.label)
+            axes.plot(k, [value(row) for row in line.rows], f"{marker}-", color=color, label=line.label)
         axes.set_xticks(sorted({row["num_draft_tokens"] for row in measured.rows}))
         axes.set_ylim(bottom=0)
         plots.finish(axes, title, "draft tokens per step, K", unit, legend=axes is panels[0])
@@ -246,8 +246,9 @@ def spread_plot(measured: Measured) -> Figure:
         k = [row["num_draft_tokens"] for row in line.rows]
         plain = spread(line.rows, "baseline_")
         measured_ms = zip(*(spread([row]) for row in line.rows), strict=True)
-        for percent, values, dotted, color in zip((50, 90, 99), measured_ms, plain, plots.COLORS, strict=False):
-            axes.plot(k, values, "o-", color=color, label=f"P{percent}")
+        for percent, values, dotted, style in zip((50, 90, 99), measured_ms, plain, plots.STYLES, strict=False):
+            color, marker = style
+            axes.plot(k, values, f"{marker}-", color=color, label=f"P{percent}")
             axes.axhline(dotted, color=color, linewidth=0.8, linestyle=":")
         axes.set_xticks(k)
         axes.set_ylim(bottom=0)

@@ -225,14 +225,14 @@ def table_distilled(measured: Measured) -> list[list[str]]:
 
 
 def _by_temperature(
-    measured: Measured, height: float, x: str, y: str, draw: Callable[[Axes, Sweep, str], object]
+    measured: Measured, height: float, x: str, y: str, draw: Callable[[Axes, Sweep, str, str], object]
 ) -> Figure:
-    """A panel for each temperature, in which every draft is drawn in a color of its own."""
+    """A panel for each temperature, in which every draft is drawn with a color and a marker of its own."""
     by_temperature = {t: list(some) for t, some in itertools.groupby(sweeps(measured), lambda s: s.temperature)}
     figure, panels = plots.panels(len(by_temperature), 5.2, height)
     for axes, (temperature, some) in zip(panels, by_temperature.items(), strict=True):
-        for sweep, color in zip(some, itertools.cycle(plots.COLORS), strict=False):
-            draw(axes, sweep, color)
+        for sweep, (color, marker) in zip(some, itertools.cycle(plots.STYLES), strict=False):
+            draw(axes, sweep, color, marker)
         plots.finish(axes, f"temperature {temperature:g}", x, y, legend=True)
     return figure
 
@@ -240,14 +240,14 @@ def _by_temperature(
 def speedup_plot(measured: Measured) -> Figure:
     """Speedup against K: measured points over the curves of Theorem 3.8, with and without the cost of scoring."""
 
-    def draw(axes: Axes, sweep: Sweep, color: str) -> None:
+    def draw(axes: Axes, sweep: Sweep, color: str, marker: str) -> None:
         k = [row["num_draft_tokens"] for row in sweep.rows]
         axes.plot(
             k, [free_prediction(row, sweep.alpha) for row in sweep.rows], "-", color=color, linewidth=1, alpha=0.6
         )
         axes.plot(k, [scored_prediction(row, sweep.alpha) for row in sweep.rows], "--", color=color, linewidth=1)
         clock = [row["measured_speedup"] for row in sweep.rows]
-        axes.plot(k, clock, "o", color=color, label=printable.plot(sweep.draft))
+        axes.plot(k, clock, marker, color=color, label=printable.plot(sweep.draft))
 
     figure = _by_temperature(measured, 4, "draft tokens per step, K", "speedup over plain decoding", draw)
     for axes in figure.axes:
@@ -259,8 +259,9 @@ def speedup_plot(measured: Measured) -> Figure:
 def position_plot(measured: Measured) -> Figure:
     """Acceptance by position in the draft, for the largest K of every draft."""
 
-    def draw(axes: Axes, sweep: Sweep, color: str) -> None:
-        plots.by_position(axes, sweep.rows[-1]["acceptance_by_position"], color, printable.plot(sweep.draft))
+    def draw(axes: Axes, sweep: Sweep, color: str, marker: str) -> None:
+        rates = sweep.rows[-1]["acceptance_by_position"]
+        plots.by_position(axes, rates, color, printable.plot(sweep.draft), marker)
         axes.set_ylim(0, 1.05)
 
     return _by_temperature(measured, 3.6, "position in the draft", "accepted, of those judged there", draw)

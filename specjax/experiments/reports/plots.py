@@ -11,9 +11,13 @@ from specjax.experiments import noise
 from specjax.experiments.reports import compare, printable, tables
 from specjax.experiments.results import Row
 
-BLUE, ORANGE, GREY = "#3b6ea5", "#c8553d", "#666666"
-COLORS = (BLUE, ORANGE, "#5b8c5a", "#8a6bb0", "#b08a3e", GREY)
-"""The colors of lines, in order."""
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"
+COLORS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", GREY)
+"""The colors of lines, in order: those of Okabe and Ito, which differ with every kind of color vision."""
+MARKERS = "osDv^P"
+"""The markers of lines, in order, so that no line is told from another by its color alone."""
+STYLES = tuple(zip(COLORS, MARKERS, strict=True))
+"""Color and marker of the lines, in order."""
 
 
 def panels(number: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
@@ -39,10 +43,10 @@ def save(directory: pathlib.Path, figures: Mapping[str, Figure]) -> list[str]:
     return list(figures)
 
 
-def by_position(axes: Axes, rates: Sequence[float | None], color: str, label: str = "") -> list[int]:
+def by_position(axes: Axes, rates: Sequence[float | None], color: str, label: str = "", marker: str = "o") -> list[int]:
     """Draws acceptance by position in the draft, from 1; returns the positions at which something was judged."""
     positions = [i + 1 for i, rate in enumerate(rates) if rate is not None]
-    axes.plot(positions, [rate for rate in rates if rate is not None], "o-", color=color, label=label)
+    axes.plot(positions, [rate for rate in rates if rate is not None], f"{marker}-", color=color, label=label)
     return positions
 
 

@@ -1,12 +1,12 @@
 """The command `specjax`: `launch`, `list`, `generate`, and short forms of single configs.
 
     specjax list
-    specjax generate "Why is the sky blue?" --target=SOURCE --drafter=ngram
+    specjax generate "Why is the sky blue?" --target=SOURCE --num_draft_tokens=4
     specjax compare --config.target=SOURCE --config.data=FILE
     specjax launch --config=FILE
 
 `compare`, `tune`, `plan` and `quickstart` run the config of that name; all flags of `specjax launch` are passed on. The
-configs are those of the repository: in the current directory, or where specjax is installed from.
+configs are those in the current directory, of the repository that specjax is installed from, or of its wheel.
 """
 
 import sys

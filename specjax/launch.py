@@ -7,6 +7,7 @@ of specjax, 130 and 143 after an interrupt (Ctrl-C, SIGTERM).
 
 import ast
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -84,14 +85,24 @@ def _split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, list(argv)
 
 
+def _from_wheel() -> pathlib.Path | None:
+    """The directory of the configs that a wheel has installed, None where specjax comes from elsewhere."""
+    try:
+        installed = importlib.metadata.files("specjax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = [path for path in installed if path.parts[-2:] == ("configs", "quickstart.py")]
+    return pathlib.Path(str(found[0].locate())).resolve().parent if found else None
+
+
 def configs() -> pathlib.Path:
-    """The directory of the configs: that of the current directory, or of the repository that specjax is installed from.
+    """The directory of the configs: the current directory's, the repository's, or the one that a wheel has installed.
 
     Raises:
-      UsageError: where there is none, as where specjax was installed from a wheel.
+      UsageError: where there is none.
     """
-    for place in (pathlib.Path("configs"), pathlib.Path(__file__).parents[1] / "configs"):
-        if (place / "quickstart.py").is_file():
+    for place in (pathlib.Path("configs"), pathlib.Path(__file__).parents[1] / "configs", _from_wheel()):
+        if place is not None and (place / "quickstart.py").is_file():
             return place
     raise UsageError("There is no directory `configs` here: change to a clone of the repository, which has it.")
 

@@ -30,7 +30,7 @@ def lab(color: str, vision) -> np.ndarray:
 
 
 def closest(colors, vision) -> float:
-    return min(np.linalg.norm(lab(a, vision) - lab(b, vision)) for a, b in itertools.combinations(colors, 2))
+    return min(float(np.linalg.norm(lab(a, vision) - lab(b, vision))) for a, b in itertools.combinations(colors, 2))
 
 
 @pytest.mark.parametrize("vision", VISION)

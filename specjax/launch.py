@@ -91,7 +91,7 @@ def _from_wheel() -> pathlib.Path | None:
         installed = importlib.metadata.files("specjax") or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    found = [path for path in installed if path.parts[-2:] == ("configs", "quickstart.py")]
+    found = [path for path in installed if path.parts[-4:] == ("share", "specjax", "configs", "quickstart.py")]
     return pathlib.Path(str(found[0].locate())).resolve().parent if found else None
 
 

@@ -78,3 +78,5 @@ def test_the_version_is_said_once():
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "specjax.__version__"}
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == specjax.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"version {specjax.__version__}." in changes or f"## {specjax.__version__}" in changes

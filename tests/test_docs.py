@@ -6,9 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 
+import specjax
 from specjax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,6 +31,25 @@ def test_files_that_commands_name_exist():
     found = {(page, path) for page in PAGES for path in named.findall(page.read_text()) if "NAME" not in path}
     assert len(found) > 50
     missing = [f"{page.name}: {path}" for page, path in found if not (ROOT / path).is_file()]
+    assert not missing
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = (page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    documented = {path for page in pages for path in re.findall(r"^::: (\S+)", page, re.MULTILINE)}
+
+    def is_there(owner: types.ModuleType, name: str) -> bool:
+        value = getattr(owner, name)
+        own = value.__name__ if isinstance(value, types.ModuleType) else f"{getattr(value, '__module__', '')}.{name}"
+        # On a page itself, as a part of something, or, as a module, by its parts.
+        return any(
+            path == known or path.startswith(f"{known}.") or known.startswith(f"{path}.")
+            for path in (f"{owner.__name__}.{name}", own)
+            for known in documented
+        )
+
+    rooms = (specjax, specjax.drafters, specjax.verify, specjax.sampling, specjax.decode)
+    missing = [f"{room.__name__}.{name}" for room in rooms for name in room.__all__ if not is_there(room, name)]
     assert not missing
 
 

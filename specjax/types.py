@@ -244,6 +244,8 @@ class Proposal(NamedTuple):
         `parent = arange(N) - 1`.
       probes: what the target reads besides (`Topology.num_probes`), for every row that may draft in the step, whether
         or not any token is proposed for it. None: nothing. The rules see None.
+      confidence: `[B, N]` float32, the probability of the draft's most probable token at the place of each token,
+        before any option, where a threshold on it may end a draft; the loop does not read it. The rules see None.
     """
 
     tokens: Int[Array, "*B N"]
@@ -251,6 +253,7 @@ class Proposal(NamedTuple):
     probs: Float[Array, "*B N V"] | None
     parent: Int[Array, "*B N"] | None = None
     probes: Probes | None = None
+    confidence: Float[Array, "*B N"] | None = None
 
 
 class Verdict(NamedTuple):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from helpers import save_tiny_decoder
 import specjax
 from specjax import drafters, launch
 from specjax.experiments import policies, traces, tune, tuned
-from specjax.experiments.policies import Costs, Policy
+from specjax.experiments.policies import Costs, Policy, Programs
 from specjax.experiments.traces import Trace
 
 DEPTH = 5
@@ -23,10 +24,16 @@ def costs(draft: float, scores: list[float]) -> Costs:
     return Costs(jnp.arange(len(scores) + 1) * draft, jnp.asarray([1.0, *scores]))
 
 
-def trace(matched: Sequence[int] | np.ndarray, proposed: int = DEPTH) -> Trace:
+def trace(matched: Sequence[int] | np.ndarray, confidence: np.ndarray | None = None) -> Trace:
     """A text in which so many drafted tokens are right at each position, as far as the text goes."""
     right = np.minimum(matched, len(matched) - 1 - np.arange(len(matched)))
-    return Trace(np.zeros(len(matched), int), np.full(len(matched), proposed), np.maximum(right, 0))
+    confidence = np.ones((len(matched), DEPTH)) if confidence is None else confidence
+    return Trace(np.zeros(len(matched), int), np.full(len(matched), DEPTH), np.maximum(right, 0), confidence)
+
+
+def programs(costs: Costs) -> Programs:
+    """A program for every number of draft tokens."""
+    return policies.in_lengths(costs, tuple(range(1, DEPTH)), DEPTH)
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +43,65 @@ def texts() -> list[Trace]:
 
 
 COSTS = costs(0.05, [1.1, 1.1, 1.1, 1.6, 1.6])
+EACH = programs(COSTS)
 
 
 def test_a_replay_adds_up_the_steps():
     # Positions 0, then 3 (two accepted), then 4 (none), then 5: the end, where nothing fits.
-    found = policies.replay(policies.fixed(2), trace([2, 0, 0, 0, 5, 5]), COSTS)
-    assert found.num_tokens == 6
-    assert found.steps == 3
-    assert found.wanted == 2 + 2 + 1
+    found = policies.replay(policies.fixed(2), [trace([2, 0, 0, 0, 5, 5])], EACH)
+    assert found.longest == 6
+    assert found.steps == [3]
+    assert found.wanted == [2 + 2 + 1]
     # The last step has room for one draft token, which is right, and the token after it.
     assert found.time == pytest.approx(2 * (0.1 + 1.1) + 0.05 + 1.1)
-    assert policies.replay(policies.fixed(0), trace([2] * 9), COSTS).time == 9
+    assert policies.replay(policies.fixed(0), [trace([2] * 9)], EACH).time == 9
 
 
-@pytest.mark.parametrize("policy", [policies.fixed(3), policies.plus_two_minus_one(), policies.expected_value()])
+def test_a_step_of_a_batch_costs_what_its_longest_row_asks_for():
+    # The first row drafts 2 and has both accepted twice; the second drafts 2, 2, 2, 1, 0, of which none is.
+    found = policies.replay(policies.fixed(2), [trace([2, 0, 0, 2, 0, 0]), trace([0] * 5)], EACH)
+    assert found.steps.tolist() == [2, 5]
+    assert found.wanted.tolist() == [4, 2 + 2 + 2 + 1]
+    assert found.longest == 6
+    assert found.time == pytest.approx(3 * (0.1 + 1.1) + (0.05 + 1.1) + 1)
+    # A draft that one row has to end goes on for the other, whose call the step pays for.
+    unsure = np.full((5, DEPTH), 0.1)
+    texts = [trace([0] * 5, unsure), trace([0] * 5)]
+    policy = policies.confident(policies.fixed(4), 0.5)
+    found = policies.replay(policy, texts, EACH)
+    assert found.time == pytest.approx(sum(float(COSTS.step[k]) for k in (4, 3, 2, 1, 0)))
+    alone = policies.replay(policy, texts[:1], EACH)
+    assert alone.time == pytest.approx(4 * float(COSTS.step[1]) + 1)
+
+
+def test_a_threshold_pays_for_the_call_that_found_the_draft_unsure():
+    confidence = np.tile([0.9, 0.4, 0.9, 0.9, 0.9], (4, 1))
+    policy = policies.confident(policies.fixed(DEPTH), 0.5)
+    # The token at the place where the draft is unsure is proposed too, and here accepted: two, then the target's own.
+    found = policies.replay(policy, [trace([3, 0, 0, 0], confidence)], EACH)
+    assert found.steps == [2]
+    assert found.time == pytest.approx(float(COSTS.step[2]) + 1)
+    # The program that scores has one length, and drafting so many calls as were made.
+    found = policies.replay(policy, [trace([3, 0, 0, 0], confidence)], policies.in_lengths(COSTS, (), DEPTH))
+    assert found.time == pytest.approx(2 * 0.05 + 1.6 + 1)
+
+
+def test_groups_are_filled_up():
+    some = [trace([0] * size) for size in range(1, 6)]
+    lengths = [[len(text.text) for text in texts] for texts in policies.groups(some, 2)]
+    assert lengths == [[1, 2], [3, 4], [5, 1]]
+    assert [len(texts) for texts in policies.groups(some[:1], 3)] == [3]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [policies.fixed(3), policies.plus_two_minus_one(), policies.expected_value(), policies.draft_and_verify(DEPTH)],
+)
 def test_nothing_is_faster_than_the_oracle(policy: Policy, texts: list[Trace]):
-    for text in texts:
-        least = policies.oracle(text, COSTS)
-        assert policies.replay(policy, text, COSTS).time >= least.time - 1e-3
-        assert least.time <= least.num_tokens
+    for batch in ([texts[0]], [texts[1]], texts):
+        least = policies.oracle(batch, EACH)
+        assert policies.replay(policy, batch, EACH).time >= least - 1e-3
+        assert least <= 120
 
 
 def test_the_oracle_finds_the_least_time_of_all_ways():
@@ -68,37 +115,41 @@ def test_the_oracle_finds_the_least_time_of_all_ways():
             ways = range(min(int(text.matched[at]), len(text.matched) - at - 1) + 1)
             return min(float(COSTS.step[k]) + least(at + k + 1) for k in ways)
 
-        assert policies.oracle(text, COSTS).time == pytest.approx(least(0), rel=1e-5)
+        assert policies.oracle([text], EACH) == pytest.approx(least(0), rel=1e-5)
 
 
 def test_the_loops_choice_beats_every_fixed_number_where_texts_differ(texts: list[Trace]):
     def time(policy: Policy) -> float:
-        return sum(policies.replay(policy, text, COSTS).time for text in texts)
+        return sum(policies.replay(policy, [text], EACH).time for text in texts)
 
     own = time(policies.expected_value())
     assert own < min(time(policies.fixed(k)) for k in range(DEPTH + 1))
     assert own < time(policies.plus_two_minus_one())
     # Long drafts where they are right, short ones where they are not.
-    drafted = [policies.replay(policies.expected_value(), text, COSTS) for text in texts]
-    means = [found.wanted / found.steps for found in drafted]
+    drafted = [policies.replay(policies.expected_value(), [text], EACH) for text in texts]
+    means = [found.wanted[0] / found.steps[0] for found in drafted]
     assert means[0] < means[1] < means[2]
 
 
 def test_in_lengths_a_step_costs_what_its_program_costs():
     used = policies.in_lengths(COSTS, (2,), 4)
-    assert np.asarray(used.score).tolist()[:5] == pytest.approx([1.0, 1.1, 1.1, 1.6, 1.6])
-    assert np.asarray(used.draft).tolist()[:5] == pytest.approx([0.0, 0.1, 0.1, 0.2, 0.2])
-    assert float(used.score[5]) > 1e5
+    assert np.asarray(used.costs.score).tolist()[:5] == pytest.approx([1.0, 1.1, 1.1, 1.6, 1.6])
+    assert np.asarray(used.costs.draft).tolist()[:5] == pytest.approx([0.0, 0.1, 0.1, 0.2, 0.2])
+    assert np.asarray(used.calls).tolist() == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2, 0.25])
+    assert float(used.costs.score[5]) > 1e5
 
 
 def test_the_best_chain_has_the_lengths_that_pay(texts: list[Trace]):
-    k, lengths, speedup = tune.best_chain(texts, costs(0.0, [1.1, 1.1, 1.1, 2.2, 2.2]))
+    one = policies.groups(texts, 1)
+    k, lengths, speedup = tune.best_chain(one, costs(0.0, [1.1, 1.1, 1.1, 2.2, 2.2]))
     assert 3 in (*lengths, k)
     assert speedup > 1
     # Scoring is free: the longest, and no program but that.
-    assert tune.best_chain(texts, costs(0.0, [1.0] * DEPTH))[:2] == (DEPTH, ())
+    assert tune.best_chain(one, costs(0.0, [1.0] * DEPTH))[:2] == (DEPTH, ())
     # Nothing pays.
-    assert tune.best_chain(texts[:1], costs(1.0, [2.0] * DEPTH))[0] == 0
+    assert tune.best_chain(one[:1], costs(1.0, [2.0] * DEPTH))[0] == 0
+    # Side by side, rows with poor drafts pay for those of the others.
+    assert tune.best_chain([texts], COSTS)[2] < max(tune.best_chain([[text]], COSTS)[2] for text in texts)
 
 
 def test_acceptance_by_rank_counts_the_ranks_of_tokens_after_good_ones():
@@ -129,6 +180,29 @@ def test_a_trace_says_what_a_drafter_proposes_and_how_much_is_right(tmp_path):
     assert (found.matched <= found.proposed).all()
     with pytest.raises(ValueError, match="a drafter of chains"):
         traces.record(target, [[1, 2]], drafters.ngram(num_draft_tokens=4, depth=2), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["moving", pytest.param("fixed", marks=pytest.mark.slow)])
+def test_a_replay_takes_the_steps_of_the_loop(kind: str, tmp_path):
+    """Two rows side by side, whose drafts a threshold ends."""
+    target = specjax.load(save_tiny_decoder(tmp_path / "target", 0, num_layers=2))
+    prompts, k = [[1, 2, 3, 1, 2, 3], [4, 5, 4]], 3
+    options: dict[str, Any] = {"max_new_tokens": 24, "stop_tokens": ()}
+    recorded = drafters.early_exit(target, 1, num_draft_tokens=k, min_confidence=traces.LEAST_CONFIDENCE)
+    batch = traces.record(target, prompts, recorded, **options)
+    seen = np.concatenate([found.confidence[found.proposed == k] for found in batch])
+    middle = float(np.median(seen))
+    assert seen.min() < middle < seen.max() < 1
+    always = policies.fixed(k)
+    moves = kind == "moving"
+    drafter = drafters.early_exit(target, 1, num_draft_tokens=k, min_confidence=middle, adaptive=moves)
+    policy = policies.draft_and_verify(k, middle) if moves else policies.confident(always, middle)
+    found = specjax.generate(target, prompts, drafter=drafter, step_cost=0.0, **options)
+    one_each = policies.in_lengths(costs(0.1, [1.0] * k), (1, 2), k)
+    replayed = policies.replay(policy, batch, one_each)
+    assert replayed.steps.tolist() == [row.target_calls for row in found.row_stats]
+    # The threshold costs steps, or this would show nothing.
+    assert replayed.steps.sum() > policies.replay(always, batch, one_each).steps.sum()
 
 
 def test_ranks_are_those_of_the_draft(tmp_path):

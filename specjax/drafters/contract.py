@@ -54,10 +54,11 @@ def check_proposal(proposal: Any, drafter: Drafter, batch_size: int, vocab_size:
         "length": ((batch_size,), "int32", "[B]"),
         "probs": ((batch_size, nodes, vocab_size), "float32", "[B, K, V]"),
         "parent": ((batch_size, nodes), "int32", "[B, K]"),
+        "confidence": ((batch_size, nodes), "float32", "[B, K]"),
     }
     for field, (shape, dtype, axes) in wanted.items():
         value = getattr(proposal, field)
-        if field in ("probs", "parent") and value is None:
+        if field in ("probs", "parent", "confidence") and value is None:
             continue
         if not (hasattr(value, "shape") and hasattr(value, "dtype")):
             raise TypeError(_blame(drafter.propose, f"proposes {field} of {_kind(value)}, which is not an array"))

@@ -252,14 +252,15 @@ def _chain(plan: _Plan, num_draft_tokens: int, min_confidence: float, lengths: t
     chain = rollout.Chain(draft, num_draft_tokens, lengths)
 
     def propose(params: Params, state: HeadCache, cache: Any, context: Context) -> tuple[Proposal, HeadCache, Any]:
-        def roll_out(none: rollout.Rollout) -> rollout.Rollout:
-            threshold = jnp.full(context.max_draft.shape, min_confidence) if min_confidence else None
-            logits = _first_logits(plan, params, none[-1])
-            return rollout.draw(chain, params, logits, none[-1], context, threshold)
+        threshold = rollout.threshold(min_confidence, context)
 
-        nothing = rollout.none(chain, state, context)
-        tokens, probs, count, after = control.once(jnp.any(context.max_draft > 0), roll_out, nothing)
-        return Proposal(tokens, jnp.minimum(context.max_draft, count), probs), _back(after, state), cache
+        def roll_out(none: rollout.Rollout) -> rollout.Rollout:
+            logits = _first_logits(plan, params, none.cache)
+            return rollout.draw(chain, params, logits, none.cache, context, threshold)
+
+        nothing = rollout.none(chain, state, context, threshold)
+        drawn = control.once(jnp.any(context.max_draft > 0), roll_out, nothing)
+        return drawn.proposal(context), _back(drawn.cache, state), cache
 
     def update(params: Params, state: HeadCache, feedback: Feedback) -> HeadCache:
         return _update(plan, params, state, feedback)

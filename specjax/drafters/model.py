@@ -88,28 +88,23 @@ def model(
 def _drafter(chain: rollout.Chain, min_confidence: float) -> Drafter:
     """The state is the draft's cache, whose `length` counts its committed entries (see `models.cache`)."""
 
-    def roll_out(params: Tree, cache: Any, context: Context) -> rollout.Rollout:
+    def roll_out(params: Tree, cache: Any, context: Context, threshold: Any) -> rollout.Rollout:
         cache = catch_up(chain.draft, params, cache, context.history, missing=2, chunk=chain.num_draft_tokens + 1)
         # The first call feeds the last two tokens: after full acceptance the cache lacks both (the last draft token was
         # chosen but never fed), and otherwise the first of them is merely written again.
         logits, cache = read_last(chain.draft, params, cache, context.history, 2)
-        threshold = jnp.full(context.max_draft.shape, min_confidence) if min_confidence else None
         return rollout.draw(chain, params, logits, cache, context, threshold)
 
     def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
-        if not chain.num_draft_tokens:
-            tokens, probs, count, state = rollout.none(chain, state, context)
-        else:
-            tokens, probs, count, state = control.once(
-                jnp.any(context.max_draft > 0),
-                lambda none: roll_out(params.draft, none[-1], context),
-                rollout.none(chain, state, context),
-            )
-        length = jnp.minimum(context.max_draft, count)
+        threshold = rollout.threshold(min_confidence, context)
+        drawn = rollout.none(chain, state, context, threshold)
+        if chain.num_draft_tokens:
+            needed = jnp.any(context.max_draft > 0)
+            drawn = control.once(needed, lambda none: roll_out(params.draft, none.cache, context, threshold), drawn)
+        proposal = drawn.proposal(context)
         # All but the last draft token were fed. Those that are not proposed cannot become text.
-        fed = context.history.length + jnp.maximum(length - 1, 0)
-        state = set_length(chain.draft, state, jnp.minimum(state.length, fed))
-        return Proposal(tokens, length, probs), state, cache
+        fed = context.history.length + jnp.maximum(proposal.length - 1, 0)
+        return proposal, set_length(chain.draft, drawn.cache, jnp.minimum(drawn.cache.length, fed)), cache
 
     def update(params: Params, state: Any, feedback: Feedback) -> Any:
         if feedback.inputs is not None:

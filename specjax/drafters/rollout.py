@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from specjax import control, sampling
 from specjax.drafters.children import has_no_token
 from specjax.sampling import processors
-from specjax.types import Block, Context, History, Model, SamplingOptions, Topology, Tree
+from specjax.types import Block, Context, History, Model, Proposal, SamplingOptions, Topology, Tree
 
 
 def choose(
@@ -55,8 +55,28 @@ class Chain(NamedTuple):
         return Topology.chain(self.num_draft_tokens, self.lengths)
 
 
-Rollout = tuple[Int[Array, "B K"], Float[Array, "B K V"], Int[Array, " B"], Any]
-"""The draft tokens of all rows, the distribution of each, how many there are, and the draft's cache."""
+class Rollout(NamedTuple):
+    """What the model has drafted.
+
+    Attributes:
+      tokens: `[B, K]` the draft tokens of all rows.
+      probs: `[B, K, V]` the distribution that each was drawn from.
+      count: `[B]` how many there are.
+      cache: the draft's.
+      confidence: `[B, K]` the probability of the draft's most probable token at the place of each; None without a
+        threshold, where nobody asks for it.
+    """
+
+    tokens: Int[Array, "B K"]
+    probs: Float[Array, "B K V"]
+    count: Int[Array, " B"]
+    cache: Any
+    confidence: Float[Array, "B K"] | None = None
+
+    def proposal(self, context: Context) -> Proposal:
+        """The draft tokens that the rows can use."""
+        count = jnp.minimum(context.max_draft, self.count)
+        return Proposal(self.tokens, count, self.probs, confidence=self.confidence)
 
 
 def _extend(
@@ -76,11 +96,21 @@ def _pick(
     return token, jnp.where(going[:, None], probs, 0.0), going & some
 
 
-def none(chain: Chain, cache: Any, context: Context) -> Rollout:
-    """The rollout where no row drafts."""
-    rows, k = context.max_draft.shape[0], chain.num_draft_tokens
-    none = jnp.zeros(rows, jnp.int32)
-    return jnp.zeros((rows, k), jnp.int32), jnp.zeros((rows, k, context.vocab_size)), none, cache
+def threshold(min_confidence: float, context: Context) -> Float[Array, " B"] | None:
+    """The same threshold for every row, as `draw` takes it; None for 0, which never ends a draft."""
+    return jnp.full(context.max_draft.shape, min_confidence) if min_confidence else None
+
+
+def none(chain: Chain, cache: Any, context: Context, threshold: Float[Array, " B"] | None = None) -> Rollout:
+    """The rollout where no row drafts; the arguments are those of `draw`."""
+    shape = context.max_draft.shape[0], chain.num_draft_tokens
+    return Rollout(
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros((*shape, context.vocab_size)),
+        jnp.zeros(shape[0], jnp.int32),
+        cache,
+        None if threshold is None else jnp.zeros(shape),
+    )
 
 
 def draw(
@@ -105,7 +135,7 @@ def draw(
     keys, going = jnp.swapaxes(context.keys, 0, 1), jnp.ones(context.max_draft.shape, bool)
     first = _pick(logits, keys[0], context.history, context, going)
     if threshold is not None:
-        return _while_sure(chain, params, cache, context, first, _confidence(logits) >= threshold, threshold)
+        return _while_sure(chain, params, cache, context, first, _confidence(logits), threshold)
 
     def draft_one(carry: tuple[Any, Array, Array, History], key: Array) -> tuple[Any, tuple[Array, Array, Array]]:
         cache, token, going, history = carry
@@ -128,7 +158,7 @@ def draw(
         carry, drawn = control.once(jnp.any(context.max_draft > begin), go_on, (carry, drawn))
         begin = end
     tokens, probs, going = (jnp.swapaxes(x, 0, 1) for x in drawn)
-    return tokens, probs, jnp.sum(going, axis=1, dtype=jnp.int32), carry[0]
+    return Rollout(tokens, probs, jnp.sum(going, axis=1, dtype=jnp.int32), carry[0])
 
 
 def _while_sure(
@@ -137,33 +167,39 @@ def _while_sure(
     cache: Any,
     context: Context,
     first: tuple[Array, Array, Array],
-    sure: Bool[Array, " B"],
+    confidence: Float[Array, " B"],
     threshold: Float[Array, " B"],
 ) -> Rollout:
     """The rest of a rollout, until every row has come to a position at which the draft was unsure."""
-    empty = none(chain, cache, context)
-    tokens, probs = empty[0].at[:, 0].set(first[0]), empty[1].at[:, 0].set(first[1])
+    token, drawn_from, going = first
+    empty = none(chain, cache, context, threshold)
+    assert empty.confidence is not None
+    begin = Rollout(
+        empty.tokens.at[:, 0].set(token),
+        empty.probs.at[:, 0].set(drawn_from),
+        going.astype(jnp.int32),
+        cache,
+        empty.confidence.at[:, 0].set(confidence),
+    )
 
     def is_going_on(carry: Any) -> Array:
-        position, sure = carry[0], carry[1]
+        position, sure = carry[:2]
         return (position < chain.num_draft_tokens) & jnp.any(sure & (position < context.max_draft))
 
     def draft_one(carry: Any) -> Any:
-        position, sure, count, cache, history, tokens, probs = carry
-        token = jax.lax.dynamic_index_in_dim(tokens, position - 1, axis=1, keepdims=False)
-        logits, cache, history = _extend(chain, params, cache, token, history, context)
+        position, sure, history, drawn = carry
+        token = jax.lax.dynamic_index_in_dim(drawn.tokens, position - 1, axis=1, keepdims=False)
+        logits, cache, history = _extend(chain, params, drawn.cache, token, history, context)
         token, drawn_from, going = _pick(logits, context.keys[:, position], history, context, sure)
-        return (
-            position + 1,
-            going & (_confidence(logits) >= threshold),
-            count + going,
+        confidence = _confidence(logits)
+        drawn = Rollout(
+            drawn.tokens.at[:, position].set(token),
+            drawn.probs.at[:, position].set(drawn_from),
+            drawn.count + going,
             cache,
-            history,
-            tokens.at[:, position].set(token),
-            probs.at[:, position].set(drawn_from),
+            drawn.confidence.at[:, position].set(confidence),
         )
+        return position + 1, going & (confidence >= threshold), history, drawn
 
-    going = first[2]
-    carry = jnp.int32(1), sure & going, going.astype(jnp.int32), cache, context.history, tokens, probs
-    _, _, count, cache, _, tokens, probs = jax.lax.while_loop(is_going_on, draft_one, carry)
-    return tokens, probs, count, cache
+    carry = jnp.int32(1), going & (confidence >= threshold), context.history, begin
+    return jax.lax.while_loop(is_going_on, draft_one, carry)[-1]

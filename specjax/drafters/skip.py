@@ -201,20 +201,20 @@ def _chain(plan: rollout.Chain, start: float, adaptive: bool) -> Drafter:
         return Threshold(filled, jnp.full(batch_size, WANTED_RATE, jnp.float32), jnp.zeros(batch_size, jnp.int32))
 
     def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
-        threshold = state.threshold if adaptive else jnp.full(context.max_draft.shape, start) if start else None
+        threshold = state.threshold if adaptive else rollout.threshold(start, context)
         length = cache.length
 
         def draft(carry: rollout.Rollout) -> rollout.Rollout:
             # The text's last token is not in the cache: it is read first, at the place where the target will read it.
-            logits, cache = read_last(plan.draft, _own(params), carry[-1], context.history, 1)
-            tokens, probs, count, cache = rollout.draw(plan, _own(params), logits, cache, context, threshold)
-            return tokens, probs, count, set_length(plan.draft, cache, length)
+            logits, cache = read_last(plan.draft, _own(params), carry.cache, context.history, 1)
+            drawn = rollout.draw(plan, _own(params), logits, cache, context, threshold)
+            return drawn._replace(cache=set_length(plan.draft, drawn.cache, length))
 
-        nothing = rollout.none(plan, cache, context)
-        needed = jnp.any(context.max_draft > 0)
-        tokens, probs, count, cache = control.once(needed, draft, nothing) if plan.num_draft_tokens else nothing
-        count = jnp.minimum(context.max_draft, count)
-        return Proposal(tokens, count, probs), state._replace(drafted=count) if adaptive else state, cache
+        drawn = rollout.none(plan, cache, context, threshold)
+        if plan.num_draft_tokens:
+            drawn = control.once(jnp.any(context.max_draft > 0), draft, drawn)
+        proposal = drawn.proposal(context)
+        return proposal, state._replace(drafted=proposal.length) if adaptive else state, drawn.cache
 
     def update(params: Params, state: Any, feedback: Feedback) -> Any:
         del params

@@ -17,7 +17,7 @@ from specjax.api import encode, prepare
 from specjax.api.pretrained import Pretrained
 from specjax.drafters import contract
 from specjax.experiments import bench, choices, drafting, policies, prompts, results, traces, tuned
-from specjax.experiments.policies import Costs, Policy
+from specjax.experiments.policies import Costs, Group, Policy, Programs
 from specjax.experiments.prompts import Prompt
 from specjax.experiments.reports import tune as report
 from specjax.experiments.reports.display import View
@@ -64,10 +64,20 @@ class Settings(choices.AllModels):
         if self.drafter in drafting.DRAFTERS and not drafting.DRAFTERS[self.drafter].lengths:
             having = ", ".join(name for name, entry in drafting.DRAFTERS.items() if entry.lengths)
             raise ValueError(f"config.drafter={self.drafter!r} has no chains of several lengths: choose from {having}.")
-        if self.thresholds and not (self.drafter in drafting.DRAFTERS and drafting.DRAFTERS[self.drafter].runs_model):
+        if self.min_confidence:
+            raise ValueError(
+                f"config.min_confidence={self.min_confidence}: this run compares thresholds; give --config.thresholds="
+                f"({self.min_confidence:g},)."
+            )
+        if self.thresholds and not self.runs_model:
             raise ValueError(f"config.thresholds={self.thresholds}: drafter={self.drafter} has no confidence; give ().")
         if not all(0 < threshold <= 1 for threshold in self.thresholds):
             raise ValueError(f"config.thresholds={self.thresholds}: probabilities above 0.")
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the drafter rolls a model out, so that a threshold on its confidence may end a draft."""
+        return self.drafter in drafting.DRAFTERS and drafting.DRAFTERS[self.drafter].runs_model
 
 
 # Measuring.
@@ -143,11 +153,12 @@ def _reached(rank: np.ndarray, level: int, num_ranks: int) -> np.ndarray:
 # Choosing.
 
 
-def _time(policy: Policy, some: Sequence[Trace], costs: Costs) -> tuple[float, float]:
-    """The speedup of a policy, a geometric mean over texts, and the draft tokens that it asks for in a step."""
-    replays = [policies.replay(policy, trace, costs) for trace in some]
+def _time(policy: Policy, batches: Sequence[Group], programs: Programs) -> tuple[float, float]:
+    """The speedup of a policy, a geometric mean over batches, and the draft tokens that a row asks for in a step."""
+    replays = [policies.replay(policy, texts, programs) for texts in batches]
     speedup = float(np.exp(np.mean([np.log(replay.speedup) for replay in replays])))
-    return speedup, sum(replay.wanted for replay in replays) / sum(replay.steps for replay in replays)
+    wanted, steps = (np.concatenate(x).sum() for x in zip(*((x.wanted, x.steps) for x in replays), strict=True))
+    return speedup, float(wanted / steps)
 
 
 def candidates(num_draft_tokens: int) -> list[tuple[int, tuple[int, ...]]]:
@@ -162,51 +173,74 @@ def candidates(num_draft_tokens: int) -> list[tuple[int, tuple[int, ...]]]:
     return sorted(pairs, key=lambda pair: len(pair[1]))
 
 
-def best_chain(some: Sequence[Trace], costs: Costs) -> tuple[int, tuple[int, ...], float]:
+def best_chain(batches: Sequence[Group], costs: Costs) -> tuple[int, tuple[int, ...], float]:
     """K, the shorter lengths and the speedup of the chain that pays most, with the loop's own choice in each step.
 
     A further length has to bring `LEAST_GAIN`; K is 0 where nothing does.
     """
     best: tuple[int, tuple[int, ...], float] = (0, (), 1.0)
     for most, lengths in candidates(len(costs.draft) - 1):
-        speedup, _ = _time(policies.expected_value(), some, policies.in_lengths(costs, lengths, most))
+        speedup, _ = _time(policies.expected_value(), batches, policies.in_lengths(costs, lengths, most))
         least = 1 + LEAST_GAIN * (len(lengths) + 1 - (len(best[1]) + bool(best[0])))
         if speedup > best[2] * max(least, 1.0):
             best = most, lengths, speedup
     return best
 
 
+def _named(depth: int, thresholds: Sequence[float], has_confidence: bool) -> list[tuple[str, Policy]]:
+    """The policies that are compared, at most `depth` draft tokens each."""
+    always, own = policies.fixed(depth), policies.expected_value()
+    named = [(f"always {k}", policies.fixed(k)) for k in (*probe_lengths(depth), depth)]
+    named += [("+2 / -1", policies.plus_two_minus_one())]
+    named += [(f"always {depth}, confidence {x:g}", policies.confident(always, x)) for x in thresholds]
+    if has_confidence:
+        named += [(f"always {depth}, confidence of Draft & Verify", policies.draft_and_verify(depth))]
+    named += [(f"expected value, confidence {x:g}", policies.confident(own, x)) for x in thresholds]
+    return [*named, ("expected value", own)]
+
+
 def compared(
-    some: Sequence[Trace], sure: dict[float, list[Trace]], costs: Costs, best: tuple[int, tuple[int, ...], float]
+    batches: Sequence[Group],
+    costs: Costs,
+    best: tuple[int, tuple[int, ...], float],
+    thresholds: Sequence[float] = (),
+    has_confidence: bool = False,
 ) -> list[Row]:
     """Every policy on the same texts: speedup, tokens asked for, and regret against the oracle.
 
     Each has a program for every measured length, except where it says so.
+
+    Args:
+      batches: the texts.
+      costs: of a step.
+      best: from `best_chain`.
+      thresholds: on the confidence of the draft.
+      has_confidence: whether the traces have one, which Draft & Verify's moving threshold reads.
     """
     depth = len(costs.draft) - 1
     free = policies.in_lengths(costs, probe_lengths(depth), depth)
-    least = float(np.exp(np.mean([np.log(policies.oracle(trace, free).speedup) for trace in some])))
-    named = [(f"always {k}", policies.fixed(k), some) for k in (*probe_lengths(depth), depth)]
-    named += [("+2 / -1", policies.plus_two_minus_one(), some)]
-    named += [(f"always {depth}, confidence {x:g}", policies.fixed(depth), traced) for x, traced in sure.items()]
-    named += [("expected value", policies.expected_value(), some)]
+    bounds = [np.log(max(map(len, (x.text for x in texts))) / policies.oracle(texts, free)) for texts in batches]
+    most = float(np.exp(np.mean(bounds)))
     rows: list[Row] = []
-    for name, policy, traced in named:
-        speedup, wanted = _time(policy, traced, free)
-        rows.append({"policy": name, "speedup": speedup, "drafted": wanted, "regret": least / speedup - 1})
+
+    def add(name: str, policy: Policy, programs: Programs) -> None:
+        speedup, wanted = _time(policy, batches, programs)
+        rows.append({"policy": name, "speedup": speedup, "drafted": wanted, "regret": most / speedup - 1})
+
+    for name, policy in _named(depth, thresholds, has_confidence):
+        add(name, policy, free)
     if best[0]:
-        speedup, wanted = _time(policies.expected_value(), some, policies.in_lengths(costs, best[1], best[0]))
         name = f"expected value, lengths {', '.join(map(str, (*best[1], best[0])))}"
-        rows.append({"policy": name, "speedup": speedup, "drafted": wanted, "regret": least / speedup - 1})
-    return [*rows, {"policy": "oracle", "speedup": least, "drafted": None, "regret": 0.0}]
+        add(name, policies.expected_value(), policies.in_lengths(costs, best[1], best[0]))
+    return [*rows, {"policy": "oracle", "speedup": most, "drafted": None, "regret": 0.0}]
 
 
-def _by_category(texts: Sequence[Prompt], some: Sequence[Trace], costs: Costs) -> list[Row]:
-    """What the loop would do with each category of prompts."""
+def _by_category(texts: Sequence[Prompt], some: Sequence[Trace], programs: Programs, batch_size: int) -> list[Row]:
+    """What the loop would do with each category of prompts, in batches of their own."""
     rows: list[Row] = []
     for task in dict.fromkeys(text.task for text in texts):
         own = [trace for text, trace in zip(texts, some, strict=True) if text.task == task]
-        speedup, wanted = _time(policies.expected_value(), own, costs)
+        speedup, wanted = _time(policies.expected_value(), policies.groups(own, batch_size), programs)
         matched = float(np.mean(np.concatenate([trace.matched for trace in own])))
         rows.append({"task": task, "texts": len(own), "matched": matched, "drafted": wanted, "speedup": speedup})
     return rows
@@ -256,17 +290,21 @@ class _Run:
             measured = metrics.measure_costs(request.target.model, request.drafter, request.params, request.state)
         return interpolated(measured)
 
-    def traces(self, drafter_of: drafting.OfK, name: str) -> list[Trace]:
-        """The traces of all texts."""
+    def traces(self) -> list[Trace]:
+        """The traces of all texts, with the confidence of drafters that run a model."""
+        drafter_of = self.drafter_of
+        if self.chosen.runs_model:
+            chosen = dataclasses.replace(self.chosen, min_confidence=traces.LEAST_CONFIDENCE)
+            drafter_of = drafting.drafter_of(chosen, self.target, self.load_draft)
         found = []
         with self.view.progress(len(self.texts), what="texts") as bar:
             for number, tokens in enumerate(self.encoded):
-                key = f"trace of text {number}{name}"
+                key = f"trace of text {number}"
                 found.append(self.store.get(key, lambda n=number, t=tokens: self._trace(drafter_of, n, t)))
                 bar.advance(bar.task_ids[0])
-        return [Trace(*(np.array(part, int) for part in parts)) for parts in found]
+        return [Trace(*map(np.array, parts)) for parts in found]
 
-    def _trace(self, drafter_of: drafting.OfK, number: int, tokens: list[int]) -> list[list[int]]:
+    def _trace(self, drafter_of: drafting.OfK, number: int, tokens: list[int]) -> list[list[Any]]:
         drafter = drafter_of(self.chosen.num_draft_tokens)
         width = max(map(len, self.encoded))
         options: dict[str, Any] = {"max_new_tokens": self.chosen.max_new_tokens, "prompt_width": width}
@@ -288,29 +326,17 @@ def _trees(run: _Run, drafted: Sequence[Trace]) -> list[list[float]]:
     return acceptance_by_rank(found)
 
 
-def _of_threshold(run: _Run, threshold: float) -> drafting.OfK:
-    """The drafter whose drafts end where it is less sure than that."""
-    chosen = dataclasses.replace(run.chosen, min_confidence=threshold)
-    return drafting.drafter_of(chosen, run.target, run.load_draft)
-
-
-def _choose(
-    run: _Run,
-    batch_size: int,
-    costs: Costs,
-    drafted: Sequence[Trace],
-    sure: dict[float, list[Trace]],
-    chances: list[list[float]],
-) -> Row:
+def _choose(run: _Run, batch_size: int, costs: Costs, drafted: Sequence[Trace], chances: list[list[float]]) -> Row:
     """What pays at a batch size, with all that it was chosen from; kept for later runs."""
-    k, lengths, speedup = best_chain(drafted, costs)
-    used = policies.in_lengths(costs, lengths, k)
+    batches = policies.groups(drafted, batch_size)
+    k, lengths, speedup = best_chain(batches, costs)
+    used = policies.in_lengths(costs, lengths, k or 1)
     tree = _best_tree(chances, costs) if chances else theory.BestTree((), 1.0, 1.0)
     gains = 1 / tree.time_per_token > speedup * (1 + LEAST_GAIN) and len(tree.paths) > max(map(len, tree.paths))
     found = Tuned(
         k,
         lengths,
-        tuple(np.asarray(used.step)[1 : k + 1].tolist()),
+        tuple(np.asarray(used.costs.step)[1 : k + 1].tolist()),
         tree.paths if gains else (),
         max(speedup, 1 / tree.time_per_token if gains else 1.0),
     )
@@ -320,8 +346,8 @@ def _choose(
         "tuned": dataclasses.asdict(found),
         "draft_costs": np.asarray(costs.draft).tolist(),
         "score_costs": np.asarray(costs.score).tolist(),
-        "policies": compared(drafted, sure, costs, (k, lengths, speedup)),
-        "categories": _by_category(run.texts, drafted, used if k else policies.in_lengths(costs, (), 1)),
+        "policies": compared(batches, costs, (k, lengths, speedup), run.chosen.thresholds, run.chosen.runs_model),
+        "categories": _by_category(run.texts, drafted, used, batch_size),
         "acceptance_by_rank": chances,
         "tree_speedup": 1 / tree.time_per_token,
     }
@@ -343,15 +369,14 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     encoded = encode(target, [text.text for text in texts], chat=chat)
     this = _Run(chosen, target, load_draft, drafter_of, texts, encoded, store, view)
     view.line(f"{len(texts)} texts, up to {chosen.num_draft_tokens} draft tokens.")
-    drafted = this.traces(drafter_of, "")
-    sure = {x: this.traces(_of_threshold(this, x), f", confidence {x:g}") for x in chosen.thresholds}
+    drafted = this.traces()
     chances = store.get("acceptance by rank", lambda: _trees(this, drafted))
     measured = []
     for batch_size in chosen.batch_sizes:
         with view.status(f"Measuring the costs of a step at batch {batch_size}"):
             parts = store.get(f"costs at batch {batch_size}", lambda b=batch_size: [x.tolist() for x in this.costs(b)])
         costs = Costs(*map(jnp.asarray, parts))
-        measured.append(_choose(this, batch_size, costs, drafted, sure, chances))
+        measured.append(_choose(this, batch_size, costs, drafted, chances))
     store.write("results.json", results.to_json(measured))
     store.write(FILE, results.to_json([row["tuned"] for row in measured]))
     images = report.plot(store.directory, measured)

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.max_new_tokens = 64  # The most new tokens of each text.
     config.num_draft_tokens = 4  # K, the draft tokens of a step.
     config.step_cost = 0.0  # As in specjax.generate; 0: always draft, so that a draft that loses shows by how much.
-    config.repeats = 3  # How often each side decodes each prompt; medians count.
+    config.repeats = 3  # How often each side decodes each prompt; medians count. 0: no times, quality and alpha alone.
     config.seed = 0  # Prompt i uses seed + i, which matters to nothing at temperature 0.
 
     config.texts = ""  # A FILE of real text for the quality.

@@ -10,8 +10,9 @@ FILE has prompts, one JSON object per line, as for `configs/compare.py`; of each
 prompts are taken that are not too long. Each is decoded once, and the drafter is asked at every position of the text;
 the costs of drafting and of scoring are measured by the number of tokens. From both, every way to choose the number of
 draft tokens is replayed without the models: fixed numbers, the schedule of transformers' assisted generation,
-thresholds on the draft's confidence (`--config.thresholds=(0.4,0.7)`), and the loop's own choice, beside an oracle. For
-a draft model the best tree is found as well.
+thresholds on the draft's confidence (`--config.thresholds=(0.4,0.7)`) and the moving threshold of Draft & Verify, both
+for drafters that run a model, and the loop's own choice, beside an oracle. For a draft model the best tree is found as
+well. A batch (`--config.batch_sizes=(1,4)`) is replayed with its rows side by side.
 
 Later runs take what was chosen by `--config.tuned=True` (`configs/compare.py`): it is kept for each target, drafter,
 draft, dtype, batch size and machine.

@@ -28,7 +28,8 @@ def given_files(tmp_path_factory) -> dict[str, str]:
         config, params = prune.keep_layers(target.config, target.params, {list(prune.stacks(target.config))[-1]: (0,)})
         specjax.save(Pretrained(families.model(config), params, target.tokenizer, config), directory / f"{kind}-pruned")
     path = write_texts(directory / "data.jsonl", copies(12))
-    return {"decoder": str(directory / "decoder"), "t5": str(directory / "t5"), "data": path}
+    kinds = ("decoder", "decoder-pruned", "t5")
+    return {"data": path} | {kind: str(directory / kind) for kind in kinds}
 
 
 TINY = {"num_prompts": 2, "max_new_tokens": 6, "num_draft_tokens": 2, "repeats": 1, "num_texts": 6, "target_length": 24}
@@ -56,6 +57,15 @@ def test_perplexity_is_that_of_the_targets(given_files):
     assert perplexity.perplexity(target, texts, batch_size=1, **lengths) == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(ValueError, match="has no tokenizer"):
         perplexity.perplexity(target._replace(tokenizer=None), texts)
+    # The chance that a draft token is accepted there, for the target itself and for another model.
+    draft = specjax.load(given_files["decoder-pruned"])
+    assert draft.model.score is not None
+    found = [perplexity.acceptance_rate(target, x, texts, batch_size=1, **lengths) for x in (target, draft)]
+    assert found[0] == pytest.approx(1, abs=1e-5)
+    other = jax.nn.softmax(jax.jit(draft.model.score)(draft.params, batch))
+    overlap = jnp.sum(jnp.minimum(jnp.exp(log), other), axis=-1)
+    assert found[1] == pytest.approx(float(jnp.sum(overlap * batch.weights) / jnp.sum(batch.weights)), rel=1e-5)
+    assert found[1] < 0.99
 
 
 @pytest.mark.slow
@@ -80,7 +90,9 @@ def test_launched(kind, given_files, tmp_path, capsys):
     for row in (with_quantised, with_pruned):
         assert (row["num_identical"], row["perplexity"], row["metric"]) == (2, whole["perplexity"], whole["metric"])
         assert 0 <= row["acceptance_rate"] <= 1
-    assert with_quantised["acceptance_rate"] > 0.5
+        assert 0 < row["alpha"] < 1
+    assert min(with_quantised["acceptance_rate"], with_quantised["alpha"]) > 0.5
+    assert whole["alpha"] is quantised["alpha"] is None
     assert pruned["perplexity"] != whole["perplexity"]
     assert (whole["metric"] is None) == (kind == "decoder")
     text = (tmp_path / "summary.md").read_text()
@@ -88,6 +100,17 @@ def test_launched(kind, given_files, tmp_path, capsys):
     # The same command measures nothing again.
     assert launch.main(given) == 0
     assert json.loads((tmp_path / "results.json").read_text()) == rows
+
+
+@pytest.mark.budget(30)
+def test_nothing_is_timed_where_nothing_is_repeated(given_files, tmp_path, capsys):
+    assert launch.main(command(tmp_path, given_files, repeats=0, quantised="()")) == 0, capsys.readouterr().err
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["ms_per_token"] for row in rows] == [None] * 3
+    assert [row["alpha"] is None for row in rows] == [True, True, False]
+    assert rows[2]["perplexity"] == rows[0]["perplexity"] != rows[1]["perplexity"]
+    text = (tmp_path / "summary.md").read_text()
+    assert "| what writes | parameters | perplexity | alpha |" in text
 
 
 @pytest.mark.parametrize(

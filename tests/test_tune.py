@@ -16,6 +16,7 @@ from specjax import drafters, launch
 from specjax.experiments import policies, traces, tune, tuned
 from specjax.experiments.policies import Costs, Policy, Programs
 from specjax.experiments.traces import Trace
+from specjax.types import Batch
 
 DEPTH = 5
 
@@ -167,9 +168,18 @@ def test_a_trace_says_what_a_drafter_proposes_and_how_much_is_right(tmp_path):
     assert found.text.tolist() == plain
     assert found.proposed[0] == 3
     # A model that drafts for itself is right everywhere.
-    own = drafters.model(target, num_draft_tokens=3)
+    own = drafters.model(target, num_draft_tokens=3, min_confidence=traces.LEAST_CONFIDENCE)
     [right] = traces.record(target, [[1, 2, 3, 1, 2, 3, 1, 2]], own, max_new_tokens=12)
     assert right.matched.tolist() == right.proposed.tolist() == [3] * 9 + [2, 1, 0]
+    # It is as confident as the target is of its most probable token; n-grams do not say.
+    whole = jnp.asarray([[1, 2, 3, 1, 2, 3, 1, 2, *plain]])
+    ones = jnp.ones_like(whole)
+    batch = Batch(whole, whole, ones, jnp.arange(20)[None], ones.astype(jnp.float32), None, None)
+    assert target.model.score is not None
+    sure = np.asarray(jax.nn.softmax(target.model.score(target.params, batch))).max(axis=-1)[0, 7:]
+    for position in range(3):
+        np.testing.assert_allclose(right.confidence[:9, position], sure[position : position + 9], rtol=1e-4)
+    assert (found.confidence == 1).all()
     # Nothing that a trace is recorded of is accepted, and yet all K tokens are asked for, up to the end of the text.
     chosen = drafters.ngram(num_draft_tokens=20, min_match=1)
     [longer] = traces.record(target, [[1, 2, 3, 1, 2, 3, 1, 2]], chosen, max_new_tokens=40)

@@ -72,11 +72,11 @@ def _padded(proposal: Proposal, depth: int) -> Proposal:
     """A chain of as many tokens as the longest part has."""
     assert proposal.parent is None
     more = depth - proposal.tokens.shape[1]
-    probs = proposal.probs
-    return proposal._replace(
-        tokens=jnp.pad(proposal.tokens, ((0, 0), (0, more))),
-        probs=None if probs is None else jnp.pad(probs, ((0, 0), (0, more), (0, 0))),
+    tokens, probs, confidence = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2))),
+        (proposal.tokens, proposal.probs, proposal.confidence),
     )
+    return proposal._replace(tokens=tokens, probs=probs, confidence=confidence)
 
 
 def _either(one: Proposal, other: Proposal, vocab_size: int) -> Proposal:
@@ -92,7 +92,11 @@ def _either(one: Proposal, other: Proposal, vocab_size: int) -> Proposal:
         )
         probs = jnp.where(is_first[:, None, None], *stated)
     tokens = jnp.where(is_first[:, None], one.tokens, other.tokens)
-    return Proposal(tokens, jnp.where(is_first, one.length, other.length), probs)
+    confidence = None
+    if one.confidence is not None or other.confidence is not None:
+        sure = (jnp.ones(x.tokens.shape) if x.confidence is None else x.confidence for x in (one, other))
+        confidence = jnp.where(is_first[:, None], *sure)
+    return Proposal(tokens, jnp.where(is_first, one.length, other.length), probs, confidence=confidence)
 
 
 @functools.cache

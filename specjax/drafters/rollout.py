@@ -61,7 +61,7 @@ class Rollout(NamedTuple):
     Attributes:
       tokens: `[B, K]` the draft tokens of all rows.
       probs: `[B, K, V]` the distribution that each was drawn from.
-      count: `[B]` how many there are.
+      length: `[B]` how many there are.
       cache: the draft's.
       confidence: `[B, K]` the probability of the draft's most probable token at the place of each; None without a
         threshold, where nobody asks for it.
@@ -69,14 +69,14 @@ class Rollout(NamedTuple):
 
     tokens: Int[Array, "B K"]
     probs: Float[Array, "B K V"]
-    count: Int[Array, " B"]
+    length: Int[Array, " B"]
     cache: Any
     confidence: Float[Array, "B K"] | None = None
 
     def proposal(self, context: Context) -> Proposal:
         """The draft tokens that the rows can use."""
-        count = jnp.minimum(context.max_draft, self.count)
-        return Proposal(self.tokens, count, self.probs, confidence=self.confidence)
+        length = jnp.minimum(context.max_draft, self.length)
+        return Proposal(self.tokens, length, self.probs, confidence=self.confidence)
 
 
 def _extend(
@@ -195,7 +195,7 @@ def _while_sure(
         drawn = Rollout(
             drawn.tokens.at[:, position].set(token),
             drawn.probs.at[:, position].set(drawn_from),
-            drawn.count + going,
+            drawn.length + going,
             cache,
             drawn.confidence.at[:, position].set(confidence),
         )

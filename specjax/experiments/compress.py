@@ -1,6 +1,7 @@
 """Smaller models of a target: what each is worth alone, and as a draft."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -26,10 +27,13 @@ from specjax.experiments.store import Store
 from specjax.models import families, quantisation
 from specjax.training import data
 from specjax.training.data import Text
-from specjax.training.perplexity import perplexity
+from specjax.training.perplexity import acceptance_rate, perplexity
 from specjax.types import AnyDrafter
 
 FILES = ("config.json", "results.json", "summary.md")
+
+TIMED = ("ms_per_token", "target_ms_per_token", "num_identical", "num_prompts", "acceptance_rate")
+"""What a row has from the prompts; None where nothing is timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Settings:
     max_new_tokens: Annotated[int, at_least(1)]
     num_draft_tokens: Annotated[int, at_least(1), choices.DRAFT_TOKENS]
     step_cost: Annotated[float, FINITE]
-    repeats: Annotated[int, at_least(1)]
+    repeats: Annotated[int, at_least(0, ", which times nothing")]
     seed: int
     texts: Annotated[str, given("TEXTS")]
     field: str
@@ -155,6 +159,10 @@ class Cells:
         """Measures nothing yet."""
         self.chosen, self.material, self.view = chosen, material, view
         self.loaded: tuple[str, Pretrained] | None = None
+        lengths = {"target_length": chosen.target_length, "source_length": chosen.source_length}
+        self.perplexity = functools.partial(perplexity, texts=material.texts, **lengths)
+        self.alpha = functools.partial(acceptance_rate, material.target, texts=material.texts, **lengths)
+        self.target_perplexity = functools.cache(lambda: self.perplexity(material.target))
 
     def model(self, variant: Variant) -> Pretrained:
         """The model of a variant.
@@ -182,6 +190,8 @@ class Cells:
 
     def speed(self, side: Side) -> Row:
         """Milliseconds per token of a side and of the target's plain decoding, in turn; how many texts are equal."""
+        if not self.chosen.repeats:
+            return dict.fromkeys(TIMED)
         sides = [self.bench(Side(self.material.target, drafters.none())), self.bench(side)]
         batches = [one.work.batches(1) for one in sides]
         for one, own in zip(sides, batches, strict=True):
@@ -208,8 +218,9 @@ class Cells:
     def quality(self, side: Side) -> Row:
         """The perplexity of the model that writes, and the metric of the texts of a side."""
         chosen, texts = self.chosen, self.material.texts
-        lengths = {"target_length": chosen.target_length, "source_length": chosen.source_length}
-        found: Row = {"perplexity": perplexity(side.model, texts, **lengths), "metric": None}
+        is_target = side.model is self.material.target
+        found: Row = {"perplexity": self.target_perplexity() if is_target else self.perplexity(side.model)}
+        found["metric"] = None
         if chosen.metric:
             asked = [Prompt(i, text.input or "", "", "") for i, text in enumerate(texts)]
             work = self.work(side.model, asked, False)
@@ -220,13 +231,13 @@ class Cells:
     def alone(self, name: str, model: Pretrained) -> Row:
         """The row of a model that writes by itself."""
         side = Side(model, drafters.none())
-        return self.row(name, "alone", side, _bytes(model))
+        return self.row(name, "alone", side, _bytes(model)) | {"alpha": None}
 
     def draft(self, variant: Variant) -> Row:
         """The row of the target with a draft."""
         model, target = self.model(variant), self.material.target
         side = Side(target, drafters.model(model, num_draft_tokens=self.chosen.num_draft_tokens))
-        return self.row(variant.name, "draft", side, _bytes(target, model))
+        return self.row(variant.name, "draft", side, _bytes(target, model)) | {"alpha": self.alpha(model)}
 
     def row(self, name: str, role: str, side: Side, num_bytes: int) -> Row:
         """A row of the results."""

@@ -12,6 +12,10 @@ _FACTORIES = {"model": "specjax.load(DRAFT), ", "feature_head": "specjax.drafter
 """What the functions of drafters take before their keywords, where `specjax.drafters.NAME` is called so."""
 
 
+_BOUND = ", or rather a bound: of the rows of a batch the one that needs most time, if the others asked for no more"
+"""What the oracle is for a batch (`policies.oracle`)."""
+
+
 def _call(chosen: Any, tuned: Tuned) -> str:
     """The choice as a line of Python."""
     if tuned.topology:
@@ -79,7 +83,8 @@ def _section(chosen: Any, row: Row) -> list[str]:
         parts.append(f"```python\ndrafter = {_call(chosen, tuned)}\nstep_cost = [{step}]\n```")
     parts += [
         "Every way to choose the number of draft tokens, on the same texts and drafts, at the costs below. Regret is "
-        "the time above that of an oracle which knows what will be accepted. `expected value` is what the loop does.",
+        f"the time above that of an oracle which knows what will be accepted{_BOUND if row['batch_size'] > 1 else ''}. "
+        "`expected value` is what the loop does.",
         _policies(row["policies"]),
         "By category: how many of the drafted tokens are right, from any position of a text on, and how many tokens "
         "the loop chooses to draft.",

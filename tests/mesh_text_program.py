@@ -11,6 +11,8 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import specjax
 from specjax import drafters
@@ -19,6 +21,7 @@ from specjax.decoding import verify
 from specjax.models import families
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
 from specjax.parallel import sharding
+from specjax.types import Batch
 
 DECODER = DecoderConfig(
     vocab_size=256,
@@ -180,9 +183,36 @@ def text(
     return out.tokens, sum(map(sum, out.from_draft))
 
 
+def int4_on_a_mesh(sizes: dict[str, int], rules: sharding.Rules) -> dict[str, float]:
+    """How far the logits of an int4 model are on a mesh from those on one device, and what share each device holds."""
+    config, rng = families.with_quantisation(CONFIGS["int4"], QUANTISED["int4"]), np.random.default_rng(0)
+
+    def fill(x: Any) -> np.ndarray:
+        if x.dtype == jnp.int4:
+            return rng.integers(-8, 8, x.shape).astype(x.dtype)
+        return (rng.uniform(0.5, 1.5, x.shape) * (1 if x.ndim == 1 else 0.04)).astype(x.dtype)
+
+    one, mesh = jax.tree.map(fill, families.abstract_params(config)), sharding.make_mesh(**sizes)
+    many = sharding.shard(one, families.param_axes(config), mesh, rules)
+    tokens = jnp.asarray([[*range(16)], [*range(100, 116)]])
+    ones = jnp.ones_like(tokens)
+    batch = Batch(tokens, tokens, ones, jnp.arange(16) * ones, ones.astype(jnp.float32), None, None)
+    found = []
+    for where, params, how in ((None, one, sharding.RULES), (mesh, many, rules)):
+        score = families.model(config, how).score
+        assert score is not None
+        with sharding.on_mesh(where):
+            found.append(np.asarray(jax.jit(score)(params, batch)))
+    leaves = [x for x in jax.tree.leaves(many) if x.dtype == jnp.int4]
+    held = sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
+    return {"error": float(abs(found[0] - found[1]).max()), "deviation": float(found[0].std()), "held": held}
+
+
 def main(cases: Meshes) -> None:
     one: dict[Case, Any] = {}
     report: dict[str, Any] = {"devices": jax.device_count(), "processes": jax.process_count(), "cases": {}}
+    if cases is MESHES:
+        report["int4"] = int4_on_a_mesh({"data": 2, "model": 2, "width": 2}, TWICE)
     for name, (sizes, rules, draft_rules, wanted) in cases.items():
         mesh = sharding.make_mesh(**sizes)
         for case in wanted:

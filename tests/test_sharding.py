@@ -88,6 +88,12 @@ def test_text_on_a_mesh_is_the_text_of_one_device(texts, case):
     assert_text_of_one_device(texts, case)
 
 
+def test_an_int4_model_on_a_mesh_is_that_of_one_device(texts):
+    found = texts["int4"]
+    assert found["error"] < 1e-3 * found["deviation"]
+    assert found["held"] <= 0.5, "a model of which each device holds the whole would prove little"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", names(SLOW))
 def test_more_text_on_a_mesh_is_the_text_of_one_device(more_texts, case):

@@ -32,7 +32,15 @@ def given_files(tmp_path_factory) -> dict[str, str]:
     return {"data": path} | {kind: str(directory / kind) for kind in kinds}
 
 
-TINY = {"num_prompts": 2, "max_new_tokens": 6, "num_draft_tokens": 2, "repeats": 1, "num_texts": 6, "target_length": 24}
+TINY = {
+    "quantised": "('int8',)",
+    "num_prompts": 2,
+    "max_new_tokens": 6,
+    "num_draft_tokens": 2,
+    "repeats": 1,
+    "num_texts": 6,
+    "target_length": 24,
+}
 
 
 def command(workdir: pathlib.Path, files: dict[str, str], kind: str = "decoder", **values) -> list[str]:
@@ -120,6 +128,7 @@ def test_nothing_is_timed_where_nothing_is_repeated(given_files, tmp_path, capsy
         ({"data": "nowhere.jsonl"}, ["nowhere.jsonl does not exist"]),
         ({"quantised": "('int3',)"}, ["config.quantised='int3'", "int8"]),
         ({"quantised": "('int8','int8')"}, ["name quantised, int8 twice"]),
+        ({"quantised": "('int4:128',)"}, ["int4:128", "does not divide"]),
         ({"metric": "rouge2"}, ["config.metric='rouge2'", "leave it out"]),
         ({"metric": "meteor"}, ["config.metric='meteor'", "rouge2"]),
         ({"max_prompt_tokens": 1}, ["config.max_prompt_tokens=1", "longer"]),

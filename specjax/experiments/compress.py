@@ -258,6 +258,9 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     found = prompts.read(chosen.data)
     text_files.check(chosen.texts)
     target = bench.load(chosen.target, view, dtype=chosen.dtype)
+    for how in chosen.quantised:
+        # What does not divide is refused before anything is measured.
+        families.with_quantisation(target.config, "" if how == quantisation.KEEP else how)
     measured = Cells(chosen, _material(chosen, target, found), view)
     todo = [Cell("the target", lambda: measured.alone("the target", target), report.line)]
     for variant in variants(chosen):

@@ -17,7 +17,10 @@ PAGE = ROOT / "docs" / "methods.md"
 LINK = re.compile(r"\[([^\]]+)\]\(([^)]+)\)")
 ARXIV = re.compile(r"\d{4}\.\d{5}")
 
-NO_METHOD = {"save_feature_head", "save_table", "load_table", "save_datastore", "load_datastore", "index_corpus"}
+NO_METHOD = {
+    *("save_feature_head", "is_feature_head", "save_table", "load_table"),
+    *("save_datastore", "load_datastore", "index_corpus"),
+}
 """Public functions of `specjax.drafters` that only keep what a drafter reads."""
 
 

@@ -52,7 +52,7 @@ def test_a_replay_adds_up_the_steps():
     found = policies.replay(policies.fixed(2), [trace([2, 0, 0, 0, 5, 5])], EACH)
     assert found.longest == 6
     assert found.steps == [3]
-    assert found.wanted == [2 + 2 + 1]
+    assert found.drafted == [2 + 2 + 1]
     # The last step has room for one draft token, which is right, and the token after it.
     assert found.time == pytest.approx(2 * (0.1 + 1.1) + 0.05 + 1.1)
     assert policies.replay(policies.fixed(0), [trace([2] * 9)], EACH).time == 9
@@ -62,7 +62,7 @@ def test_a_step_of_a_batch_costs_what_its_longest_row_asks_for():
     # The first row drafts 2 and has both accepted twice; the second drafts 2, 2, 2, 1, 0, of which none is.
     found = policies.replay(policies.fixed(2), [trace([2, 0, 0, 2, 0, 0]), trace([0] * 5)], EACH)
     assert found.steps.tolist() == [2, 5]
-    assert found.wanted.tolist() == [4, 2 + 2 + 2 + 1]
+    assert found.drafted.tolist() == [4, 2 + 2 + 2 + 1]
     assert found.longest == 6
     assert found.time == pytest.approx(3 * (0.1 + 1.1) + (0.05 + 1.1) + 1)
     # A draft that one row has to end goes on for the other, whose call the step pays for.
@@ -128,7 +128,7 @@ def test_the_loops_choice_beats_every_fixed_number_where_texts_differ(texts: lis
     assert own < time(policies.plus_two_minus_one())
     # Long drafts where they are right, short ones where they are not.
     drafted = [policies.replay(policies.expected_value(), [text], EACH) for text in texts]
-    means = [found.wanted[0] / found.steps[0] for found in drafted]
+    means = [found.drafted[0] / found.steps[0] for found in drafted]
     assert means[0] < means[1] < means[2]
 
 

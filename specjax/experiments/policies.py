@@ -167,13 +167,13 @@ class Replay(NamedTuple):
       time: of all steps, in plain steps of the batch.
       longest: tokens of the longest text, which are the steps of plain decoding.
       steps: `[B]` steps of each row.
-      wanted: `[B]` draft tokens that the policy asked for, over all steps.
+      drafted: `[B]` draft tokens that were asked for, over all steps; where a threshold ended a draft, up to there.
     """
 
     time: float
     longest: int
     steps: np.ndarray
-    wanted: np.ndarray
+    drafted: np.ndarray
 
     @property
     def speedup(self) -> float:
@@ -182,11 +182,11 @@ class Replay(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """Where a text is in its replay: its position, its steps, the tokens asked for, and the policy's state."""
+    """Where a text is in its replay: its position, its steps, the tokens drafted in them, and the policy's state."""
 
     at: Any
     steps: Any
-    wanted: Any
+    drafted: Any
     state: Any
 
 
@@ -210,7 +210,7 @@ def _advance(policy: Policy, row: _Row, trace: Trace, end: Array, drafted: _Draf
     accepted = jnp.minimum(drafted.used, trace.matched[row.at])
     is_judged = jnp.arange(costs.draft.shape[0] - 1) < jnp.minimum(accepted + 1, drafted.used)
     state = policy.learn(row.state, drafted.k, drafted.used, is_judged, accepted, costs.step)
-    after = _Row(row.at + accepted + 1, row.steps + 1, row.wanted + drafted.k, state)
+    after = _Row(row.at + accepted + 1, row.steps + 1, row.drafted + drafted.called, state)
     return jax.tree.map(lambda new, old: jnp.where(row.at < end, new, old), after, row)
 
 
@@ -239,7 +239,7 @@ def replay(policy: Policy, texts: Group, programs: Programs) -> Replay:
     )
     batch = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *padded)
     time, rows = _replay(policy, batch, jnp.asarray(ends), programs.of(policy))
-    return Replay(float(time), int(ends.max()), np.asarray(rows.steps), np.asarray(rows.wanted))
+    return Replay(float(time), int(ends.max()), np.asarray(rows.steps), np.asarray(rows.drafted))
 
 
 def oracle(texts: Group, programs: Programs) -> float:

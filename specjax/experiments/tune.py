@@ -154,11 +154,11 @@ def _reached(rank: np.ndarray, level: int, num_ranks: int) -> np.ndarray:
 
 
 def _time(policy: Policy, batches: Sequence[Group], programs: Programs) -> tuple[float, float]:
-    """The speedup of a policy, a geometric mean over batches, and the draft tokens that a row asks for in a step."""
+    """The speedup of a policy, a geometric mean over batches, and the draft tokens of a row in a step."""
     replays = [policies.replay(policy, texts, programs) for texts in batches]
     speedup = float(np.exp(np.mean([np.log(replay.speedup) for replay in replays])))
-    wanted, steps = (np.concatenate(x).sum() for x in zip(*((x.wanted, x.steps) for x in replays), strict=True))
-    return speedup, float(wanted / steps)
+    drafted, steps = (np.concatenate(x).sum() for x in zip(*((x.drafted, x.steps) for x in replays), strict=True))
+    return speedup, float(drafted / steps)
 
 
 def candidates(num_draft_tokens: int) -> list[tuple[int, tuple[int, ...]]]:
@@ -206,7 +206,7 @@ def compared(
     thresholds: Sequence[float] = (),
     has_confidence: bool = False,
 ) -> list[Row]:
-    """Every policy on the same texts: speedup, tokens asked for, and regret against the oracle.
+    """Every policy on the same texts: speedup, tokens drafted in a step, and regret against the oracle.
 
     Each has a program for every measured length, except where it says so.
 
@@ -224,8 +224,8 @@ def compared(
     rows: list[Row] = []
 
     def add(name: str, policy: Policy, programs: Programs) -> None:
-        speedup, wanted = _time(policy, batches, programs)
-        rows.append({"policy": name, "speedup": speedup, "drafted": wanted, "regret": most / speedup - 1})
+        speedup, drafted = _time(policy, batches, programs)
+        rows.append({"policy": name, "speedup": speedup, "drafted": drafted, "regret": most / speedup - 1})
 
     for name, policy in _named(depth, thresholds, has_confidence):
         add(name, policy, free)
@@ -240,9 +240,9 @@ def _by_category(texts: Sequence[Prompt], some: Sequence[Trace], programs: Progr
     rows: list[Row] = []
     for task in dict.fromkeys(text.task for text in texts):
         own = [trace for text, trace in zip(texts, some, strict=True) if text.task == task]
-        speedup, wanted = _time(policies.expected_value(), policies.groups(own, batch_size), programs)
+        speedup, drafted = _time(policies.expected_value(), policies.groups(own, batch_size), programs)
         matched = float(np.mean(np.concatenate([trace.matched for trace in own])))
-        rows.append({"task": task, "texts": len(own), "matched": matched, "drafted": wanted, "speedup": speedup})
+        rows.append({"task": task, "texts": len(own), "matched": matched, "drafted": drafted, "speedup": speedup})
     return rows
 
 

@@ -190,8 +190,8 @@ def _drafting(target: Model, drafter: Drafter, params: Params, state: DecodeStat
 
     def propose(params: Params, state: DecodeState, carried: Any, shift: Array) -> tuple[Any, Array, Any]:
         drafter_state, cache = carried
-        length = state.rows.length + shift
-        state = state._replace(rows=state.rows._replace(drafter=drafter_state, cache=cache, length=length))
+        moved = state.rows._replace(drafter=drafter_state, cache=cache, length=state.rows.length + shift)
+        state = state._replace(rows=moved)
         room = jax.lax.optimization_barrier(jnp.full(rows, length, jnp.int32))
         keys = decoding.step_keys(state.rows.seed, state.rows.length, depth)
         context = decoding.context_of(target, drafter, verify.rejection, state, room, *keys)

@@ -12,7 +12,8 @@ import pytest
 from helpers import save_tiny_decoder
 
 import specjax
-from specjax import drafters, launch
+from specjax import drafters, launch, metrics
+from specjax.api import prepare
 from specjax.experiments import policies, traces, tune, tuned
 from specjax.experiments.policies import Costs, Policy, Programs
 from specjax.experiments.traces import Trace
@@ -213,6 +214,20 @@ def test_a_replay_takes_the_steps_of_the_loop(kind: str, tmp_path):
     assert replayed.steps.tolist() == [row.target_calls for row in found.row_stats]
     # The threshold costs steps, or this would show nothing.
     assert replayed.steps.sum() > policies.replay(always, batch, one_each).steps.sum()
+
+
+def test_each_length_is_timed_with_so_many_drafts(tmp_path):
+    target = specjax.load(save_tiny_decoder(tmp_path / "target", 0))
+    plain, seen = drafters.ngram(num_draft_tokens=3, lengths=(1,)), set()
+
+    def propose(params: Any, state: Any, cache: Any, context: Any) -> Any:
+        jax.debug.callback(lambda most: seen.add(int(most.max())), context.max_draft)
+        return plain.propose(params, state, cache, context)
+
+    request = prepare(target, [[1, 2, 3, 1, 2]], drafter=plain._replace(propose=propose), max_new_tokens=8)
+    metrics.measure_costs(request.target.model, request.drafter, request.params, request.state, calls=1, repeats=1)
+    jax.effects_barrier()
+    assert seen == {1, 3}
 
 
 def test_ranks_are_those_of_the_draft(tmp_path):

@@ -96,7 +96,8 @@ def proposing(tokens: list[int], length: list[int], asked: list[Any], told: list
         told.append((np.asarray(feedback.context.max_draft).tolist(), feedback.output.logits.shape[1]))
         return state
 
-    return Drafter(lambda *_: (), propose, update, Topology.chain(len(tokens)))
+    nothing: Any = lambda *_: ()  # noqa: E731
+    return Drafter(nothing, propose, update, Topology.chain(len(tokens)))
 
 
 def test_a_row_takes_the_first_draft_and_later_parts_are_asked_and_told_of_the_others():

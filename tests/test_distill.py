@@ -436,6 +436,7 @@ def test_the_model_is_that_of_the_greatest_alpha(uninterrupted, tmp_path):
     assert ours.tokens == specjax.generate(target, ["a b c"], max_new_tokens=8).tokens
 
 
+@pytest.mark.slow
 def test_it_ends_when_alpha_no_longer_rises(tmp_path, monkeypatch):
     values = iter([0.1, 0.3, 0.2, 0.3, 0.9])
     monkeypatch.setattr(fit, "evaluate", lambda *_: {"valid_loss": 1.0, "alpha": next(values), "agreement": 0.0})

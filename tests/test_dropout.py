@@ -118,6 +118,7 @@ def test_rematerialised_layers_drop_the_same(kind):
 # Training
 
 
+@pytest.mark.slow
 def test_microbatches_drop_what_the_whole_batch_does():
     config = dataclasses.replace(DROPPING, batch_size=6)
     _, whole = _after(config)

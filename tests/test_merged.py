@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Pair, greedy_text, random_corpus, random_prompts, right_pad, run, texts, tokenizer_of, usual
+from helpers import Pair, greedy_text, random_corpus, random_prompts, right_pad, run, texts, tokenizer_of
 
 from specjax import decoding, drafters, sampling, testing
 from specjax.decoding import verify
@@ -256,9 +256,9 @@ SELF_DRAFTERS = {
 }
 
 
-@pytest.mark.budget(60)
-@pytest.mark.parametrize("temperature", usual([0.0, 1.0], 1.0))
-@pytest.mark.parametrize("name", usual(SELF_DRAFTERS, "jacobi"))
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", SELF_DRAFTERS)
 def test_a_part_that_reads_the_output_drafts_as_it_would_alone(name: str, temperature: float):
     """It is given the outputs of its own nodes and probes: beside a part that is always wrong, and beside itself.
 

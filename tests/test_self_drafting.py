@@ -316,6 +316,7 @@ def test_a_block_takes_the_calls_of_the_published_iteration():
     a_block_takes_the_calls_of_the_paper(DRAFTERS["jacobi"])
 
 
+@pytest.mark.slow
 def test_jacobi_takes_no_more_calls_than_the_published_blocks():
     takes_no_more_calls_than_blocks(DRAFTERS["jacobi"])
 

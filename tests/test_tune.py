@@ -193,7 +193,8 @@ def test_a_trace_says_what_a_drafter_proposes_and_how_much_is_right(tmp_path):
         traces.record(target, [[1, 2]], drafters.ngram(num_draft_tokens=4, depth=2), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("kind", ["moving", pytest.param("fixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["moving", "fixed"])
 def test_a_replay_takes_the_steps_of_the_loop(kind: str, tmp_path):
     """Two rows side by side, whose drafts a threshold ends."""
     target = specjax.load(save_tiny_decoder(tmp_path / "target", 0, num_layers=2))

@@ -700,6 +700,11 @@ def of_lengths(placed: plan.Sharded) -> Draft:
     return Draft(drafter, placed.params.draft)
 
 
+def of_lookup_or_skips(placed: plan.Sharded) -> Draft:
+    skips = drafters.skip(placed.models["target"], attention=(0,), num_draft_tokens=1)
+    return drafters.first_of([drafters.ngram(num_draft_tokens=3), skips])
+
+
 def of_dynamic_tree(placed: plan.Sharded) -> Draft:
     shape = drafters.Dynamic(width=2, depth=3, num_nodes=5)
     return Draft(drafters.model(placed.models["draft"], dynamic=shape), placed.params.draft)
@@ -728,6 +733,7 @@ def of_text(placed: plan.Sharded) -> Draft:
 
 OTHERS = [
     (of_lengths, verify.rejection),
+    (of_lookup_or_skips, verify.rejection),
     (of_tree, verify.coupled),
     (of_tree, verify.rejection),
     (of_tree, verify.traversal),

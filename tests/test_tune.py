@@ -1,7 +1,10 @@
 """Policies replayed over traces, the oracle, and the command that chooses what pays."""
 
+import ast
+import inspect
 import json
 import re
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +17,11 @@ from helpers import save_tiny_decoder
 import specjax
 from specjax import drafters, launch, metrics
 from specjax.api import prepare
-from specjax.experiments import policies, traces, tune, tuned
+from specjax.experiments import drafting, policies, traces, tune, tuned
 from specjax.experiments.policies import Costs, Policy, Programs
+from specjax.experiments.reports import tune as report
 from specjax.experiments.traces import Trace
+from specjax.experiments.tuned import Tuned
 from specjax.types import Batch
 
 DEPTH = 5
@@ -231,6 +236,17 @@ def test_each_length_is_timed_with_so_many_drafts(tmp_path):
     assert seen == {1, 3}
 
 
+@pytest.mark.parametrize("name", [name for name, entry in drafting.DRAFTERS.items() if entry.lengths])
+def test_a_choice_is_shown_as_a_call_that_the_library_has(name: str):
+    found = Tuned(7, (3,), (1.1,) * 7, (), 1.3)
+    call = ast.parse(report._call(types.SimpleNamespace(drafter=name), found), mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert ast.unparse(call.func) == f"specjax.drafters.{name}"
+    given = {str(keyword.arg): None for keyword in call.keywords}
+    inspect.signature(getattr(drafters, name)).bind(*call.args, **given)
+    assert "num_draft_tokens=7, lengths=(3,)" in ast.unparse(call)
+
+
 def test_ranks_are_those_of_the_draft(tmp_path):
     draft = specjax.load(save_tiny_decoder(tmp_path / "draft", 1))
     text = np.array(specjax.generate(draft, [[1, 2, 3]], max_new_tokens=9).tokens[0])
@@ -309,7 +325,15 @@ def test_wrong_values_are_refused(flag, message, files, tmp_path, capfd):
 
 def test_a_broken_choice_is_named(files, tmp_path, monkeypatch):
     names = {"target": "t", "drafter": "ngram", "draft": "", "dtype": "float32"}
-    chosen = type("Chosen", (), names | {"target_quantise": "", "draft_quantise": ""})
+    chosen = types.SimpleNamespace(
+        **names,
+        target_quantise="",
+        draft_quantise="",
+        skip_attention=(),
+        skip_mlp=(),
+        exit_layer=1,
+        num_fallback_tokens=1,
+    )
     path = tuned.save(chosen, 1, tuned.Tuned(3, (1,), (1.0, 1.1, 1.2), (), 1.5))
     assert tuned.load(chosen, 1) == tuned.Tuned(3, (1,), (1.0, 1.1, 1.2), (), 1.5)
     path.write_text("{}")

@@ -40,9 +40,10 @@ class Tuned:
 
 
 def path_of(chosen: Any, batch_size: int) -> pathlib.Path:
-    """Where the choice for a target, a drafter, a dtype, a batch size and this machine is kept."""
+    """Where the choice for a target, a drafter and its parts, a dtype, a batch size and this machine is kept."""
     names = [chosen.target, chosen.target_quantise, chosen.drafter, chosen.draft, chosen.draft_quantise, chosen.dtype]
-    names += [str(batch_size), bench.device_name()]
+    names += [*chosen.skip_attention, "mlp", *chosen.skip_mlp, chosen.exit_layer, chosen.num_fallback_tokens]
+    names += [batch_size, bench.device_name()]
     return files.cache_directory() / "tuned" / f"{zlib.crc32(json.dumps(names).encode()):08x}.json"
 
 

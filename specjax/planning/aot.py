@@ -85,6 +85,9 @@ def step(
     if make is not None:
         made = make(placed)
         drafter, params = made.drafter, params._replace(draft=made.params)
+        lengths = len(drafter.topology.all_lengths)
+        stats = state.rows.stats._replace(steps_by_length=_rows_like(mesh, (setup.batch_size, lengths), jnp.int32))
+        state = state._replace(rows=state.rows._replace(stats=stats))
         own = jax.eval_shape(lambda: drafter.init(setup.batch_size, setup.buffer, setup.prompt_tokens))
         if jax.tree.structure(own) != jax.tree.structure(state.rows.drafter):
             # Not the cache of the plan's draft model, which is placed already.

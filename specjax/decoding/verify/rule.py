@@ -103,8 +103,11 @@ def is_known(probs: Float[Array, "T V"], proposal: Proposal) -> Bool[Array, " K"
 
 def of_drafts(probs: Float[Array, "T V"], proposal: Proposal) -> Float[Array, " K"]:
     """The probability of each draft token; 0 for a token outside the vocabulary."""
-    size = probs.shape[-1]
-    found = probs[jnp.arange(proposal.tokens.shape[0]), jnp.clip(proposal.tokens, 0, size - 1)]
+    k, size = proposal.tokens.shape[0], probs.shape[-1]
+    if k == 1:
+        # XLA makes a slice of a look-up with one index, and gathers a vocabulary that is split over devices for it.
+        return jnp.sum(jnp.where(jnp.arange(size) == proposal.tokens[:, None], probs[:k], 0.0), axis=-1)
+    found = probs[jnp.arange(k), jnp.clip(proposal.tokens, 0, size - 1)]
     return jnp.where(is_known(probs, proposal), found, 0.0)
 
 

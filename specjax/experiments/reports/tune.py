@@ -8,9 +8,14 @@ from specjax.experiments.reports import plots, tables
 from specjax.experiments.results import Row
 from specjax.experiments.tuned import Tuned
 
-_FACTORIES = {"model": "specjax.load(DRAFT), ", "feature_head": "specjax.drafters.load_feature_head(HEAD), target, "}
-"""What the functions of drafters take before their keywords, where `specjax.drafters.NAME` is called so."""
-
+_CALLS = {
+    "model": "model(specjax.load(DRAFT), {shape})",
+    "feature_head": "feature_head(specjax.drafters.load_feature_head(HEAD), target, {shape})",
+    "skip": "skip(target, attention=ATTENTION, mlp=MLP, {shape})",
+    "early_exit": "early_exit(target, LAYER, {shape})",
+    "first_of": "first_of([specjax.drafters.ngram({shape}), OTHER])",
+}
+"""How functions of `specjax.drafters` are called that take more than a shape."""
 
 _BOUND = ", or rather a bound: of the rows of a batch the one that needs most time, if the others asked for no more"
 """What the oracle is for a batch (`policies.oracle`)."""
@@ -23,7 +28,7 @@ def _call(chosen: Any, tuned: Tuned) -> str:
     else:
         shape = f"num_draft_tokens={tuned.num_draft_tokens}"
         shape += f", lengths={tuned.lengths}" if tuned.lengths else ""
-    return f"specjax.drafters.{chosen.drafter}({_FACTORIES.get(chosen.drafter, '')}{shape})"
+    return "specjax.drafters." + _CALLS.get(chosen.drafter, f"{chosen.drafter}({{shape}})").format(shape=shape)
 
 
 def line(chosen: Any, row: Row) -> str:

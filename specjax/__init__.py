@@ -7,6 +7,7 @@ from specjax.decoding import verify
 from specjax.models.config import DecoderConfig, T5Config
 from specjax.parallel import sharding
 from specjax.sampling import automaton
+from specjax.serving.engine import Engine
 from specjax.types import Drafter, Model, Params
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DecoderConfig",
     "Drafter",
+    "Engine",
     "Generation",
     "Model",
     "Params",

@@ -78,7 +78,8 @@ class Rows(NamedTuple):
       stop_tokens: `[B, X]` token ids that end the row (-1: padding).
       stop_state: `[B]` the state of `Shared.stop_strings` after the text.
       grammar_state: `[B]` the state of `Shared.grammar` after the text.
-      logprobs: log-probabilities of the text, or None where they were not requested.
+      logprobs: log-probabilities of the text, or None where there is no room for them.
+      wants_logprobs: `[B]` which rows ask for them; where no row does, they are not computed.
       adaptation: what decides whether a row drafts.
       cache: the target's cache. It holds all tokens of a text except the last one.
       drafter: the drafter's state.
@@ -99,6 +100,7 @@ class Rows(NamedTuple):
     stop_state: Int[Array, " B"]
     grammar_state: Int[Array, " B"]
     logprobs: Logprobs | None
+    wants_logprobs: Bool[Array, " B"]
     adaptation: Adaptation
     cache: Any
     drafter: Tree

@@ -133,7 +133,8 @@ def generate(
       logprobs: None; a number n keeps the log-probability of every new token, and of the n most probable ones.
       step_cost: the time of a drafting step divided by that of a plain step, or a list of it by the number of draft
         tokens, from 1 on. Each row drafts as many tokens as pay for it, by what it has had accepted so far, or none for
-        a while (`adaptive`); 0 always drafts as many as possible. `metrics.measure_costs` measures it.
+        a while (`adaptive`); 0 always drafts as many as possible. `metrics.measure_costs` measures it. Where all rows
+        are greedy, or the rule is `coupled`, the rows of a batch draft what pays for all of them.
       max_len: the length of the text buffer; by default the smallest that holds prompts and new tokens.
       prompt_width: the length that prompts are padded to; by default the next of a few fixed lengths.
       fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding
@@ -163,6 +164,7 @@ def run(request: Request) -> DecodeState:
             request.params,
             request.state,
             fixed_shape=request.fixed_shape,
+            schedule=request.schedule,
         )
     return readable(request, state)
 
@@ -205,6 +207,7 @@ def run_in_steps(request: Request, steps: int) -> Iterator[DecodeState]:
             request.state,
             steps=steps,
             fixed_shape=request.fixed_shape,
+            schedule=request.schedule,
         )
         for state in states:
             yield readable(request, state)

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from specjax import decoding, drafters, sampling
 from specjax.api.pretrained import Pretrained
-from specjax.decoding import verify
+from specjax.decoding import adaptive, verify
+from specjax.decoding.adaptive import Schedule
 from specjax.decoding.verify import Rule, greedy, replaced_at_zero
 from specjax.decoding.verify import check as check_rule
 from specjax.decoding.verify import parse as parse_rule
@@ -35,6 +36,7 @@ class Request(NamedTuple):
       state: after the prefill.
       mesh: the mesh that the parameters lie on, or None.
       fixed_shape: whether every target call scores K + 1 tokens.
+      schedule: how much each row drafts.
     """
 
     target: Pretrained
@@ -44,6 +46,7 @@ class Request(NamedTuple):
     state: DecodeState
     mesh: Mesh | None
     fixed_shape: bool
+    schedule: Schedule = adaptive.alone
 
 
 def encode(target: Pretrained, prompts: Sequence[str | Sequence[int]], *, chat: bool = False) -> list[list[int]]:
@@ -162,7 +165,7 @@ def prepare(
             f"The draft knows {draft.max_len} positions, but prompt and new tokens make {longest}: shorten the prompt, "
             "lower max_new_tokens, or choose another draft."
         )
-    target = target._replace(model=_with_taps(target, draft.drafter))
+    target = target._replace(model=with_taps(target, draft.drafter))
     if stop_tokens is None:
         stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
     stopping = _stopping_of(target, stop_strings)
@@ -187,7 +190,13 @@ def prepare(
         )
         if num_return_sequences > 1:
             state = decoding.repeat(state, num_return_sequences, jnp.asarray(seeds, jnp.uint32))
-    return Request(target, draft.drafter, rule, params, state, mesh, fixed_shape)
+    return Request(target, draft.drafter, rule, params, state, mesh, fixed_shape, _schedule(rule, options))
+
+
+def _schedule(rule: Rule, options: SamplingOptions) -> Schedule:
+    """Rows choose together where their tokens do not depend on how the text is cut into steps."""
+    is_fixed = rule.exact and (rule.coupled or not bool(jnp.any(options.temperature > 0)))
+    return adaptive.together if is_fixed else adaptive.alone
 
 
 def _rule_for(rule: Rule, drafter: Drafter, options: SamplingOptions, given: Mapping[str, Any]) -> Rule:
@@ -224,7 +233,7 @@ def _stopping_of(target: Pretrained, stop_strings: str | Sequence[str]) -> Autom
     return _stopping(tuple(strings), target.tokenizer, target.model.vocab_size)
 
 
-def _with_taps(target: Pretrained, drafter: Drafter) -> Model:
+def with_taps(target: Pretrained, drafter: Drafter) -> Model:
     """The target's model with the features that the drafter reads."""
     if not drafter.taps:
         return target.model

@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from specjax import sampling
 from specjax.decoding import adaptive, buffers
@@ -98,41 +98,84 @@ def _prefill(
     tokens = jnp.zeros((rows, max_len), jnp.int32).at[:, :width].set(inputs.tokens)
     prompt = Feedback(inputs.tokens, inputs.length, inputs.length, output.features, output, inputs)
     drafter_state = contract.update(drafter, params, drafter.init(rows, max_len, max_source), prompt)
-    depth = drafter.topology.depth
-    logprobs = None
+    # The first step scores the last prompt token again, together with the first drafts: no step is special.
+    cache = target.commit(cache, None, jnp.full(rows, -1, jnp.int32))
+    text = Text(tokens, inputs.length, cache, drafter_state)
+    settings = Settings(limit, seed, options, stop_tokens, grammar_state, jnp.full(rows, top_logprobs is not None))
+    return DecodeState(new_rows(drafter, text, settings, top_logprobs), Shared(stop_strings, grammar, step_costs))
+
+
+class Text(NamedTuple):
+    """Prompts that have been read.
+
+    Attributes:
+      tokens: `[B, L]` the text buffer.
+      length: `[B]` tokens in it.
+      cache: the target's cache, of all but the last token.
+      drafter: the drafter's state.
+    """
+
+    tokens: Int[Array, "B L"]
+    length: Int[Array, " B"]
+    cache: Any
+    drafter: Any
+
+
+class Settings(NamedTuple):
+    """What each row has chosen; the fields are those of `Rows`."""
+
+    limit: Int[Array, " B"]
+    seed: Array
+    sampling: SamplingOptions
+    stop_tokens: Int[Array, "B X"]
+    grammar_state: Int[Array, " B"]
+    wants_logprobs: Bool[Array, " B"]
+
+
+def new_rows(drafter: Drafter, text: Text, settings: Settings, top_logprobs: int | None) -> Rows:
+    """Rows that have not decoded anything yet.
+
+    Args:
+      drafter: the drafter.
+      text: their prompts.
+      settings: their options.
+      top_logprobs: how many log-probabilities are kept for each position beside that of the token; None: none at all.
+    """
+    rows, max_len = text.tokens.shape
+    topology, logprobs = drafter.topology, None
     if top_logprobs is not None:
         top = (rows, max_len, top_logprobs)
         logprobs = Logprobs(jnp.zeros(top[:2], jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
-    state = Rows(
-        tokens=tokens,
+    none = jnp.zeros(rows, jnp.int32)
+    return Rows(
+        tokens=text.tokens,
         from_draft=jnp.zeros((rows, max_len), bool),
-        length=inputs.length,
-        prompt_length=inputs.length,
-        limit=limit,
-        done=inputs.length >= limit,
-        failed_at=jnp.full(rows, -1, jnp.int32),
+        length=text.length,
+        prompt_length=text.length,
+        limit=settings.limit,
+        done=text.length >= settings.limit,
+        failed_at=none - 1,
         draft_failed=jnp.zeros(rows, bool),
-        seed=seed,
-        sampling=options,
-        stop_tokens=stop_tokens,
-        stop_state=jnp.zeros(rows, jnp.int32),
-        grammar_state=grammar_state,
+        seed=settings.seed,
+        sampling=settings.sampling,
+        stop_tokens=settings.stop_tokens,
+        stop_state=none,
+        grammar_state=settings.grammar_state,
         logprobs=logprobs,
-        adaptation=adaptive.init(rows, depth),
-        # The first step scores the last prompt token again, together with the first drafts: no step is special.
-        cache=target.commit(cache, None, jnp.full(rows, -1, jnp.int32)),
-        drafter=drafter_state,
+        wants_logprobs=settings.wants_logprobs,
+        adaptation=adaptive.init(rows, topology.depth),
+        cache=text.cache,
+        drafter=text.drafter,
         stats=Stats(
-            jnp.zeros(rows, jnp.int32),
-            jnp.zeros(rows, jnp.int32),
-            jnp.zeros((rows, depth), jnp.int32),
-            jnp.zeros((rows, depth), jnp.int32),
-            jnp.zeros((rows, depth + 1), jnp.int32),
-            jnp.zeros((rows, len(drafter.topology.all_lengths)), jnp.int32),
+            none,
+            none,
+            jnp.zeros((rows, topology.depth), jnp.int32),
+            jnp.zeros((rows, topology.depth), jnp.int32),
+            jnp.zeros((rows, topology.depth + 1), jnp.int32),
+            jnp.zeros((rows, len(topology.all_lengths)), jnp.int32),
             jnp.zeros(rows, jnp.float32),
         ),
     )
-    return DecodeState(state, Shared(stop_strings, grammar, step_costs))
 
 
 def prefill(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from specjax import control, sampling
 from specjax.decoding import adaptive, verify
+from specjax.decoding.adaptive import Schedule
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
 from specjax.sampling import automaton, processors, tree
@@ -54,8 +55,25 @@ class _Scored(NamedTuple):
     logprobs: Logprobs | None
 
 
+class _Drafted(NamedTuple):
+    """The results of the drafter's call, as `_draft` documents them."""
+
+    proposal: Proposal
+    drafter: Any
+    cache: Any
+    context: Context
+    keys: StepKeys
+    num_read: Int[Array, " B"]
+
+
 def decode_step(
-    target: Model, drafter: Drafter, rule: Rule, params: Params, state: DecodeState, fixed_shape: bool = False
+    target: Model,
+    drafter: Drafter,
+    rule: Rule,
+    params: Params,
+    state: DecodeState,
+    fixed_shape: bool = False,
+    schedule: Schedule = adaptive.alone,
 ) -> DecodeState:
     """One step of speculative decoding for all rows (Leviathan et al. 2022, Algorithm 1).
 
@@ -66,6 +84,7 @@ def decode_step(
       params: the parameters of both.
       state: before the step.
       fixed_shape: always score N + 1 tokens, even where no row drafts (see `docs/exactness.md`, numerics).
+      schedule: how much each row drafts (`adaptive`).
 
     Returns:
       The state after it: every row that is not done has gained between 1 and D + 1 tokens.
@@ -76,14 +95,7 @@ def decode_step(
     verify.check(rule, drafter.topology)
     rows, topology = state.rows, drafter.topology
     running = ~rows.done
-
-    # Propose. A row that drafts needs room for its drafts and the token that follows them.
-    wanted = jnp.minimum(adaptive.num_drafts(rows.adaptation, state.shared.step_costs), rows.limit - rows.length - 1)
-    room = jnp.where(running, wanted, 0)
-    draft_keys, keys = step_keys(rows.seed, rows.length, topology.depth)
-    context = context_of(target, drafter, rule, state, room, draft_keys, keys)
-    proposal, drafter_state, cache = propose(drafter, params, state, context)
-    num_read = _num_read(proposal, room)
+    proposal, drafter_state, cache, context, keys, num_read = _draft(target, drafter, rule, params, state, schedule)
 
     # Score and verify. Where no row drafts, this is a plain decoding step and costs no more.
     lengths = topology.all_lengths
@@ -113,7 +125,8 @@ def decode_step(
     is_accepted = is_judged & (position[:-1] < n[:, None])
     # The probability of acceptance where it is known, for chains under exact rules; otherwise whether it was accepted.
     overlap = scored.overlap if rule.exact and topology.is_chain else is_accepted.astype(jnp.float32)
-    learned = adaptive.update(rows.adaptation, room, num_read, is_judged, n, state.shared.step_costs)
+    own = jnp.minimum(adaptive.num_drafts(rows.adaptation, state.shared.step_costs), rows.limit - rows.length - 1)
+    learned = adaptive.update(rows.adaptation, own, num_read, is_judged, n, state.shared.step_costs)
     after = rows._replace(
         tokens=_write(rows.tokens, verdict.tokens, rows.length),
         from_draft=_write(rows.from_draft, position < n[:, None], rows.length),
@@ -142,6 +155,27 @@ def step_keys(seed: Array, length: Int[Array, " B"], depth: int) -> tuple[Array,
         return drafts, StepKeys(jax.random.fold_in(positions[0], _ACCEPT), tokens)
 
     return jax.vmap(of_row)(seed, length)
+
+
+def _draft(
+    target: Model, drafter: Drafter, rule: Rule, params: Params, state: DecodeState, schedule: Schedule
+) -> _Drafted:
+    """Has the drafter propose what each row is to draft.
+
+    Returns:
+      the proposal; the drafter's state; the target's cache; what the drafter saw; the keys of verification; and how
+      many tokens behind the last committed one each row needs read.
+    """
+    rows, topology, costs = state.rows, drafter.topology, state.shared.step_costs
+    # A row that drafts needs room for its drafts and the token that follows them.
+    wanted = schedule.wanted(rows.adaptation, costs, ~rows.done)
+    room = jnp.where(rows.done, 0, jnp.minimum(wanted, rows.limit - rows.length - 1))
+    draft_keys, keys = step_keys(rows.seed, rows.length, topology.depth)
+    context = context_of(target, drafter, rule, state, room, draft_keys, keys)
+    proposal, drafter_state, cache = propose(drafter, params, state, context)
+    if topology.is_chain and proposal.probes is None:
+        proposal = proposal._replace(length=schedule.kept(rows.adaptation, costs, proposal.length))
+    return _Drafted(proposal, drafter_state, cache, context, keys, _num_read(proposal, room))
 
 
 def context_of(
@@ -317,11 +351,29 @@ def apply_rule(
     return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(is_sampled, a, b), verdict, at_zero), target_probs
 
 
-def _logprobs(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], num_top: int) -> Logprobs:
-    """Log-probabilities of the tokens at each of T positions, and of the most probable ones."""
+def log_probabilities(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], num_top: int) -> Logprobs:
+    """Log-probabilities under the logits' softmax.
+
+    Args:
+      logits: of the target.
+      tokens: one for each position.
+      num_top: how many of the most probable tokens are returned beside it.
+
+    Returns:
+      arrays of T positions in the place of L. The same token has the same number in both.
+    """
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     top, top_tokens = jax.lax.top_k(log_probs, num_top)
     return Logprobs(jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0], top_tokens, top)
+
+
+def _logprobs(
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], num_top: int, wanted: Bool[Array, " B"]
+) -> Logprobs:
+    """`log_probabilities`, or zeros where no row wants them."""
+    find = functools.partial(log_probabilities, logits, tokens, num_top)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(find))
+    return jax.lax.cond(jnp.any(wanted), find, lambda: empty)
 
 
 def _score(
@@ -379,7 +431,7 @@ def _score(
     logprobs = None
     if rows.logprobs is not None:
         logits = _on_path(output.logits, verdict.path)
-        logprobs = _logprobs(logits, verdict.tokens, rows.logprobs.top.shape[2])
+        logprobs = _logprobs(logits, verdict.tokens, rows.logprobs.top.shape[2], rows.wants_logprobs & ~rows.done)
     overlap = jax.vmap(verify.overlap)(target_probs, judged) if parent is None else jnp.zeros((len(last), depth))
     scored = _Scored(cache, verdict, overlap, failed, output, logprobs)
     return scored if width == topology.num_nodes + 1 else _widen(scored, topology, proposal)

@@ -23,13 +23,13 @@ from specjax.types import History, Penalties
 PerRow = float | Sequence[float] | np.ndarray
 """An option: one value for all rows, or one per row."""
 
-_NO_TOKEN = 2**31 - 1
+NO_TOKEN = 2**31 - 1
 """A token id beyond every vocabulary, which pads `Penalties.bias_tokens`."""
 
 
 def spread(
     name: str, value: Any, batch_size: int, dtype: Any, low: float, high: float, *, above: bool = False
-) -> Array:
+) -> np.ndarray:
     """One value per row, from one value or a list of them.
 
     Numbers that float32 would round to 0 are rounded away from it instead: 0 is often the value that means "off".
@@ -51,7 +51,7 @@ def spread(
     if dtype == jnp.float32:
         least = np.finfo(np.float32).smallest_normal
         values = np.where((values != 0) & (np.abs(values) < least), np.copysign(least, values), values)
-    return jnp.asarray(np.broadcast_to(values, (batch_size,)), dtype)
+    return np.broadcast_to(values, (batch_size,)).astype(dtype)
 
 
 def penalties(
@@ -79,7 +79,7 @@ def penalties(
       suppress_tokens: tokens that are forbidden in every row.
 
     Returns:
-      the options, or None where no row uses any.
+      the options in host memory, or None where no row uses any.
 
     Raises:
       ValueError: naming the option and its value.
@@ -92,7 +92,7 @@ def penalties(
     ]
     for row in rows:
         for token, bias in row.items():
-            if not 0 <= token < _NO_TOKEN:
+            if not 0 <= token < NO_TOKEN:
                 raise ValueError(f"logit_bias or suppress_tokens names token {token}: ids are not negative.")
             if np.isnan(bias) or bias > np.finfo(np.float32).max:
                 raise ValueError(f"logit_bias of token {token} is {bias}: give a finite number, or -inf to forbid it.")
@@ -106,21 +106,21 @@ def penalties(
     arrays = {
         name: spread(name, value, batch_size, dtype, low, high) for name, (value, dtype, low, high) in numbers.items()
     }
-    idle = all(bool(jnp.all(x == (name == "repetition_penalty"))) for name, x in arrays.items())
+    idle = all(bool(np.all(x == (name == "repetition_penalty"))) for name, x in arrays.items())
     if idle and not any(rows):
         return None
     # Padded, so that a few more or fewer of them do not recompile.
     width = -(-max(map(len, rows)) // 8) * 8
-    tokens, bias = np.full((batch_size, width), _NO_TOKEN, np.int32), np.zeros((batch_size, width), np.float32)
+    tokens, bias = np.full((batch_size, width), NO_TOKEN, np.int32), np.zeros((batch_size, width), np.float32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], bias[i, : len(row)] = list(row), list(row.values())
-    return Penalties(**arrays, bias_tokens=jnp.asarray(tokens), bias=jnp.asarray(bias))
+    return Penalties(**arrays, bias_tokens=tokens, bias=bias)
 
 
 def unknown_tokens(options: Penalties, vocab_size: int) -> list[int]:
     """Tokens of `bias_tokens` that are not in the vocabulary."""
     tokens = np.unique(np.asarray(options.bias_tokens))
-    return tokens[(tokens >= vocab_size) & (tokens != _NO_TOKEN)].tolist()
+    return tokens[(tokens >= vocab_size) & (tokens != NO_TOKEN)].tolist()
 
 
 def _counts(
@@ -237,8 +237,13 @@ def process(logits: Float[Array, "B T V"], options: Penalties | None, history: H
         )
         logits = apply(o.no_repeat_ngram_size > 0, no_repeat_ngram, logits, o.no_repeat_ngram_size)
         logits = apply(o.min_new_tokens > 0, min_new, logits, prompt, stops, o.min_new_tokens)
-    if history.grammar is not None:
-        logits = jnp.where(automaton.allowed(history.grammar, history.grammar_state), logits, -jnp.inf)
+    if (grammar := history.grammar) is not None:
+
+        def masked(logits: Array) -> Array:
+            return jnp.where(automaton.allowed(grammar, history.grammar_state), logits, -jnp.inf)
+
+        used = jnp.any(history.grammar_state >= 0)
+        logits = control.alike(jax.lax.cond(used, masked, lambda logits: logits, logits), logits)
     return logits
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Integer, UInt32
 
 from specjax import control
@@ -19,7 +20,12 @@ from specjax.sampling.processors import PerRow
 from specjax.types import History, PRNGKey, SamplingOptions
 
 
-def options(
+def options(batch_size: int, **options: Any) -> SamplingOptions:
+    """`host_options`, on the device."""
+    return jax.tree.map(jnp.asarray, host_options(batch_size, **options))
+
+
+def host_options(
     batch_size: int,
     *,
     temperature: PerRow = 0.0,
@@ -30,7 +36,7 @@ def options(
     epsilon_cutoff: PerRow = 0.0,
     **penalties: Any,
 ) -> SamplingOptions:
-    """Checks the options and broadcasts them to the rows.
+    """Checks the options and broadcasts them to the rows, in host memory.
 
     Args:
       batch_size: B.
@@ -52,7 +58,7 @@ def options(
         own = ["temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"]
         raise TypeError(f"No option {', '.join(unknown)}: there are {', '.join(own + sorted(known))}.")
 
-    def spread(name: str, value: Any, dtype: Any, low: float, high: float, *, above: bool = False) -> Array:
+    def spread(name: str, value: Any, dtype: Any, low: float, high: float, *, above: bool = False) -> np.ndarray:
         return processors.spread(name, value, batch_size, dtype, low, high, above=above)
 
     return SamplingOptions(

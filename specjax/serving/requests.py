@@ -279,5 +279,5 @@ class Engine(Protocol):
         ...
 
     def close(self, timeout: float = 0.0) -> None:
-        """Refuses new requests, lets accepted ones finish for so many seconds, cancels the rest, and ends its thread."""
+        """Refuses new requests, waits so many seconds for accepted ones, cancels the rest, and ends its thread."""
         ...

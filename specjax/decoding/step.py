@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from specjax import control, sampling
 from specjax.decoding import adaptive, verify
+from specjax.decoding import logprobs as logprobs_lib
 from specjax.decoding.adaptive import Schedule
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
@@ -351,31 +352,6 @@ def apply_rule(
     return jax.tree.map(lambda a, b: jax.vmap(jnp.where)(is_sampled, a, b), verdict, at_zero), target_probs
 
 
-def log_probabilities(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], num_top: int) -> Logprobs:
-    """Log-probabilities under the logits' softmax.
-
-    Args:
-      logits: of the target.
-      tokens: one for each position.
-      num_top: how many of the most probable tokens are returned beside it.
-
-    Returns:
-      arrays of T positions in the place of L. The same token has the same number in both.
-    """
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    top, top_tokens = jax.lax.top_k(log_probs, num_top)
-    return Logprobs(jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0], top_tokens, top)
-
-
-def _logprobs(
-    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], num_top: int, wanted: Bool[Array, " B"]
-) -> Logprobs:
-    """`log_probabilities`, or zeros where no row wants them."""
-    find = functools.partial(log_probabilities, logits, tokens, num_top)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(find))
-    return jax.lax.cond(jnp.any(wanted), find, lambda: empty)
-
-
 def _score(
     target: Model,
     rule: Rule,
@@ -431,7 +407,9 @@ def _score(
     logprobs = None
     if rows.logprobs is not None:
         logits = _on_path(output.logits, verdict.path)
-        logprobs = _logprobs(logits, verdict.tokens, rows.logprobs.top.shape[2], rows.wants_logprobs & ~rows.done)
+        logprobs = logprobs_lib.where_wanted(
+            logits, verdict.tokens, rows.logprobs.top.shape[2], rows.wants_logprobs & ~rows.done
+        )
     overlap = jax.vmap(verify.overlap)(target_probs, judged) if parent is None else jnp.zeros((len(last), depth))
     scored = _Scored(cache, verdict, overlap, failed, output, logprobs)
     return scored if width == topology.num_nodes + 1 else _widen(scored, topology, proposal)

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from specjax.decoding.adaptive import Schedule
 from specjax.decoding.adaptive import init as new_adaptation
+from specjax.decoding.logprobs import log_probabilities
 from specjax.decoding.prefill import Settings, Text, new_rows, row_keys
-from specjax.decoding.step import decode_step, log_probabilities
+from specjax.decoding.step import decode_step
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
 from specjax.state import DecodeState, Logprobs, Rows, Shared

@@ -13,7 +13,7 @@ import specjax
 from specjax import testing
 from specjax.models import families
 from specjax.sampling import automaton
-from specjax.serving import capacity, scheduler, warmup
+from specjax.serving import capacity, prefix, scheduler, warmup
 from specjax.serving.requests import Closed, Options, Overloaded
 
 VOCAB = 61
@@ -363,3 +363,79 @@ def test_an_encoder_decoder():
             (found,) = engine.submit(prompt, **options).result()
             assert found.tokens == alone(prompt, target=target, **options).tokens[0]
             assert found.usage.prompt_tokens == len(prompt)
+
+
+def check_texts(engine):
+    """Texts, prefixes, stop strings and seeds of a few requests; what the planted bugs below break."""
+    start = [(7 * i) % 50 for i in range(40)]
+    requests = [
+        (prompt, {"max_new_tokens": 3 + 5 * i, "temperature": i % 2, "seed": i, "cache_salt": "m"})
+        for i, prompt in enumerate([[1, 2], [*start, 3], [5], [*start, 4], [8, 8], [*start, 5]])
+    ]
+    handles = [engine.submit(prompt, **options) for prompt, options in requests]
+    for handle, (prompt, options) in zip(handles, requests, strict=True):
+        options.pop("cache_salt")
+        assert handle.result()[0].tokens == alone(prompt, **options).tokens[0], "another text"
+    twice = engine.submit([3, 1], max_new_tokens=12, temperature=1.0, n=2, seed=5).result()
+    for i, found in enumerate(twice):
+        expected = alone([3, 1], max_new_tokens=12, temperature=1.0, seed=5 + i).tokens[0]
+        assert found.tokens == expected, "another seed"
+        assert found.usage.completion_tokens == len(expected), "another count"
+
+
+def shifted(function, **changes):
+    """The function with one of its results' fields changed."""
+
+    def changed(*args, **kwargs):
+        result = function(*args, **kwargs)
+        return result._replace(**{name: change(getattr(result, name)) for name, change in changes.items()})
+
+    return changed
+
+
+PLANTED = {
+    "a prefix of the wrong length": (prefix.PrefixCache, "find", lambda f: shifted(f, length=lambda n: n and n - 4)),
+    "sequences share a seed": (scheduler, "choices_of", lambda f: lambda *a, **k: f(*a, **(k | {"index": 0}))),
+    "a limit of one token more": (
+        scheduler,
+        "choices_of",
+        lambda f: lambda *a, **k: f(*a, **(k | {"limit": k["limit"] + 1})),
+    ),
+    "rows change places": (
+        scheduler.Scheduler,
+        "_resize",
+        lambda f: lambda self, source: self._device.resize(source[::-1]) or f(self, source),
+    ),
+    "the last token of a call is lost": (
+        scheduler,
+        "to_host",
+        lambda f: (
+            lambda *a, **k: (lambda rows: rows._replace(numbers=rows.numbers | {"length": rows.numbers["length"] - 1}))(
+                f(*a, **k)
+            )
+        ),
+    ),
+}
+
+
+def test_sound_engine_passes(engine):
+    check_texts(engine)
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_caught(bug, monkeypatch):
+    where, name, plant = PLANTED[bug]
+    with specjax.Engine(TARGET, drafter=NGRAM, max_prediction=16, num_top=5, **SIZES) as engine:
+        monkeypatch.setattr(where, name, plant(getattr(where, name)))
+        with pytest.raises(AssertionError, match="another"):
+            check_texts(engine)
+        monkeypatch.undo()
+
+
+def test_on_a_mesh():
+    """Eight devices, target and prompts split over them: the text of one device."""
+    if len(jax.devices()) < 8:
+        pytest.skip("needs eight (virtual) devices")
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    placed = specjax.sharding.shard(TARGET, mesh) if hasattr(specjax.sharding, "shard") else None
+    assert placed is not None

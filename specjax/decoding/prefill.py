@@ -63,8 +63,19 @@ def row_keys(seeds: UInt32[Array, " B"]) -> Array:
     return jax.vmap(jax.random.key)(seeds)
 
 
-def _step_costs(step_cost: float | Sequence[float], depth: int) -> Float[Array, " C"]:
-    """The time of a step by the number of its draft tokens, over that of a plain step."""
+def step_costs(step_cost: float | Sequence[float], depth: int) -> np.ndarray:
+    """The time of a step by the number of its draft tokens, over that of a plain step.
+
+    Args:
+      step_cost: as for `prefill`.
+      depth: D, of the drafter.
+
+    Returns:
+      `[D + 1]` float32, 1 for a plain step.
+
+    Raises:
+      ValueError: for costs that make no sense, or the wrong number of them.
+    """
     given = np.asarray(step_cost, np.float32)
     if given.ndim > 1 or (given.ndim == 1 and len(given) != depth):
         raise ValueError(
@@ -72,7 +83,7 @@ def _step_costs(step_cost: float | Sequence[float], depth: int) -> Float[Array, 
         )
     if not np.all(np.isfinite(given)) or np.any(given < 0):
         raise ValueError(f"step_cost={step_cost}: times are not negative; 0 always drafts.")
-    return jnp.asarray(np.append(1.0, np.broadcast_to(given, (depth,))), jnp.float32)
+    return np.append(1.0, np.broadcast_to(given, (depth,))).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("target", "drafter", "max_len", "top_logprobs"))
@@ -252,7 +263,7 @@ def prefill(
         stop_strings,
         grammar if isinstance(grammar, Automaton) else None,
         jnp.asarray(starts, jnp.int32),
-        _step_costs(step_cost, drafter.topology.depth),
+        jnp.asarray(step_costs(step_cost, drafter.topology.depth)),
         max_len,
         top_logprobs,
     )

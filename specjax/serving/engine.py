@@ -11,6 +11,7 @@ from typing import Any
 
 from specjax.api.pretrained import Pretrained
 from specjax.api.request import encode
+from specjax.decoding.prefill import step_costs
 from specjax.decoding.verify import coupled
 from specjax.parallel import sharding
 from specjax.serving import capacity, warmup
@@ -60,6 +61,7 @@ class Engine:
         max_queued_requests: int = 256,
         max_queued_tokens: int = 1 << 20,
         interval: float = 0.05,
+        step_cost: float | Sequence[float] | None = None,
         score_prompts: bool = True,
         say: Callable[[str], None] = lambda line: None,
     ):
@@ -83,6 +85,8 @@ class Engine:
           max_queued_requests: the most sequences that may wait.
           max_queued_tokens: the most tokens of prompts that may wait.
           interval: about how many seconds a call takes, between two increments of a sequence.
+          step_cost: as for `generate`, for all sizes of the batch; 0 always drafts as many tokens as possible. None:
+            the cost of a step is measured for each size, so that the batch drafts what pays for it.
           score_prompts: whether log-probabilities of prompts may be asked for.
           say: told of every part of the preparation.
 
@@ -112,7 +116,7 @@ class Engine:
         self._closing = self.ready = False
         self.alive = True
         self._failure = ""
-        arguments = (prefix_bytes, interval, say)
+        arguments = (prefix_bytes, interval, step_cost, say)
         self._thread = threading.Thread(target=self._run, args=arguments, name="specjax-engine", daemon=True)
         self._thread.start()
         with self._queue.changed:
@@ -218,12 +222,12 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _run(self, prefix_bytes: int, interval: float, say: Callable[[str], None]) -> None:
+    def _run(self, prefix_bytes: int, interval: float, step_cost: Any, say: Callable[[str], None]) -> None:
         """What the engine's thread does."""
         reason, error = "cancelled", None
         try:
             with sharding.on_mesh(self._setting.mesh):
-                self._prepare(prefix_bytes, interval, say)
+                self._prepare(prefix_bytes, interval, step_cost, say)
                 self._serve()
         except BaseException as failure:
             traceback.print_exc()
@@ -237,13 +241,16 @@ class Engine:
             self._hand_out(self._scheduler)
         self._queue.wake()
 
-    def _prepare(self, prefix_bytes: int, interval: float, say: Callable[[str], None]) -> None:
+    def _prepare(self, prefix_bytes: int, interval: float, step_cost: Any, say: Callable[[str], None]) -> None:
         s = self._setting
         table = s.grammars.table()
         device = Device(s.programs, s.params, s.batch_sizes, s.chunk_widths, s.choices, table)
         reader = Reader(device, prefix_bytes)
         warmup.warm(device, score_prompts=self._score_prompts and not s.encodes, say=say)
         reader.warm()
+        if step_cost is not None:
+            device.step_costs = dict.fromkeys(s.batch_sizes, step_costs(step_cost, s.programs.drafter.topology.depth))
+        device.allocate(s.batch_sizes[0])
         device.set_grammar(table)
         self._compilations.watch()
         self._scheduler = Scheduler(s, device, reader, self._queue, interval)

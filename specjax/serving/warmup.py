@@ -28,7 +28,7 @@ def warm(device: Device, *, score_prompts: bool, say: Callable[[str], None]) -> 
     """Compiles every program that requests will need, and measures `Device.step_costs`.
 
     Args:
-      device: whose programs; it is left with an empty batch of the smallest size.
+      device: whose programs; its batch is to be allocated anew afterwards.
       score_prompts: whether log-probabilities of prompts can be asked for.
       say: told of every part.
     """
@@ -56,7 +56,6 @@ def warm(device: Device, *, score_prompts: bool, say: Callable[[str], None]) -> 
     for old, new in itertools.permutations(device.batch_sizes, 2):
         device.allocate(old)
         device.resize([*range(min(old, new)), *[-1] * max(new - old, 0)])
-    device.allocate(device.batch_sizes[0])
 
 
 def compile_advance(device: Device) -> None:

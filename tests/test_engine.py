@@ -1,5 +1,6 @@
 """The engine: whoever shares the batch, a request gets the text that it would get alone."""
 
+import functools
 import random
 import threading
 import time
@@ -13,7 +14,7 @@ import specjax
 from specjax import testing
 from specjax.models import families
 from specjax.sampling import automaton
-from specjax.serving import capacity, prefix, scheduler, warmup
+from specjax.serving import capacity, prefix, programs, scheduler, warmup
 from specjax.serving.requests import Closed, Options, Overloaded
 
 VOCAB = 61
@@ -432,10 +433,25 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
         monkeypatch.undo()
 
 
-def test_on_a_mesh():
-    """Eight devices, target and prompts split over them: the text of one device."""
-    if len(jax.devices()) < 8:
-        pytest.skip("needs eight (virtual) devices")
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    placed = specjax.sharding.shard(TARGET, mesh) if hasattr(specjax.sharding, "shard") else None
-    assert placed is not None
+def test_a_row_is_inserted_in_place():
+    """Neither an insertion nor a call copies the state, which it is given."""
+    setting = capacity.settle(
+        TARGET,
+        NGRAM,
+        "coupled",
+        num_slots=4,
+        max_len=400,
+        batch_sizes=(4,),
+        chunk_widths=(16,),
+        max_source=0,
+        num_top=2,
+        grammar=(16, 16),
+    )
+    build = functools.partial(programs.empty, setting.programs, 4)
+    state = jax.eval_shape(build, setting.choices, np.ones(5, np.float32), setting.grammars.table())
+    text = jax.eval_shape(functools.partial(programs.begin, setting.programs))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    compiled = programs.insert.lower(setting.programs, state, np.int32(0), text, setting.choices).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < size / 10

@@ -169,3 +169,11 @@ def test_every_parameter_names_one_axis_a_dimension():
         assert len(shape.shape) == len(names)
         sharding.partition_spec(names, sharding.RULES)
     assert sum(int(np.prod(s.shape)) for s in leaves) > 0
+
+
+@pytest.mark.slow
+def test_an_engine_on_a_mesh_gives_the_texts_of_one_device():
+    report = reports(start("mesh_engine_program.py", 8))[0]
+    assert report["mesh"] == report["alone"]
+    assert report["accepted"] > 0
+    assert report["compilations"] == 0

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax.decoding.prefill import Text
 from specjax.serving import programs as device
@@ -43,6 +44,7 @@ class Device:
         chunk_widths: Sequence[int],
         choices: Choices,
         grammar: Automaton,
+        mesh: Mesh | None = None,
     ):
         """Nothing is allocated or compiled yet (`warm`).
 
@@ -53,10 +55,12 @@ class Device:
           chunk_widths: C, in increasing order.
           choices: of some request, for shapes.
           grammar: the empty table of grammars.
+          mesh: that the parameters lie on, or None.
         """
+        self._whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self.programs, self.params = programs, params
         self.batch_sizes, self.chunk_widths = tuple(batch_sizes), tuple(chunk_widths)
-        self._choices, self._grammar = choices, grammar
+        self._choices, self._grammar = choices, self._put(grammar)
         depth = programs.drafter.topology.depth
         self.step_costs = {size: np.ones(depth + 1, np.float32) for size in self.batch_sizes}
         self.step_seconds = dict.fromkeys(self.batch_sizes, 0.0)
@@ -66,7 +70,7 @@ class Device:
     def allocate(self, batch_size: int) -> None:
         """Begins with rows that are all done."""
         self.batch_size, self.state = batch_size, None
-        costs = self.step_costs[batch_size]
+        costs = self._put(self.step_costs[batch_size])
         self.state = device.empty(self.programs, batch_size, self._choices, costs, self._grammar)
 
     def _held(self) -> DecodeState:
@@ -81,14 +85,17 @@ class Device:
         """Changes the batch: row i is the old row `source[i]`, or none at -1; as many as one of the batch sizes."""
         state = device.resize(self.programs, self._held(), np.asarray(source, np.int32))
         self.batch_size = len(source)
-        self.state = state._replace(shared=state.shared._replace(step_costs=self._on_device(self.batch_size)))
+        self.state = state._replace(
+            shared=state.shared._replace(step_costs=self._put(self.step_costs[self.batch_size]))
+        )
 
-    def _on_device(self, batch_size: int) -> Any:
-        return jax.device_put(self.step_costs[batch_size])
+    def _put(self, tree: Any) -> Any:
+        """Whole on every device, however often it is replaced."""
+        return jax.device_put(tree, self._whole)
 
     def set_grammar(self, table: Automaton) -> None:
         """Replaces the table of grammars; the states of running rows keep their numbers."""
-        self._grammar = jax.device_put(table)
+        self._grammar = self._put(table)
         state = self._held()
         self.state = state._replace(shared=state.shared._replace(grammar=self._grammar))
 
@@ -119,7 +126,7 @@ class Device:
     def set_costs(self, costs: np.ndarray) -> None:
         """Sets the step costs of the present batch alone, for measurements."""
         state = self._held()
-        self.state = state._replace(shared=state.shared._replace(step_costs=jax.device_put(costs)))
+        self.state = state._replace(shared=state.shared._replace(step_costs=self._put(costs)))
 
 
 def to_host(programs: Programs, results: Results, *, with_logprobs: bool) -> Rows:

@@ -244,7 +244,7 @@ class Engine:
     def _prepare(self, prefix_bytes: int, interval: float, step_cost: Any, say: Callable[[str], None]) -> None:
         s = self._setting
         table = s.grammars.table()
-        device = Device(s.programs, s.params, s.batch_sizes, s.chunk_widths, s.choices, table)
+        device = Device(s.programs, s.params, s.batch_sizes, s.chunk_widths, s.choices, table, s.mesh)
         reader = Reader(device, prefix_bytes)
         warmup.warm(device, score_prompts=self._score_prompts and not s.encodes, say=say)
         reader.warm()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from specjax.decoding.adaptive import Schedule
@@ -18,6 +19,8 @@ from specjax.decoding.prefill import Settings, Text, new_rows, row_keys
 from specjax.decoding.step import decode_step
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
+from specjax.models import cache
+from specjax.parallel import sharding
 from specjax.state import DecodeState, Logprobs, Rows, Shared
 from specjax.types import Automaton, Block, Drafter, Feedback, Inputs, Model, Params, SamplingOptions
 
@@ -101,20 +104,50 @@ NUMBERS = ("begin", "length", "done", "failed_at", "draft_failed", "steps", "dra
 """The first columns of `Results.numbers`: the length before and after the call, then fields and sums of `Rows`."""
 
 
+def _is_by_position(array: Any, max_len: int) -> bool:
+    """Whether an array holds keys or values, one entry for each position of the text buffer (`models.cache`)."""
+    return array.ndim >= 4 and array.shape[-2] == max_len
+
+
+def _settled(programs: Programs, tree: Any) -> Any:
+    """On a mesh: each array split in the one way that all programs agree on, so that none is compiled twice.
+
+    Left alone, the compiler splits what it returns as suits the program, and the next program, compiled for arrays that
+    are split otherwise, is compiled anew.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    table, sizes = dict(sharding.RULES), dict(mesh.shape)
+
+    def settle(x: Array) -> Array:
+        is_cache = _is_by_position(x, programs.sizes.max_len)
+        axes = cache.axes_of(x.ndim) if is_cache else ("batch",) + (None,) * (x.ndim - 1)
+        spec = [
+            on if (on := table[name] if name else None) in sizes and size % sizes[on] == 0 else None
+            for name, size in zip(axes, x.shape, strict=False)
+        ]
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+    return jax.tree.map(settle, tree)
+
+
 @functools.partial(jax.jit, static_argnames=("programs",))
 def begin(programs: Programs) -> Text:
     """An empty text of one row, for `read`."""
     sizes = programs.sizes
-    cache = programs.target.init_cache(1, sizes.max_len, sizes.max_source)
+    empty_cache = programs.target.init_cache(1, sizes.max_len, sizes.max_source)
     state = programs.drafter.init(1, sizes.max_len, sizes.max_source)
-    return Text(jnp.zeros((1, sizes.max_len), jnp.int32), jnp.zeros(1, jnp.int32), cache, state)
+    text = Text(jnp.zeros((1, sizes.max_len), jnp.int32), jnp.zeros(1, jnp.int32), empty_cache, state)
+    return _settled(programs, text)
 
 
-def _learn(programs: Programs, params: Params, text: Text, inputs: Inputs, output: Any, cache: Any) -> Text:
+def _learn(programs: Programs, params: Params, text: Text, inputs: Inputs, output: Any, after: Any) -> Text:
     length = text.length + inputs.length
     feedback = Feedback(inputs.tokens, inputs.length, length, output.features, output, inputs)
     tokens = jax.lax.dynamic_update_slice(text.tokens, inputs.tokens, (0, text.length[0]))
-    return Text(tokens, length, cache, contract.update(programs.drafter, params, text.drafter, feedback))
+    drafter = contract.update(programs.drafter, params, text.drafter, feedback)
+    return _settled(programs, Text(tokens, length, after, drafter))
 
 
 @functools.partial(jax.jit, static_argnames=("programs",), donate_argnames=("text",))
@@ -127,8 +160,8 @@ def read(programs: Programs, params: Params, text: Text, inputs: Inputs) -> Text
       text: before the chunk; donated.
       inputs: `[1, C]` the chunk, padded.
     """
-    output, cache = programs.target.prefill(params.target, inputs, text.cache)
-    return _learn(programs, params, text, inputs, output, cache)
+    output, after = programs.target.prefill(params.target, inputs, text.cache)
+    return _learn(programs, params, text, inputs, output, after)
 
 
 @functools.partial(jax.jit, static_argnames=("programs",), donate_argnames=("text",))
@@ -145,11 +178,11 @@ def read_scored(
       following: the next token after each of the chunk.
     """
     target = programs.target
-    output, cache = target.apply(params.target, Block(inputs.tokens), text.cache)
+    output, after = target.apply(params.target, Block(inputs.tokens), text.cache)
     logprobs = log_probabilities(output.logits, following, programs.sizes.num_top)
-    cache = target.commit(cache, None, inputs.length)
+    after = target.commit(after, None, inputs.length)
     last = jnp.take_along_axis(output.logits, (inputs.length - 1)[:, None, None], axis=1)
-    return _learn(programs, params, text, inputs, output._replace(logits=last), cache), logprobs
+    return _learn(programs, params, text, inputs, output._replace(logits=last), after), logprobs
 
 
 def _rows(programs: Programs, text: Text, choices: Choices) -> Rows:
@@ -161,8 +194,8 @@ def _rows(programs: Programs, text: Text, choices: Choices) -> Rows:
         choices.grammar_state,
         choices.wants_logprobs,
     )
-    cache = programs.target.commit(text.cache, None, jnp.full(text.length.shape, -1, jnp.int32))
-    return new_rows(programs.drafter, text._replace(cache=cache), settings, programs.sizes.num_top)
+    behind = programs.target.commit(text.cache, None, jnp.full(text.length.shape, -1, jnp.int32))
+    return new_rows(programs.drafter, text._replace(cache=behind), settings, programs.sizes.num_top)
 
 
 @functools.partial(jax.jit, static_argnames=("programs",), donate_argnames=("state",))
@@ -182,7 +215,8 @@ def insert(programs: Programs, state: DecodeState, slot: Int[Array, ""], text: T
             return jax.random.wrap_key_data(put(jax.random.key_data(all_rows), jax.random.key_data(row)))
         return jax.lax.dynamic_update_slice_in_dim(all_rows, row, slot, axis=0)
 
-    return state._replace(rows=jax.tree.map(put, state.rows, _rows(programs, text, choices)))
+    rows = jax.tree.map(put, state.rows, _rows(programs, text, choices))
+    return state._replace(rows=_settled(programs, rows))
 
 
 @functools.partial(jax.jit, static_argnames=("programs", "batch_size"))
@@ -199,22 +233,22 @@ def empty(
       grammar: the table that grammars will be written into.
     """
     sizes, one = programs.sizes, jnp.ones(batch_size, jnp.int32)
-    cache = programs.target.init_cache(batch_size, sizes.max_len, sizes.max_source)
     # A row that is done still reads its last token, so it has one.
-    cache = programs.target.commit(cache, None, one)
+    read_one = programs.target.commit(
+        programs.target.init_cache(batch_size, sizes.max_len, sizes.max_source), None, one
+    )
     drafter = programs.drafter.init(batch_size, sizes.max_len, sizes.max_source)
     tokens = jnp.zeros((batch_size, sizes.max_len), jnp.int32)
     choices = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch_size, *x.shape[1:])), choices)
-    rows = _rows(programs, Text(tokens, one, cache, drafter), choices._replace(limit=one))
-    return DecodeState(rows, Shared(None, grammar, step_costs))
+    rows = _rows(programs, Text(tokens, one, read_one, drafter), choices._replace(limit=one))
+    return DecodeState(_settled(programs, rows), Shared(None, grammar, step_costs))
 
 
 @functools.partial(jax.jit, static_argnames=("programs",), donate_argnames=())
 def resize(programs: Programs, state: DecodeState, source: Int[Array, " C"]) -> DecodeState:
     """The state with other rows: row i is the old row `source[i]`; those of -1 are done."""
-    del programs
     rows = jax.tree.map(lambda x: x[jnp.maximum(source, 0)], state.rows)
-    return state._replace(rows=rows._replace(done=rows.done | (source < 0)))
+    return state._replace(rows=_settled(programs, rows._replace(done=rows.done | (source < 0))))
 
 
 @functools.partial(jax.jit, static_argnames=("programs",), donate_argnames=("state",))
@@ -250,6 +284,7 @@ def advance(
         return carry[0] + 1, step
 
     state = jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), state))[1]
+    state = state._replace(rows=_settled(programs, state.rows))
     return state, _results(programs, state.rows, length)
 
 
@@ -272,21 +307,15 @@ def rewind(programs: Programs, state: DecodeState, length: Int[Array, ""]) -> De
     """All rows running, at the same length, with nothing learned: what step costs are measured on."""
     rows = state.rows
     at = jnp.full(rows.length.shape, length, jnp.int32)
-    return state._replace(
-        rows=rows._replace(
-            length=at,
-            prompt_length=at,
-            limit=jnp.full(at.shape, programs.sizes.max_len - programs.drafter.topology.num_read - 1, jnp.int32),
-            done=jnp.zeros(at.shape, bool),
-            adaptation=new_adaptation(len(at), programs.drafter.topology.depth),
-            cache=programs.target.commit(rows.cache, None, at - 1 - rows.cache.length),
-        )
+    rows = rows._replace(
+        length=at,
+        prompt_length=at,
+        limit=jnp.full(at.shape, programs.sizes.max_len - programs.drafter.topology.num_read - 1, jnp.int32),
+        done=jnp.zeros(at.shape, bool),
+        adaptation=new_adaptation(len(at), programs.drafter.topology.depth),
+        cache=programs.target.commit(rows.cache, None, at - 1 - rows.cache.length),
     )
-
-
-def _is_by_position(array: Array, max_len: int) -> bool:
-    """Whether an array holds keys or values, one entry for each position of the text buffer (`models.cache`)."""
-    return array.ndim >= 4 and array.shape[-2] == max_len
+    return state._replace(rows=_settled(programs, rows))
 
 
 @functools.partial(jax.jit, static_argnames=("programs", "size"))
@@ -297,7 +326,8 @@ def trim(programs: Programs, text: Text, size: int) -> Text:
     def cut(x: Array) -> Array:
         return x[..., :size, :] if _is_by_position(x, max_len) else jnp.copy(x)
 
-    return text._replace(cache=jax.tree.map(cut, text.cache), drafter=jax.tree.map(cut, text.drafter))
+    kept = text._replace(cache=jax.tree.map(cut, text.cache), drafter=jax.tree.map(cut, text.drafter))
+    return _settled(programs, kept)
 
 
 @functools.partial(jax.jit, static_argnames=("programs",))
@@ -309,4 +339,4 @@ def restore(programs: Programs, kept: Text) -> Text:
         missing = like.shape[-2] - x.shape[-2] if x.ndim >= 4 else 0
         return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]) if missing else jnp.copy(x)
 
-    return jax.tree.map(widen, kept, whole)
+    return _settled(programs, jax.tree.map(widen, kept, whole))

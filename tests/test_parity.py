@@ -1,20 +1,23 @@
 """Logits and greedy texts against transformers (torch, float32), the reference for every family that we load."""
 
+import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import transformers
 from helpers import OPTIMISED, feed, usual
 
 from specjax import files
 from specjax.api import pretrained
 from specjax.models import families
-from specjax.models.config import LinearRopeScaling, Llama3RopeScaling
+from specjax.models.config import Experts, LinearRopeScaling, Llama3RopeScaling, LongRopeScaling
 from specjax.models.weights import decoder_configs, huggingface, wheel
 from specjax.types import Inputs
 
@@ -47,6 +50,17 @@ GEMMA3 = {
     "tie_word_embeddings": False,
 }
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 64,
+}
+PHI4_MINI = {"max_position_embeddings": 256, "original_max_position_embeddings": 64, "rope_parameters": LONGROPE}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+
 CASES = {
     "llama": ("llama", {}),
     "llama-multi-head-biases": ("llama", {"num_key_value_heads": 4, "head_dim": 24, **BIASES}),
@@ -70,6 +84,19 @@ CASES = {
     "gemma2": ("gemma2", {"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 30, **CAPS}),
     "gemma2-plain": ("gemma2", {"head_dim": 8, "sliding_window": 64, "attention_bias": True, **NO_CAPS}),
     "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 7}),
+    "qwen3": ("qwen3", {"head_dim": 12}),
+    "qwen3-window": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "attention_bias": True},
+    ),
+    "phi3": ("phi3", {"sliding_window": 5, "pad_token_id": None}),
+    "phi3-longrope": ("phi3", {"tie_word_embeddings": True, "pad_token_id": None, **PHI4_MINI}),
+    "olmo2": ("olmo2", {"num_key_value_heads": 2}),
+    "olmo2-biases": ("olmo2", {"num_key_value_heads": 4, "attention_bias": True}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 8, "norm_topk_prob": True, **EXPERTS}),
+    "qwen3_moe-probabilities": ("qwen3_moe", {"head_dim": 8, "norm_topk_prob": False, **EXPERTS}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral-window": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5}),
     "gemma3-rope": ("gemma3_text", {"head_dim": 8, "sliding_window": 5, **GEMMA3}),
 }
 
@@ -151,6 +178,11 @@ OF_EVERY_TYPE = (
     "opt",
     "gemma2",
     "gemma3-rope",
+    "qwen3-window",
+    "phi3-longrope",
+    "olmo2",
+    "qwen3_moe",
+    "mixtral",
 )
 """In every run; the other cases by hand."""
 assert {CASES[name][0] for name in OF_EVERY_TYPE} == {model_type for model_type, _ in CASES.values()}
@@ -191,6 +223,19 @@ def test_the_cases_cover_what_they_name(tmp_path):
     assert (configs["gpt2"].query_scale, configs["gpt2-untied"].query_scale) == (None, 1.0)
     assert (configs["gptj"].rotated, configs["gptj"].head_dim, configs["gptj-tied"].rotated) == (4, 8, 8)
     assert configs["gpt_bigcode"].num_kv_heads == 1
+    assert windows["qwen3-window"] == [False, True]
+    assert configs["qwen3"].qk_norm
+    found = configs["phi3-longrope"].rope_scaling
+    assert isinstance(found, LongRopeScaling)
+    assert (found.short, found.long, found.original_max_position) == ((1.0, 1.5, 2.0), (2.0, 3.0, 4.0), 64)
+    assert found.attention_factor == pytest.approx((4 / 3) ** 0.5)
+    assert (configs["phi3-longrope"].max_position, configs["phi3-longrope"].rotated) == (64, 6)
+    assert not configs["olmo2"].pre_norms
+    assert configs["olmo2"].qk_norm_whole
+    assert configs["qwen3_moe"].experts == Experts(6, 3, True)
+    assert configs["qwen3_moe-probabilities"].experts == Experts(6, 3, False)
+    assert configs["mixtral"].experts == Experts(4, 2, True)
+    assert configs["mixtral-window"].sliding_window == 5
     assert not configs["opt-bare"].qkv_bias
     assert {c.activation for c in configs.values()} == {"silu", "gelu", "gelu_new", "relu"}
     assert configs["llama-multi-head-biases"].mlp_bias
@@ -201,7 +246,7 @@ def test_the_cases_cover_what_they_name(tmp_path):
 @pytest.mark.parametrize(
     "name",
     usual(
-        ["llama", "mistral-window", "qwen2", "gpt2", "gpt_bigcode", "gptj", "opt", "gemma2", "gemma3-rope"],
+        [*OF_EVERY_TYPE, "llama"],
         "llama",
         "gpt_bigcode",
         "gemma3-rope",
@@ -216,6 +261,45 @@ def test_tiny_models_write_the_same_text(name, tmp_path):
     wanted = reference.generate(torch.tensor(prompt[None]), do_sample=False, max_new_tokens=16, pad_token_id=0)
     inputs = Inputs(jnp.asarray(prompt[None]), jnp.array([7]))
     np.testing.assert_array_equal(greedy(loaded.model, loaded.params, inputs, 16), wanted[:, 7:].numpy())
+
+
+def test_the_text_model_within_gemma3_for_images(tmp_path):
+    """Under the names of the published files, and under those of transformers 5; the vision tower is left alone."""
+    text = {**CASES["gemma3-rope"][1], "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}
+    text |= {"tie_word_embeddings": True, "final_logit_softcapping": None}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"image_size": 8, "patch_size": 4}
+    ids = {"image_token_index": 60, "boi_token_index": 59, "eoi_token_index": 58, "mm_tokens_per_image": 1}
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **ids)
+    reference = transformers.Gemma3ForConditionalGeneration(config).float().eval()
+    reference.save_pretrained(tmp_path / "one")
+    loaded = pretrained.load(tmp_path / "one")
+    tokens = np.random.default_rng(1).integers(0, 58, (2, 16))
+    assert max_error((loaded.model, loaded.params), reference, tokens, [9, 4], [3]) < TINY_TOLERANCE
+    tensors = safetensors.numpy.load_file(tmp_path / "one" / "model.safetensors")
+    assert any(name.startswith("language_model.model.") for name in tensors)
+    for before, after in (("language_model.model.", "model.language_model."), ("vision_tower.", "model.vision_tower.")):
+        tensors = {name.replace(before, after): tensor for name, tensor in tensors.items()}
+    (tmp_path / "other").mkdir()
+    safetensors.numpy.save_file(tensors, tmp_path / "other" / "model.safetensors")
+    shutil.copy(tmp_path / "one" / "config.json", tmp_path / "other" / "config.json")
+    again = pretrained.load(tmp_path / "other")
+    assert again.config == loaded.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+
+
+def test_longrope_is_that_of_transformers_for_longer_texts(tmp_path):
+    """A prefill longer than the first training: transformers takes the long factors for all of it."""
+    model_type, changes = CASES["phi3-longrope"]
+    reference = tiny(model_type, **changes)
+    reference.save_pretrained(tmp_path)
+    config, params = huggingface.load(tmp_path)
+    longer = families.model(dataclasses.replace(config, max_position=256))
+    tokens = np.random.default_rng(1).integers(0, 61, (2, 80))
+    assert max_error((longer, params), reference, tokens, [76, 70], [4]) < TINY_TOLERANCE
+    assert max_error((families.model(config), params), reference, tokens, [76, 70], [4]) > 100 * TINY_TOLERANCE
 
 
 def test_shards_and_a_single_file_give_the_same(tmp_path):

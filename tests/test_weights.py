@@ -141,6 +141,8 @@ def test_huggingface_directory(tmp_path):
 
 QWEN2 = {"model_type": "qwen2", "use_sliding_window": True}
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_head": 4, "n_layer": 2, "n_positions": 64}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 OPT = {"model_type": "opt", "ffn_dim": 20}
 STRETCHED = {
     "full_attention": {"rope_type": "default"},
@@ -151,8 +153,19 @@ STRETCHED = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma3"}, r"'gemma3'.*llama, mistral, qwen2"),
-        ({"model_type": None}, r"None.*llama, mistral, qwen2"),
+        ({"model_type": "mamba"}, r"'mamba'.*llama, mistral, mixtral, qwen2"),
+        ({"model_type": None}, r"None.*llama, mistral, mixtral, qwen2"),
+        ({"model_type": "gemma3"}, r"lacks 'text_config'"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "llama"}}, r"'llama'.*'gemma3_text'"),
+        ({"model_type": "gemma3", "text_config": {"hidden_size": 0}}, r"hidden_size=0"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, r"'linear'.*'longrope'"),
+        ({"model_type": "phi3", "rope_scaling": {**LONGROPE, "short_factor": [1.0]}}, r"short has 1 factors.*3 rotary"),
+        ({"model_type": "phi3", "rope_scaling": {**LONGROPE, "long_factor": [1.0, 0.0, 1.0]}}, r"long factor=0.0"),
+        ({"model_type": "qwen3_moe", **MOE, "mlp_only_layers": [0]}, r"mlp_only_layers=\[0\].*all layers only"),
+        ({"model_type": "qwen3_moe", **MOE, "decoder_sparse_step": 2}, r"decoder_sparse_step=2"),
+        ({"model_type": "qwen3_moe", **MOE, "num_experts_per_tok": 5}, r"chosen=5: a layer has 4 experts"),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": 8}, r"lacks 'num_local_experts'"),
+        ({"model_type": "mixtral", "num_local_experts": 0}, r"num_local_experts=0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, r"'yarn'.*'llama3'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"'dynamic'"),
         ({"rope_parameters": {"rope_type": "linear"}}, r"lacks 'factor'"),

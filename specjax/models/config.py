@@ -43,6 +43,64 @@ class LinearRopeScaling:
         check_number("factor", self.factor)
 
 
+@dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753), as Phi-3 and Phi-4-mini have it: a divisor for each angle.
+
+    There are two sets of divisors. transformers takes the long one from the moment that a text grows beyond
+    `original_max_position`, so that the keys it has cached are not those of a fresh prefill. Here the set is that of
+    `DecoderConfig.max_position`, for texts of all lengths.
+
+    Attributes:
+      short: the divisors of models whose `max_position` is at most `original_max_position`.
+      long: those of the others.
+      original_max_position: the length of the texts of the first training.
+      attention_factor: what cosine and sine are multiplied by.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_max_position: int
+    attention_factor: float = 1.0
+
+    def __post_init__(self):
+        check_size("original_max_position", self.original_max_position)
+        check_number("attention_factor", self.attention_factor)
+        for name in ("short", "long"):
+            for value in getattr(self, name):
+                check_number(f"{name} factor", value)
+
+
+RopeScaling = Llama3RopeScaling | LinearRopeScaling | LongRopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): feed-forwards of which each token is sent to a few.
+
+    A router gives every token a distribution over the experts; the most probable ones read it, and their outputs are
+    added up, each times its probability.
+
+    Attributes:
+      number: how many experts a layer has.
+      chosen: how many of them read a token.
+      renormalise: whether the probabilities of the chosen ones are divided by their sum.
+    """
+
+    number: int
+    chosen: int
+    renormalise: bool = True
+
+    def __post_init__(self):
+        check_size("experts.number", self.number, high=LIMITS["num_experts"])
+        check_size("experts.chosen", self.chosen, high=LIMITS["num_experts"])
+        check_flag("experts.renormalise", self.renormalise)
+        if self.chosen > self.number:
+            raise ValueError(
+                f"experts.chosen={self.chosen}: a layer has {self.number} experts; choose at most as many."
+            )
+
+
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
 """The activations of a feed-forward: "gelu" is the exact one, "gelu_new" its approximation by tanh."""
 
@@ -67,6 +125,7 @@ LIMITS = {
     "sliding_window": 2**31 - 1,
     "num_buckets": 2**16,
     "max_distance": 2**31 - 1,
+    "num_experts": 2**14,
 }
 """The largest value of each size; every published model is far below. All are at least 1."""
 
@@ -102,6 +161,30 @@ def _check_head(config: Any) -> None:
         raise ValueError("tie_embeddings=True: a head of some tokens is no table of all embeddings; set it False.")
 
 
+def _check_parts(config: "DecoderConfig") -> None:
+    """Checks the switches of a decoder that depend on each other."""
+    c = config
+    if c.qk_norm_whole and not c.qk_norm:
+        raise ValueError("qk_norm_whole=True says how queries and keys are normed: set qk_norm=True too.")
+    if not c.pre_norms and (c.parallel or not c.post_norms):
+        raise ValueError(
+            f"pre_norms=False with post_norms={c.post_norms} and parallel={c.parallel}: a block without norms of its "
+            "inputs has norms of its outputs, and no parallel parts."
+        )
+    if c.experts and (c.mlp_bias or (c.quantisation and c.quantisation.activations)):
+        raise ValueError(
+            f"experts={c.experts} with mlp_bias={c.mlp_bias} and quantisation={c.quantisation}: experts have no "
+            "biases, and their activations are not rounded; choose a quantisation without '+int8'."
+        )
+    if isinstance(scaling := c.rope_scaling, LongRopeScaling):
+        for name in ("short", "long"):
+            if (number := len(getattr(scaling, name))) != c.rotated // 2:
+                raise ValueError(
+                    f"rope_scaling.{name} has {number} factors, but there are {c.rotated // 2} rotary angles: "
+                    "one factor for each."
+                )
+
+
 def _one_of(config: object, **choices: Sequence[str]) -> None:
     for name, known in choices.items():
         if (value := getattr(config, name)) not in known:
@@ -112,13 +195,14 @@ def _one_of(config: object, **choices: Sequence[str]) -> None:
 class DecoderConfig:
     """A decoder-only model; the defaults of the switches are those of the Llama family.
 
-    `presets` has published shapes. specjax loads Llama, SmolLM2, Mistral, Qwen2/2.5, Gemma 2 and 3, GPT-2, GPT-J, OPT
-    and GPTBigCode; a Chinchilla is `gated=False, activation="gelu"` without biases.
+    `presets` has published shapes. specjax loads Llama, SmolLM2, Mistral, Mixtral, Qwen2/2.5, Qwen3 with and without
+    experts, Phi-3 and 4, OLMo 2, Gemma 2 and 3, GPT-2, GPT-J, OPT and GPTBigCode; a Chinchilla is `gated=False,
+    activation="gelu"` without biases.
 
     Attributes:
       vocab_size: the width of the logits.
       hidden_size: the width of the residual stream.
-      intermediate_size: the inner width of the feed-forward.
+      intermediate_size: the inner width of the feed-forward, or of each expert.
       num_layers: the number of blocks.
       num_heads: the number of query heads.
       num_kv_heads: the number of key/value heads; 1 is multi-query attention (arXiv 1911.02150).
@@ -140,14 +224,17 @@ class DecoderConfig:
       activation: one of `ACTIVATIONS`.
       gated: whether the feed-forward is `down(activation(gate(x)) * up(x))`, else `down(activation(up(x)))`.
       parallel: whether attention and feed-forward read the same normed input (GPT-J), else one after the other.
-      post_norms: whether the outputs of a block's two parts are normed too, before they are added (Gemma).
-      qk_norm: whether queries and keys are normed, head by head, before they are rotated (Gemma 3).
+      pre_norms: whether the inputs of a block's two parts are normed; False needs `post_norms` (OLMo 2).
+      post_norms: whether the outputs of a block's two parts are normed, before they are added (Gemma, OLMo 2).
+      qk_norm: whether queries and keys are normed, head by head, before they are rotated (Gemma 3, Qwen3).
+      qk_norm_whole: whether that norm is one over all heads, with a scale for each of them (OLMo 2).
       head_bias: whether the head has a bias.
       scale_embeddings: whether embeddings are multiplied by the root of `hidden_size`, rounded to `dtype` (Gemma).
       query_scale: what queries are multiplied by; None for `head_dim ** -0.5`.
       attention_softcap: c of the `c tanh(x / c)` that bounds attention's scores (Gemma 2); None for no bound.
       logit_softcap: the same bound for the logits.
       global_layers: the layers, counted from 0, without the sliding window.
+      experts: the mixture of experts in the place of every layer's feed-forward; None for no mixture.
       local_rope_theta: the base of the unstretched rotary angles of layers with a window (Gemma 3); None for the same
         angles as in the other layers.
       quantisation: how the layers' matrices are stored in eight or four bits (`families.quantise`); everything else
@@ -169,7 +256,7 @@ class DecoderConfig:
     head_dim: int
     max_position: int
     rope_theta: float = 10000.0
-    rope_scaling: Llama3RopeScaling | LinearRopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qkv_bias: bool = False
@@ -183,8 +270,10 @@ class DecoderConfig:
     activation: str = "silu"
     gated: bool = True
     parallel: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
     head_bias: bool = False
     scale_embeddings: bool = False
     query_scale: float | None = None
@@ -192,6 +281,7 @@ class DecoderConfig:
     logit_softcap: float | None = None
     global_layers: tuple[int, ...] = ()
     local_rope_theta: float | None = None
+    experts: Experts | None = None
     quantisation: Quantisation | None = None
     head_quantisation: Quantisation | None = None
     head_tokens: tuple[int, ...] = ()
@@ -218,6 +308,7 @@ class DecoderConfig:
                 f"global_layers={self.global_layers} and local_rope_theta={self.local_rope_theta} tell layers with a "
                 "window from those without, but sliding_window is None: set it, or leave them out."
             )
+        _check_parts(self)
         layers = range(self.num_layers)
         if not all(isinstance(layer, int) and layer in layers for layer in self.global_layers):
             raise ValueError(f"global_layers={self.global_layers}: the {self.num_layers} layers are counted from 0.")

@@ -85,8 +85,7 @@ class Decoder(nnx.Module):
         """The view of layers with or without a window."""
         c, rope = self.config, None
         if c.positions == "rotary":
-            angles = positions[:, :, None] * layers.rope_frequencies(c, windowed=windowed)
-            rope = jnp.cos(angles), jnp.sin(angles)
+            rope = layers.rotation(c, positions, windowed=windowed)
         if windowed and c.sliding_window is not None:
             mask &= distance < c.sliding_window
         return rope, mask
@@ -185,9 +184,7 @@ def _stack(blocks: list[layers.Layer]) -> layers.Layer:
     """One block whose parameters are those of all blocks, stacked along a leading axis `layers`."""
     definition, first = nnx.split(blocks[0])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, *(nnx.state(block) for block in blocks[1:]))
-    for _, variable in nnx.to_flat_state(stacked):
-        variable.set_metadata("axes", ("layers", *variable.get_metadata()["axes"]))
-    return nnx.merge(definition, stacked)
+    return nnx.merge(definition, modules.mark_stacked(stacked, "layers"))
 
 
 class ScannedDecoder(Decoder):

@@ -5,6 +5,7 @@ weights.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -156,19 +157,9 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
     if found := quantised_as(config):
         raise ValueError(f"dtype={dtype!r}: this model is {found} in {config.dtype}; choose that, or quantise it anew.")
 
-    def convert(x: jax.Array, inputs: int) -> jax.Array:
-        if linear.outputs_first(config.dtype):
-            x = jnp.transpose(x, linear.rotated(x.ndim, x.ndim - inputs))
-        return jnp.transpose(x, linear.stored(x.ndim, inputs, dtype)).astype(dtype)
-
-    def convert_stacked(x: jax.Array, inputs: int) -> jax.Array:
-        return jax.vmap(lambda layer: convert(layer, inputs))(x)
-
-    inputs, scanned = num_contracted(config), config.scan_layers
-    converters = {"layers": convert_stacked} if scanned else {}
-    return dataclasses.replace(config, dtype=dtype), {
-        name: jax.tree.map(converters.get(name, convert), part, inputs[name]) for name, part in params.items()
-    }
+    convert = functools.partial(linear.converted, before=config.dtype, after=dtype)
+    converted = jax.tree.map(convert, params, param_axes(config), num_contracted(config))
+    return dataclasses.replace(config, dtype=dtype), converted
 
 
 def quantised_as(config: ModelConfig) -> str:
@@ -217,17 +208,20 @@ def quantise(config: ModelConfig, params: Tree, how: str) -> tuple[ModelConfig, 
             f"quantise={how!r}: layers are quantised before they are scanned, and these are scanned already."
         )
 
-    def walk(tree: Any, contracted: Any, how: Quantisation | None) -> Any:
+    def walk(tree: Any, contracted: Any, axes: Any, how: Quantisation | None) -> Any:
         if how is None or not isinstance(tree, dict):
             return tree
-        if linear.is_matrix(contracted):
-            return linear.quantise(tree["values"], contracted["values"], how)
-        return {name: walk(x, contracted[name], how) for name, x in tree.items()}
+        if not linear.is_matrix(contracted):
+            return {name: walk(x, contracted[name], axes[name], how) for name, x in tree.items()}
+        rounded = functools.partial(linear.quantise, num_contracted=contracted["values"], how=how)
+        # One expert at a time: rounding needs several copies of what it rounds.
+        each = functools.partial(jax.lax.map, rounded) if modules.num_stacked(axes["values"]) else rounded
+        return each(tree["values"])
 
     layers, head = quantisation.parse(how)
-    inputs = num_contracted(config)
+    inputs, axes = num_contracted(config), param_axes(config)
     return quantised, {
-        name: walk(part, inputs[name], head if name == "head" else layers) for name, part in params.items()
+        name: walk(part, inputs[name], axes[name], head if name == "head" else layers) for name, part in params.items()
     }
 
 

@@ -52,8 +52,7 @@ class FeatureHead(nnx.Module):
 
     def view(self, positions: Int[Array, "B T"], mask: Bool[Array, "B T S"]) -> layers.View:
         """The layer's view of tokens at these positions."""
-        angles = positions[:, :, None] * layers.rope_frequencies(self.config.layer)
-        return (jnp.cos(angles), jnp.sin(angles)), mask
+        return layers.rotation(self.config.layer, positions), mask
 
     def combine(
         self, seen: Float[Array, "B T *F D"], embedding: Float[Array, "B T D"], *, is_own: bool
@@ -96,15 +95,12 @@ def initial(config: FeatureHeadConfig, key: jax.Array) -> Tree:
 def cast(config: FeatureHeadConfig, params: Tree, dtype: str) -> tuple[FeatureHeadConfig, Tree]:
     """The same head in another dtype, which may store its matrices in another order."""
 
-    def convert(x: Any, inputs: int) -> Any:
-        x = jnp.asarray(x)
-        if linear.outputs_first(config.layer.dtype):
-            x = jnp.transpose(x, linear.rotated(x.ndim, x.ndim - inputs))
-        return jnp.transpose(x, linear.stored(x.ndim, inputs, dtype)).astype(dtype)
+    def convert(x: Any, axes: Any, inputs: int) -> Any:
+        return linear.converted(jnp.asarray(x), axes, inputs, config.layer.dtype, dtype)
 
-    inputs = modules.metadata(FeatureHead, config, "num_contracted")
+    axes, inputs = (modules.metadata(FeatureHead, config, name) for name in ("axes", "num_contracted"))
     layer = dataclasses.replace(config.layer, dtype=dtype)
-    return dataclasses.replace(config, layer=layer), jax.tree.map(convert, params, inputs)
+    return dataclasses.replace(config, layer=layer), jax.tree.map(convert, params, axes, inputs)
 
 
 def embed(config: DecoderConfig, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -3,7 +3,6 @@
 Every parameter names its logical axes next to its shape; matrices are `linear.Matrix`.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -14,19 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
 from specjax.models.attention import attend
-from specjax.models.config import DecoderConfig, LinearRopeScaling
+from specjax.models.config import DecoderConfig, LinearRopeScaling, LongRopeScaling
 from specjax.models.dropout import drop
+from specjax.models.experts import MixtureOfExperts
+from specjax.models.feed_forward import FeedForward
 from specjax.models.linear import Matrix
 from specjax.models.modules import parameter
 from specjax.parallel import sharding
 from specjax.types import Dropout, Skips
-
-ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
-}
 
 View = tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None, Bool[Array, "B T S"]]
 """A layer's view of positions: cosine and sine of the rotary angles (None: no rotation), and the attention mask."""
@@ -96,12 +90,24 @@ def rope_frequencies(config: DecoderConfig, *, windowed: bool = False) -> Float[
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if scaling is None:
         return frequencies
+    if isinstance(scaling, LongRopeScaling):
+        is_short = config.max_position <= scaling.original_max_position
+        return frequencies / jnp.asarray(scaling.short if is_short else scaling.long, jnp.float32)
     if isinstance(scaling, LinearRopeScaling):
         return frequencies / scaling.factor
     turns = scaling.original_max_position * frequencies / (2 * jnp.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
+
+
+def rotation(
+    config: DecoderConfig, positions: Int[Array, "B T"], *, windowed: bool = False
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Cosine and sine of the rotary angles at these positions, as `rotate` takes them."""
+    angles = positions[:, :, None] * rope_frequencies(config, windowed=windowed)
+    factor = getattr(config.rope_scaling, "attention_factor", 1.0)
+    return (jnp.cos(angles), jnp.sin(angles)) if factor == 1.0 else (jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
 def rotate(
@@ -195,8 +201,14 @@ class Attention(nnx.Module):
             self.out_bias = parameter(rngs, (c.hidden_size,), ("embed",), c.dtype)
         if c.qk_norm:
             init = nnx.initializers.zeros_init() if c.norm == "rms_plus_one" else nnx.initializers.ones_init()
-            self.query_norm = parameter(rngs, (c.head_dim,), ("head_dim",), c.dtype, init=init)
-            self.key_norm = parameter(rngs, (c.head_dim,), ("head_dim",), c.dtype, init=init)
+            # A scale for all heads, or for each of them.
+            queries, keys = ((c.num_kv_heads, group), (c.num_kv_heads,)) if c.qk_norm_whole else ((), ())
+
+            def scale(*heads: int) -> nnx.Param:
+                axes = (*head_axes[: len(heads)], "head_dim")
+                return parameter(rngs, (*heads, c.head_dim), axes, c.dtype, init=init)
+
+            self.query_norm, self.key_norm = scale(*queries), scale(*keys)
 
     def __call__(
         self,
@@ -216,10 +228,7 @@ class Attention(nnx.Module):
         qkv = self.qkv(x)
         if c.qkv_bias:
             qkv = qkv + self.qkv_bias[...].astype(jnp.float32)
-        query_key = qkv[:, :, :, : group + 1]
-        if c.qk_norm:
-            scales = jnp.stack([self.query_norm[...]] * group + [self.key_norm[...]])
-            query_key = rms_norm(query_key, scale_of(scales, c), c.norm_eps)
+        query_key = self.normed(qkv[:, :, :, : group + 1])
         if rope is not None:
             query_key = rotate(query_key, *rope)
         keys = cache_lib.constrain(cache_lib.write(keys, query_key[:, :, :, group], start, layer), self.rules)
@@ -240,33 +249,22 @@ class Attention(nnx.Module):
             out = out + self.out_bias[...].astype(jnp.float32)
         return out, keys, values
 
-
-class FeedForward(nnx.Module):
-    """A feed-forward; where it is gated (arXiv 2002.05202), the gate and up projections are fused into one product."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        """Declares the parameters. Without a gate, `gate_up` is the up projection alone."""
-        c = config
-        self.config = config
-        inner = (2 if c.gated else 1, c.intermediate_size)
-        up, up_axes = (c.hidden_size, *inner), ("embed", "gate_up", "mlp")
-        self.gate_up = Matrix(rngs, up, up_axes, c.dtype, how=c.quantisation)
-        down = (c.intermediate_size, c.hidden_size)
-        self.down = Matrix(rngs, down, ("mlp", "embed"), c.dtype, how=c.quantisation)
-        if c.mlp_bias:
-            self.gate_up_bias = parameter(rngs, inner, ("gate_up", "mlp"), c.dtype)
-            self.down_bias = parameter(rngs, (c.hidden_size,), ("embed",), c.dtype)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """`down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))`."""
-        gate_up = self.gate_up(x)
-        if self.config.mlp_bias:
-            gate_up = gate_up + self.gate_up_bias[...].astype(jnp.float32)
-        inner = ACTIVATIONS[self.config.activation](gate_up[:, :, 0])
-        out = self.down(inner * gate_up[:, :, 1] if self.config.gated else inner)
-        if self.config.mlp_bias:
-            out = out + self.down_bias[...].astype(jnp.float32)
-        return out
+    def normed(self, query_key: Float[Array, "B T H G E"]) -> Float[Array, "B T H G E"]:
+        """Each key/value head's queries, then its key, normed as configured."""
+        c = self.config
+        if not c.qk_norm:
+            return query_key
+        queries, keys = self.query_norm[...], self.key_norm[...]
+        if not c.qk_norm_whole:
+            scales = jnp.stack([queries] * (query_key.shape[3] - 1) + [keys])
+            return rms_norm(query_key, scale_of(scales, c), c.norm_eps)
+        parts = query_key[:, :, :, :-1], query_key[:, :, :, -1:]
+        # The mean is one over all heads: where they are split over devices, it is that of all devices.
+        roots = [jax.lax.rsqrt(jnp.mean(x * x, axis=(2, 3, 4), keepdims=True) + c.norm_eps) for x in parts]
+        scales = scale_of(queries, c), scale_of(keys, c)[:, None]
+        return jnp.concatenate(
+            [x * root * scale.astype(jnp.float32) for x, root, scale in zip(parts, roots, scales, strict=True)], axis=3
+        )
 
 
 class Layer(nnx.Module):
@@ -276,11 +274,12 @@ class Layer(nnx.Module):
         """Declares the parameters."""
         c = config
         self.config = config
-        declare_norm(self, "attention_norm", c, rngs)
+        if c.pre_norms:
+            declare_norm(self, "attention_norm", c, rngs)
         self.attention = Attention(c, rules, rngs)
-        if not c.parallel:
+        if c.pre_norms and not c.parallel:
             declare_norm(self, "mlp_norm", c, rngs)
-        self.mlp = FeedForward(c, rngs)
+        self.mlp = MixtureOfExperts(c, rules, rngs) if c.experts else FeedForward(c, rngs)
         if c.post_norms:
             declare_norm(self, "attention_post_norm", c, rngs)
             declare_norm(self, "mlp_post_norm", c, rngs)
@@ -293,7 +292,7 @@ class Layer(nnx.Module):
 
     def attend(self, x: Float[Array, "B T D"], view: View, keys, values, start, layer=None, dropout=None):
         """The layer without its feed-forward."""
-        normed = normalize(self, "attention_norm", self.config, x)
+        normed = normalize(self, "attention_norm", self.config, x) if self.config.pre_norms else x
         mixed, keys, values = self.attention(normed, view, keys, values, start, layer)
         if self.config.post_norms:
             mixed = normalize(self, "attention_post_norm", self.config, mixed)
@@ -303,8 +302,8 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B T D"], before: Float[Array, "B T D"] | None = None, dropout: Dropout | None = None
     ) -> Float[Array, "B T D"]:
         """The layer without its attention: the stream x, to which is added what comes of the stream `before` (or x)."""
-        norm = "attention_norm" if self.config.parallel else "mlp_norm"
-        out = self.mlp(normalize(self, norm, self.config, x if before is None else before))
+        norm, stream = "attention_norm" if self.config.parallel else "mlp_norm", x if before is None else before
+        out = self.mlp(normalize(self, norm, self.config, stream) if self.config.pre_norms else stream)
         if self.config.post_norms:
             out = normalize(self, "mlp_post_norm", self.config, out)
         return x + drop(out, dropout, "mlp")

@@ -38,6 +38,28 @@ def stored(num_axes: int, num_contracted: int, dtype: jax.typing.DTypeLike) -> t
     return rotated(num_axes, num_contracted if outputs_first(dtype) else 0)
 
 
+def behind(num_stacked: int, order: Sequence[int]) -> tuple[int, ...]:
+    """An order of axes that lie behind others, which stay in front (`modules.STACKED`)."""
+    return (*range(num_stacked), *(num_stacked + axis for axis in order))
+
+
+def converted(x: jax.Array, axes: sharding.Axes, num_contracted: int, before: str, after: str) -> jax.Array:
+    """An array in another dtype, and in the order in which matrices of that dtype lie in memory.
+
+    Args:
+      x: the array, possibly of several matrices (`modules.STACKED`).
+      axes: its logical axes.
+      num_contracted: how many of the axes of each matrix are inputs; 0 for an array that is none.
+      before: its dtype.
+      after: the new one.
+    """
+    first = modules.num_stacked(axes)
+    size = x.ndim - first
+    if outputs_first(before):
+        x = jnp.transpose(x, behind(first, rotated(size, size - num_contracted)))
+    return jnp.transpose(x, behind(first, stored(size, num_contracted, after))).astype(after)
+
+
 class Matrix(nnx.Module):
     """A linear map from the last axes of its argument to new ones.
 
@@ -122,7 +144,7 @@ class Matrix(nnx.Module):
         return quantisation.dequantise(rows, self.num_contracted)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("num_contracted", "how"))
 def quantise(values: Float[Array, "..."], num_contracted: int, how: Quantisation) -> dict[str, jax.Array]:
     """The parameters of a quantised `Matrix`, from the values of one in floats, in the order of `stored`."""
     if not outputs_first(values.dtype):

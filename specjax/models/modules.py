@@ -46,6 +46,22 @@ def parameter(
     return variable(make(rngs.params(), tuple(shape), jnp.dtype(dtype)), axes)
 
 
+STACKED = ("layers", "experts")
+"""The logical axes along which arrays of one kind are stacked: an array of the others lies behind each index."""
+
+
+def num_stacked(axes: sharding.Axes) -> int:
+    """How many of the first axes are `STACKED`."""
+    return next((i for i, axis in enumerate(axes) if axis not in STACKED), len(axes))
+
+
+def mark_stacked(state: nnx.State, axis: str) -> nnx.State:
+    """Notes in the metadata of a module's state that all its arrays have been stacked along a new first axis."""
+    for _, variable in nnx.to_flat_state(state):
+        variable.set_metadata("axes", (axis, *variable.get_metadata()["axes"]))
+    return state
+
+
 class _OneKey(nnx.Rngs):
     """The same key for every parameter: shapes need no others, and counting keys while tracing takes quadratic time."""
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
-from specjax.models import layers, linear, modules
+from specjax.models import feed_forward, layers, linear, modules
 from specjax.models.attention import attend
 from specjax.models.config import T5Config
 from specjax.models.dropout import drop, within
@@ -219,7 +219,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], dropout: Dropout | None = None) -> Float[Array, "B T D"]:
         """The layer's contribution to the residual."""
         up = self.up(x)
-        inner = layers.ACTIVATIONS[self.activation](up[:, :, 0])
+        inner = feed_forward.ACTIVATIONS[self.activation](up[:, :, 0])
         return self.down(drop(inner * up[:, :, 1] if up.shape[2] == 2 else inner, dropout, "inner"))
 
 

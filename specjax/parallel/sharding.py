@@ -25,6 +25,7 @@ RULES: Rules = (
     ("heads_per_group", None),
     ("head_dim", None),
     ("layers", None),
+    ("experts", None),
     ("length", None),
     ("positions", None),
     ("gate_up", None),
@@ -64,6 +65,10 @@ def with_whole(names: str) -> Rules:
             raise ValueError(f"config.mesh_whole={names!r}: {name!r} is not split; choose from {', '.join(split)}.")
     return override(RULES, **dict.fromkeys(found))
 
+
+EXPERT_PARALLEL = override(RULES, experts="model", mlp=None)
+"""Each device has some of the experts of a mixture whole. `RULES` split every expert over all devices instead: then all
+of them work on each token, where the few experts of a few tokens may be on one device. For batches of many tokens."""
 
 RULES_2D = override(RULES, embed="width")
 """Matrices split both ways, over `model` and `width`: for models that are too large for as many chips as they have

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from specjax import files
 from specjax.models import families
-from specjax.models.config import LinearRopeScaling, Llama3RopeScaling, ModelConfig
+from specjax.models.config import Experts, LinearRopeScaling, Llama3RopeScaling, LongRopeScaling, ModelConfig
 from specjax.models.quantisation import Quantisation
 from specjax.parallel import sharding
 from specjax.types import Tree
@@ -33,7 +33,7 @@ FORMAT = 5
 """The version that this code writes, and the only one that it reads."""
 
 _PARAMS = "params"
-_SCALINGS = {"llama3": Llama3RopeScaling, "linear": LinearRopeScaling}
+_SCALINGS = {"llama3": Llama3RopeScaling, "linear": LinearRopeScaling, "longrope": LongRopeScaling}
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
@@ -56,8 +56,11 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
     if family not in families.FAMILIES:
         raise ValueError(f"family {family!r} is unknown: specjax reads {', '.join(families.FAMILIES)}")
     if scaling := values.get("rope_scaling"):
-        entries = dict(scaling)
-        values["rope_scaling"] = _SCALINGS[entries.pop("type")](**entries)
+        entries = {name: tuple(x) if isinstance(x, list) else x for name, x in scaling.items()}
+        kind = str(entries.pop("type"))
+        values["rope_scaling"] = _SCALINGS[kind](**entries)
+    if values.get("experts"):
+        values["experts"] = Experts(**values["experts"])
     for name in ("quantisation", "head_quantisation"):
         if values.get(name):
             values[name] = Quantisation(**values[name])

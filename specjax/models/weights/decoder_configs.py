@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from specjax.limits import check_flag, check_number, check_size
-from specjax.models.config import LIMITS, DecoderConfig, LinearRopeScaling, Llama3RopeScaling
+from specjax.models.config import LIMITS, DecoderConfig, Experts, RopeScaling
+from specjax.models.weights import rope_configs
 
 Raw = Mapping[str, Any]
 """The parsed file."""
@@ -31,6 +32,8 @@ _SIZES = {
     **dict.fromkeys(("vocab_size",), LIMITS["vocab_size"]),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), LIMITS["hidden_size"]),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "d_ff"), LIMITS["intermediate_size"]),
+    **dict.fromkeys(("moe_intermediate_size",), LIMITS["intermediate_size"]),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), LIMITS["num_experts"]),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), LIMITS["num_layers"]),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "num_key_value_heads"), LIMITS["num_heads"]),
     **dict.fromkeys(("head_dim", "d_kv", "rotary_dim"), LIMITS["head_dim"]),
@@ -45,7 +48,7 @@ _NUMBERS = ("rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "fi
 _NUMBERS += ("rope_local_base_freq", "rms_norm_eps", "layer_norm_epsilon")
 
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window")
-_FLAGS += ("scale_attn_weights", "scale_decoder_outputs")
+_FLAGS += ("scale_attn_weights", "scale_decoder_outputs", "norm_topk_prob")
 
 
 @contextlib.contextmanager
@@ -94,30 +97,6 @@ def _require(raw: Raw, **wanted: Any) -> None:
             )
 
 
-def _rope(
-    raw: Raw, max_position: int, default: float = 10000.0
-) -> tuple[float, Llama3RopeScaling | LinearRopeScaling | None]:
-    """The base of the rotary angles and their scaling."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", default)))
-    if (partial := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ValueError(f"partial_rotary_factor={partial}: for this family, specjax rotates whole heads only.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, LinearRopeScaling(float(rope["factor"]))
-    if kind == "llama3":
-        original = rope.get("original_max_position_embeddings", raw.get("original_max_position_embeddings"))
-        return theta, Llama3RopeScaling(
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position=int(original or max_position),
-        )
-    raise ValueError(f"rope type {kind!r} is not supported: choose a model with 'default', 'linear' or 'llama3'.")
-
-
 def _windows(raw: Raw, default: list[bool]) -> Fields:
     """Which layers have the window.
 
@@ -135,39 +114,99 @@ def _windows(raw: Raw, default: list[bool]) -> Fields:
     return {"sliding_window": int(window), "global_layers": full}
 
 
-def _llama(raw: Raw) -> Fields:
-    """Llama, Mistral and Qwen2."""
-    kind, layers = raw["model_type"], raw["num_hidden_layers"]
-    hidden, heads, max_position = raw["hidden_size"], raw["num_attention_heads"], raw["max_position_embeddings"]
-    theta, scaling = _rope(raw, max_position)
-    llama_bias = kind == "llama" and bool(raw.get("attention_bias", False))
-    fields = {
+def _common(raw: Raw) -> Fields:
+    """What the families after Llama have in common."""
+    hidden, heads = raw["hidden_size"], raw["num_attention_heads"]
+    return {
         "vocab_size": raw["vocab_size"],
         "hidden_size": hidden,
         "intermediate_size": raw["intermediate_size"],
-        "num_layers": layers,
+        "num_layers": raw["num_hidden_layers"],
         "num_heads": heads,
         "num_kv_heads": raw.get("num_key_value_heads") or heads,
         "head_dim": raw.get("head_dim") or hidden // heads,
-        "max_position": max_position,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
+        "max_position": raw["max_position_embeddings"],
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "activation": _activation(raw, "hidden_act", "silu"),
-        "qkv_bias": kind == "qwen2" or llama_bias,
-        "output_bias": llama_bias,
-        "mlp_bias": kind == "llama" and bool(raw.get("mlp_bias", False)),
     }
-    if kind == "mistral":
+
+
+def _rotary(raw: Raw, default: float = 10000.0) -> Fields:
+    theta, scaling = rope_configs.read(raw, raw["max_position_embeddings"], default)
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _biases(raw: Raw) -> Fields:
+    """Biases of all four projections of attention, or of none."""
+    bias = bool(raw.get("attention_bias", False))
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
+def _upper_windows(raw: Raw) -> Fields:
+    """The layers from a certain one on have a window."""
+    if not raw.get("use_sliding_window", False):
+        return {}
+    first = raw.get("max_window_layers", 28)
+    return _windows(raw, [layer >= first for layer in range(raw["num_hidden_layers"])])
+
+
+def _llama(raw: Raw) -> Fields:
+    """Llama, of any version."""
+    return _common(raw) | _rotary(raw) | _biases(raw) | {"mlp_bias": bool(raw.get("mlp_bias", False))}
+
+
+def _mistral(raw: Raw) -> Fields:
+    """Mistral 7B (arXiv 2310.06825)."""
+    return _common(raw) | _rotary(raw) | {"sliding_window": raw.get("sliding_window", 4096)}
+
+
+def _mixtral(raw: Raw) -> Fields:
+    """Mixtral (arXiv 2401.04088): the probabilities of the chosen experts are divided by their sum."""
+    experts = Experts(raw.get("num_local_experts", 8), raw.get("num_experts_per_tok", 2))
+    window = raw.get("sliding_window")
+    return _common(raw) | _rotary(raw, 1e6) | {"sliding_window": window, "experts": experts}
+
+
+def _qwen2(raw: Raw) -> Fields:
+    """Qwen2 and Qwen2.5 (arXiv 2407.10671)."""
+    return _common(raw) | _rotary(raw) | {"qkv_bias": True} | _upper_windows(raw)
+
+
+def _qwen3(raw: Raw) -> Fields:
+    """Qwen3 (arXiv 2505.09388): queries and keys are normed head by head."""
+    fields = _common({"head_dim": 128, **raw})
+    return fields | _rotary(raw) | _biases(raw) | {"qk_norm": True} | _upper_windows(raw)
+
+
+def _qwen3_moe(raw: Raw) -> Fields:
+    """Qwen3's mixtures of experts, whose layers are all alike."""
+    _require(raw, decoder_sparse_step=1)
+    if raw.get("mlp_only_layers"):
+        raise ValueError(f"mlp_only_layers={raw['mlp_only_layers']}: specjax computes experts in all layers only.")
+    chosen, renormalise = raw.get("num_experts_per_tok", 8), bool(raw.get("norm_topk_prob", False))
+    # transformers 5 writes one of the two names.
+    number = raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"]
+    experts = Experts(number, chosen, renormalise)
+    fields = _common(raw) | _rotary(raw) | _biases(raw) | {"qk_norm": True, "experts": experts}
+    if raw.get("use_sliding_window", False):
         fields["sliding_window"] = raw.get("sliding_window", 4096)
-    if kind == "qwen2" and raw.get("use_sliding_window", False):
-        first = raw.get("max_window_layers", 28)
-        fields |= _windows(raw, [layer >= first for layer in range(layers)])
-    return fields
+    return fields | {"intermediate_size": raw["moe_intermediate_size"]}
 
 
-def _gemma(raw: Raw, rope: tuple[float, Llama3RopeScaling | LinearRopeScaling | None]) -> Fields:
+def _phi3(raw: Raw) -> Fields:
+    """Phi-3 (arXiv 2404.14219), Phi-4 and Phi-4-mini."""
+    fields = _common({"rms_norm_eps": 1e-5, **raw})
+    return fields | rope_configs.read_phi3(raw, fields["head_dim"]) | {"sliding_window": raw.get("sliding_window")}
+
+
+def _olmo2(raw: Raw) -> Fields:
+    """OLMo 2 (arXiv 2501.00656): norms after attention and feed-forward, and over all heads of queries and keys."""
+    norms = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}
+    return _common({"rms_norm_eps": 1e-5, **raw}) | _rotary(raw) | _biases(raw) | norms
+
+
+def _gemma(raw: Raw, rope: tuple[float, RopeScaling | None]) -> Fields:
     """What Gemma 2 and 3 have in common; the defaults are transformers'."""
     _require(raw, use_bidirectional_attention=False)
     bias = bool(raw.get("attention_bias", False))
@@ -198,7 +237,7 @@ def _gemma2(raw: Raw) -> Fields:
     """Gemma 2 (arXiv 2408.00118): every other layer has a window, from the first on."""
     layers = raw["num_hidden_layers"]
     return {
-        **_gemma(raw, _rope(raw, raw["max_position_embeddings"])),
+        **_gemma(raw, rope_configs.read(raw, raw["max_position_embeddings"])),
         **_windows(raw, [layer % 2 == 0 for layer in range(layers)]),
         "attention_softcap": raw.get("attn_logit_softcapping", 50.0),
         "logit_softcap": raw.get("final_logit_softcapping", 30.0),
@@ -212,10 +251,10 @@ def _gemma3(raw: Raw) -> Fields:
     layers, max_position = raw["num_hidden_layers"], raw["max_position_embeddings"]
     nested = raw.get("rope_parameters") or {}
     if "full_attention" in nested:
-        rope = _rope({"rope_parameters": nested["full_attention"]}, max_position, 1e6)
-        local = _rope({"rope_parameters": nested.get("sliding_attention")}, max_position)
+        rope = rope_configs.read({"rope_parameters": nested["full_attention"]}, max_position, 1e6)
+        local = rope_configs.read({"rope_parameters": nested.get("sliding_attention")}, max_position)
     else:
-        rope, local = _rope(raw, max_position, 1e6), (float(raw.get("rope_local_base_freq", 1e4)), None)
+        rope, local = rope_configs.read(raw, max_position, 1e6), (float(raw.get("rope_local_base_freq", 1e4)), None)
     if local[1] is not None:
         raise ValueError(
             "rope_parameters stretch the angles of layers with a window: specjax stretches only the other layers'."
@@ -229,6 +268,29 @@ def _gemma3(raw: Raw) -> Fields:
         "logit_softcap": raw.get("final_logit_softcapping"),
         "local_rope_theta": local[0] if windows else None,
     }
+
+
+_GEMMA3 = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+}
+"""What the published files of Gemma 3 leave out of `text_config`: transformers' defaults."""
+
+
+def _gemma3_multimodal(raw: Raw) -> Fields:
+    """The text model within Gemma 3's files for text and images."""
+    text = raw["text_config"]
+    if text.get("model_type", "gemma3_text") != "gemma3_text":
+        raise ValueError(f"text_config has model_type={text['model_type']!r:.80}: specjax computes 'gemma3_text'.")
+    tied = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+    merged = {**_GEMMA3, **tied, **text, "model_type": "gemma3_text"}
+    with naming_errors(merged):
+        return _gemma3(merged)
 
 
 def _gpt(raw: Raw) -> Fields:
@@ -317,10 +379,16 @@ def _opt(raw: Raw) -> Fields:
 
 PARSERS = {
     "llama": _llama,
-    "mistral": _llama,
-    "qwen2": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "phi3": _phi3,
+    "olmo2": _olmo2,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "gemma3": _gemma3_multimodal,
     "gpt2": _gpt2,
     "gpt_bigcode": _gpt2,
     "gptj": _gptj,

@@ -6,12 +6,15 @@ projections that read the same input, and stores them as `linear.stored` says. O
 at a time, and only the parts of it that this process's devices hold.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from specjax.models import decoder, linear, modules
@@ -51,11 +54,14 @@ def placer(config: ModelConfig, mesh: Mesh | None, rules: sharding.Rules) -> Pla
 
     def place(array: Tensor, axes: Any, contracted: Any) -> Any:
         if not linear.is_matrix(contracted):
-            return put(np.transpose(array, linear.stored(array.ndim, contracted, dtype)), axes, dtype)
-        inputs = contracted["values"]
+            first = modules.num_stacked(axes)
+            order = linear.stored(array.ndim - first, contracted, dtype)
+            return put(np.transpose(array, linear.behind(first, order)), axes, dtype)
+        inputs, first = contracted["values"], modules.num_stacked(axes["values"])
         if array.dtype.names is None:
             return {"values": place(array, axes["values"], inputs)}
-        records = np.asarray(np.transpose(array, linear.rotated(array.ndim, inputs)))
+        order = linear.behind(first, linear.rotated(array.ndim - first, inputs))
+        records = np.asarray(np.transpose(array, order))
         parts = blocks.rounded(records, inputs, has_offset="offset" in axes)
         return {name: put(part, axes[name], part.dtype) for name, part in parts.items()}
 
@@ -94,8 +100,8 @@ def unpermute(rows: Tensor, num_heads: int, rotated: int | None = None) -> Tenso
 
 def _norms(c: DecoderConfig) -> dict[str, str]:
     """The norms of a layer: tensor names by parameter name."""
-    norms = {"attention_norm": "input_layernorm"}
-    if not c.parallel:
+    norms = {"attention_norm": "input_layernorm"} if c.pre_norms else {}
+    if c.pre_norms and not c.parallel:
         norms["mlp_norm"] = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
     if c.post_norms:
         norms |= {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
@@ -105,6 +111,11 @@ def _norms(c: DecoderConfig) -> dict[str, str]:
 def _norm_parts(c: DecoderConfig) -> dict[str, str]:
     """The parts of a norm: the ending of the parameter's name by that of the tensor's."""
     return {"weight": "", "bias": "_bias"} if c.norm == "layer" else {"weight": ""}
+
+
+def _feed_forwards(c: DecoderConfig) -> list[str]:
+    """What the names of a layer's feed-forwards begin with: one, or each expert."""
+    return [f"experts.{number}." for number in range(c.experts.number)] if c.experts else [""]
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -123,11 +134,14 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (keys, c.hidden_size, c.qkv_bias),
         "self_attn.v_proj": (keys, c.hidden_size, c.qkv_bias),
         "self_attn.o_proj": (c.hidden_size, queries, c.output_bias),
-        "mlp.up_proj": (c.intermediate_size, c.hidden_size, c.mlp_bias),
-        "mlp.down_proj": (c.hidden_size, c.intermediate_size, c.mlp_bias),
     }
-    if c.gated:
-        projections["mlp.gate_proj"] = projections["mlp.up_proj"]
+    for mlp in _feed_forwards(c):
+        projections[f"mlp.{mlp}up_proj"] = (c.intermediate_size, c.hidden_size, c.mlp_bias)
+        projections[f"mlp.{mlp}down_proj"] = (c.hidden_size, c.intermediate_size, c.mlp_bias)
+        if c.gated:
+            projections[f"mlp.{mlp}gate_proj"] = projections[f"mlp.{mlp}up_proj"]
+    if c.experts:
+        projections["mlp.gate"] = (c.experts.number, c.hidden_size, False)
     norms = ["model.norm"]
     for layer in range(c.num_layers):
         prefix = f"model.layers.{layer}."
@@ -137,7 +151,8 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (outputs,)
         if c.qk_norm:
-            shapes |= {f"{prefix}self_attn.{name}_norm.weight": (c.head_dim,) for name in "qk"}
+            sizes = (queries, keys) if c.qk_norm_whole else (c.head_dim, c.head_dim)
+            shapes |= {f"{prefix}self_attn.{n}_norm.weight": (size,) for n, size in zip("qk", sizes, strict=True)}
     for name in norms:
         shapes |= {f"{name}.{kind}": (c.hidden_size,) for kind in _norm_parts(c)}
     return shapes
@@ -195,10 +210,11 @@ def repeat_kv_heads(
       tensors: the tensors by name.
     """
     heads, times = config.num_kv_heads, repeated.num_kv_heads // config.num_kv_heads
+    repeated_parts = ("k_proj", "v_proj", "k_norm") if config.qk_norm_whole else ("k_proj", "v_proj")
 
     def get(name: str) -> Tensor:
         array = tensors(name)
-        if times == 1 or name.split(".")[-2] not in ("k_proj", "v_proj"):
+        if times == 1 or name.split(".")[-2] not in repeated_parts:
             return array
         each = array.reshape(heads, 1, config.head_dim, *array.shape[1:])
         return np.concatenate([each] * times, axis=1).reshape(times * array.shape[0], *array.shape[1:])
@@ -212,26 +228,44 @@ def _fuse_qkv(config: DecoderConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return np.concatenate([x.reshape(*heads, *x.shape[1:]) for x in (q, k, v)], axis=1)
 
 
-def _attention(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _attention(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     qkv = [get(f"{name}_proj.weight") for name in "qkv"]
-    yield "qkv", np.moveaxis(_fuse_qkv(c, *qkv), -1, 0)
-    yield "out", get("o_proj.weight").T.reshape(c.num_kv_heads, -1, c.head_dim, c.hidden_size)
+    yield ("qkv",), np.moveaxis(_fuse_qkv(c, *qkv), -1, 0)
+    yield ("out",), get("o_proj.weight").T.reshape(c.num_kv_heads, -1, c.head_dim, c.hidden_size)
     if c.qkv_bias:
-        yield "qkv_bias", _fuse_qkv(c, *(get(f"{name}_proj.bias") for name in "qkv"))
+        yield ("qkv_bias",), _fuse_qkv(c, *(get(f"{name}_proj.bias") for name in "qkv"))
     if c.output_bias:
-        yield "out_bias", get("o_proj.bias")
+        yield ("out_bias",), get("o_proj.bias")
     if c.qk_norm:
-        yield "query_norm", get("q_norm.weight")
-        yield "key_norm", get("k_norm.weight")
+        heads = (c.num_kv_heads, -1, c.head_dim), (c.num_kv_heads, c.head_dim)
+        for name, part, shape in zip(("query_norm", "key_norm"), "qk", heads, strict=True):
+            scale = get(f"{part}_norm.weight")
+            yield (name,), scale.reshape(shape) if c.qk_norm_whole else scale
 
 
-def _mlp(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _feed_forward(c: DecoderConfig, get: Callable[[str], Tensor], name: str) -> Tensor:
+    """One of a feed-forward's parameters."""
     inner = ("gate_proj", "up_proj") if c.gated else ("up_proj",)
-    yield "gate_up", np.stack([get(f"{name}.weight").T for name in inner], axis=1)
-    yield "down", get("down_proj.weight").T
-    if c.mlp_bias:
-        yield "gate_up_bias", np.stack([get(f"{name}.bias") for name in inner])
-        yield "down_bias", get("down_proj.bias")
+    if name == "gate_up":
+        return np.stack([get(f"{part}.weight").T for part in inner], axis=1)
+    if name == "gate_up_bias":
+        return np.stack([get(f"{part}.bias") for part in inner])
+    return get("down_proj.weight").T if name == "down" else get("down_proj.bias")
+
+
+def _mlp(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The parameters of a layer's feed-forward, or of its router and the experts, which are stacked."""
+    if not c.experts:
+        for name in ("gate_up", "down", *(("gate_up_bias", "down_bias") if c.mlp_bias else ())):
+            yield (name,), _feed_forward(c, get, name)
+        return
+
+    def expert(prefix: str) -> Callable[[str], Tensor]:
+        return lambda name: get(prefix + name)
+
+    yield ("router",), get("gate.weight").T
+    for name in ("gate_up", "down"):
+        yield ("experts", name), np.stack([_feed_forward(c, expert(p), name) for p in _feed_forwards(c)], axis=0)
 
 
 def from_huggingface(
@@ -266,6 +300,12 @@ def from_huggingface(
     def top(name: str, tensor: Tensor) -> Any:
         return place(tensor, axes[name], contracted[name])
 
+    def tree(parts: Iterator[tuple[tuple[str, ...], Tensor]], *metadata: Tree) -> Tree:
+        found = {}
+        for path, x in parts:
+            found[path] = place(x, *(functools.reduce(operator.getitem, path, part) for part in metadata))
+        return nnx.traversals.unflatten_mapping(found)
+
     params: Tree = {}
     if not config.tie_embeddings:
         params["embedding"] = top("embedding", get("model.embed_tokens.weight"))
@@ -277,8 +317,7 @@ def from_huggingface(
         attention = _attention(config, part(f"{prefix}self_attn."))
         mlp = _mlp(config, part(f"{prefix}mlp."))
         params["layers"][layer] = {
-            "attention": {n: place(x, block["attention"][n], inputs["attention"][n]) for n, x in attention},
-            "mlp": {n: place(x, block["mlp"][n], inputs["mlp"][n]) for n, x in mlp},
+            name: tree(found, block[name], inputs[name]) for name, found in (("attention", attention), ("mlp", mlp))
         }
         for name, stem in _norms(config).items():
             params["layers"][layer] |= norm(prefix + stem, name, block)

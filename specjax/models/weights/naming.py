@@ -31,16 +31,19 @@ class Naming(NamedTuple):
     """A family's names.
 
     Attributes:
-      base: what names begin with, except the head's; files of a model without its head leave it out.
+      bases: what names begin with, except the head's, in files of different versions; files of a model without its
+        head leave it out.
       layers: what is between the base and the number of a layer.
-      stems: the family's names by ours, without `base`, or within a layer.
+      stems: the family's names by ours, without the base, or within a layer; the others are ours.
       adapt: `(config, our name, source) -> source`, for tensors that are stored in another way.
+      ignored: the beginnings of the names of tensors that are no part of the decoder.
     """
 
-    base: str
+    bases: tuple[str, ...]
     layers: str
     stems: Mapping[str, str]
     adapt: Callable[[DecoderConfig, str, Source], Source]
+    ignored: tuple[str, ...] = ()
 
 
 def _as_it_is(array: Tensor) -> Tensor:
@@ -55,6 +58,30 @@ def _fused(c: DecoderConfig, name: str, source: Source) -> Source:
         return source
     rows = slice(begin, begin + source.shape[0])
     return Source(source.name, (queries + 2 * keys, *source.shape[1:]), lambda array: array[rows])
+
+
+def _phi3(c: DecoderConfig, name: str, source: Source) -> Source:
+    """Gate and up are the rows of one tensor too."""
+    begin = {"gate_proj": 0, "up_proj": c.intermediate_size}.get(name.split(".")[-2])
+    if begin is None:
+        return _fused(c, name, source)
+    rows = slice(begin, begin + c.intermediate_size)
+    return Source(source.name, (2 * c.intermediate_size, *source.shape[1:]), lambda array: array[rows])
+
+
+def _mixtral(c: DecoderConfig, name: str, source: Source) -> Source:
+    """The experts' matrices have numbers."""
+    del c
+    words = source.name.split(".")
+    if "mlp" not in words:
+        return source
+    short = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "mlp": "block_sparse_moe"}
+    return source._replace(name=".".join(short.get(word, word) for word in words))
+
+
+def _unchanged(c: DecoderConfig, name: str, source: Source) -> Source:
+    del c, name
+    return source
 
 
 def _gpt2(c: DecoderConfig, name: str, source: Source) -> Source:
@@ -93,6 +120,10 @@ _GPT2 = {
     "mlp.up_proj": "mlp.c_fc",
     "mlp.down_proj": "mlp.c_proj",
 }
+_PHI3 = {
+    **dict.fromkeys([f"self_attn.{name}_proj" for name in "qkv"], "self_attn.qkv_proj"),
+    **dict.fromkeys(["mlp.gate_proj", "mlp.up_proj"], "mlp.gate_up_proj"),
+}
 _GPTJ = {
     "model.embed_tokens": "wte",
     "model.norm": "ln_f",
@@ -118,11 +149,18 @@ _OPT = {
     "mlp.down_proj": "fc2",
 }
 
+_IMAGES = tuple(base + part for base in ("", "model.") for part in ("vision_tower.", "multi_modal_projector."))
+"""The parts of a model for text and images that texts do not pass through."""
+
 NAMINGS = {
-    "gpt2": Naming("transformer.", "h.", _GPT2, _gpt2),
-    "gpt_bigcode": Naming("transformer.", "h.", _GPT2, _fused),
-    "gptj": Naming("transformer.", "h.", _GPTJ, _gptj),
-    "opt": Naming("model.", "decoder.layers.", _OPT, _opt),
+    "gpt2": Naming(("transformer.",), "h.", _GPT2, _gpt2),
+    "gpt_bigcode": Naming(("transformer.",), "h.", _GPT2, _fused),
+    "gptj": Naming(("transformer.",), "h.", _GPTJ, _gptj),
+    "opt": Naming(("model.",), "decoder.layers.", _OPT, _opt),
+    "phi3": Naming(("model.",), "layers.", _PHI3, _phi3),
+    "mixtral": Naming(("model.",), "layers.", {}, _mixtral),
+    # As published, and as transformers 5 names them.
+    "gemma3": Naming(("language_model.model.", "model.language_model."), "layers.", {}, _unchanged, _IMAGES),
 }
 """Names by `model_type`; the other families use `mapping`'s names."""
 
@@ -142,16 +180,16 @@ def sources(model_type: str, config: DecoderConfig, names: Collection[str]) -> d
     if model_type not in NAMINGS:
         return {name: Source(name, shape, _as_it_is) for name, shape in shapes.items()}
     naming = NAMINGS[model_type]
-    base = naming.base if any(name.startswith(naming.base) for name in names) else ""
+    base = next((base for base in naming.bases if any(name.startswith(base) for name in names)), "")
 
     def stored(name: str) -> str:
         stem, _, kind = name.rpartition(".")
         if stem == "lm_head":
             return name
         if not stem.startswith("model.layers."):
-            return f"{base}{naming.stems[stem]}.{kind}"
+            return f"{base}{naming.stems.get(stem, stem.removeprefix('model.'))}.{kind}"
         _, _, layer, part = stem.split(".", 3)
-        return f"{base}{naming.layers}{layer}.{naming.stems[part]}.{kind}"
+        return f"{base}{naming.layers}{layer}.{naming.stems.get(part, part)}.{kind}"
 
     return {n: naming.adapt(config, n, Source(stored(n), shape, _as_it_is)) for n, shape in shapes.items()}
 
@@ -197,7 +235,9 @@ def read(
       ValueError: for tensors that are not those of the model.
     """
     found = sources(model_type, config, names)
-    mapping.check_names({source.name for source in found.values()}, names, source)
+    ignored = NAMINGS[model_type].ignored if model_type in NAMINGS else ()
+    used = [name for name in names if not name.startswith(ignored)]
+    mapping.check_names({source.name for source in found.values()}, used, source)
     placed = decoder.repeat_kv_heads(config, mesh, rules)
     repeated = mapping.repeat_kv_heads(config, placed, reader(found, tensors))
     return placed, mapping.from_huggingface(placed, repeated, mesh=mesh, rules=rules)

@@ -1,7 +1,8 @@
-"""The command `specjax`: `launch`, `list`, `generate`, and short forms of single configs.
+"""The command `specjax`: `launch`, `list`, `generate`, `serve`, and short forms of single configs.
 
     specjax list
     specjax generate "Why is the sky blue?" --target=SOURCE --num_draft_tokens=4
+    specjax serve --target=SOURCE --port=8000
     specjax compare --config.target=SOURCE --config.data=FILE
     specjax launch --config=FILE
 
@@ -15,13 +16,13 @@ from typing import Any
 
 from absl import flags
 
-from specjax import launch
+from specjax import launch, serve
 from specjax.experiments import failures
 
 CONFIGS = ("quickstart", "compare", "tune", "plan")
 """The configs that have a command of their own."""
 
-COMMANDS = ("list", "generate", "launch", *CONFIGS)
+COMMANDS = ("list", "generate", "serve", "launch", *CONFIGS)
 
 
 def _generate_flags() -> flags.FlagValues:
@@ -108,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name == "list":
         return launch.main(["specjax list", "--list", *rest])
+    if name == "serve":
+        return serve.main(["specjax serve", *rest])
     if name == "launch":
         return launch.main(["specjax launch", *rest])
     try:

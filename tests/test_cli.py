@@ -55,7 +55,7 @@ def test_a_prompt_is_answered(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["server"], "Unknown command 'server': choose one of list, generate, launch"),
+        (["server"], "Unknown command 'server': choose one of list, generate, serve, launch"),
         (["generate", "two", "words"], "2 prompts: put the prompt in quotation marks"),
         (["generate", " "], "No prompt"),
         (["generate", "a", "--temprature=1"], "--temperature"),

@@ -19,6 +19,7 @@ LEVELS = (
     ("training", "serving"),
     ("experiments",),
     ("launch",),
+    ("serve",),
     ("cli",),
 )
 """Rooms and files, the lowest first: each imports those of its own level and below."""

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 OF_THE_PACKAGE = {
     "specjax/py.typed",
     "specjax/models/cpu_products.c",
+    "specjax/serving/page.html",
     "specjax/drafters/trained/smollm2-135m-instruct/draft.safetensors",
     "specjax/drafters/trained/smollm2-135m-instruct/README.md",
 }

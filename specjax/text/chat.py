@@ -126,7 +126,10 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     *,
     name: str,
-    variables: Mapping[str, str],
+    variables: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    continue_final: bool = False,
+    add_generation_prompt: bool = True,
     max_seconds: float | None = None,
 ) -> str:
     """Renders a conversation with a chat template, up to where the assistant's answer begins.
@@ -137,7 +140,10 @@ def render(
       template: a Jinja template in the style of transformers.
       messages: dictionaries with "role" and "content", whose values are JSON values.
       name: what to call the template in an error.
-      variables: what the template may name, such as "bos_token".
+      variables: what the template may name, such as "bos_token"; JSON values.
+      tools: what the assistant may call, as JSON values in OpenAI's form.
+      continue_final: whether the text ends within the last message, which the answer then continues.
+      add_generation_prompt: whether the text ends with the beginning of an answer; not together with `continue_final`.
       max_seconds: how long it may take; `MAX_SECONDS` where it is None.
 
     Raises:
@@ -151,6 +157,9 @@ def render(
     request = {
         "template": template,
         "messages": [dict(message) for message in messages],
+        "tools": [dict(tool) for tool in tools] if tools else None,
+        "continue_final_message": continue_final,
+        "add_generation_prompt": add_generation_prompt and not continue_final,
         "variables": dict(variables),
         "max_length": MAX_LENGTH,
     }

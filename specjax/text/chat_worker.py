@@ -36,8 +36,10 @@ def _answer(render: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
         (text,), _ = render(
             [request["messages"]],
+            tools=request["tools"],
             chat_template=request["template"],
-            add_generation_prompt=True,
+            add_generation_prompt=request["add_generation_prompt"],
+            continue_final_message=request["continue_final_message"],
             **request["variables"],
         )
     except MemoryError:

@@ -116,8 +116,28 @@ class Tokenizer:
         """The text of token ids; ids that the vocabulary lacks are left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    @property
+    def has_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return self.chat_template is not None and "tools" in self.chat_template
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The text of a conversation up to where the assistant's answer begins.
+
+        Args:
+          messages: dictionaries with "role" ("system", "user", "assistant") and "content".
+          tools: what the assistant may call, in OpenAI's form.
+          variables: further JSON values that the template may name, such as "enable_thinking".
+          continue_final: whether the answer continues the last message.
+          add_generation_prompt: whether the text ends with the beginning of an answer.
 
         Raises:
           OSError: where no process can be started to render it.
@@ -126,20 +146,29 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError("This tokenizer has no chat template: encode a plain prompt, or load a chat model.")
-        return chat.render(self.chat_template, messages, name=self.template_name, variables=self.special_tokens)
+        return chat.render(
+            self.chat_template,
+            messages,
+            name=self.template_name,
+            variables={**self.special_tokens, **(variables or {})},
+            tools=tools,
+            continue_final=continue_final,
+            add_generation_prompt=add_generation_prompt,
+        )
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
 
         Args:
           messages: dictionaries with "role" ("system", "user", "assistant") and "content".
+          **options: those of `render_chat`.
 
         Raises:
           OSError: where no process can be started to render it.
           ValueError: where there is no chat template, or it refuses the messages, fails, or exceeds the bounds of
             `specjax.chat`.
         """
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes files that `from_directory` and transformers read."""

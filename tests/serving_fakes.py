@@ -107,6 +107,7 @@ class FakeEngine:
         self.alive, self.ready, self.closed = True, True, False
         self.open: list[FakeSubmission] = []
         self.seen: list[Options] = []
+        self.prompts: list[list[int]] = []
         self.timeouts: list[float | None] = []
         self.cancellations = 0
         self.most_running = 0
@@ -143,6 +144,7 @@ class FakeEngine:
             submission.listens = listen
             self.open.append(submission)
             self.seen.append(options)
+            self.prompts.append(ids)
             self.timeouts.append(timeout)
         self._wake.set()
         return submission

@@ -308,7 +308,10 @@ class Server:
 
     async def page(self, request: Request) -> Response:
         """GET /: a page to try the model."""
-        policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+        policy = (
+            "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
         headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
         return Response(await asyncio.to_thread(PAGE.read_bytes), 200, headers, media_type="text/html")
 

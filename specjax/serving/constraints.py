@@ -18,25 +18,27 @@ from specjax.serving.openai import Common
 from specjax.text.tokenizer import Tokenizer
 from specjax.types import Automaton
 
-_STRING = r'"([^"\\\x00-\x1F]|\\["\\/bfnrt]|\\u[0-9A-Fa-f]{4})*"'
-_SCALAR = rf"({_STRING}|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null)"
-
-JSON_DEPTH = 3
-"""How deeply objects and lists may be nested where any JSON object is asked for: a finite automaton has a bound."""
+_STRING = r'"([^"\\\x00-\x1F]|\\["\\/bfnrt])*"'
+_SCALAR = rf"({_STRING}|-?(0|[1-9][0-9]*)(\.[0-9]+)?|true|false|null)"
+_GAP = r"[ \n]?"
 
 
-def any_object(depth: int = JSON_DEPTH) -> str:
-    """A regular expression of JSON objects, nested at most so deeply, with at most one blank between the parts."""
-    value = _SCALAR
-    space = r"[ \n]?"
-    for level in range(depth):
-        item = f"{space}{value}{space}"
-        entry = f"{space}{_STRING}{space}:{item}"
-        table = rf"\{{({space}|{entry}(,{entry})*)\}}"
-        if level == depth - 1:
-            return table
-        value = rf"({_SCALAR}|{table}|\[({space}|{item}(,{item})*)\])"
-    raise ValueError(f"depth={depth}: an object has at least one level.")
+def any_object() -> str:
+    """A regular expression of JSON objects, for requests that say nothing of their form.
+
+    Since a finite automaton has a bound on nesting, values are scalars, objects of scalars, and lists of both. Between
+    the parts is at most one space or line break. The bound keeps the automaton at some hundred states.
+    """
+
+    def between(left: str, part: str, right: str) -> str:
+        return rf"{left}({_GAP}{part}(,{_GAP}{part})*)?{_GAP}{right}"
+
+    def table(value: str) -> str:
+        return between(r"\{", f"{_STRING}:{_GAP}{value}", r"\}")
+
+    item = f"({_SCALAR}|{table(_SCALAR)})"
+    items = between(r"\[", item, r"\]")
+    return table(f"({item}|{items})")
 
 
 def choices(texts: Sequence[str]) -> str:

@@ -151,7 +151,7 @@ class Reader:
     """
 
     def __init__(self, tools: Tools):
-        self._tools, self._held, self.num_calls = tools, "", 0
+        self._tools, self._held, self.num_calls, self._after_call = tools, "", 0, False
 
     def read(self, text: str, last: bool) -> tuple[str, list[Call]]:
         """The content and the calls that a further piece of text completes; `last` says that none follows."""
@@ -167,20 +167,26 @@ class Reader:
             before, _, rest = self._held.partition(OPEN)
             # Without its end, a call is complete only if its JSON is: some models stop there.
             inside, closed, after = rest.partition(CLOSE)
+            content += self._outside(before)
             if not closed and not last:
-                content, self._held = content + before, OPEN + rest
+                self._held = OPEN + rest
                 return content, calls
             call = _parse(inside, self.num_calls)
-            content += before if call else before + OPEN + inside + closed
-            calls += [call] if call else []
-            self.num_calls += call is not None
+            if call is None:
+                content += self._outside(OPEN + inside + closed)
+            else:
+                calls.append(call)
+                self.num_calls, self._after_call = self.num_calls + 1, True
             self._held = after
-        keep = 0 if last else _overlap(self._held)
-        cut = len(self._held) - keep
-        content, self._held = content + self._held[:cut], self._held[cut:]
-        if self.num_calls and not content.strip():  # The line breaks between calls.
-            content = ""
+        cut = len(self._held) - (0 if last else _overlap(self._held))
+        content, self._held = content + self._outside(self._held[:cut]), self._held[cut:]
         return content, calls
+
+    def _outside(self, text: str) -> str:
+        """Text outside of calls, without the line breaks that follow a call."""
+        text = text.lstrip() if self._after_call else text
+        self._after_call = self._after_call and not text
+        return text
 
     def _named(self, text: str) -> list[Call]:
         if not text and self.num_calls:

@@ -1,5 +1,6 @@
 """A tokenizer of bytes and an engine that answers by a script, for tests of the server."""
 
+import json
 import queue
 import socket
 import threading
@@ -301,8 +302,15 @@ class Live:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+    def ask(self, path: str, body: dict[str, Any]) -> socket.socket:
+        """A connection on which a request has been sent, and whose answer nobody reads yet."""
+        client = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        raw = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+        )
+        client.sendall(head.encode() + raw)
+        return client
 
     def close(self) -> None:
         self.running.stop_soon()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def chat(**fields):
     return translate.chat(FACTS, request, "salt")
 
 
-def completion(prompt="hi", **fields):
+def completion(prompt: Any = "hi", **fields):
     request, _ = openai.parse(openai.CompletionRequest, {"prompt": prompt, **fields})
     return translate.completion(FACTS, request)
 

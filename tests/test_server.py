@@ -547,12 +547,7 @@ def test_a_full_queue_is_429_and_leaves_nothing_behind():
 def test_a_client_that_leaves_frees_its_slots(streams):
     live = Live(FakeEngine(lambda *_: "x" * 400, delay=0.02))
     for _ in range(5):
-        client = live.connect()
-        body = json.dumps({"prompt": ["a", "b"], "max_tokens": 400, "stream": streams}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-        )
-        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        client = live.ask("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 400, "stream": streams})
         assert wait_until(lambda: live.engine.running == 2)
         if streams:
             client.recv(10)

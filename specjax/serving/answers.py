@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from specjax.serving.errors import ApiError, dumps, failed
 from specjax.serving.exchange import Exchange, Gain
@@ -84,6 +84,7 @@ def metrics_json(usages: Sequence[Usage]) -> Json | None:
     }
 
 
+@runtime_checkable
 class Shape(Protocol):
     """How an endpoint writes its choices. One object serves one answer."""
 

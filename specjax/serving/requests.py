@@ -1,7 +1,7 @@
 """What goes into an engine and what comes out: options, increments, errors. No logic that needs a device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from specjax.text.tokenizer import Tokenizer
 from specjax.types import Automaton
@@ -208,6 +208,7 @@ class Closed(RuntimeError):
     """The engine takes no more requests: it is shutting down, or it has died."""
 
 
+@runtime_checkable
 class Submission(Protocol):
     """A request that an engine has accepted. Iterating yields its increments, of all its sequences, in order."""
 
@@ -233,6 +234,7 @@ Listener = Callable[[Sequence[tuple[Submission, Increment]]], None]
 """Called on the engine's thread, once for each call of the device, with all that the requests have gained."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What a server needs of an engine; `engine.Engine` is one.
 

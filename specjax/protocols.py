@@ -65,6 +65,14 @@ class Score(Protocol):
         ...
 
 
+class Features(Protocol):
+    """The hidden states of packed sequences to train on."""
+
+    def __call__(self, params: Any, batch: "Batch") -> Float[Array, "B T F E"]:
+        """The hidden states of the tapped layers at every token, computed without a cache."""
+        ...
+
+
 class WithTaps(Protocol):
     """The same model with tapped layers."""
 

@@ -144,6 +144,8 @@ class Model(NamedTuple):
       start_token: the token that the sequences of an encoder-decoder begin with; None for other models.
       score: `(params, batch, remat=False, dropout=None) -> logits [B, T, V]` of a training `Batch`; with `remat`,
         gradients compute each layer again. None for a model that cannot be trained.
+      features: `(params, batch) -> [B, T, F, E]`, the hidden states of the tapped layers at the tokens of a training
+        `Batch`, float32; None where `score` is.
       with_taps: `(taps) -> Model`, the same model, whose outputs have the hidden states of these indices as `features`:
         0 is the embedding, i the residual stream after layer i, and the number of layers (or -1) the last one, after
         the final norm. None for a model without layers.
@@ -164,6 +166,7 @@ class Model(NamedTuple):
     with_taps: protocols.WithTaps | None = None
     with_skips: protocols.WithSkips | None = None
     num_layers: int = 0
+    features: protocols.Features | None = None
 
 
 class Topology(NamedTuple):

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tabular_heads
 from helpers import Group, Pair, Sample, assert_exact, p_value, random_prompts, sample
+from tabular_heads import HEAD_TABLE, HEADS, TAPPED
 
 from specjax import drafters, testing
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
-from specjax.drafters import contract
+from specjax.drafters import contract, parallel_heads
 from specjax.types import Block, Drafter
 
 TARGET, TABLE = testing.tabular(0)
@@ -66,6 +68,15 @@ DRAFTERS = {
     "mask_tokens": Pair(TARGET, TABLE, drafters.mask_tokens(mask_token=1, num_draft_tokens=2)),
     "parallel_masks": Pair(TARGET, TABLE, drafters.parallel_masks(TARGET, mask_token=1, num_draft_tokens=3)),
     "parallel_masks, tree": Pair(TARGET, TABLE, drafters.parallel_masks(TARGET, mask_token=1, topology=(2, 2))),
+    "medusa": Pair(TAPPED, TABLE, parallel_heads.of_chain(HEADS, 3), HEAD_TABLE),
+    "medusa, sure": Pair(TAPPED, TABLE, parallel_heads.of_chain(HEADS, 2, min_confidence=0.45), HEAD_TABLE),
+    "medusa, tree": Pair(TAPPED, TABLE, tabular_heads.tree(drafters.children.without_replacement), HEAD_TABLE),
+    "medusa, tree with replacement": Pair(
+        TAPPED, TABLE, tabular_heads.tree(drafters.children.with_replacement), HEAD_TABLE
+    ),
+    "medusa, tree of the most probable": Pair(
+        TAPPED, TABLE, tabular_heads.tree(drafters.children.most_probable), HEAD_TABLE
+    ),
     "model, tree with replacement": Pair(TARGET, TABLE, tree_of(drafters.children.with_replacement), DRAFT_TABLE),
     "model, tree of the most probable": Pair(TARGET, TABLE, tree_of(drafters.children.most_probable), DRAFT_TABLE),
     "model, tree, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, topology=(3, 1)), PADDED_TABLE),
@@ -257,6 +268,7 @@ CELLS = [
     for rule, promise in RULES.items()
     for stop in STOPS
     if pair.drafter.topology.is_chain or promise.rule.trees
+    if not (pair.drafter.topology.shares_draws and promise.rule.own_draws)
 ]
 
 

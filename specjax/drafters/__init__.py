@@ -7,6 +7,7 @@ from specjax.drafters.first_of import first_of
 from specjax.drafters.jacobi import jacobi
 from specjax.drafters.lookahead import lookahead
 from specjax.drafters.mask_tokens import mask_tokens
+from specjax.drafters.medusa import blockwise, load_blockwise, load_medusa, medusa, save_blockwise, save_medusa
 from specjax.drafters.merged import merged
 from specjax.drafters.model import model
 from specjax.drafters.model_dynamic import Dynamic
@@ -23,6 +24,7 @@ __all__ = [
     "Dynamic",
     "Table",
     "aggressive",
+    "blockwise",
     "children",
     "count_ngrams",
     "early_exit",
@@ -31,19 +33,24 @@ __all__ = [
     "index_corpus",
     "is_feature_head",
     "jacobi",
+    "load_blockwise",
     "load_datastore",
     "load_feature_head",
+    "load_medusa",
     "load_table",
     "lookahead",
     "mask_tokens",
+    "medusa",
     "merged",
     "model",
     "ngram",
     "none",
     "parallel_masks",
     "retrieval",
+    "save_blockwise",
     "save_datastore",
     "save_feature_head",
+    "save_medusa",
     "save_table",
     "skip",
     "suffix",

@@ -134,7 +134,13 @@ def of_the_position(
 
 
 def find(
-    children: Children, logits: Float[Array, "B W V"], number: int, key: Any, options: SamplingOptions, coupled: bool
+    children: Children,
+    logits: Float[Array, "B W V"],
+    number: int,
+    key: Any,
+    options: SamplingOptions,
+    coupled: bool,
+    shared: bool = False,
 ) -> Found:
     """The children of W nodes of one depth, by `children`, or by what the rule `coupled` needs.
 
@@ -145,9 +151,13 @@ def find(
       key: `[B]` of the position.
       options: of the rows.
       coupled: whether `key` is the one with which the target draws.
+      shared: whether all W nodes share a draw, rather than having one each (`Topology.shares_draws`).
     """
     rows, width, _ = logits.shape
+    together = jnp.broadcast_to(key[:, None], (rows, width))
     if coupled:
-        return of_the_position(logits, number, jnp.broadcast_to(key[:, None], (rows, width)), options)
+        return of_the_position(logits, number, together, options)
+    if shared:
+        return children(logits, number, together, options)
     own = jax.vmap(lambda key: jax.vmap(lambda node: jax.random.fold_in(key, node))(jnp.arange(width)))(key)
     return children(logits, number, own, options)

@@ -167,6 +167,8 @@ def check(drafter: Any) -> Draft:
             "merged": "[drafters.ngram(), ...]",
             "mask_tokens": "mask_token=...",
             "feature_head": "drafters.load_feature_head(...), target",
+            "medusa": "drafters.load_medusa(...), target",
+            "blockwise": "drafters.load_blockwise(...), target",
             "parallel_masks": "specjax.load(...), mask_token=...",
             "skip": "specjax.load(...), attention=(...)",
             "early_exit": "specjax.load(...), layer",

@@ -73,12 +73,13 @@ def parse(topology: str | Sequence[int] | Sequence[Sequence[int]]) -> tuple[Leve
 
 
 def _find(
-    kind: Children, logits: Float[Array, "B W V"], number: int, depth: int, history: History, context: Context
+    plan: "Plan", logits: Float[Array, "B W V"], number: int, depth: int, history: History, context: Context
 ) -> Found:
     """The children of W nodes of one depth, from the draft's logits after them."""
     logits = sampling.match_vocab(logits.astype(jnp.float32), context.vocab_size)
     logits = processors.process(logits, context.sampling.penalties, history)
-    return children.find(kind, logits, number, context.keys[:, depth], context.sampling, context.coupled)
+    key, options = context.keys[:, depth], context.sampling
+    return children.find(plan.kind, logits, number, key, options, context.coupled, plan.shares_draws)
 
 
 def apply_alone(
@@ -108,30 +109,38 @@ class Plan(NamedTuple):
       draft: the draft model.
       levels: from `parse`.
       kind: how children are found; the rule `coupled` has its own.
+      shares_draws: whether the children of all nodes of a depth come from one draw (`Topology.shares_draws`).
     """
 
     draft: Model
     levels: tuple[Level, ...]
     kind: Children
+    shares_draws: bool = False
 
     @property
     def topology(self) -> Topology:
         """The shape of what is proposed."""
         parents = tuple(itertools.chain.from_iterable(level.parents for level in self.levels))
-        return Topology(len(parents), len(self.levels), parents)
+        return Topology(len(parents), len(self.levels), parents, shares_draws=self.shares_draws)
 
     def behind(self, depth: int) -> list[int]:
         """The nodes whose children are the level of this depth, from 0; -1 is the last committed token."""
         return sorted(set(self.levels[depth].parents))
 
 
-def plan(draft: Model, topology: str | Sequence[int] | Sequence[Sequence[int]], kind: Children) -> Plan:
+def plan(
+    draft: Model,
+    topology: str | Sequence[int] | Sequence[Sequence[int]],
+    kind: Children,
+    *,
+    shares_draws: bool = False,
+) -> Plan:
     """The tree that a model drafts (see `drafters.model`).
 
     Raises:
       ValueError: for a topology that is not a tree, or is a chain.
     """
-    found = Plan(draft, parse(topology), kind)
+    found = Plan(draft, parse(topology), kind, shares_draws)
     if found.topology.is_chain:
         raise ValueError("This topology is a chain: leave it out, and give num_draft_tokens.")
     return found
@@ -142,7 +151,9 @@ def nothing(plan: Plan, cache: Any, context: Context) -> Rollout:
     rows, size, num_nodes = context.max_draft.shape[0], context.vocab_size, plan.topology.num_nodes
     logits = jax.ShapeDtypeStruct((rows, 1, size), jnp.float32)
     _, probs = jax.eval_shape(
-        lambda logits: children.find(plan.kind, logits, 1, context.keys[:, 0], context.sampling, context.coupled),
+        lambda logits: children.find(
+            plan.kind, logits, 1, context.keys[:, 0], context.sampling, context.coupled, plan.shares_draws
+        ),
         logits,
     )
     stated = None if probs is None else jnp.zeros((rows, num_nodes, size))
@@ -173,12 +184,46 @@ def place(
     """
     level, at = plan.levels[depth], np.asarray(behind) + 1
     history = tree.follow(context.history, tokens, shape, len(plan.levels), context.sampling.penalties)
-    found = _find(plan.kind, logits, max(level.ranks) + 1, depth, tree.select(history, at), context)
+    found = _find(plan, logits, max(level.ranks) + 1, depth, tree.select(history, at), context)
     row_of = np.asarray([behind.index(parent) for parent in level.parents])
     return jax.tree.map(
         lambda x, new: x.at[:, np.asarray(level.nodes)].set(new[:, row_of, np.asarray(level.ranks)]),
         (tokens, probs),
         found,
+    )
+
+
+def place_level(
+    plan: Plan,
+    depth: int,
+    logits: Float[Array, "B 1 U"],
+    tokens: Int[Array, "B N"],
+    probs: Float[Array, "B N V"] | None,
+    shape: tree.Shape,
+    context: Context,
+) -> tuple[Int[Array, "B N"], Float[Array, "B N V"] | None]:
+    """`place` for a draft whose distribution at a depth is the same after all nodes.
+
+    Where no option depends on the path to a node either, and the nodes share a draw, it is drawn once.
+
+    Args:
+      plan: the tree.
+      depth: the level, from 0.
+      logits: the draft's at this depth.
+      tokens: of all nodes; those above the level are there already.
+      probs: what they were drawn from, or None.
+      shape: of the block of the last committed token and all nodes.
+      context: of the step.
+    """
+    behind, level = plan.behind(depth), plan.levels[depth]
+    depends_on_path = context.sampling.penalties is not None or context.history.grammar is not None
+    draws_apart = not (plan.shares_draws or context.coupled or plan.kind is children.most_probable)
+    if depends_on_path or draws_apart:
+        of_nodes = jnp.repeat(logits, len(behind), axis=1)
+        return place(plan, depth, behind, of_nodes, tokens, probs, shape, context)
+    found = _find(plan, logits, max(level.ranks) + 1, depth, context.history, context)
+    return jax.tree.map(
+        lambda x, new: x.at[:, np.asarray(level.nodes)].set(new[:, 0, np.asarray(level.ranks)]), (tokens, probs), found
     )
 
 

@@ -12,6 +12,7 @@ EXPERIMENTS = {
     "data": "specjax.experiments.data:run",
     "distill": "specjax.experiments.distill:run",
     "head": "specjax.experiments.head:run",
+    "heads": "specjax.experiments.heads:run",
     "exit_norm": "specjax.experiments.exit_norm:run",
     "leviathan": "specjax.experiments.leviathan:run",
     "methods": "specjax.experiments.methods:run",

@@ -176,6 +176,18 @@ def _feature_head(chosen: Any, target: Pretrained, load: Load) -> OfK:
     return _shaped(chosen, make)
 
 
+def _medusa(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    heads = drafters.load_medusa(chosen.draft, dtype=target.config.dtype)
+    make = functools.partial(drafters.medusa, heads, target, min_confidence=chosen.min_confidence)
+    return _shaped(chosen, make)
+
+
+def _blockwise(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    heads = drafters.load_blockwise(chosen.draft, dtype=target.config.dtype)
+    make = functools.partial(drafters.blockwise, heads, target, min_confidence=chosen.min_confidence)
+    return _shaped(chosen, make)
+
+
 def _table(chosen: Any, target: Pretrained, load: Load) -> OfK:
     table = drafters.load_table(chosen.draft)
     return _shaped(chosen, lambda **shape: drafters.table(table, **shape))
@@ -250,6 +262,16 @@ DRAFTERS = {
     ),
     "feature_head": Entry(
         _feature_head, draft="NAME or PATH", runs_model=True, trees="topology", lengths=True, least=1
+    ),
+    "medusa": Entry(_medusa, draft="PATH or HUB_ID", runs_model=True, trees="topology", lengths=True, least=1),
+    "blockwise": Entry(
+        _blockwise,
+        draft="PATH (of configs/heads.py)",
+        made_by="configs/heads.py",
+        runs_model=True,
+        trees="topology",
+        lengths=True,
+        least=1,
     ),
     "early_exit": Entry(
         _early_exit,

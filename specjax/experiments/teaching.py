@@ -60,10 +60,14 @@ class Teaching:
         total = sum(self.mix.values())
         return Shares(**{name: value / total for name, value in self.mix.items()})
 
+    def check_divergence(self) -> None:
+        """Refuses a name that is not known."""
+        divergences.named(self.divergence)
+
     def check(self) -> None:
         """Refuses values that do not fit each other, before anything is loaded."""
         try:
-            divergences.named(self.divergence)
+            self.check_divergence()
         except ValueError as error:
             raise ValueError(f"config.{error}") from error
         if not all(math.isfinite(value) and value >= 0 for value in self.mix.values()) or not sum(self.mix.values()):

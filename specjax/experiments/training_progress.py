@@ -8,7 +8,7 @@ from typing import Any
 from specjax.experiments.reports import train as report
 from specjax.experiments.reports.display import View
 from specjax.training.curve import Line
-from specjax.training.fit import Run
+from specjax.training.fit import Learner, Run
 
 _LINE_EVERY = 20.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -22,7 +22,7 @@ def loss_of(line: Line) -> str:
 class Progress:
     """A bar on a terminal, else a line now and then; a line for every validation."""
 
-    def __init__(self, view: View, run: Run, bar: Any, describe: Callable[[Line], str] = loss_of):
+    def __init__(self, view: View, run: Run | Learner, bar: Any, describe: Callable[[Line], str] = loss_of):
         """Shows a run on a bar of `View.progress`; `describe` puts the line of a validation into words."""
         self.view, self.run, self.bar, self.describe = view, run, bar, describe
         self.losses: collections.deque[float] = collections.deque(maxlen=report.RECENT)

@@ -286,6 +286,9 @@ def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = 
         empty = init_cache(*batch.tokens.shape)
         return decoder.logits(decoder.hidden(Block(batch.tokens), empty, None, batch, dropout)[0])
 
+    def features(params: Tree, batch: Batch) -> Float[Array, "B T F D"]:
+        return bind(params).hidden(Block(batch.tokens), init_cache(*batch.tokens.shape), None, batch)[1]
+
     def with_taps(taps: tuple[int, ...]) -> Model:
         return model(config, rules, layers.from_zero(taps, config.num_layers), skips)
 
@@ -303,4 +306,5 @@ def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = 
         with_taps=with_taps,
         with_skips=None if config.scan_layers else with_skips,
         num_layers=config.num_layers,
+        features=features,
     )

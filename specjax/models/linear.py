@@ -58,6 +58,18 @@ def converted(x: jax.Array, axes: sharding.Axes, num_contracted: int, before: st
     if outputs_first(before):
         x = jnp.transpose(x, behind(first, rotated(size, size - num_contracted)))
     return jnp.transpose(x, behind(first, stored(size, num_contracted, after))).astype(after)
+def cast(x: jax.Array, num_contracted: int, before: str, after: str) -> jax.Array:
+    """A parameter in another dtype, in the order of axes that this dtype is stored in.
+
+    Args:
+      x: the parameter, in the order of `before`.
+      num_contracted: how many of its axes are inputs; 0 if it is no matrix.
+      before: its dtype.
+      after: the dtype that it gets.
+    """
+    if outputs_first(before):
+        x = jnp.transpose(x, rotated(x.ndim, x.ndim - num_contracted))
+    return jnp.transpose(x, stored(x.ndim, num_contracted, after)).astype(after)
 
 
 class Matrix(nnx.Module):

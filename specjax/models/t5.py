@@ -371,6 +371,35 @@ class T5(nnx.Module):
         keys, values = zip(*both, strict=True)
         return cache._replace(source_keys=keys, source_values=values, source_length=length)
 
+    def read_source(self, inputs: Inputs, cache: Cache) -> Cache:
+        """The cache with the keys and values of the prompts' sources.
+
+        Raises:
+          ValueError: for prompts without a source.
+        """
+        if inputs.source is None or inputs.source_length is None:
+            raise ValueError(
+                "An encoder-decoder reads inputs.source, which is None: its target is a decoder-only model, or the "
+                "prompts were not made for it. Use an encoder-decoder target, or a decoder-only draft."
+            )
+        known = jnp.arange(inputs.source.shape[1]) < inputs.source_length[:, None]
+        encoded = self.encode(inputs.source, jnp.broadcast_to(known[:, None], (*known.shape, known.shape[1])))
+        return self.read(encoded, inputs.source_length, cache)
+
+    def read_batch(
+        self, batch: Batch, cache: Cache, dropout: Dropout | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F D"], Cache]:
+        """`hidden` of a training batch, with an empty cache.
+
+        Raises:
+          ValueError: for a batch without a source.
+        """
+        if batch.source is None or batch.source_segments is None:
+            raise ValueError("An encoder-decoder trains on batches with a source, and this one's is None.")
+        encoded = self.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments), dropout)
+        cache = self.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), cache)
+        return self.hidden(Block(batch.tokens), cache, None, batch, dropout)
+
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head, in float32."""
         if self.config.scale_outputs:
@@ -404,15 +433,8 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), s
         return Cache(empty(max_len), empty(max_len), none, empty(max_source), empty(max_source), none)
 
     def prefill(params: Tree, inputs: Inputs, cache: Cache) -> tuple[ModelOutput, Cache]:
-        if inputs.source is None or inputs.source_length is None:
-            raise ValueError(
-                "An encoder-decoder reads inputs.source, which is None: its target is a decoder-only model, or the "
-                "prompts were not made for it. Use an encoder-decoder target, or a decoder-only draft."
-            )
         t5 = module(params)
-        known = jnp.arange(inputs.source.shape[1]) < inputs.source_length[:, None]
-        encoded = t5.encode(inputs.source, jnp.broadcast_to(known[:, None], (*known.shape, known.shape[1])))
-        cache = t5.read(encoded, inputs.source_length, cache)
+        cache = t5.read_source(inputs, cache)
         hidden, features, cache = t5.hidden(Block(inputs.tokens), cache, cache.length)
         last = jnp.take_along_axis(hidden, jnp.maximum(inputs.length - 1, 0)[:, None, None], axis=1)
         return ModelOutput(t5.logits(last), features), cache_lib.commit(cache, None, inputs.length)
@@ -425,13 +447,12 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), s
     def score(
         params: Tree, batch: Batch, *, remat: bool = False, dropout: Dropout | None = None
     ) -> Float[Array, "B T V"]:
-        if batch.source is None or batch.source_segments is None:
-            raise ValueError("An encoder-decoder trains on batches with a source, and this one's is None.")
         t5 = module(params)
         t5.remat = remat
-        encoded = t5.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments), dropout)
-        cache = t5.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), init_cache(*batch.tokens.shape))
-        return t5.logits(t5.hidden(Block(batch.tokens), cache, None, batch, dropout)[0])
+        return t5.logits(t5.read_batch(batch, init_cache(*batch.tokens.shape), dropout)[0])
+
+    def features(params: Tree, batch: Batch) -> Float[Array, "B T F D"]:
+        return module(params).read_batch(batch, init_cache(*batch.tokens.shape))[1]
 
     def with_taps(taps: tuple[int, ...]) -> Model:
         return model(config, rules, layers.from_zero(taps, config.num_layers), skips)
@@ -441,5 +462,14 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), s
 
     decoded = config.vocab_size, NO_LIMIT, config.start_token
     return Model(
-        init_cache, prefill, apply, cache_lib.commit, *decoded, score, with_taps, with_skips, config.num_layers
+        init_cache,
+        prefill,
+        apply,
+        cache_lib.commit,
+        *decoded,
+        score,
+        with_taps,
+        with_skips,
+        config.num_layers,
+        features,
     )

@@ -39,6 +39,34 @@ Report = Callable[[list[Line]], None]
 """Takes the new lines of the curve."""
 
 
+class Learner(NamedTuple):
+    """What the loop trains, whatever it is made of.
+
+    Attributes:
+      config: how it is trained.
+      identity: what has to be unchanged for a run to resume, as JSON values.
+      abstract: makes the state with each array replaced by a `jax.ShapeDtypeStruct`.
+      init: makes the state that training begins from.
+      step: `(number, state) -> (state, metrics)`, of the steps from 1 on; the state is donated.
+      evaluate: the line of a validation, with `valid_loss`, from the parameters; None without held-out texts.
+      export: `(params, directory)`, writes what the run is for.
+      rank: least for the best validation.
+      mesh: where it is trained; None for the default device.
+      looks_first: whether what training begins from is worth a validation.
+    """
+
+    config: TrainConfig
+    identity: Mapping[str, Any]
+    abstract: Callable[[], TrainState]
+    init: Callable[[], TrainState]
+    step: Callable[[int, TrainState], tuple[TrainState, Metrics]]
+    evaluate: Callable[[Tree], dict[str, Any]] | None
+    export: Callable[[Tree, pathlib.Path], None]
+    rank: Rank = curve.valid_loss
+    mesh: Mesh | None = None
+    looks_first: bool = False
+
+
 class Source(Protocol):
     """The texts of a run: a `Dataset`, or texts that are made while it runs."""
 
@@ -201,22 +229,22 @@ def _lines(first: int, metrics: list[Metrics], seconds: float) -> list[Line]:
 class _Loop:
     """The files of a run, and what is done between steps."""
 
-    def __init__(self, run: Run, directory: pathlib.Path, report: Report):
-        self.run, self.directory, self.report = run, directory, report
-        self.checkpoints = Checkpoints(directory / CHECKPOINTS, identity(run), run.config.keep)
+    def __init__(self, learner: Learner, directory: pathlib.Path, report: Report):
+        self.learner, self.directory, self.report = learner, directory, report
+        self.checkpoints = Checkpoints(directory / CHECKPOINTS, learner.identity, learner.config.keep)
 
     def restore(self) -> TrainState:
         """The newest checkpoint, or a fresh state; reports what the curve has."""
-        run = self.run
-        state = self.checkpoints.restore(train.abstract_state(run.model_config, run.config, run.mesh))
+        learner = self.learner
+        state = self.checkpoints.restore(learner.abstract())
         if state is None and (self.directory / CURVE).is_file():
             self._check_beginning()
-        self.curve = Curve(self.directory / CURVE, 0 if state is None else int(state.step), run.task.rank)
+        self.curve = Curve(self.directory / CURVE, 0 if state is None else int(state.step), learner.rank)
         self.report(self.curve.lines)
         if state is not None:
             return state
-        state = train.init(run.model_config, run.config, run.mesh, params=run.initial)
-        if run.initial is not None and not self.curve.valid:
+        state = learner.init()
+        if learner.looks_first and not self.curve.valid:
             self.look(0, state.params)
         return state
 
@@ -224,7 +252,7 @@ class _Loop:
         """Refuses to start over next to the curve of a run that had made a checkpoint."""
         with (self.directory / CURVE).open("rb") as file:
             made = sum(1 for line in file if b'"loss"' in line)
-        if made > self.run.config.save_every:
+        if made > self.learner.config.save_every:
             raise ValueError(
                 f"{self.checkpoints.directory} holds no checkpoint, but {CURVE} beside it has {made} steps, of which "
                 "one was saved: restore that checkpoint, choose another --workdir, or give --overwrite to start over."
@@ -235,30 +263,26 @@ class _Loop:
         self.report(lines)
 
     def export(self, params: Tree) -> None:
-        model = Pretrained(families.model(self.run.model_config), params, self.run.tokenizer, self.run.model_config)
-        pretrained.save(model, self.directory / MODEL)
+        self.learner.export(params, self.directory / MODEL)
 
     def look(self, step: int, params: Tree) -> None:
         """Measures the validation loss, and keeps the best model so far."""
-        if self.run.valid is None:
+        if self.learner.evaluate is None:
             return
-        self.add([{"step": step, **evaluate(self.run, self.run.valid, params)}])
+        self.add([{"step": step, **self.learner.evaluate(params)}])
         if self.curve.best is not None and self.curve.best["step"] == step:
             self.export(params)
 
     @property
     def is_settled(self) -> bool:
         """Whether the validations no longer improve."""
-        return 0 < self.run.config.patience <= self.curve.num_worse
+        return 0 < self.learner.config.patience <= self.curve.num_worse
 
     def step(self, step: int, state: TrainState) -> tuple[TrainState, Metrics]:
-        run, config = self.run, self.run.config
-        batch = run.data.at(step - 1, state.params).batch(step - 1, config.batch_size, run.mesh)
-        task = run.task
-        return train.train_step(run.model_config, config, state, batch, task.frozen, objective=task.objective)
+        return self.learner.step(step, state)
 
     def steps(self, state: TrainState, asked: Callable[[], bool]) -> TrainState:
-        config, first = self.run.config, int(state.step)
+        config, first = self.learner.config, int(state.step)
         pending: list[Metrics] = []
         begin = time.perf_counter()
         for step in range(first + 1, config.num_steps + 1):
@@ -286,6 +310,32 @@ class _Loop:
         return state
 
 
+def learner(run: Run) -> Learner:
+    """The model of a run as the loop trains it."""
+    config, task, valid = run.config, run.task, run.valid
+
+    def step(number: int, state: TrainState) -> tuple[TrainState, Metrics]:
+        batch = run.data.at(number - 1, state.params).batch(number - 1, config.batch_size, run.mesh)
+        return train.train_step(run.model_config, config, state, batch, task.frozen, objective=task.objective)
+
+    def export(params: Tree, directory: pathlib.Path) -> None:
+        model = Pretrained(families.model(run.model_config), params, run.tokenizer, run.model_config)
+        pretrained.save(model, directory)
+
+    return Learner(
+        config,
+        identity(run),
+        lambda: train.abstract_state(run.model_config, config, run.mesh),
+        lambda: train.init(run.model_config, config, run.mesh, params=run.initial),
+        step,
+        None if valid is None else lambda params: evaluate(run, valid, params),
+        export,
+        task.rank,
+        run.mesh,
+        run.initial is not None,
+    )
+
+
 def fit(run: Run, directory: str | pathlib.Path, report: Report | None = None) -> Curve:
     """Trains a model, from the beginning or from where a run in the directory stopped.
 
@@ -306,10 +356,24 @@ def fit(run: Run, directory: str | pathlib.Path, report: Report | None = None) -
       ValueError: for what does not fit together, a checkpoint that is corrupt, or one of another run.
     """
     check(run)
-    loop = _Loop(run, pathlib.Path(directory), report or (lambda lines: None))
-    with contextlib.closing(loop.checkpoints), sharding.on_mesh(run.mesh), _interrupts() as asked:
+    return learn(learner(run), directory, report)
+
+
+def learn(learner: Learner, directory: str | pathlib.Path, report: Report | None = None) -> Curve:
+    """`fit` of anything that can be trained; `model/` is what `Learner.export` writes.
+
+    Args:
+      learner: what is trained.
+      directory: used by this run alone.
+      report: as in `fit`.
+
+    Raises:
+      KeyboardInterrupt, FloatingPointError, ValueError: as `fit` does.
+    """
+    loop = _Loop(learner, pathlib.Path(directory), report or (lambda lines: None))
+    with contextlib.closing(loop.checkpoints), sharding.on_mesh(learner.mesh), _interrupts() as asked:
         state = loop.restore()
         state = loop.steps(state, asked)
-        if run.valid is None or not (loop.directory / MODEL).is_dir():
+        if learner.evaluate is None or not (loop.directory / MODEL).is_dir():
             loop.export(state.params)
     return loop.curve

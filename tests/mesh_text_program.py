@@ -18,8 +18,10 @@ import specjax
 from specjax import drafters
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
-from specjax.models import families
+from specjax.drafters.parallel_heads import Heads
+from specjax.models import families, parallel_heads
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
+from specjax.models.parallel_heads import ParallelHeadsConfig
 from specjax.parallel import sharding
 from specjax.types import Batch
 
@@ -70,7 +72,7 @@ RULES = {
 }
 DRAFTERS = (
     *("none", "ngram", "model", "tree", "table", "retrieval", "jacobi", "lookahead", "mask_tokens"),
-    *("parallel_masks", "skip", "suffix", "aggressive", "merged"),
+    *("parallel_masks", "skip", "suffix", "aggressive", "merged", "medusa", "medusa tree", "blockwise"),
 )
 
 Case = tuple[str, str, str]
@@ -95,6 +97,7 @@ REST: list[Case] = (
     + [("decoder", "tree", rule) for rule in ("rejection", "traversal")]
     + [("decoder", drafter, "coupled") for drafter in ("suffix", "aggressive")]
     + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "skip", "merged")]
+    + [("decoder", "medusa", "rejection"), ("decoder", "medusa tree", "coupled"), ("t5", "blockwise", "rejection")]
     + [("t5", "skip", "rejection"), ("t5-int4", "model", "rejection")]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
@@ -134,6 +137,15 @@ def load(family: str, seed: int, mesh: jax.sharding.Mesh | None, rules: sharding
     return Pretrained(families.model(config, rules), tree, None, config)
 
 
+def heads(kind: str) -> Heads:
+    """Random parallel heads; Medusa's have output matrices of their own."""
+    sizes = {"inner_size": 32} if kind == "blockwise" else {"output_size": 256}
+    config = ParallelHeadsConfig(kind, 3, 64, **sizes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), parallel_heads.abstract(config))
+    return Heads(config, params)
+
+
 def text(
     case: Case, mesh: jax.sharding.Mesh | None, rules: sharding.Rules, draft_rules: sharding.Rules
 ) -> tuple[list[list[int]], int]:
@@ -163,6 +175,9 @@ def text(
             load(family, 0, mesh, rules), mask_token=0, num_draft_tokens=3
         ),
         "skip": lambda: drafters.skip(load(family, 0, mesh, rules), mlp=(0,), num_draft_tokens=3),
+        "medusa": lambda: drafters.medusa(heads("medusa"), load(family, 0, mesh, rules)),
+        "medusa tree": lambda: drafters.medusa(heads("medusa"), load(family, 0, mesh, rules), topology=(2, 2)),
+        "blockwise": lambda: drafters.blockwise(heads("blockwise"), load(family, 0, mesh, rules)),
         "suffix": lambda: drafters.suffix(num_draft_tokens=3, min_match=1),
         "aggressive": lambda: drafters.aggressive(num_draft_tokens=3),
         "merged": lambda: drafters.merged(

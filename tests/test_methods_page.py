@@ -20,6 +20,7 @@ ARXIV = re.compile(r"\d{4}\.\d{5}")
 NO_METHOD = {
     *("save_feature_head", "is_feature_head", "save_table", "load_table"),
     *("save_datastore", "load_datastore", "index_corpus"),
+    *("save_medusa", "save_blockwise", "load_blockwise"),
 }
 """Public functions of `specjax.drafters` that only keep what a drafter reads."""
 
@@ -117,6 +118,6 @@ def test_every_public_drafter_and_every_rule_has_a_row():
 
 def test_what_is_not_there_is_noticed():
     with pytest.raises(AttributeError):
-        found("specjax.drafters.medusa")
+        found("specjax.drafters.hydra")
     assert "test_that_nobody_wrote" not in defined("../tests/test_verify.py")
     assert "2999.99999" not in cited()

@@ -31,6 +31,8 @@ class Settings:
     dtype: Annotated[str, one_of("float32", "bfloat16")]
     draft: str
     head: str
+    medusa: str
+    blockwise: str
     drafters: tuple[str, ...]
     merged: bool
     data: Annotated[str, given("FILE")]
@@ -54,6 +56,9 @@ class Settings:
             raise ValueError(f"config.drafters={self.drafters} needs a draft model: give --config.draft=SOURCE.")
         if not self.head and any(METHODS[name].needs_head for name in self.drafters):
             raise ValueError(f"config.drafters={self.drafters} needs a trained head: give --config.head=NAME or PATH.")
+        for name in self.drafters:
+            if (key := METHODS[name].needs) and not getattr(self, key):
+                raise ValueError(f"config.drafters={self.drafters} needs heads: give --config.{key}=PATH.")
         if self.head:
             drafters.load_feature_head(self.head)
         if self.skips:
@@ -88,6 +93,7 @@ class Method(NamedTuple):
       weights: which share of the target's bytes each call of its draft reads; 0 without a model.
       needs_draft: whether it is a draft model.
       needs_head: whether it is a head over the target's hidden states.
+      needs: the key that names its trained heads, "medusa" or "blockwise"; empty: none.
       needs_layers: whether it skips layers of the target.
       coupled: whether sampled text is drafted with the target's noise, rather than judged by rejection.
       merges: whether it is also merged with lookup.
@@ -97,6 +103,7 @@ class Method(NamedTuple):
     weights: Callable[[Side], float] = lambda side: 0.0
     needs_draft: bool = False
     needs_head: bool = False
+    needs: str = ""
     needs_layers: bool = False
     coupled: bool = True
     merges: bool = True
@@ -110,6 +117,7 @@ class Method(NamedTuple):
         """Whether the target and what is given allow it."""
         has_layers = side.target.model.with_skips is not None and side.target.model.num_layers > 1
         given = (side.draft is not None or not self.needs_draft) and (bool(side.chosen.head) or not self.needs_head)
+        given = given and bool(not self.needs or getattr(side.chosen, self.needs))
         return given and (has_layers or not self.needs_layers)
 
 
@@ -154,6 +162,24 @@ def _feature_head(**options: Any) -> Method:
         needs_head=True,
         coupled=False,
     )
+
+
+def _parallel(kind: str, **options: Any) -> Method:
+    """Parallel heads of a kind, from the path that its key names."""
+
+    def heads(side: Side) -> Any:
+        load = drafters.load_medusa if kind == "medusa" else drafters.load_blockwise
+        return load(getattr(side.chosen, kind), dtype=side.chosen.dtype)
+
+    def make(side: Side) -> AnyDrafter:
+        return getattr(drafters, kind)(heads(side), side.target, **options)
+
+    def weights(side: Side) -> float:
+        # All heads are read once in a step.
+        depth = contract.check(make(side)).drafter.topology.depth
+        return _bytes(heads(side).params) / _bytes(side.target.params) / depth
+
+    return Method(make, weights, needs=kind, coupled=False)
 
 
 def _draft_model(**options: Any) -> Method:
@@ -222,6 +248,9 @@ METHODS = {
     ),
     "feature_head": _feature_head(num_draft_tokens=2),
     "feature_head tree": _feature_head(topology=(3, 2)),
+    "medusa": _parallel("medusa"),
+    "medusa tree": _parallel("medusa", topology=(3, 2)),
+    "blockwise": _parallel("blockwise"),
     "model": _draft_model(num_draft_tokens=4),
     "model, 10 tokens": _draft_model(num_draft_tokens=10),
     "model tree": _draft_model(topology=_TREE),

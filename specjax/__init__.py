@@ -2,7 +2,7 @@
 
 from specjax import decoding as decode
 from specjax import drafters, metrics, sampling, theory
-from specjax.api import Generation, Pretrained, beam_search, generate, load, save, stream, warm
+from specjax.api import Generation, Pretrained, beam_search, generate, load, load_draft, save, stream, warm
 from specjax.decoding import verify
 from specjax.models.config import DecoderConfig, T5Config
 from specjax.parallel import sharding
@@ -27,6 +27,7 @@ __all__ = [
     "drafters",
     "generate",
     "load",
+    "load_draft",
     "metrics",
     "sampling",
     "save",

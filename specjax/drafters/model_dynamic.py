@@ -13,7 +13,7 @@ from specjax.drafters.catch_up import catch_up, learn, read_last, set_length
 from specjax.drafters.model_tree import apply_alone
 from specjax.limits import check_num_draft_tokens
 from specjax.sampling import processors, tree
-from specjax.types import Block, Context, Drafter, Feedback, History, Model, Params, Proposal, Topology
+from specjax.types import Block, Context, Drafter, Feedback, History, Model, Params, Proposal, Topology, Tree
 
 
 class Dynamic(NamedTuple):
@@ -140,17 +140,41 @@ def best_nodes(levels: list[_Level], num_nodes: int) -> tuple[Int[Array, "B N"],
     return jnp.take_along_axis(tokens, chosen, axis=1), above
 
 
-_Rollout = tuple[Int[Array, "B N"], Int[Array, "B N"], Any]
+Rollout = tuple[Int[Array, "B N"], Int[Array, "B N"], Any]
 """The tokens and the parents of all nodes, and the draft's cache."""
 
 
-def _rollout(draft: Model, dynamic: Dynamic, params: Params, cache: Any, context: Context) -> _Rollout:
-    """Expands the tree depth by depth, with one call of the draft for each."""
+def topology(dynamic: Dynamic) -> Topology:
+    """The shape of what is proposed."""
+    return Topology(dynamic.num_nodes, dynamic.depth)
+
+
+def more_entries(dynamic: Dynamic) -> int:
+    """How many nodes more may be fed to the draft than are proposed, for which alone the text buffer has room."""
+    return max(0, (dynamic.depth - 1) * dynamic.width - dynamic.num_nodes)
+
+
+def nothing(dynamic: Dynamic, cache: Any, context: Context) -> Rollout:
+    """A rollout before there is anything in it."""
+    none = jnp.zeros((context.max_draft.shape[0], dynamic.num_nodes), jnp.int32)
+    return none, none - 1, cache
+
+
+def grow(
+    draft: Model, dynamic: Dynamic, params: Tree, logits: Float[Array, "B 1 V"], cache: Any, context: Context
+) -> Rollout:
+    """Expands the tree depth by depth, with one call of the draft for each.
+
+    Args:
+      draft: the draft model.
+      dynamic: the size of the tree.
+      params: the draft's parameters.
+      logits: the draft's, after the text.
+      cache: its cache of the whole text.
+      context: of the step.
+    """
     width, depth, num_nodes = dynamic
     rows = context.max_draft.shape[0]
-    cache = catch_up(draft, params.draft, cache, context.history, missing=depth + 1, chunk=depth + 1)
-    # A step adds at most D + 1 tokens, which are read here.
-    logits, cache = read_last(draft, params.draft, cache, context.history, depth + 1)
     root = jnp.zeros((rows, 1)), jnp.full((rows, 1), -1, jnp.int32)
     levels = [_expand(_log_probs(logits, context.history, context), width, *root)]
     frontier = None
@@ -159,12 +183,18 @@ def _rollout(draft: Model, dynamic: Dynamic, params: Params, cache: Any, context
         frontier = _next_frontier(levels[-1], begin, width, frontier)
         tokens = frontier.tokens[:, -width:]
         block = Block(tokens, jnp.full((rows, width), level - 1, jnp.int32), frontier.sees)
-        logits, cache = apply_alone(draft, params.draft, block, cache, jnp.any(context.max_draft > 0))
+        logits, cache = apply_alone(draft, params, block, cache, jnp.any(context.max_draft > 0))
         shape = tree.shape(frontier.parent, level)
         history = tree.follow(context.history, frontier.tokens, shape, level, context.sampling.penalties)
         history = tree.select(history, np.arange(shape.depth.shape[1])[-width:])
         levels.append(_expand(_log_probs(logits, history, context), width, frontier.scores, frontier.place))
     return *best_nodes(levels, num_nodes), cache
+
+
+def proposal(dynamic: Dynamic, tokens: Int[Array, "B N"], parent: Int[Array, "B N"], context: Context) -> Proposal:
+    """What a rollout proposes for the rows that draft."""
+    length = jnp.where(context.max_draft > 0, dynamic.num_nodes, 0).astype(jnp.int32)
+    return Proposal(tokens, length, None, parent)
 
 
 @functools.cache
@@ -175,26 +205,28 @@ def drafter(draft: Model, dynamic: Dynamic) -> Drafter:
       draft: the draft model.
       dynamic: the size of the tree, which `check` has passed.
     """
-    topology = Topology(dynamic.num_nodes, dynamic.depth)
-    # More nodes may be fed to the draft than are proposed to the target, for which alone the text buffer has room.
-    more = max(0, (dynamic.depth - 1) * dynamic.width - dynamic.num_nodes)
+    deepest = dynamic.depth + 1
 
     def init(batch_size: int, max_len: int, max_source: int = 0) -> Any:
-        return draft.init_cache(batch_size, max_len + more, max_source)
+        return draft.init_cache(batch_size, max_len + more_entries(dynamic), max_source)
+
+    def rollout(params: Tree, cache: Any, context: Context) -> Rollout:
+        cache = catch_up(draft, params, cache, context.history, missing=deepest, chunk=deepest)
+        # A step adds at most D + 1 tokens, which are read here.
+        logits, cache = read_last(draft, params, cache, context.history, deepest)
+        return grow(draft, dynamic, params, logits, cache, context)
 
     def propose(params: Params, state: Any, cache: Any, context: Context) -> tuple[Proposal, Any, Any]:
-        none = jnp.zeros((context.max_draft.shape[0], dynamic.num_nodes), jnp.int32)
         tokens, parent, state = control.once(
             jnp.any(context.max_draft > 0),
-            lambda carry: _rollout(draft, dynamic, params, carry[2], context),
-            (none, none - 1, state),
+            lambda carry: rollout(params.draft, carry[2], context),
+            nothing(dynamic, state, context),
         )
-        length = jnp.where(context.max_draft > 0, dynamic.num_nodes, 0).astype(jnp.int32)
-        return Proposal(tokens, length, None, parent), state, cache
+        return proposal(dynamic, tokens, parent, context), state, cache
 
     def update(params: Params, state: Any, feedback: Feedback) -> Any:
         if feedback.inputs is not None:
             return learn(draft, params.draft, state, feedback.inputs)
         return set_length(draft, state, jnp.minimum(state.length, feedback.length - 1))
 
-    return Drafter(init, propose, update, topology)
+    return Drafter(init, propose, update, topology(dynamic))

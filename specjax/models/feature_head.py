@@ -39,6 +39,9 @@ class FeatureHeadConfig:
 class FeatureHead(nnx.Module):
     """The input maps and the layer. `features` and `state` map to the same width: a row has the one or the other."""
 
+    sees_first = True
+    """Tokens attend to the first token of a text, whose feature is zero."""
+
     def __init__(self, config: FeatureHeadConfig, rules: sharding.Rules, rngs: nnx.Rngs):
         """Declares the parameters."""
         c = config.layer
@@ -66,6 +69,30 @@ class FeatureHead(nnx.Module):
         """
         before = self.state(seen) if is_own else self.features(flatten(seen))
         return before + self.token(normed(embedding)) + self.bias[...].astype(jnp.float32)
+
+    def step(
+        self,
+        seen: Float[Array, "B T *F D"],
+        embedding: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        keys: Float[Array, "B H S E"],
+        values: Float[Array, "B H S E"],
+        start: Int[Array, " B"] | None,
+        *,
+        is_own: bool,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H S E"], Float[Array, "B H S E"]]:
+        """The head at some tokens: its estimates of the target's last hidden states, its keys and values.
+
+        The arguments are those of `eagle.EagleHead.step`.
+        """
+        angles = positions[:, :, None] * layers.rope_frequencies(self.config.layer)
+        x = self.combine(seen, embedding, is_own=is_own)
+        return self.layer(x, ((jnp.cos(angles), jnp.sin(angles)), mask), keys, values, start)
+
+    def logits(self, state: Float[Array, "B T D"], rows: Float[Array, "W D"]) -> Float[Array, "B T W"]:
+        """The logits of the tokens whose rows of the target's output matrix these are."""
+        return linear.product(state, rows if linear.outputs_first(rows.dtype) else rows.T)
 
 
 def normed(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -113,3 +140,8 @@ def output_rows(config: DecoderConfig, params: Tree, tokens: Int[np.ndarray, " W
     """The rows of the target's output matrix for these tokens, in the target's dtype."""
     target = modules.merge(decoder.module(config), config, sharding.RULES, params)
     return target.head.look_up(jnp.asarray(tokens)[None])[0].astype(config.dtype)
+
+
+def target_logits(config: DecoderConfig, params: Tree, state: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """The logits that the target's own output matrix makes of estimates of its last hidden states."""
+    return modules.merge(decoder.module(config), config, sharding.RULES, params).logits(state)

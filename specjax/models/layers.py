@@ -186,13 +186,13 @@ class Attention(nnx.Module):
     one product makes all three and the split over `kv_heads` cuts none of them.
     """
 
-    def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs):
-        """Declares the parameters."""
+    def __init__(self, config: DecoderConfig, rules: sharding.Rules, rngs: nnx.Rngs, inputs: int | None = None):
+        """Declares the parameters; `inputs` is the width of what is read, by default that of the model."""
         c, group = config, config.num_heads // config.num_kv_heads
         self.config, self.rules = config, rules
         heads = (c.num_kv_heads, group + 2, c.head_dim)
         head_axes = ("kv_heads", "heads_per_group", "head_dim")
-        self.qkv = Matrix(rngs, (c.hidden_size, *heads), ("embed", *head_axes), c.dtype, how=c.quantisation)
+        self.qkv = Matrix(rngs, (inputs or c.hidden_size, *heads), ("embed", *head_axes), c.dtype, how=c.quantisation)
         out = (c.num_kv_heads, group, c.head_dim, c.hidden_size)
         self.out = Matrix(rngs, out, (*head_axes, "embed"), c.dtype, how=c.quantisation, num_contracted=3)
         if c.qkv_bias:
@@ -212,7 +212,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T _"],
         view: View,
         keys: Float[Array, "B *L H S E"],
         values: Float[Array, "B *L H S E"],

@@ -193,13 +193,12 @@ def draft_logits(
     mask = place[:, None] >= place
     for k in range(depth):
         embedding = jnp.take(frozen.embeddings, tokens, axis=0).astype(jnp.float32)
-        x = head.combine(seen, embedding, is_own=k > 0)
-        view = head.view(jnp.broadcast_to(place + k, (rows, size)), jnp.broadcast_to(mask, (rows, *mask.shape)))
+        positions, seen_of = jnp.broadcast_to(place + k, (rows, size)), jnp.broadcast_to(mask, (rows, *mask.shape))
         # The layer writes its entries at the beginning: those of earlier drafts stand behind them.
         room = jnp.zeros((rows, layer.num_kv_heads, size, layer.head_dim), layer.dtype)
         keys, values = (jnp.concatenate([room, old], axis=2) for old in (keys, values))
-        seen, keys, values = head.layer(x, view, keys, values, None)
-        yield seen @ frozen.rows.astype(jnp.float32).T
+        seen, keys, values = head.step(seen, embedding, positions, seen_of, keys, values, None, is_own=k > 0)
+        yield head.logits(seen, frozen.rows.astype(jnp.float32))
         mask = jnp.concatenate([itself, mask], axis=1)
         tokens = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
 

@@ -52,7 +52,7 @@ def parse_config(raw: Mapping[str, Any], dtype: str = "float32", names: Collecti
     return family.parse(raw, names, dtype)
 
 
-class _Shards:
+class Shards:
     """The tensors of one or several safetensors files, read from disk when they are requested."""
 
     def __init__(self, directory: pathlib.Path):
@@ -104,7 +104,7 @@ class _Shards:
         return set(self._files)
 
     def get(self, name: str) -> lazy.LazyArray:
-        """A tensor; nothing is read yet."""
+        """A tensor of floats; nothing is read yet."""
         import safetensors
 
         try:
@@ -121,6 +121,15 @@ class _Shards:
                 raise ValueError(f"Tensor {name!r} cannot be read ({error}): download its file again.") from error
 
         return lazy.LazyArray(part.get_shape(), jnp.dtype(_DTYPES[part.get_dtype()]), read)
+
+    def whole(self, name: str) -> np.ndarray:
+        """A tensor of any type, read."""
+        import safetensors
+
+        try:
+            return self._files[name].get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"Tensor {name!r} cannot be read ({error}): download its file again.") from error
 
 
 def load(
@@ -148,7 +157,7 @@ def load(
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory: give one that holds config.json.")
-    raw, shards = files.read_json(directory / "config.json"), _Shards(directory)
+    raw, shards = files.read_json(directory / "config.json"), Shards(directory)
     with files.naming(directory / "config.json"):
         config = parse_config(raw, dtype, shards.names())
     return families.of(config).read(
@@ -168,11 +177,13 @@ def is_cached(repo_id: str) -> bool:
 
 
 def download(repo_id: str, names: Sequence[str] = HUB_FILES) -> pathlib.Path:
+def download(repo_id: str, patterns: Collection[str] = HUB_FILES) -> pathlib.Path:
     """Downloads the files of a hub repository that specjax reads, or finds them in the hub's own cache.
 
     Args:
       repo_id: e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
       names: of the files, as patterns.
+      patterns: the names of the files.
 
     Returns:
       The local directory.
@@ -185,6 +196,7 @@ def download(repo_id: str, names: Sequence[str] = HUB_FILES) -> pathlib.Path:
 
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(names)))
+        return pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(patterns)))
     except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(

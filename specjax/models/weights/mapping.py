@@ -229,6 +229,8 @@ def _fuse_qkv(config: DecoderConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attention(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+def attention_parts(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `layers.Attention`, inputs first, from the tensors of its projections."""
     qkv = [get(f"{name}_proj.weight") for name in "qkv"]
     yield ("qkv",), np.moveaxis(_fuse_qkv(c, *qkv), -1, 0)
     yield ("out",), get("o_proj.weight").T.reshape(c.num_kv_heads, -1, c.head_dim, c.hidden_size)
@@ -245,6 +247,8 @@ def _attention(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple
 
 def _feed_forward(c: DecoderConfig, get: Callable[[str], Tensor], name: str) -> Tensor:
     """One of a feed-forward's parameters."""
+def mlp_parts(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `layers.FeedForward`, inputs first."""
     inner = ("gate_proj", "up_proj") if c.gated else ("up_proj",)
     if name == "gate_up":
         return np.stack([get(f"{part}.weight").T for part in inner], axis=1)
@@ -314,8 +318,8 @@ def from_huggingface(
     params["layers"] = {}
     for layer in range(config.num_layers):
         block, inputs, prefix = axes["layers"][layer], contracted["layers"][layer], f"model.layers.{layer}."
-        attention = _attention(config, part(f"{prefix}self_attn."))
-        mlp = _mlp(config, part(f"{prefix}mlp."))
+        attention = attention_parts(config, part(f"{prefix}self_attn."))
+        mlp = mlp_parts(config, part(f"{prefix}mlp."))
         params["layers"][layer] = {
             name: tree(found, block[name], inputs[name]) for name, found in (("attention", attention), ("mlp", mlp))
         }

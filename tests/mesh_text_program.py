@@ -20,6 +20,7 @@ from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.drafters.parallel_heads import Heads
 from specjax.models import families, parallel_heads
+from specjax.models import eagle, families, modules
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
 from specjax.models.parallel_heads import ParallelHeadsConfig
 from specjax.parallel import sharding
@@ -73,6 +74,7 @@ RULES = {
 DRAFTERS = (
     *("none", "ngram", "model", "tree", "table", "retrieval", "jacobi", "lookahead", "mask_tokens"),
     *("parallel_masks", "skip", "suffix", "aggressive", "merged", "medusa", "medusa tree", "blockwise"),
+    *("parallel_masks", "skip", "suffix", "aggressive", "merged", "eagle", "eagle tree"),
 )
 
 Case = tuple[str, str, str]
@@ -98,6 +100,7 @@ REST: list[Case] = (
     + [("decoder", drafter, "coupled") for drafter in ("suffix", "aggressive")]
     + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "skip", "merged")]
     + [("decoder", "medusa", "rejection"), ("decoder", "medusa tree", "coupled"), ("t5", "blockwise", "rejection")]
+    + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "skip", "merged", "eagle", "eagle tree")]
     + [("t5", "skip", "rejection"), ("t5-int4", "model", "rejection")]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
@@ -144,6 +147,13 @@ def heads(kind: str) -> Heads:
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), parallel_heads.abstract(config))
     return Heads(config, params)
+def eagle_head(mesh: jax.sharding.Mesh | None, rules: sharding.Rules) -> drafters.EagleHead:
+    """A random EAGLE-3 head that drafts half of the tokens."""
+    config = eagle.EagleConfig(dataclasses.replace(DECODER, vocab_size=128), (0, 1, 1), DECODER.hidden_size)
+    tree = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, eagle.initial(config, jax.random.key(0)))
+    if mesh is not None:
+        tree = sharding.shard(tree, modules.metadata(eagle.EagleHead, config, "axes"), mesh, rules)
+    return drafters.EagleHead(config, tree, np.arange(0, 256, 2, dtype=np.int32))
 
 
 def text(
@@ -178,6 +188,12 @@ def text(
         "medusa": lambda: drafters.medusa(heads("medusa"), load(family, 0, mesh, rules)),
         "medusa tree": lambda: drafters.medusa(heads("medusa"), load(family, 0, mesh, rules), topology=(2, 2)),
         "blockwise": lambda: drafters.blockwise(heads("blockwise"), load(family, 0, mesh, rules)),
+        "eagle": lambda: drafters.eagle(
+            eagle_head(mesh, draft_rules), load(family, 0, mesh, rules), num_draft_tokens=3, rules=draft_rules
+        ),
+        "eagle tree": lambda: drafters.eagle(
+            eagle_head(mesh, draft_rules), load(family, 0, mesh, rules), topology=(3, 2), rules=draft_rules
+        ),
         "suffix": lambda: drafters.suffix(num_draft_tokens=3, min_match=1),
         "aggressive": lambda: drafters.aggressive(num_draft_tokens=3),
         "merged": lambda: drafters.merged(

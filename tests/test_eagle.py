@@ -8,13 +8,13 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import eagle_files
+import eagle_heads
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from eagle_files import LAYOUTS, Reference
+from eagle_heads import LAYOUTS, Reference
 from helpers import compiled, random_prompts, right_pad, texts
 
 import specjax
@@ -27,10 +27,12 @@ from specjax.drafters.eagle import functions as functions_of
 from specjax.models import eagle, families
 from specjax.models.config import DecoderConfig, T5Config
 from specjax.models.weights import eagle_files as reader
+from specjax.training import heads
+from specjax.training.harvest import Texts
 from specjax.types import Block, Draft, Feedback, Inputs, Model, ModelOutput, Params
 
 TARGET = DecoderConfig(
-    eagle_files.VOCAB, eagle_files.WIDTH, 32, eagle_files.LAYERS, 2, 1, 8, max_position=128, rope_theta=500_000.0
+    eagle_heads.VOCAB, eagle_heads.WIDTH, 32, eagle_heads.LAYERS, 2, 1, 8, max_position=128, rope_theta=500_000.0
 )
 
 
@@ -63,7 +65,7 @@ def hidden_states() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 DRAFTS = (5, 2, 17)
 
 
-def reference_logits(name: str, tensors: eagle_files.Tensors) -> np.ndarray:
+def reference_logits(name: str, tensors: eagle_heads.Tensors) -> np.ndarray:
     """`[2, 1 + drafts, V]` after both texts."""
     layout, (tokens, length, hidden) = LAYOUTS[name], hidden_states()
     table = torch.tensor(np.asarray(target().params["embedding"]))
@@ -107,13 +109,13 @@ def files() -> pathlib.Path:
 
 
 @functools.cache
-def tensors(name: str) -> eagle_files.Tensors:
-    return eagle_files.tensors_of(LAYOUTS[name])
+def tensors(name: str) -> eagle_heads.Tensors:
+    return eagle_heads.tensors_of(LAYOUTS[name])
 
 
 @functools.cache
 def directory(name: str) -> pathlib.Path:
-    return eagle_files.save(files() / name, LAYOUTS[name], tensors(name))
+    return eagle_heads.save(files() / name, LAYOUTS[name], tensors(name))
 
 
 @functools.cache
@@ -304,10 +306,10 @@ def edited(tmp_path: pathlib.Path, name: str = "EAGLE-3", raw: Any = (), **chang
     """A head whose file has other entries or tensors; None: without it."""
     layout = LAYOUTS[name]
     now = {key: x for key, x in (tensors(name) | changed).items() if x is not None}
-    return eagle_files.save(tmp_path, layout._replace(raw=layout.raw | dict(raw)), now)
+    return eagle_heads.save(tmp_path, layout._replace(raw=layout.raw | dict(raw)), now)
 
 
-OTHER_IDS = torch.arange(eagle_files.KNOWN)
+OTHER_IDS = torch.arange(eagle_heads.KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -386,3 +388,52 @@ def test_load_draft_knows_models_and_heads_of_specjax(tmp_path):
         specjax.load_draft(tmp_path / "nowhere", target())
     with pytest.raises(TypeError, match="num_draft_token"):
         specjax.load_draft(directory("EAGLE-3"), target(), num_draft_token=2)
+
+
+def frozen_of(head: drafters.EagleHead) -> heads.Frozen:
+    table = jnp.asarray(target().params["embedding"])
+    output = jnp.asarray(target().params["head"]["values"]).T
+    assert head.tokens is not None
+    return heads.Frozen(table, output, output[head.tokens])
+
+
+def harvested() -> Texts:
+    """The two texts with the hidden states that EAGLE-3 reads, and the last one."""
+    tokens, length, hidden = hidden_states()
+    taps = [*eagle.default_taps(TARGET.num_layers), TARGET.num_layers]
+    return Texts(tokens, np.minimum(length, 2), length, hidden[:, :, taps])
+
+
+def test_training_sees_what_drafting_computes():
+    """The training-time test: the logits of each draft token behind a text are those of the published computation."""
+    head, texts = head_of("EAGLE-3"), harvested()
+    wanted = reference_logits("EAGLE-3", tensors("EAGLE-3"))[..., head.tokens]
+    tokens, length = np.zeros((2, 16), np.int32), texts.length
+    tokens[:, :9] = texts.tokens
+    for row, n in enumerate(length):
+        tokens[row, n : n + len(DRAFTS)] = DRAFTS
+    wide = texts._replace(tokens=tokens, features=np.pad(texts.features, ((0, 0), (0, 7), (0, 0), (0, 0))))
+    frozen = frozen_of(head)
+    read = jax.jit(lambda texts: tuple(heads.draft_logits(head.config, head.params, frozen, texts, 1 + len(DRAFTS))))
+    for k, logits in enumerate(read(wide)):
+        np.testing.assert_allclose(logits[np.arange(2), length - 1], wanted[:, k], rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_training_lowers_the_loss_and_goes_on_where_it_stopped():
+    head = head_of("EAGLE-3")
+    frozen, texts = frozen_of(head), harvested()
+    recipe = heads.Recipe(3e-3, 6, 2, depth=3, prompt_weight=0.0, clip=0.5, only_known=True)
+    begin = heads.initial(head.config, frozen.rows, jax.random.key(0))
+    losses: list[float] = []
+
+    def report(state: heads.TrainState, loss: float) -> bool:
+        losses.append(loss)
+        return len(losses) != 3
+
+    stopped = heads.train(head.config, begin, frozen, [texts], recipe, report)
+    heads.train(head.config, stopped, frozen, [texts], recipe, report)
+    whole: list[float] = []
+    heads.train(head.config, begin, frozen, [texts], recipe, lambda state, loss: not whole.append(loss))
+    assert losses == whole
+    assert losses[-1] < losses[0] - 0.05

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import eagle_heads
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +54,15 @@ def unsure(params: Any, block: Block, cache: Any) -> Any:
 
 SKIPPING = TARGET._replace(with_skips=lambda skips: TARGET._replace(apply=unsure), num_layers=1)
 
+TAPPED, EAGLE_TARGET, EAGLE = eagle_heads.on_tables(TARGET)
+
+
+def eagle(**shape: Any) -> Pair:
+    """A random EAGLE-3 head that drafts three of the four tokens, over features that tell the target's last two."""
+    draft = drafters.eagle(EAGLE, EAGLE_TARGET, **shape)
+    return Pair(TAPPED, TABLE, draft.drafter, draft.params)
+
+
 DRAFTERS = {
     "none": Pair(TARGET, TABLE, drafters.none()),
     "ngram": Pair(TARGET, TABLE, drafters.ngram(num_draft_tokens=3, min_match=1)),
@@ -95,6 +105,9 @@ DRAFTERS = {
         TARGET, TABLE, drafters.skip(SKIPPING, mlp=(0,), num_draft_tokens=3, min_confidence=0.3, adaptive=True)
     ),
     "skip, tree": Pair(TARGET, TABLE, drafters.skip(SKIPPING, mlp=(0,), topology=(2, 2, 1))),
+    "eagle": eagle(num_draft_tokens=3),
+    "eagle, tree": eagle(topology=(2, 2, 1)),
+    "eagle, dynamic tree": eagle(dynamic=drafters.Dynamic(width=3, depth=3, num_nodes=6)),
     "table": Pair(TARGET, TABLE, drafters.table(COUNTS, num_draft_tokens=3).drafter, COUNTS.params),
     "retrieval": Pair(
         TARGET, TABLE, drafters.retrieval(CORPUS, num_draft_tokens=3, num_occurrences=8).drafter, CORPUS.params

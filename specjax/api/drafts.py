@@ -13,8 +13,8 @@ _OF_LOADING = ("dtype", "rules")
 """Options that say how a draft is loaded, rather than what is drafted with it."""
 
 
-def _directory(source: str | pathlib.Path) -> pathlib.Path:
-    """The local file or directory of a source; of a hub repository without safetensors, with its torch file."""
+def directory_of(source: str | pathlib.Path) -> pathlib.Path:
+    """The local file or directory of a source, downloaded if need be; without safetensors, with its torch file."""
     path = resolve(source)
     is_hub = not pathlib.Path(source).expanduser().exists()
     if is_hub and path.is_dir() and not any(path.glob("*.safetensors")):
@@ -47,7 +47,7 @@ def load_draft(source: str | pathlib.Path, target: Pretrained, **options: Any) -
     """
     if drafters.is_feature_head(source):
         return drafters.feature_head(drafters.load_feature_head(source), target, **options)
-    path = _directory(source)
+    path = directory_of(source)
     loading = {name: options.pop(name) for name in _OF_LOADING if name in options}
     if path.is_dir() and eagle_files.is_eagle(path):
         taps = options.pop("taps", None)

@@ -169,6 +169,7 @@ def check(drafter: Any) -> Draft:
             "feature_head": "drafters.load_feature_head(...), target",
             "medusa": "drafters.load_medusa(...), target",
             "blockwise": "drafters.load_blockwise(...), target",
+            "eagle": "drafters.load_eagle(...), target",
             "parallel_masks": "specjax.load(...), mask_token=...",
             "skip": "specjax.load(...), attention=(...)",
             "early_exit": "specjax.load(...), layer",

@@ -87,6 +87,7 @@ class AllModels(Models):
     num_draft_tokens: Annotated[int, DRAFT_TOKENS]
     lengths: Annotated[tuple[int, ...], Check(lambda lengths: all(n > 0 for n in lengths), "numbers above 0")]
     topology: tuple[Any, ...]
+    dynamic: tuple[int, ...]
     depth: Annotated[int, between(0, limits.MAX_DRAFT_TOKENS)]
     num_fallback_tokens: Annotated[int, DRAFT_TOKENS]
     window: Annotated[int, between(1, 256, " trajectories")]

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from specjax import drafters
+from specjax.api import drafts
 from specjax.api.pretrained import Pretrained
-from specjax.drafters import model_tree
+from specjax.drafters import model_dynamic, model_tree
 from specjax.experiments import own
+from specjax.models.weights import eagle_files
+from specjax.parallel import sharding
 from specjax.types import AnyDrafter, Skips
 
 OfK = Callable[[int], AnyDrafter]
@@ -32,6 +35,7 @@ class Entry(NamedTuple):
       made_by: the config that makes the draft, where that is a directory.
       runs_model: whether it rolls a model out, which `config.min_confidence` can end.
       trees: the key that makes it draft trees, `topology` or `depth`, if any.
+      dynamic: whether it drafts trees whose shape follows its probabilities (`config.dynamic`).
       least: the least K.
       lengths: whether its chains may have programs of shorter lengths (`Topology.lengths`).
     """
@@ -43,6 +47,7 @@ class Entry(NamedTuple):
     made_by: str = ""
     runs_model: bool = False
     trees: str = ""
+    dynamic: bool = False
     least: int = 0
     lengths: bool = False
 
@@ -91,6 +96,7 @@ class Entry(NamedTuple):
             if chosen.min_confidence:
                 raise ValueError(f"config.min_confidence={chosen.min_confidence} is for chains: leave out topology.")
             model_tree.parse(chosen.topology)
+        self._check_dynamic(chosen)
         lengths = getattr(chosen, "lengths", ())
         if lengths and not self.lengths:
             having = ", ".join(name for name, entry in DRAFTERS.items() if entry.lengths)
@@ -103,6 +109,23 @@ class Entry(NamedTuple):
         k = getattr(chosen, "num_draft_tokens", None)
         if isinstance(k, int) and k < self.least:
             raise ValueError(f"config.num_draft_tokens={k}: drafter={chosen.drafter} needs at least {self.least}.")
+
+    def _check_dynamic(self, chosen: Any) -> None:
+        """Refuses a dynamic tree that cannot be, or that the drafter does not have."""
+        dynamic = getattr(chosen, "dynamic", ())
+        if not dynamic:
+            return
+        if not self.dynamic:
+            having = ", ".join(name for name, entry in DRAFTERS.items() if entry.dynamic)
+            raise ValueError(
+                f"config.dynamic={dynamic} is not used by drafter={chosen.drafter}: leave it out, or choose one of "
+                f"{having}."
+            )
+        if len(dynamic) != 3:
+            raise ValueError(f"config.dynamic={dynamic}: give (width, depth, num_nodes), such as (10, 7, 59).")
+        if chosen.min_confidence or chosen.topology or chosen.lengths:
+            raise ValueError(f"config.dynamic={dynamic}: leave out config.topology, config.lengths and min_confidence.")
+        model_dynamic.check(drafters.Dynamic(*dynamic))
 
 
 def _matches(chosen: Any) -> dict[str, int]:
@@ -124,6 +147,8 @@ def _shaped(chosen: Any, make: Callable[..., AnyDrafter]) -> OfK:
     """A drafter of the topology that is chosen, or else a chain of K tokens."""
     if topology := getattr(chosen, "topology", None):
         return lambda k: make(topology=topology)
+    if dynamic := getattr(chosen, "dynamic", None):
+        return lambda k: make(dynamic=drafters.Dynamic(*dynamic))
     return lambda k: make(num_draft_tokens=k, **_lengths(chosen, k))
 
 
@@ -160,6 +185,8 @@ def _first_of(chosen: Any, target: Pretrained, load: Load) -> OfK:
     """Lookup of K tokens, and a trained head or a draft model where it finds nothing."""
     if drafters.is_feature_head(chosen.draft):
         other = _feature_head(chosen, target, load)
+    elif eagle_files.is_eagle(drafts.directory_of(chosen.draft)):
+        other = _eagle(chosen, target, load)
     else:
         other = _model(chosen, target, load)
 
@@ -185,6 +212,10 @@ def _medusa(chosen: Any, target: Pretrained, load: Load) -> OfK:
 def _blockwise(chosen: Any, target: Pretrained, load: Load) -> OfK:
     heads = drafters.load_blockwise(chosen.draft, dtype=target.config.dtype)
     make = functools.partial(drafters.blockwise, heads, target, min_confidence=chosen.min_confidence)
+def _eagle(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    rules = sharding.REPLICATED if chosen.draft_sharding == "replicated" else sharding.with_whole(chosen.mesh_whole)
+    head = drafters.load_eagle(drafts.directory_of(chosen.draft), target, rules=rules)
+    make = functools.partial(drafters.eagle, head, target, min_confidence=chosen.min_confidence, rules=rules)
     return _shaped(chosen, make)
 
 
@@ -235,7 +266,9 @@ def _counted(make: Callable[[Any, Pretrained, Load], OfK], trees: str) -> Entry:
 
 
 DRAFTERS = {
-    "model": Entry(_model, draft="SOURCE", is_model=True, runs_model=True, trees="topology", lengths=True),
+    "model": Entry(
+        _model, draft="SOURCE", is_model=True, runs_model=True, trees="topology", dynamic=True, lengths=True
+    ),
     "ngram": Entry(_ngram, trees="depth", lengths=True),
     "suffix": Entry(_suffix, trees="depth", lengths=True),
     "aggressive": Entry(lambda chosen, target, load: lambda k: drafters.aggressive(num_draft_tokens=k)),
@@ -273,6 +306,7 @@ DRAFTERS = {
         lengths=True,
         least=1,
     ),
+    "eagle": Entry(_eagle, draft="SOURCE", runs_model=True, trees="topology", dynamic=True, lengths=True, least=1),
     "early_exit": Entry(
         _early_exit,
         draft="PATH (of configs/exit_norm.py)",

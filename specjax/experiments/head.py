@@ -1,11 +1,11 @@
-"""Trains a head over a target's hidden states, and saves it as `drafters.load_feature_head` reads it."""
+"""Trains a head over a target's hidden states, and saves it as `specjax.load_draft` reads it."""
 
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,11 @@ from specjax.drafters.feature_head import Head
 from specjax.experiments import board, results
 from specjax.experiments.instructions import instructions
 from specjax.experiments.reports.display import View
-from specjax.experiments.settings import POSITIVE, Config, at_least, between, given, parse
+from specjax.experiments.settings import POSITIVE, Config, at_least, between, given, one_of, parse
 from specjax.experiments.store import clear
-from specjax.models import feature_head
+from specjax.models import eagle, feature_head
 from specjax.models.config import DecoderConfig
+from specjax.models.eagle import EagleConfig
 from specjax.models.feature_head import FeatureHeadConfig
 from specjax.training import fit, harvest, heads
 from specjax.training.harvest import Texts
@@ -38,6 +39,7 @@ class Settings:
     """The keys of `configs/head.py`."""
 
     name: str
+    kind: Annotated[str, one_of("feature_head", "eagle")]
     target: Annotated[str, given("SOURCE")]
     texts: str
     taps: tuple[int, ...]
@@ -51,6 +53,9 @@ class Settings:
     rows: Annotated[int, at_least(1)]
     depth: Annotated[int, at_least(1)]
     learning_rate: Annotated[float, POSITIVE]
+    prompt_weight: Annotated[float, between(0, 1)]
+    clip: Annotated[float, POSITIVE]
+    only_known: bool
     eval_every: Annotated[int, at_least(1)]
     tensorboard: Annotated[bool, board.INSTALLED]
     seed: Annotated[int, at_least(0)]
@@ -60,6 +65,11 @@ class Settings:
         if self.rows > self.batch_size:
             raise ValueError(
                 f"config.rows={self.rows}: at most config.batch_size={self.batch_size}, the held-out batch is read so."
+            )
+        if self.kind == "eagle" and len(self.taps) < 2:
+            raise ValueError(
+                f"config.taps={self.taps}: config.kind='eagle' reads all of them but the last, which is learnt; give "
+                "those before it too, such as (2, 15, 27, 30) for 30 layers."
             )
         if self.texts:
             files.check_file(pathlib.Path(self.texts).expanduser(), "config.texts: the file", "give JSONL with `text`")
@@ -147,12 +157,73 @@ def shape(target: DecoderConfig, taps: tuple[int, ...], vocab_size: int) -> Feat
     return FeatureHeadConfig(layer, taps)
 
 
+def eagle_shape(target: DecoderConfig, taps: tuple[int, ...], vocab_size: int) -> EagleConfig:
+    """An EAGLE-3 head with the sizes of the target's layers, in the published form: its own rotary base, no biases."""
+    layer = DecoderConfig(
+        vocab_size,
+        target.hidden_size,
+        target.intermediate_size,
+        1,
+        target.num_heads,
+        target.num_kv_heads,
+        target.head_dim,
+        target.max_position,
+        norm_eps=target.norm_eps,
+    )
+    return EagleConfig(layer, taps, target.hidden_size)
+
+
+class Kind(NamedTuple):
+    """A kind of head.
+
+    Attributes:
+      shape: `(target, taps, vocab_size) -> ` the shape, in float32, given the hidden states of the texts.
+      initial: `(shape, frozen, texts, seed) -> ` its first parameters.
+      save: `(target, shape, params, tokens, directory)` writes it in bfloat16.
+      files: what it writes.
+    """
+
+    shape: Callable[[DecoderConfig, tuple[int, ...], int], heads.AnyHead]
+    initial: Callable[[Any, heads.Frozen, Sequence[Texts], int], Any]
+    save: Callable[[Pretrained, Any, Any, np.ndarray, pathlib.Path], None]
+    files: tuple[str, ...]
+
+
+def _ridge(head: FeatureHeadConfig, frozen: heads.Frozen, batches: Sequence[Texts], seed: int) -> Any:
+    return heads.ridge(head, feature_head.initial(head, jax.random.key(seed)), frozen.embeddings, batches)
+
+
+def _save(
+    target: Pretrained, head: FeatureHeadConfig, params: Any, tokens: np.ndarray, directory: pathlib.Path
+) -> None:
+    assert target.tokenizer is not None  # As `_load` has checked.
+    drafters.save_feature_head(Head(head, params, tokens, store.fingerprint(target.tokenizer)), directory)
+
+
+def _save_eagle(
+    target: Pretrained, head: EagleConfig, params: Any, tokens: np.ndarray, directory: pathlib.Path
+) -> None:
+    drafters.save_eagle(drafters.EagleHead(*eagle.cast(head, params, "bfloat16"), tokens), target, directory)
+
+
+KINDS = {
+    "feature_head": Kind(shape, _ridge, _save, (store.FILE,)),
+    "eagle": Kind(
+        lambda target, taps, size: eagle_shape(target, taps[:-1], size),
+        lambda head, frozen, batches, seed: heads.initial(head, frozen.rows, jax.random.key(seed)),
+        _save_eagle,
+        ("model.safetensors", "config.json"),
+    ),
+}
+"""By `config.kind`."""
+
+
 @functools.cache
-def _judge(config: FeatureHeadConfig) -> Any:
+def _judge(config: heads.AnyHead) -> Any:
     return jax.jit(lambda params, frozen, texts: heads.judge(config, params, frozen, texts, depth=3, whole=True))
 
 
-def _evaluate(config: FeatureHeadConfig, params: Any, frozen: heads.Frozen, texts: Texts, rows: int) -> heads.Quality:
+def _evaluate(config: heads.AnyHead, params: Any, frozen: heads.Frozen, texts: Texts, rows: int) -> heads.Quality:
     """The quality on held-out texts, by groups of rows."""
     parts = [Texts(*(x[i : i + rows] for x in texts)) for i in range(0, len(texts.length) - rows + 1, rows)]
     found = [jax.device_get(_judge(config)(params, frozen, part)) for part in parts]
@@ -163,7 +234,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     """Writes texts and trains, as `EXPERIMENTS` says; the texts of an earlier run are kept unless `overwrite`."""
     view, directory, chosen = view or View(), pathlib.Path(workdir), parse(Settings, config)
     if overwrite:
-        clear(directory, (TEXTS, QUALITY, store.FILE, board.DIRECTORY))
+        clear(directory, (TEXTS, QUALITY, *KINDS[chosen.kind].files, board.DIRECTORY))
     try:
         batches = _write(chosen, directory / TEXTS, view)
     except KeyboardInterrupt:
@@ -176,14 +247,13 @@ def _train(chosen: Settings, batches: Sequence[Texts], directory: pathlib.Path, 
     held_out, batches = batches[0], batches[1:]
     target, config = _load(chosen, "float32")
     tokens = heads.frequent_tokens(batches, chosen.vocab_size)
-    head = shape(config, chosen.taps, len(tokens))
+    kind = KINDS[chosen.kind]
+    head = kind.shape(config, chosen.taps, len(tokens))
     every = np.arange(config.vocab_size)
     output = feature_head.output_rows(config, target.params, every)
     embeddings = feature_head.embed(config, target.params, jnp.asarray(every)[None])[0]
     frozen = heads.Frozen(embeddings, output, output[tokens])
-    params = heads.ridge(head, feature_head.initial(head, jax.random.key(chosen.seed)), embeddings, batches)
-    assert target.tokenizer is not None  # As `_load` has checked.
-    vocabulary, rows = store.fingerprint(target.tokenizer), []
+    params, rows = kind.initial(head, frozen, batches, chosen.seed), []
 
     def note(step: int, params: Any) -> None:
         quality = _evaluate(head, params, frozen, held_out, chosen.rows)
@@ -194,7 +264,7 @@ def _train(chosen: Settings, batches: Sequence[Texts], directory: pathlib.Path, 
         told([{"step": step, "valid_loss": float(quality.loss), **rates}])
         files.write(directory / QUALITY, json.dumps(rows, indent=1) + "\n")
         if _first(rows[-1]) >= max(map(_first, rows)):
-            drafters.save_feature_head(Head(head, params, tokens, vocabulary), directory)
+            kind.save(target, head, params, tokens, directory)
 
     def report(state: heads.TrainState, loss: float) -> bool:
         told([{"step": state.step, "loss": loss}])
@@ -208,10 +278,13 @@ def _train(chosen: Settings, batches: Sequence[Texts], directory: pathlib.Path, 
         num_steps=chosen.steps,
         batch_size=chosen.rows,
         depth=chosen.depth,
+        prompt_weight=chosen.prompt_weight,
+        clip=chosen.clip,
+        only_known=chosen.only_known,
         seed=chosen.seed,
     )
     heads.train(head, params, frozen, batches, recipe, report)
-    view.line(f"The head is in {directory}: --config.drafter=feature_head --config.draft={directory}.", "bold")
+    view.line(f"The head is in {directory}: --config.drafter={chosen.kind} --config.draft={directory}.", "bold")
 
 
 def _first(row: results.Row) -> float:

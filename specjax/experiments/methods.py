@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 
 from specjax import drafters
+from specjax.api import drafts
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
@@ -33,6 +34,7 @@ class Settings:
     head: str
     medusa: str
     blockwise: str
+    eagle: str
     drafters: tuple[str, ...]
     merged: bool
     data: Annotated[str, given("FILE")]
@@ -59,6 +61,8 @@ class Settings:
         for name in self.drafters:
             if (key := METHODS[name].needs) and not getattr(self, key):
                 raise ValueError(f"config.drafters={self.drafters} needs heads: give --config.{key}=PATH.")
+        if not self.eagle and any(METHODS[name].needs_eagle for name in self.drafters):
+            raise ValueError(f"config.drafters={self.drafters} needs an EAGLE head: give --config.eagle=SOURCE.")
         if self.head:
             drafters.load_feature_head(self.head)
         if self.skips:
@@ -94,6 +98,7 @@ class Method(NamedTuple):
       needs_draft: whether it is a draft model.
       needs_head: whether it is a head over the target's hidden states.
       needs: the key that names its trained heads, "medusa" or "blockwise"; empty: none.
+      needs_eagle: whether it is a published one (EAGLE).
       needs_layers: whether it skips layers of the target.
       coupled: whether sampled text is drafted with the target's noise, rather than judged by rejection.
       merges: whether it is also merged with lookup.
@@ -104,6 +109,7 @@ class Method(NamedTuple):
     needs_draft: bool = False
     needs_head: bool = False
     needs: str = ""
+    needs_eagle: bool = False
     needs_layers: bool = False
     coupled: bool = True
     merges: bool = True
@@ -119,6 +125,9 @@ class Method(NamedTuple):
         given = (side.draft is not None or not self.needs_draft) and (bool(side.chosen.head) or not self.needs_head)
         given = given and bool(not self.needs or getattr(side.chosen, self.needs))
         return given and (has_layers or not self.needs_layers)
+        given = {"draft": side.draft, "head": side.chosen.head, "eagle": side.chosen.eagle}
+        lacks = [name for name, value in given.items() if not value and getattr(self, f"needs_{name}")]
+        return not lacks and (has_layers or not self.needs_layers)
 
 
 def _bytes(params: Any) -> int:
@@ -180,6 +189,17 @@ def _parallel(kind: str, **options: Any) -> Method:
         return _bytes(heads(side).params) / _bytes(side.target.params) / depth
 
     return Method(make, weights, needs=kind, coupled=False)
+def _eagle(**options: Any) -> Method:
+    def head(side: Side) -> drafters.EagleHead:
+        return drafters.load_eagle(drafts.directory_of(side.chosen.eagle), side.target)
+
+    return Method(
+        lambda side: drafters.eagle(head(side), side.target, **options),
+        lambda side: _bytes(head(side).params) / _bytes(side.target.params),
+        needs_eagle=True,
+        coupled=False,
+        merges=False,
+    )
 
 
 def _draft_model(**options: Any) -> Method:
@@ -251,6 +271,9 @@ METHODS = {
     "medusa": _parallel("medusa"),
     "medusa tree": _parallel("medusa", topology=(3, 2)),
     "blockwise": _parallel("blockwise"),
+    "eagle": _eagle(num_draft_tokens=4),
+    "eagle tree": _eagle(topology=_TREE),
+    "eagle tree, dynamic": _eagle(dynamic=drafters.Dynamic(width=3, depth=4, num_nodes=10)),
     "model": _draft_model(num_draft_tokens=4),
     "model, 10 tokens": _draft_model(num_draft_tokens=10),
     "model tree": _draft_model(topology=_TREE),

@@ -57,8 +57,8 @@ class Settings(choices.AllModels):
         """Refuses values that do not fit each other."""
         super().check()
         choices.check_seed(self.seed)
-        if self.topology or self.depth:
-            raise ValueError("config.topology and config.depth: this run finds the tree; leave them out.")
+        if self.topology or self.depth or self.dynamic:
+            raise ValueError("config.topology, depth and dynamic: this run finds the tree; leave them out.")
         if self.num_draft_tokens < 1:
             raise ValueError(f"config.num_draft_tokens={self.num_draft_tokens}: the most to try, at least 1.")
         if self.drafter in drafting.DRAFTERS and not drafting.DRAFTERS[self.drafter].lengths:

@@ -182,6 +182,13 @@ def initial(config: EagleConfig, key: jax.Array) -> Tree:
     return modules.initial(EagleHead, config, key)
 
 
+def cast(config: EagleConfig, params: Tree, dtype: str) -> tuple[EagleConfig, Tree]:
+    """The same head in another dtype, which may store its matrices in another order."""
+    inputs = modules.metadata(EagleHead, config, "num_contracted")
+    layer = dataclasses.replace(config.layer, dtype=dtype)
+    return dataclasses.replace(config, layer=layer), linear.cast(params, inputs, config.layer.dtype, dtype)
+
+
 def default_taps(num_layers: int) -> tuple[int, ...]:
     """The hidden states that EAGLE-3 reads of a target with so many layers: the inputs of layers 2, L / 2 and L - 3."""
     return (2, num_layers // 2, num_layers - 3)

@@ -9,7 +9,6 @@ states.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +127,9 @@ def cast(config: FeatureHeadConfig, params: Tree, dtype: str) -> tuple[FeatureHe
     axes, inputs = (modules.metadata(FeatureHead, config, name) for name in ("axes", "num_contracted"))
     layer = dataclasses.replace(config.layer, dtype=dtype)
     return dataclasses.replace(config, layer=layer), jax.tree.map(convert, params, axes, inputs)
+    inputs = modules.metadata(FeatureHead, config, "num_contracted")
+    layer = dataclasses.replace(config.layer, dtype=dtype)
+    return dataclasses.replace(config, layer=layer), linear.cast(params, inputs, config.layer.dtype, dtype)
 
 
 def embed(config: DecoderConfig, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -165,6 +165,25 @@ def quantise(values: Float[Array, "..."], num_contracted: int, how: Quantisation
     return {name: x for name, x in rounded._asdict().items() if x is not None}
 
 
+def cast(params: Any, num_contracted: Any, before: str, dtype: str) -> Any:
+    """The parameters of a module in another dtype, which may store its matrices in another order.
+
+    Args:
+      params: floats.
+      num_contracted: the same tree, with the number of axes that are inputs of each (`modules.metadata`).
+      before: their dtype.
+      dtype: the new one.
+    """
+
+    def convert(x: Any, inputs: int) -> Any:
+        x = jnp.asarray(x)
+        if outputs_first(before):
+            x = jnp.transpose(x, rotated(x.ndim, x.ndim - inputs))
+        return jnp.transpose(x, stored(x.ndim, inputs, dtype)).astype(dtype)
+
+    return jax.tree.map(convert, params, num_contracted)
+
+
 def is_matrix(contracted: Any) -> bool:
     """Whether a part of the tree `families.num_contracted` belongs to a `Matrix`."""
     return isinstance(contracted, dict) and bool(contracted.get("values"))

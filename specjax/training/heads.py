@@ -1,9 +1,12 @@
-"""Trains a head over a target's hidden states (`drafters.feature_head`) on texts that the target wrote (`harvest`).
+"""Trains a head over a target's hidden states on texts that the target wrote (`harvest`).
 
-The target is frozen; its hidden states come with the texts. The input maps begin as the closed-form solution of a ridge
-regression of the target's last hidden states, the layer as the identity. Then the head is trained as it will be used:
-the first token is drafted from the target's hidden states, each further one from the head's own estimate after the
-token before (training-time test, EAGLE-3, Li et al. 2025, arXiv 2503.01840, section 3.2).
+The target is frozen; its hidden states come with the texts. The head is trained as it will be used: the first token is
+drafted from the target's hidden states, each further one from the head's own state after the token before
+(training-time test, EAGLE-3, Li et al. 2025, arXiv 2503.01840, section 3.2).
+
+Heads of two kinds are trained: those of specjax (`drafters.feature_head`), whose input maps begin as the closed-form
+solution of a ridge regression of the target's last hidden states, and EAGLE-3 heads (`drafters.eagle`), whose published
+recipe is in `configs/eagle.py`.
 """
 
 import functools
@@ -16,14 +19,19 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from specjax.models import eagle, linear
 from specjax.models import feature_head as heads
-from specjax.models.feature_head import FeatureHeadConfig
+from specjax.models.eagle import EagleConfig, EagleHead
+from specjax.models.feature_head import FeatureHead, FeatureHeadConfig
 from specjax.training import data
 from specjax.training.harvest import Texts
 from specjax.types import Tree
 
 DECAY = 0.8
 """The weight of a draft token's loss, relative to that of the one before it."""
+
+AnyHead = FeatureHeadConfig | EagleConfig
+"""The shape of a head of either kind."""
 
 
 class Recipe(NamedTuple):
@@ -36,6 +44,9 @@ class Recipe(NamedTuple):
       depth: how many draft tokens in a row are trained.
       prompt_weight: the weight of the prompts' tokens, where those that the target wrote have 1.
       weight_decay: of AdamW.
+      clip: the largest norm of a gradient.
+      only_known: whether the loss leaves out the tokens after which the target's most probable one is none that the
+        head can draft.
       seed: of the order of the texts.
     """
 
@@ -45,6 +56,8 @@ class Recipe(NamedTuple):
     depth: int = 2
     prompt_weight: float = 0.3
     weight_decay: float = 0.01
+    clip: float = 1.0
+    only_known: bool = False
     seed: int = 0
 
 
@@ -103,6 +116,11 @@ def _weights(texts: Texts, prompt_weight: float) -> Float[Array, "B L"]:
 def _before(features: Float[Array, "B L *F"]) -> Float[Array, "B L *F"]:
     """The features of the token before each token; zeros before the first."""
     return jnp.concatenate([jnp.zeros_like(features[:, :1]), features[:, :-1]], axis=1)
+
+
+def _after(values: Float[Array, "B L *F"]) -> Float[Array, "B L *F"]:
+    """The values of the token after each token; zeros after the last."""
+    return jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="prompt_weight")
@@ -166,8 +184,26 @@ def _solve(gram: np.ndarray, cross: np.ndarray, strength: float) -> np.ndarray:
     return np.linalg.solve(gram + penalty * np.eye(len(gram)), cross)
 
 
+def bind(config: AnyHead, params: Tree) -> FeatureHead | EagleHead:
+    """The head with these parameters."""
+    return eagle.bind(config, params) if isinstance(config, EagleConfig) else heads.bind(config, params)
+
+
+def initial(config: EagleConfig, rows: Float[Array, "W D"], key: jax.Array) -> Tree:
+    """Random parameters of an EAGLE-3 head, whose output matrix begins as the target's, cut to its tokens.
+
+    Args:
+      config: the head's shape, in float32.
+      rows: `[W, D]` of the target's output matrix (`Frozen`).
+      key: of the random numbers.
+    """
+    params = eagle.initial(config, key)
+    assert not linear.outputs_first(config.layer.dtype)
+    return params | {"head": {"values": rows.T.astype(jnp.float32)}}
+
+
 def draft_logits(
-    config: FeatureHeadConfig, params: Tree, frozen: Frozen, texts: Texts, depth: int
+    config: AnyHead, params: Tree, frozen: Frozen, texts: Texts, depth: int
 ) -> Iterator[Float[Array, "B L W"]]:
     """The logits of each draft token, as the head would draft behind every token of the texts.
 
@@ -178,19 +214,21 @@ def draft_logits(
       config: the head's shape.
       params: its parameters.
       frozen: what it uses of the target.
-      texts: tokens and features.
+      texts: tokens and features, of which the head reads the first.
       depth: K.
 
     Yields:
       the logits of each of the K draft tokens.
     """
-    head, layer = heads.bind(config, params), config.layer
+    head, layer = bind(config, params), config.layer
     rows, size = texts.tokens.shape
-    tokens, seen = texts.tokens, _before(texts.features.astype(jnp.float32))
+    tokens, seen = texts.tokens, _before(texts.features[:, :, : len(config.taps)].astype(jnp.float32))
     place = jnp.arange(size)
     keys = values = jnp.zeros((rows, layer.num_kv_heads, 0, layer.head_dim), layer.dtype)
     itself: Bool[Array, "L L"] = jnp.eye(size, dtype=bool)
     mask = place[:, None] >= place
+    if not head.sees_first:
+        mask &= (place > 0) | (place[:, None] == 0)
     for k in range(depth):
         embedding = jnp.take(frozen.embeddings, tokens, axis=0).astype(jnp.float32)
         positions, seen_of = jnp.broadcast_to(place + k, (rows, size)), jnp.broadcast_to(mask, (rows, *mask.shape))
@@ -231,7 +269,7 @@ def _known(frozen: Frozen, texts: Texts, prompt_weight: float, whole: bool) -> _
 
 
 def judge(
-    config: FeatureHeadConfig,
+    config: AnyHead,
     params: Tree,
     frozen: Frozen,
     texts: Texts,
@@ -239,6 +277,7 @@ def judge(
     depth: int,
     prompt_weight: float = 0.3,
     whole: bool = False,
+    only_known: bool = False,
 ) -> Quality:
     """The loss of a head, and its quality, on texts.
 
@@ -252,21 +291,24 @@ def judge(
       depth: K.
       prompt_weight: see `Recipe`.
       whole: whether the quality counts tokens that the head cannot draft as rejected; takes the whole output matrix.
+      only_known: see `Recipe`; takes it too.
     """
-    known = _known(frozen, texts, prompt_weight, whole)
+    known = _known(frozen, texts, prompt_weight, whole or only_known)
+    written = known.weight == 1.0
+    if only_known:
+        known = known._replace(weight=jnp.where(known.is_best, known.weight, 0.0))
     greedy, overlap, loss = [], [], jnp.zeros(())
     for k, logits in enumerate(draft_logits(config, params, frozen, texts, depth)):
         log_q = jax.nn.log_softmax(logits, axis=-1)
         p = jnp.exp(known.logits - known.log_sum[..., None])
         cross_entropy = -jnp.sum(jax.nn.softmax(known.logits, axis=-1) * log_q, axis=-1)
         loss += DECAY**k * jnp.sum(cross_entropy * known.weight) / jnp.maximum(jnp.sum(known.weight), 1e-6)
-        written = known.weight == 1.0
         count = jnp.maximum(jnp.sum(written), 1)
         is_same = (jnp.argmax(logits, axis=-1) == jnp.argmax(known.logits, axis=-1)) & known.is_best
         greedy.append(jnp.sum(is_same & written) / count)
         overlap.append(jnp.sum(jnp.where(written, jnp.sum(jnp.minimum(p, jnp.exp(log_q)), axis=-1), 0.0)) / count)
         # The next draft token is judged one token later.
-        known = _Known(*(jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1) for x in known))
+        known, written = jax.tree.map(_after, (known, written))
     return Quality(jnp.stack(greedy), jnp.stack(overlap), loss)
 
 
@@ -279,7 +321,7 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
     steps, rate = recipe.num_steps, recipe.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps, rate / 10)
     return optax.chain(
-        optax.clip_by_global_norm(1.0),
+        optax.clip_by_global_norm(recipe.clip),
         optax.adamw(schedule, b2=0.95, weight_decay=recipe.weight_decay, mask=_matrices),
     )
 
@@ -293,7 +335,7 @@ class TrainState(NamedTuple):
 
 
 def train(
-    config: FeatureHeadConfig,
+    config: AnyHead,
     state: TrainState | Tree,
     frozen: Frozen,
     batches: Sequence[Texts],
@@ -322,7 +364,16 @@ def train(
     @jax.jit
     def step(params: Tree, optimizer_state: Any, frozen: Frozen, texts: Texts) -> tuple[Tree, Any, Array]:
         def loss(params: Tree) -> Array:
-            return judge(config, params, frozen, texts, depth=recipe.depth, prompt_weight=recipe.prompt_weight).loss
+            judged = judge(
+                config,
+                params,
+                frozen,
+                texts,
+                depth=recipe.depth,
+                prompt_weight=recipe.prompt_weight,
+                only_known=recipe.only_known,
+            )
+            return judged.loss
 
         value, gradient = jax.value_and_grad(loss)(params)
         change, optimizer_state = optimizer.update(gradient, optimizer_state, params)

@@ -13,6 +13,7 @@ _CALLS = {
     "feature_head": "feature_head(specjax.drafters.load_feature_head(HEAD), target, {shape})",
     "medusa": "medusa(specjax.drafters.load_medusa(HEADS), target, {shape})",
     "blockwise": "blockwise(specjax.drafters.load_blockwise(HEADS), target, {shape})",
+    "eagle": "eagle(HEAD, target, {shape})",
     "skip": "skip(target, attention=ATTENTION, mlp=MLP, {shape})",
     "early_exit": "early_exit(target, LAYER, {shape})",
     "first_of": "first_of([specjax.drafters.ngram({shape}), OTHER])",

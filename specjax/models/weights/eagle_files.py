@@ -18,12 +18,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
 from specjax import files
-from specjax.models import eagle, linear, modules
+from specjax.models import eagle, modules
 from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
 from specjax.models.eagle import EagleConfig, EagleHead
 from specjax.models.weights import decoder_configs, huggingface, mapping, torch_file
@@ -348,20 +349,11 @@ def read(
     return config, _params(config, mapping.checked(tensors.get, shapes), mesh, rules), tokens
 
 
-def _host(params: Tree, config: EagleConfig) -> Tree:
-    """The parameters on the host, matrices with their inputs first."""
-
-    def order(x: Any, inputs: int) -> np.ndarray:
-        x = np.asarray(jax.device_get(x))
-        turned = inputs and linear.outputs_first(config.layer.dtype)
-        return np.transpose(x, linear.rotated(x.ndim, x.ndim - inputs)) if turned else x
-
-    return jax.tree.map(order, params, modules.metadata(EagleHead, config, "num_contracted"))
-
-
 def _named(config: EagleConfig, params: Tree) -> dict[str, np.ndarray]:
     """The tensors of a head by plain names: the inverse of `_params`."""
-    c, p = config.layer, _host(params, config)
+    c, dtype = config.layer, jnp.dtype(config.layer.dtype)
+    # In float32, matrices have their inputs first.
+    p = jax.tree.map(np.asarray, jax.device_get(eagle.cast(config, params, "float32")[1]))
     qkv, out = p["attention"]["qkv"]["values"], p["attention"]["out"]["values"]
     group = c.num_heads // c.num_kv_heads
     found = {"q": qkv[:, :, :group], "k": qkv[:, :, group], "v": qkv[:, :, group + 1]}
@@ -383,7 +375,7 @@ def _named(config: EagleConfig, params: Tree) -> dict[str, np.ndarray]:
         named["lm_head.weight"] = p["head"]["values"].T
     if config.norm_features:
         named |= {f"fc_norm.{i}.weight": x for i, x in enumerate(p["feature_norms"])}
-    return named
+    return {name: x.astype(dtype) for name, x in named.items()}
 
 
 def _json(config: EagleConfig, vocab_size: int) -> dict[str, Any]:

@@ -1,13 +1,23 @@
 """Random EAGLE heads in the published layouts, and what they compute, written in torch: a reference for test_eagle."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from safetensors import torch as safetensors
+
+from specjax import drafters
+from specjax.api.pretrained import Pretrained
+from specjax.models import eagle
+from specjax.models.config import DecoderConfig
+from specjax.models.eagle import EagleConfig
+from specjax.types import Block, Inputs, Model
 
 WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM = 16, 24, 4, 2, 4
 VOCAB, KNOWN = 24, 9
@@ -246,3 +256,34 @@ class Reference:
             state = self.step(state, token, True)
             found.append(self.logits(state))
         return found
+
+
+FEATURES = np.random.default_rng(5).normal(size=(4, 3, 8)).astype(np.float32)
+"""`[V, F, E]` the hidden states of a tabular target at each of its tokens."""
+
+
+def on_tables(target: Model) -> tuple[Model, Pretrained, drafters.EagleHead]:
+    """A tabular target of four tokens that has hidden states, and a random EAGLE-3 head that drafts three of them."""
+
+    def seen(tokens: Any) -> Any:
+        return jnp.take(FEATURES, jnp.clip(tokens, 0, 3), axis=0)
+
+    def prefill(params: Any, inputs: Inputs, cache: Any) -> Any:
+        output, cache = target.prefill(params, inputs, cache)
+        return output._replace(features=seen(inputs.tokens)), cache
+
+    def apply(params: Any, block: Block, cache: Any) -> Any:
+        output, cache = target.apply(params, block, cache)
+        return output._replace(features=seen(block.tokens)), cache
+
+    model = target._replace(prefill=prefill, apply=apply)
+    shape = DecoderConfig(4, 8, 8, 2, 1, 1, 4, max_position=target.max_len)
+    return model, Pretrained(model, None, None, shape), _small_head()
+
+
+@functools.cache
+def _small_head() -> drafters.EagleHead:
+    layer = DecoderConfig(3, 8, 8, 1, 2, 1, 4, max_position=64)
+    config = EagleConfig(layer, (0, 1, 2), 8, num_embeddings=4)
+    params = jax.tree.map(lambda x: 15 * x if x.ndim > 1 else x, eagle.initial(config, jax.random.key(0)))
+    return drafters.EagleHead(config, params, np.asarray([0, 1, 3], np.int32))

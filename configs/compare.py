@@ -45,6 +45,9 @@ def get_config() -> ConfigDict:
     # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; for skip that of
     # configs/skip_search.py, for early_exit that of configs/exit_norm.py, or nothing; for feature_head that of
     # configs/head.py, or smollm2-135m-instruct; for eagle a hub id or a directory; your own gets it as `draft`.
+    # configs/skip_search.py, for early_exit that of configs/exit_norm.py, for mask_tokens and parallel_masks that of
+    # configs/masks.py, or nothing; for feature_head that of configs/head.py, or smollm2-135m-instruct; your own gets it
+    # as `draft`.
     # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
     # drafter=first_of: lookup, and where it finds nothing this head or draft model.
     config.draft = ""
@@ -66,7 +69,8 @@ def get_config() -> ConfigDict:
     config.num_fallback_tokens = 1  # drafter=first_of: the most draft tokens where lookup finds nothing.
     config.window = 10  # drafter=lookahead: the trajectories of its window.
     config.guesses = 7  # drafter=lookahead: the most guesses of a step.
-    config.mask_token = 260  # drafter=mask_tokens, parallel_masks: the id of the mask; 260 is " the" for SmolLM2.
+    # drafter=mask_tokens, parallel_masks, without a draft: the id of the mask; 260 is " the" for SmolLM2.
+    config.mask_token = 260
     config.skip_attention = (12, 14, 16)  # drafter=skip, without a draft: the layers without attention ...
     config.skip_mlp = ()  # ... and those without feed-forward.
     config.exit_layer = 25  # drafter=early_exit, without a draft: how many layers are run.

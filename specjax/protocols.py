@@ -59,9 +59,18 @@ class Score(Protocol):
     """The logits of packed sequences to train on."""
 
     def __call__(
-        self, params: Any, batch: "Batch", *, remat: bool = False, dropout: "Dropout | None" = None
+        self,
+        params: Any,
+        batch: "Batch",
+        *,
+        remat: bool = False,
+        dropout: "Dropout | None" = None,
+        embeddings: Float[Array, "X E"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """The logits `[B, T, V]`, computed without a cache; with `remat`, gradients compute each layer again."""
+        """The logits `[B, T, V]`, computed without a cache; with `remat`, gradients compute each layer again.
+
+        The `embeddings` are read by ids from the vocabulary's size on, as in `Block`.
+        """
         ...
 
 

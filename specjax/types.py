@@ -46,6 +46,8 @@ class Batch(NamedTuple):
       weights: `[B, T]` the loss weight of each target; 0 where there is none.
       source: `[B, S]` the encoder's input, or None.
       source_segments: `[B, S]` the number of the sequence that each token of `source` belongs to; 0 is padding.
+      sees: `[B, T, T]` which tokens of its own segment each token attends to, as in `Block.sees`; None: itself and
+        those before it.
     """
 
     tokens: Int[Array, "B T"]
@@ -55,6 +57,7 @@ class Batch(NamedTuple):
     weights: Float[Array, "B T"]
     source: Int[Array, "B S"] | None
     source_segments: Int[Array, "B S"] | None
+    sees: Bool[Array, "B T T"] | None = None
 
 
 class Dropout(NamedTuple):
@@ -146,6 +149,9 @@ class Model(NamedTuple):
         gradients compute each layer again. None for a model that cannot be trained.
       features: `(params, batch) -> [B, T, F, E]`, the hidden states of the tapped layers at the tokens of a training
         `Batch`, float32; None where `score` is.
+      score: `(params, batch, remat=False, dropout=None, embeddings=None) -> logits [B, T, V]` of a training `Batch`;
+        with `remat`, gradients compute each layer again; `embeddings` are those of `Block`. None for a model that
+        cannot be trained.
       with_taps: `(taps) -> Model`, the same model, whose outputs have the hidden states of these indices as `features`:
         0 is the embedding, i the residual stream after layer i, and the number of layers (or -1) the last one, after
         the final norm. None for a model without layers.

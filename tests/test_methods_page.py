@@ -19,6 +19,7 @@ ARXIV = re.compile(r"\d{4}\.\d{5}")
 
 NO_METHOD = {
     *("save_feature_head", "is_feature_head", "save_table", "load_table"),
+    *("save_masks", "load_masks"),
     *("save_datastore", "load_datastore", "index_corpus"),
     *("save_medusa", "save_blockwise", "load_blockwise"),
     *("save_datastore", "load_datastore", "index_corpus", "save_eagle", "load_eagle"),

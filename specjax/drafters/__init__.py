@@ -7,6 +7,7 @@ from specjax.drafters.feature_head import feature_head, is_feature_head, load_fe
 from specjax.drafters.first_of import first_of
 from specjax.drafters.jacobi import jacobi
 from specjax.drafters.lookahead import lookahead
+from specjax.drafters.mask_embeddings import load_masks, save_masks
 from specjax.drafters.mask_tokens import mask_tokens
 from specjax.drafters.medusa import blockwise, load_blockwise, load_medusa, medusa, save_blockwise, save_medusa
 from specjax.drafters.merged import merged
@@ -41,6 +42,7 @@ __all__ = [
     "load_eagle",
     "load_feature_head",
     "load_medusa",
+    "load_masks",
     "load_table",
     "lookahead",
     "mask_tokens",
@@ -56,6 +58,7 @@ __all__ = [
     "save_eagle",
     "save_feature_head",
     "save_medusa",
+    "save_masks",
     "save_table",
     "skip",
     "suffix",

@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "heads": "specjax.experiments.heads:run",
     "exit_norm": "specjax.experiments.exit_norm:run",
     "leviathan": "specjax.experiments.leviathan:run",
+    "masks": "specjax.experiments.masks:run",
     "methods": "specjax.experiments.methods:run",
     "plan": "specjax.experiments.plan:run",
     "prune": "specjax.experiments.prune:run",

@@ -236,8 +236,23 @@ def _lookahead(chosen: Any, target: Pretrained, load: Load) -> OfK:
     return lambda k: drafters.lookahead(ngram=k + 1, window=chosen.window, guesses=chosen.guesses)
 
 
+def _read_by_masks(chosen: Any, target: Pretrained, number: int) -> dict[str, Any]:
+    """What `number` masks read: trained embeddings where there are some, else a token."""
+    if not chosen.draft:
+        return {"mask_token": chosen.mask_token}
+    return {"embeddings": drafters.load_masks(chosen.draft, target=target, number=number)}
+
+
+def _mask_tokens(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    return lambda k: drafters.mask_tokens(num_draft_tokens=k, **_read_by_masks(chosen, target, k))
+
+
 def _parallel_masks(chosen: Any, target: Pretrained, load: Load) -> OfK:
-    return _shaped(chosen, lambda **shape: drafters.parallel_masks(target, mask_token=chosen.mask_token, **shape))
+    if topology := getattr(chosen, "topology", None):
+        depth = len(model_tree.parse(topology))
+        read = _read_by_masks(chosen, target, depth - 1)
+        return lambda k: drafters.parallel_masks(target, topology=topology, **read)
+    return lambda k: drafters.parallel_masks(target, num_draft_tokens=k, **_read_by_masks(chosen, target, k - 1))
 
 
 def _skip(chosen: Any, target: Pretrained, load: Load) -> OfK:
@@ -265,6 +280,12 @@ def _counted(make: Callable[[Any, Pretrained, Load], OfK], trees: str) -> Entry:
     return Entry(make, draft="PATH (of configs/count.py)", made_by="configs/count.py", trees=trees)
 
 
+def _of_masks(make: Callable[[Any, Pretrained, Load], OfK], trees: str = "") -> Entry:
+    """A drafter whose masks read a token, or embeddings that were trained."""
+    where = "configs/masks.py"
+    return Entry(make, draft=f"PATH (of {where})", needs_draft=False, made_by=where, trees=trees, least=1)
+
+
 DRAFTERS = {
     "model": Entry(
         _model, draft="SOURCE", is_model=True, runs_model=True, trees="topology", dynamic=True, lengths=True
@@ -279,11 +300,8 @@ DRAFTERS = {
     "none": Entry(lambda chosen, target, load: lambda k: drafters.none()),
     "jacobi": Entry(lambda chosen, target, load: lambda k: drafters.jacobi(num_draft_tokens=k), least=1),
     "lookahead": Entry(_lookahead, least=2),
-    "mask_tokens": Entry(
-        lambda chosen, target, load: lambda k: drafters.mask_tokens(mask_token=chosen.mask_token, num_draft_tokens=k),
-        least=1,
-    ),
-    "parallel_masks": Entry(_parallel_masks, trees="topology", least=1),
+    "mask_tokens": _of_masks(_mask_tokens),
+    "parallel_masks": _of_masks(_parallel_masks, "topology"),
     "skip": Entry(
         _skip,
         draft="PATH (of configs/skip_search.py)",

@@ -279,12 +279,18 @@ def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = 
         return ModelOutput(decoder.logits(hidden), features), cache
 
     def score(
-        params: Tree, batch: Batch, *, remat: bool = False, dropout: Dropout | None = None
+        params: Tree,
+        batch: Batch,
+        *,
+        remat: bool = False,
+        dropout: Dropout | None = None,
+        embeddings: Float[Array, "X E"] | None = None,
     ) -> Float[Array, "B T V"]:
         decoder = bind(params)
         decoder.remat = remat
         empty = init_cache(*batch.tokens.shape)
-        return decoder.logits(decoder.hidden(Block(batch.tokens), empty, None, batch, dropout)[0])
+        block = Block(batch.tokens, None, batch.sees, embeddings)
+        return decoder.logits(decoder.hidden(block, empty, None, batch, dropout)[0])
 
     def features(params: Tree, batch: Batch) -> Float[Array, "B T F D"]:
         return bind(params).hidden(Block(batch.tokens), init_cache(*batch.tokens.shape), None, batch)[1]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from specjax.models import decoder, linear, modules, quantisation, t5
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
@@ -133,6 +134,16 @@ def num_contracted(config: ModelConfig) -> Tree:
 def init_params(config: ModelConfig, key: jax.Array) -> Tree:
     """Random parameters, as each layer declares them."""
     return modules.initial(_module(config), config, key)
+
+
+def embeddings(config: ModelConfig, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """The rows of a model's embedding table for some tokens, in float32, before positions are added or they are scaled.
+
+    They are on the scale of `Block.embeddings`.
+    """
+    model = modules.merge(_module(config), config, sharding.RULES, params)
+    tied = config.tie_embeddings
+    return model.head.look_up(tokens) if tied else linear.look_up(model.embedding[...], tokens)
 
 
 def num_params(config: ModelConfig) -> int:

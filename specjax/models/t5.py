@@ -445,7 +445,12 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), s
         return ModelOutput(t5.logits(hidden), features), cache
 
     def score(
-        params: Tree, batch: Batch, *, remat: bool = False, dropout: Dropout | None = None
+        params: Tree,
+        batch: Batch,
+        *,
+        remat: bool = False,
+        dropout: Dropout | None = None,
+        embeddings: Float[Array, "X E"] | None = None,
     ) -> Float[Array, "B T V"]:
         t5 = module(params)
         t5.remat = remat
@@ -453,6 +458,13 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), s
 
     def features(params: Tree, batch: Batch) -> Float[Array, "B T F D"]:
         return module(params).read_batch(batch, init_cache(*batch.tokens.shape))[1]
+        if batch.source is None or batch.source_segments is None:
+            raise ValueError("An encoder-decoder trains on batches with a source, and this one's is None.")
+        t5, block = module(params), Block(batch.tokens, None, batch.sees, embeddings)
+        t5.remat = remat
+        encoded = t5.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments), dropout)
+        cache = t5.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), init_cache(*batch.tokens.shape))
+        return t5.logits(t5.hidden(block, cache, None, batch, dropout)[0])
 
     def with_taps(taps: tuple[int, ...]) -> Model:
         return model(config, rules, layers.from_zero(taps, config.num_layers), skips)

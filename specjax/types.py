@@ -145,10 +145,6 @@ class Model(NamedTuple):
       vocab_size: V, the width of the logits (which may be padded beyond the tokenizer's vocabulary).
       max_len: the longest sequence that the model supports, in tokens.
       start_token: the token that the sequences of an encoder-decoder begin with; None for other models.
-      score: `(params, batch, remat=False, dropout=None) -> logits [B, T, V]` of a training `Batch`; with `remat`,
-        gradients compute each layer again. None for a model that cannot be trained.
-      features: `(params, batch) -> [B, T, F, E]`, the hidden states of the tapped layers at the tokens of a training
-        `Batch`, float32; None where `score` is.
       score: `(params, batch, remat=False, dropout=None, embeddings=None) -> logits [B, T, V]` of a training `Batch`;
         with `remat`, gradients compute each layer again; `embeddings` are those of `Block`. None for a model that
         cannot be trained.
@@ -159,6 +155,8 @@ class Model(NamedTuple):
         whole model, and its cache, in which a skipped attention writes nothing. None for a model without layers, or
         one whose layers are scanned.
       num_layers: how many layers these two count; 0 for a model without layers.
+      features: `(params, batch) -> [B, T, F, E]`, the hidden states of the tapped layers at the tokens of a training
+        `Batch`, float32; None where `score` is.
     """
 
     init_cache: protocols.InitCache

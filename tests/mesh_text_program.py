@@ -19,8 +19,7 @@ from specjax import drafters
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.drafters.parallel_heads import Heads
-from specjax.models import families, parallel_heads
-from specjax.models import eagle, families, modules
+from specjax.models import eagle, families, modules, parallel_heads
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
 from specjax.models.parallel_heads import ParallelHeadsConfig
 from specjax.parallel import sharding
@@ -74,7 +73,7 @@ RULES = {
 DRAFTERS = (
     *("none", "ngram", "model", "tree", "table", "retrieval", "jacobi", "lookahead", "mask_tokens"),
     *("parallel_masks", "skip", "suffix", "aggressive", "merged", "medusa", "medusa tree", "blockwise"),
-    *("parallel_masks", "skip", "suffix", "aggressive", "merged", "eagle", "eagle tree"),
+    *("eagle", "eagle tree"),
 )
 
 Case = tuple[str, str, str]
@@ -100,7 +99,7 @@ REST: list[Case] = (
     + [("decoder", drafter, "coupled") for drafter in ("suffix", "aggressive")]
     + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "skip", "merged")]
     + [("decoder", "medusa", "rejection"), ("decoder", "medusa tree", "coupled"), ("t5", "blockwise", "rejection")]
-    + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "skip", "merged", "eagle", "eagle tree")]
+    + [("decoder", drafter, "rejection") for drafter in ("eagle", "eagle tree")]
     + [("t5", "skip", "rejection"), ("t5-int4", "model", "rejection")]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
@@ -147,6 +146,8 @@ def heads(kind: str) -> Heads:
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), parallel_heads.abstract(config))
     return Heads(config, params)
+
+
 def eagle_head(mesh: jax.sharding.Mesh | None, rules: sharding.Rules) -> drafters.EagleHead:
     """A random EAGLE-3 head that drafts half of the tokens."""
     config = eagle.EagleConfig(dataclasses.replace(DECODER, vocab_size=128), (0, 1, 1), DECODER.hidden_size)

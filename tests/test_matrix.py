@@ -54,13 +54,13 @@ def unsure(params: Any, block: Block, cache: Any) -> Any:
 
 SKIPPING = TARGET._replace(with_skips=lambda skips: TARGET._replace(apply=unsure), num_layers=1)
 
-TAPPED, EAGLE_TARGET, EAGLE = eagle_heads.on_tables(TARGET)
+EAGLE_TAPPED, EAGLE_TARGET, EAGLE = eagle_heads.on_tables(TARGET)
 
 
 def eagle(**shape: Any) -> Pair:
     """A random EAGLE-3 head that drafts three of the four tokens, over features that tell the target's last two."""
     draft = drafters.eagle(EAGLE, EAGLE_TARGET, **shape)
-    return Pair(TAPPED, TABLE, draft.drafter, draft.params)
+    return Pair(EAGLE_TAPPED, TABLE, draft.drafter, draft.params)
 
 
 DRAFTERS = {

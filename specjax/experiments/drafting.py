@@ -212,6 +212,9 @@ def _medusa(chosen: Any, target: Pretrained, load: Load) -> OfK:
 def _blockwise(chosen: Any, target: Pretrained, load: Load) -> OfK:
     heads = drafters.load_blockwise(chosen.draft, dtype=target.config.dtype)
     make = functools.partial(drafters.blockwise, heads, target, min_confidence=chosen.min_confidence)
+    return _shaped(chosen, make)
+
+
 def _eagle(chosen: Any, target: Pretrained, load: Load) -> OfK:
     rules = sharding.REPLICATED if chosen.draft_sharding == "replicated" else sharding.with_whole(chosen.mesh_whole)
     head = drafters.load_eagle(drafts.directory_of(chosen.draft), target, rules=rules)

@@ -61,8 +61,6 @@ class Settings:
         for name in self.drafters:
             if (key := METHODS[name].needs) and not getattr(self, key):
                 raise ValueError(f"config.drafters={self.drafters} needs heads: give --config.{key}=PATH.")
-        if not self.eagle and any(METHODS[name].needs_eagle for name in self.drafters):
-            raise ValueError(f"config.drafters={self.drafters} needs an EAGLE head: give --config.eagle=SOURCE.")
         if self.head:
             drafters.load_feature_head(self.head)
         if self.skips:
@@ -97,8 +95,7 @@ class Method(NamedTuple):
       weights: which share of the target's bytes each call of its draft reads; 0 without a model.
       needs_draft: whether it is a draft model.
       needs_head: whether it is a head over the target's hidden states.
-      needs: the key that names its trained heads, "medusa" or "blockwise"; empty: none.
-      needs_eagle: whether it is a published one (EAGLE).
+      needs: the key that names its trained heads, "medusa", "blockwise" or "eagle"; empty: none.
       needs_layers: whether it skips layers of the target.
       coupled: whether sampled text is drafted with the target's noise, rather than judged by rejection.
       merges: whether it is also merged with lookup.
@@ -109,7 +106,6 @@ class Method(NamedTuple):
     needs_draft: bool = False
     needs_head: bool = False
     needs: str = ""
-    needs_eagle: bool = False
     needs_layers: bool = False
     coupled: bool = True
     merges: bool = True
@@ -125,9 +121,6 @@ class Method(NamedTuple):
         given = (side.draft is not None or not self.needs_draft) and (bool(side.chosen.head) or not self.needs_head)
         given = given and bool(not self.needs or getattr(side.chosen, self.needs))
         return given and (has_layers or not self.needs_layers)
-        given = {"draft": side.draft, "head": side.chosen.head, "eagle": side.chosen.eagle}
-        lacks = [name for name, value in given.items() if not value and getattr(self, f"needs_{name}")]
-        return not lacks and (has_layers or not self.needs_layers)
 
 
 def _bytes(params: Any) -> int:
@@ -189,6 +182,8 @@ def _parallel(kind: str, **options: Any) -> Method:
         return _bytes(heads(side).params) / _bytes(side.target.params) / depth
 
     return Method(make, weights, needs=kind, coupled=False)
+
+
 def _eagle(**options: Any) -> Method:
     def head(side: Side) -> drafters.EagleHead:
         return drafters.load_eagle(drafts.directory_of(side.chosen.eagle), side.target)
@@ -196,7 +191,7 @@ def _eagle(**options: Any) -> Method:
     return Method(
         lambda side: drafters.eagle(head(side), side.target, **options),
         lambda side: _bytes(head(side).params) / _bytes(side.target.params),
-        needs_eagle=True,
+        needs="eagle",
         coupled=False,
         merges=False,
     )

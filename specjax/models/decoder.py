@@ -241,6 +241,14 @@ def repeat_kv_heads(config: DecoderConfig, mesh: Mesh | AbstractMesh | None, rul
     return dataclasses.replace(config, num_kv_heads=devices)
 
 
+def _empty_cache(config: DecoderConfig, rules: sharding.Rules, batch_size: int, max_len: int) -> Cache:
+    empty = cache_lib.init(config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim, config.dtype)
+    if config.scan_layers:
+        empty = cache_lib.stack(empty)
+    constrain = functools.partial(cache_lib.constrain, rules=rules)
+    return Cache(tuple(map(constrain, empty.keys)), tuple(map(constrain, empty.values)), empty.length)
+
+
 @functools.cache
 def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = (), skips: Skips = NO_SKIPS) -> Model:
     """The pure functions of a decoder. Equal configurations give the same `Model`, so that nothing is retraced.
@@ -259,13 +267,7 @@ def model(config: DecoderConfig, rules: sharding.Rules, taps: tuple[int, ...] = 
 
     def init_cache(batch_size: int, max_len: int, max_source: int = 0) -> Cache:
         del max_source
-        empty = cache_lib.init(
-            config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim, config.dtype
-        )
-        if config.scan_layers:
-            empty = cache_lib.stack(empty)
-        constrain = functools.partial(cache_lib.constrain, rules=rules)
-        return Cache(tuple(map(constrain, empty.keys)), tuple(map(constrain, empty.values)), empty.length)
+        return _empty_cache(config, rules, batch_size, max_len)
 
     def prefill(params: Tree, inputs: Inputs, cache: Cache) -> tuple[ModelOutput, Cache]:
         decoder = bind(params)

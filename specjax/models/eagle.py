@@ -184,9 +184,9 @@ def initial(config: EagleConfig, key: jax.Array) -> Tree:
 
 def cast(config: EagleConfig, params: Tree, dtype: str) -> tuple[EagleConfig, Tree]:
     """The same head in another dtype, which may store its matrices in another order."""
-    inputs = modules.metadata(EagleHead, config, "num_contracted")
+    axes, inputs = (modules.metadata(EagleHead, config, name) for name in ("axes", "num_contracted"))
     layer = dataclasses.replace(config.layer, dtype=dtype)
-    return dataclasses.replace(config, layer=layer), linear.cast(params, inputs, config.layer.dtype, dtype)
+    return dataclasses.replace(config, layer=layer), linear.cast(params, axes, inputs, config.layer.dtype, dtype)
 
 
 def default_taps(num_layers: int) -> tuple[int, ...]:

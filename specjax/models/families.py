@@ -168,20 +168,8 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
     if found := quantised_as(config):
         raise ValueError(f"dtype={dtype!r}: this model is {found} in {config.dtype}; choose that, or quantise it anew.")
 
-    convert = functools.partial(linear.converted, before=config.dtype, after=dtype)
-    converted = jax.tree.map(convert, params, param_axes(config), num_contracted(config))
-    return dataclasses.replace(config, dtype=dtype), converted
-    def convert(x: jax.Array, inputs: int) -> jax.Array:
-        return linear.cast(x, inputs, config.dtype, dtype)
-
-    def convert_stacked(x: jax.Array, inputs: int) -> jax.Array:
-        return jax.vmap(lambda layer: convert(layer, inputs))(x)
-
-    inputs, scanned = num_contracted(config), config.scan_layers
-    converters = {"layers": convert_stacked} if scanned else {}
-    return dataclasses.replace(config, dtype=dtype), {
-        name: jax.tree.map(converters.get(name, convert), part, inputs[name]) for name, part in params.items()
-    }
+    cast_params = linear.cast(params, param_axes(config), num_contracted(config), config.dtype, dtype)
+    return dataclasses.replace(config, dtype=dtype), cast_params
 
 
 def quantised_as(config: ModelConfig) -> str:

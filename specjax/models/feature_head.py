@@ -120,16 +120,9 @@ def initial(config: FeatureHeadConfig, key: jax.Array) -> Tree:
 
 def cast(config: FeatureHeadConfig, params: Tree, dtype: str) -> tuple[FeatureHeadConfig, Tree]:
     """The same head in another dtype, which may store its matrices in another order."""
-
-    def convert(x: Any, axes: Any, inputs: int) -> Any:
-        return linear.converted(jnp.asarray(x), axes, inputs, config.layer.dtype, dtype)
-
     axes, inputs = (modules.metadata(FeatureHead, config, name) for name in ("axes", "num_contracted"))
     layer = dataclasses.replace(config.layer, dtype=dtype)
-    return dataclasses.replace(config, layer=layer), jax.tree.map(convert, params, axes, inputs)
-    inputs = modules.metadata(FeatureHead, config, "num_contracted")
-    layer = dataclasses.replace(config.layer, dtype=dtype)
-    return dataclasses.replace(config, layer=layer), linear.cast(params, inputs, config.layer.dtype, dtype)
+    return dataclasses.replace(config, layer=layer), linear.cast(params, axes, inputs, config.layer.dtype, dtype)
 
 
 def embed(config: DecoderConfig, params: Tree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

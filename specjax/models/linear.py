@@ -58,18 +58,6 @@ def converted(x: jax.Array, axes: sharding.Axes, num_contracted: int, before: st
     if outputs_first(before):
         x = jnp.transpose(x, behind(first, rotated(size, size - num_contracted)))
     return jnp.transpose(x, behind(first, stored(size, num_contracted, after))).astype(after)
-def cast(x: jax.Array, num_contracted: int, before: str, after: str) -> jax.Array:
-    """A parameter in another dtype, in the order of axes that this dtype is stored in.
-
-    Args:
-      x: the parameter, in the order of `before`.
-      num_contracted: how many of its axes are inputs; 0 if it is no matrix.
-      before: its dtype.
-      after: the dtype that it gets.
-    """
-    if outputs_first(before):
-        x = jnp.transpose(x, rotated(x.ndim, x.ndim - num_contracted))
-    return jnp.transpose(x, stored(x.ndim, num_contracted, after)).astype(after)
 
 
 class Matrix(nnx.Module):
@@ -165,23 +153,21 @@ def quantise(values: Float[Array, "..."], num_contracted: int, how: Quantisation
     return {name: x for name, x in rounded._asdict().items() if x is not None}
 
 
-def cast(params: Any, num_contracted: Any, before: str, dtype: str) -> Any:
+def cast(params: Any, axes: Any, num_contracted: Any, before: str, after: str) -> Any:
     """The parameters of a module in another dtype, which may store its matrices in another order.
 
     Args:
       params: floats.
-      num_contracted: the same tree, with the number of axes that are inputs of each (`modules.metadata`).
+      axes: the same tree, with the logical axes of each (`modules.metadata`).
+      num_contracted: the same tree, with the number of axes that are inputs of each.
       before: their dtype.
-      dtype: the new one.
+      after: the new one.
     """
 
-    def convert(x: Any, inputs: int) -> Any:
-        x = jnp.asarray(x)
-        if outputs_first(before):
-            x = jnp.transpose(x, rotated(x.ndim, x.ndim - inputs))
-        return jnp.transpose(x, stored(x.ndim, inputs, dtype)).astype(dtype)
+    def convert(x: Any, axes: Any, inputs: int) -> Any:
+        return converted(jnp.asarray(x), axes, inputs, before, after)
 
-    return jax.tree.map(convert, params, num_contracted)
+    return jax.tree.map(convert, params, axes, num_contracted)
 
 
 def is_matrix(contracted: Any) -> bool:

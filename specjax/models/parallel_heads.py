@@ -208,6 +208,5 @@ def initial(config: ParallelHeadsConfig, key: jax.Array, target: ModelConfig, ta
 
 def cast(config: ParallelHeadsConfig, params: Tree, dtype: str) -> tuple[ParallelHeadsConfig, Tree]:
     """The same heads in another dtype, which may store its matrices in another order."""
-    inputs = modules.metadata(ParallelHeads, config, "num_contracted")
-    converted = jax.tree.map(lambda x, n: linear.cast(jnp.asarray(x), n, config.dtype, dtype), params, inputs)
-    return dataclasses.replace(config, dtype=dtype), converted
+    axes, inputs = (modules.metadata(ParallelHeads, config, name) for name in ("axes", "num_contracted"))
+    return dataclasses.replace(config, dtype=dtype), linear.cast(params, axes, inputs, config.dtype, dtype)

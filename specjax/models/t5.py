@@ -387,7 +387,11 @@ class T5(nnx.Module):
         return self.read(encoded, inputs.source_length, cache)
 
     def read_batch(
-        self, batch: Batch, cache: Cache, dropout: Dropout | None = None
+        self,
+        batch: Batch,
+        cache: Cache,
+        dropout: Dropout | None = None,
+        embeddings: Float[Array, "X E"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F D"], Cache]:
         """`hidden` of a training batch, with an empty cache.
 
@@ -398,7 +402,7 @@ class T5(nnx.Module):
             raise ValueError("An encoder-decoder trains on batches with a source, and this one's is None.")
         encoded = self.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments), dropout)
         cache = self.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), cache)
-        return self.hidden(Block(batch.tokens), cache, None, batch, dropout)
+        return self.hidden(Block(batch.tokens, None, batch.sees, embeddings), cache, None, batch, dropout)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The head, in float32."""
@@ -406,6 +410,15 @@ class T5(nnx.Module):
             hidden = hidden * self.config.hidden_size**-0.5
         logits = layers.all_logits(self.head(hidden), self.config.head_tokens, self.config.vocab_size)
         return sharding.constrain(logits, ("batch", "tokens", "vocab"), self.rules)
+
+
+def _empty_cache(config: T5Config, rules: sharding.Rules, batch_size: int, max_len: int, max_source: int) -> Cache:
+    def empty(size: int) -> tuple[Array, ...]:
+        text = cache_lib.init(config.num_layers, batch_size, config.num_heads, size, config.head_dim, config.dtype)
+        return tuple(cache_lib.constrain(x, rules) for x in text.keys)
+
+    none = jnp.zeros(batch_size, jnp.int32)
+    return Cache(empty(max_len), empty(max_len), none, empty(max_source), empty(max_source), none)
 
 
 @functools.cache
@@ -425,12 +438,7 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), s
         return t5
 
     def init_cache(batch_size: int, max_len: int, max_source: int = 0) -> Cache:
-        def empty(size: int) -> tuple[Array, ...]:
-            text = cache_lib.init(config.num_layers, batch_size, config.num_heads, size, config.head_dim, config.dtype)
-            return tuple(cache_lib.constrain(x, rules) for x in text.keys)
-
-        none = jnp.zeros(batch_size, jnp.int32)
-        return Cache(empty(max_len), empty(max_len), none, empty(max_source), empty(max_source), none)
+        return _empty_cache(config, rules, batch_size, max_len, max_source)
 
     def prefill(params: Tree, inputs: Inputs, cache: Cache) -> tuple[ModelOutput, Cache]:
         t5 = module(params)
@@ -454,17 +462,10 @@ def model(config: T5Config, rules: sharding.Rules, taps: tuple[int, ...] = (), s
     ) -> Float[Array, "B T V"]:
         t5 = module(params)
         t5.remat = remat
-        return t5.logits(t5.read_batch(batch, init_cache(*batch.tokens.shape), dropout)[0])
+        return t5.logits(t5.read_batch(batch, init_cache(*batch.tokens.shape), dropout, embeddings)[0])
 
     def features(params: Tree, batch: Batch) -> Float[Array, "B T F D"]:
         return module(params).read_batch(batch, init_cache(*batch.tokens.shape))[1]
-        if batch.source is None or batch.source_segments is None:
-            raise ValueError("An encoder-decoder trains on batches with a source, and this one's is None.")
-        t5, block = module(params), Block(batch.tokens, None, batch.sees, embeddings)
-        t5.remat = remat
-        encoded = t5.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments), dropout)
-        cache = t5.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), init_cache(*batch.tokens.shape))
-        return t5.logits(t5.hidden(block, cache, None, batch, dropout)[0])
 
     def with_taps(taps: tuple[int, ...]) -> Model:
         return model(config, rules, layers.from_zero(taps, config.num_layers), skips)

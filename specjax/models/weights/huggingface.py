@@ -1,7 +1,7 @@
 """Reads a Hugging Face model, decoder-only or T5: a directory with `config.json` and safetensors, or a hub id."""
 
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -176,13 +176,11 @@ def is_cached(repo_id: str) -> bool:
         return False
 
 
-def download(repo_id: str, names: Sequence[str] = HUB_FILES) -> pathlib.Path:
 def download(repo_id: str, patterns: Collection[str] = HUB_FILES) -> pathlib.Path:
     """Downloads the files of a hub repository that specjax reads, or finds them in the hub's own cache.
 
     Args:
       repo_id: e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
-      names: of the files, as patterns.
       patterns: the names of the files.
 
     Returns:
@@ -195,7 +193,6 @@ def download(repo_id: str, patterns: Collection[str] = HUB_FILES) -> pathlib.Pat
     from huggingface_hub import errors
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(names)))
         return pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(patterns)))
     except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -228,8 +228,7 @@ def _fuse_qkv(config: DecoderConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return np.concatenate([x.reshape(*heads, *x.shape[1:]) for x in (q, k, v)], axis=1)
 
 
-def _attention(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-def attention_parts(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def attention_parts(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """The parameters of `layers.Attention`, inputs first, from the tensors of its projections."""
     qkv = [get(f"{name}_proj.weight") for name in "qkv"]
     yield ("qkv",), np.moveaxis(_fuse_qkv(c, *qkv), -1, 0)
@@ -247,8 +246,6 @@ def attention_parts(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[
 
 def _feed_forward(c: DecoderConfig, get: Callable[[str], Tensor], name: str) -> Tensor:
     """One of a feed-forward's parameters."""
-def mlp_parts(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of `layers.FeedForward`, inputs first."""
     inner = ("gate_proj", "up_proj") if c.gated else ("up_proj",)
     if name == "gate_up":
         return np.stack([get(f"{part}.weight").T for part in inner], axis=1)
@@ -257,7 +254,7 @@ def mlp_parts(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[
     return get("down_proj.weight").T if name == "down" else get("down_proj.bias")
 
 
-def _mlp(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+def mlp_parts(c: DecoderConfig, get: Callable[[str], Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """The parameters of a layer's feed-forward, or of its router and the experts, which are stacked."""
     if not c.experts:
         for name in ("gate_up", "down", *(("gate_up_bias", "down_bias") if c.mlp_bias else ())):

@@ -23,7 +23,14 @@ def main() -> None:
         ).tokens[0]
         for i, (prompt, temperature) in enumerate(zip(PROMPTS, TEMPERATURES, strict=True))
     ]
-    sizes = {"num_slots": 4, "max_len": 48, "batch_sizes": (2, 4), "chunk_widths": (8,), "score_prompts": False}
+    sizes = {
+        "num_slots": 4,
+        "max_len": 48,
+        "batch_sizes": (2, 4),
+        "chunk_widths": (8,),
+        "score_prompts": False,
+        "step_cost": 0,
+    }
     with specjax.Engine(placed, drafter=drafter, **sizes) as engine:
         requests = [
             engine.submit(prompt, max_new_tokens=10, temperature=temperature, seed=i)

@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import pickle
-import zipfile
 from typing import Any
 
 import jax
@@ -169,32 +166,6 @@ def test_heads_that_are_saved_are_read_back(name: str, tmp_path: Any):
     jax.tree.map(np.testing.assert_array_equal, read.params, ours.params)
 
 
-class Hostile:
-    def __reduce__(self) -> Any:
-        return os.system, ("exit 3",)
-
-
-def repacked(path: Any, change: Any) -> None:
-    """The file with its pickle changed."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in entries.items():
-            archive.writestr(name, change(content) if name.endswith("data.pkl") else content)
-
-
-def test_no_code_of_a_file_is_run(tmp_path: Any):
-    path = tmp_path / "medusa_lm_head.pt"
-    torch.save({"0.0.linear.weight": torch.ones(2, 2)}, path)
-    assert torch_file.read(path)["0.0.linear.weight"].tolist() == [[1, 1], [1, 1]]
-    repacked(path, lambda _: pickle.dumps(Hostile()))
-    with pytest.raises(ValueError, match=r"it names (posix|nt)\.system, which is not part of a tensor and is not run"):
-        torch_file.read(path)
-    repacked(path, lambda _: pickle.dumps({"a": 1}))
-    with pytest.raises(ValueError, match="not a dictionary of tensors by name"):
-        torch_file.read(path)
-
-
 def test_files_that_are_broken_are_named(tmp_path: Any):
     path = tmp_path / "medusa_lm_head.pt"
     torch.save({"0.0.linear.weight": torch.arange(6.0).reshape(2, 3).T, "half": torch.ones(3).bfloat16()}, path)
@@ -205,13 +176,8 @@ def test_files_that_are_broken_are_named(tmp_path: Any):
         drafters.load_medusa(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"no whole file of torch\.save since torch 1\.6"):
+    with pytest.raises(ValueError, match="is no zip archive"):
         drafters.load_medusa(tmp_path)
-    path.write_bytes(whole)
-    # More elements than the storage has: 6 become 7 in what the pickle says of it.
-    repacked(path, lambda content: content.replace(b"K\x02K\x03", b"K\x02K\x07").replace(b"K\x03K\x02", b"K\x07K\x02"))
-    with pytest.raises(ValueError, match="cannot be read: a tensor"):
-        torch_file.read(path)
     with pytest.raises(FileNotFoundError, match=r"neither medusa_lm_head\.safetensors nor medusa_lm_head\.pt"):
         published.find(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="give the directory of Medusa heads, or a hub id"):

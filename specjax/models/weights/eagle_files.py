@@ -293,7 +293,7 @@ def _params(config: EagleConfig, get: Callable[[str], Tensor], mesh: Mesh | None
 
     parts = {"attention": mapping.attention_parts(c, part("self_attn")), "mlp": mapping.mlp_parts(c, part("mlp"))}
     params: Tree = {
-        name: {n: place(x, axes[name][n], contracted[name][n]) for n, x in found} for name, found in parts.items()
+        name: {n: place(x, axes[name][n], contracted[name][n]) for (n,), x in found} for name, found in parts.items()
     }
     top: dict[str, Tensor] = {"fc": get("fc.weight").T}
     top |= {name: get(tensor) for name, tensor in _NORMS.items() if name in axes}

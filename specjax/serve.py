@@ -45,7 +45,13 @@ def _model_flags(values: flags.FlagValues) -> None:
 
 def _engine_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("num_slots", 8, "Sequences that decode at once.", 1, flag_values=values)
-    flags.DEFINE_integer("max_len", 2048, "The longest prompt and answer together, in tokens.", 2, flag_values=values)
+    flags.DEFINE_integer(
+        "max_len",
+        0,
+        "The longest prompt and answer together, in tokens; 0: what the target knows, at most 2,048.",
+        0,
+        flag_values=values,
+    )
     flags.DEFINE_integer("max_prediction", 512, "The longest predicted output, in tokens.", 0, flag_values=values)
     flags.DEFINE_integer("prefix_mib", 256, "Memory of the prefix cache, in MiB; 0: none.", 0, flag_values=values)
     flags.DEFINE_integer(
@@ -152,7 +158,7 @@ def load_engine(values: flags.FlagValues) -> Any:
         target,
         drafter=_drafter(values, mesh),
         num_slots=values.num_slots,
-        max_len=values.max_len,
+        max_len=values.max_len or None,
         max_prediction=values.max_prediction,
         prefix_bytes=values.prefix_mib << 20,
         max_queued_requests=values.max_queued_requests,

@@ -469,8 +469,8 @@ def test_the_description_names_every_endpoint(live):
     assert named <= set(described["components"]["schemas"])
 
 
-def metrics(live) -> dict[str, float]:
-    lines = send(live, "/metrics")[2].splitlines()
+def metrics(live, **headers) -> dict[str, float]:
+    lines = send(live, "/metrics", headers=headers)[2].splitlines()
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
 
 
@@ -517,6 +517,8 @@ def test_keys_are_needed_and_told_apart():
     assert send(live, "/tokenize", {"prompt": "x"})[0] == 401
     for path in ("/health", "/ready", "/", "/openapi.json"):
         assert send(live, path)[0] == 200
+    found = metrics(live, Authorization="Bearer first")
+    assert found['specjax:requests_refused_total{engine="0",model_name="specjax",status="401"}'] == 8
     # Cached prefixes of one key are not another's.
     assert live.engine.seen[-1].cache_salt
     assert status(Authorization="Bearer first")[0] == 200
@@ -649,3 +651,36 @@ def test_the_page_is_there_and_asks_nothing_of_others(live):
     assert "default-src 'none'" in headers["content-security-policy"]
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "https://" not in text
+
+
+def test_a_burst_does_not_slip_past_the_bound():
+    """The place in the queue is taken when it is asked for, however many ask at the same moment."""
+    live = Live(FakeEngine(lambda *_: "x" * 30, delay=0.05, max_queued=3))
+    answers: list[int] = []
+    body = {"prompt": "a", "max_tokens": 30}
+    threads = [
+        threading.Thread(target=lambda: answers.append(send(live, "/v1/completions", body)[0])) for _ in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(answers) == {200, 429}
+    assert len(answers) == 20
+    assert live.engine.most_running <= 3
+    assert metrics(live)['specjax:requests_refused_total{engine="0",model_name="specjax",status="429"}'] == (
+        answers.count(429)
+    )
+    live.close()
+
+
+def test_a_second_signal_does_not_wait():
+    place = process.Place(port=0, shutdown_timeout=60, poll=0.05)
+    live = Live(FakeEngine(lambda *_: "x" * 5000, delay=0.05, max_len=9000), place=place)
+    with live.ask("/v1/completions", {"prompt": "a", "max_tokens": 5000, "stream": True}):
+        assert wait_until(lambda: live.engine.running == 1)
+        live.running.stop_soon()
+        assert not wait_until(lambda: live.code is not None, 0.3)
+        live.running.stop_soon()
+        live.thread.join(5)
+    assert live.code == 0

@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -76,15 +76,16 @@ async def send_error(send: Send, error: ApiError) -> None:
 class Guard:
     """The middleware, in plain ASGI, so that a disconnect still reaches the answer."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, max_body: int):
+    def __init__(self, app: ASGIApp, *, keys: Keys, max_body: int, refused: Callable[[int], None]):
         """Wraps an application.
 
         Args:
           app: the application.
           keys: the API keys; without any, everyone is let in.
           max_body: the largest body, in bytes.
+          refused: told of the status of each request that does not reach the application.
         """
-        self._app, self._keys, self._max_body = app, keys, max_body
+        self._app, self._keys, self._max_body, self._refused = app, keys, max_body, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -112,6 +113,7 @@ class Guard:
         except ApiError as error:
             if started:
                 raise
+            self._refused(error.status)
             await send_error(send_with_id, error)
         finally:
             _log(scope, status, time.monotonic() - begin)

@@ -50,7 +50,7 @@ class Settings(NamedTuple):
     limits: Limits = Limits()
     max_body: int = 4 * 2**20
     request_timeout: float | None = 3600.0
-    max_requests: int = 4096
+    max_requests: int = 1024
 
 
 def _reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -375,7 +375,8 @@ def application(server: Server) -> Starlette:
         Route("/openapi.json", server.openapi, methods=["GET"]),
         Route("/", server.page, methods=["GET"]),
     ]
-    guard = Middleware(Guard, keys=Keys(server.settings.keys), max_body=server.settings.max_body)
+    settings, refused = server.settings, server.telemetry.refused
+    guard = Middleware(Guard, keys=Keys(settings.keys), max_body=settings.max_body, refused=refused)
     handlers: dict[Any, Any] = {
         ApiError: on_error,
         HTTPException: on_http,

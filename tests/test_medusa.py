@@ -11,11 +11,24 @@ import numpy as np
 import pytest
 import tabular_heads
 import torch
-from helpers import Group, Pair, assert_exact, compiled, random_prompts, right_pad, sample, texts, usual
+from helpers import (
+    Group,
+    Pair,
+    assert_exact,
+    compiled,
+    random_prompts,
+    right_pad,
+    sample,
+    texts,
+    usual,
+)
 from tabular_heads import HEAD_TABLE, HEADS, TABLE, TAPPED
+from test_distill import make_target
+from test_training import copies, write_texts
 from torch import nn
 
-from specjax import decoding, drafters, sampling
+import specjax
+from specjax import decoding, drafters, launch, sampling
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.drafters.parallel_heads import Heads
@@ -541,3 +554,60 @@ def test_the_loss_is_the_weighted_sum_of_all_heads():
     found = jax.jit(lambda params, own: other(params, batch, own, None))(heads().params, target().params)
     assert float(found.loss) == pytest.approx(kl, rel=1e-4)
     assert not found.measures
+
+
+# The command.
+
+
+def command(*flags: str, **values: Any) -> list[str]:
+    given = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
+    return ["launch", "--config=configs/heads.py", *flags, *given, "--nocompilation_cache"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"kind": "hydra"}, "config.kind='hydra': choose one of medusa, blockwise"),
+        ({"mix__draft": 0.5}, "config.mix.draft=0.5: heads write no text of their own"),
+        ({"inner_size": 8}, "config.inner_size=8 is that of kind=blockwise"),
+        ({"kind": "blockwise", "num_layers": 2}, "config.num_layers=2 is that of kind=medusa"),
+        ({"divergence": "words"}, "config.divergence='words': choose one of"),
+        ({"dropout": 0.1}, "config.dropout=0.1: heads are trained without"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_anything_is_loaded(values: Any, words: str, tmp_path: Any, capsys: Any):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "x"}\n')
+    assert launch.main(command(f"--workdir={tmp_path / 'run'}", data=tmp_path / "data.jsonl", **values)) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "of"), [("medusa", "decoder"), ("blockwise", "t5")])
+def test_heads_are_trained_by_one_command_and_compared_by_another(kind: str, of: str, tmp_path: Any, capfd: Any):
+    target_path, run = tmp_path / "target", tmp_path / "run"
+    specjax.save(make_target(of), target_path)
+    texts_path = write_texts(tmp_path / "data.jsonl", copies(30))
+    values: dict[str, Any] = {"target": target_path, "data": texts_path, "kind": kind, "num_prompts": 16}
+    values |= {"num_valid": 6, "max_new_tokens": 8, "write_batch_size": 4, "target_length": 24, "source_length": 24}
+    values |= {"batch_size": 4, "num_microbatches": 1, "num_steps": 20, "eval_every": 10, "learning_rate": 0.01}
+    values |= {"tensorboard": True, "own_output": kind == "medusa"}
+    assert launch.main(command(f"--workdir={run}", **values)) == 0, capfd.readouterr().err
+    rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    valid = [row for row in rows if "valid_loss" in row]
+    assert [row["step"] for row in valid] == [0, 10, 20]
+    assert all(len(row["greedy"]) == len(row["overlap"]) == 3 for row in valid)
+    assert "tokens per call" in (run / "summary.md").read_text()
+    assert (run / "heads.png").stat().st_size > 10_000
+    assert list((run / "tensorboard").iterdir())
+    assert launch.main(command(f"--workdir={run}", **values)) == 0
+    assert "Going on after step 20 of 20." in capfd.readouterr().out
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text.target}) + "\n" for text in copies(3)))
+    flags = [f"--config.{key}={value}" for key, value in {"target": target_path, "drafter": kind}.items()]
+    flags += [f"--config.draft={run / 'model'}", "--config.num_draft_tokens=3", "--config.max_new_tokens=12"]
+    flags += [f"--config.data={prompts}", f"--workdir={tmp_path / 'compared'}", "--nocompilation_cache"]
+    assert launch.main(["launch", "--config=configs/compare.py", *flags]) == 0, capfd.readouterr().err
+    results = json.loads((tmp_path / "compared" / "results.json").read_text())
+    assert results
+    assert all(row["identical"] == 1.0 for row in results)

@@ -14,9 +14,10 @@ import safetensors.numpy
 import transformers
 from helpers import OPTIMISED, feed, usual
 
-from specjax import files
+import specjax
+from specjax import drafters, files
 from specjax.api import pretrained
-from specjax.models import families
+from specjax.models import experts, families, layers
 from specjax.models.config import Experts, LinearRopeScaling, Llama3RopeScaling, LongRopeScaling
 from specjax.models.weights import decoder_configs, huggingface, wheel
 from specjax.types import Inputs
@@ -261,6 +262,85 @@ def test_tiny_models_write_the_same_text(name, tmp_path):
     wanted = reference.generate(torch.tensor(prompt[None]), do_sample=False, max_new_tokens=16, pad_token_id=0)
     inputs = Inputs(jnp.asarray(prompt[None]), jnp.array([7]))
     np.testing.assert_array_equal(greedy(loaded.model, loaded.params, inputs, 16), wanted[:, 7:].numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "phi3-longrope", "olmo2", "qwen3_moe", "mixtral", "gemma3-rope"])
+def test_speculation_on_a_saved_model_writes_the_text_of_plain_decoding(name, tmp_path):
+    model_type, changes = CASES[name]
+    tiny(model_type, **changes).save_pretrained(tmp_path)
+    target = specjax.load(tmp_path)
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4], [2, 7, 1, 8]]
+    plain, drafted = (
+        specjax.generate(target, prompts, drafter=drafter, max_new_tokens=40, step_cost=0.0)
+        for drafter in (drafters.none(), drafters.ngram(num_draft_tokens=4, min_match=1))
+    )
+    assert drafted.tokens == plain.tokens
+    assert any(map(any, drafted.from_draft))
+
+
+def swap_softmax_and_choice(monkeypatch):
+    def route(x, router, chosen, *, renormalise):
+        del renormalise
+        logits, numbers = jax.lax.top_k(x @ router, chosen)
+        return jax.nn.softmax(logits, axis=-1), numbers
+
+    monkeypatch.setattr(experts, "route", route)
+
+
+def renormalise_nothing(monkeypatch):
+    sound = experts.route
+    monkeypatch.setattr(experts, "route", lambda *given, renormalise: sound(*given, renormalise=False))
+
+
+def norm_after_rotation(monkeypatch):
+    normed, rotate, seen = layers.Attention.normed, layers.rotate, []
+
+    def note(self, query_key):
+        seen.append(self)
+        return query_key
+
+    monkeypatch.setattr(layers.Attention, "normed", note)
+    monkeypatch.setattr(layers, "rotate", lambda *given: normed(seen[-1], rotate(*given)))
+
+
+def norm_head_by_head(monkeypatch):
+    def normed(self, query_key):
+        scales = jnp.concatenate([self.query_norm[...], self.key_norm[...][:, None]], axis=1)
+        return layers.rms_norm(query_key, scales, self.config.norm_eps)
+
+    monkeypatch.setattr(layers.Attention, "normed", normed)
+
+
+def rotate_without_factor(monkeypatch):
+    sound = layers.rope_frequencies
+
+    def rotation(config, positions, *, windowed=False):
+        angles = positions[:, :, None] * sound(config, windowed=windowed)
+        return jnp.cos(angles), jnp.sin(angles)
+
+    monkeypatch.setattr(layers, "rotation", rotation)
+
+
+MUTANTS = {
+    swap_softmax_and_choice: "qwen3_moe-probabilities",
+    renormalise_nothing: "mixtral",
+    norm_after_rotation: "qwen3",
+    norm_head_by_head: "olmo2",
+    rotate_without_factor: "phi3-longrope",
+}
+
+
+@pytest.mark.parametrize("plant", usual(MUTANTS, swap_softmax_and_choice, renormalise_nothing, norm_after_rotation))
+def test_a_planted_bug_is_caught(plant, tmp_path, monkeypatch):
+    model_type, changes = CASES[MUTANTS[plant]]
+    # A shape of its own, since what was traced of the others is kept.
+    reference = tiny(model_type, **changes, num_hidden_layers=1, vocab_size=62 + list(MUTANTS).index(plant))
+    reference.save_pretrained(tmp_path)
+    config, params = huggingface.load(tmp_path)
+    plant(monkeypatch)
+    tokens = np.random.default_rng(1).integers(0, 61, (3, 24))
+    assert max_error((families.model(config), params), reference, tokens, [12, 5, 1], []) > 100 * TINY_TOLERANCE
 
 
 def test_the_text_model_within_gemma3_for_images(tmp_path):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from specjax import drafters, experiments, launch, theory
 from specjax.decoding import verify
 from specjax.models import families, presets
-from specjax.models.config import DecoderConfig, T5Config
+from specjax.models.config import DecoderConfig, Experts, T5Config
 from specjax.models.quantisation import Quantisation
 from specjax.models.weights import checkpoint, shapes
 from specjax.planning import aot, chips, hlo, libtpu, plan
@@ -212,6 +212,26 @@ def test_the_cost_of_a_decoders_call_is_the_closed_form(tokens: int, dtype: str)
     # Two a layer, and the lookup in the split table.
     assert cost.all_reduces == 2 * c.num_layers + 1
     assert cost.all_reduce_bytes == 4 * rows * tokens * c.hidden_size * cost.all_reduces
+
+
+@pytest.mark.parametrize("how", ["", "int8"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_experts_that_tokens_choose_are_read(tokens: int, how: str):
+    mixture = families.with_quantisation(dataclasses.replace(WIDE, experts=Experts(8, 2)), how)
+    dense = dataclasses.replace(mixture, experts=None)
+    one, other = (
+        plan.call_cost(dataclasses.replace(setup_of(batch_size=2), target=config), "target")(tokens)
+        for config in (mixture, dense)
+    )
+    matrices = WIDE.num_layers * 3 * WIDE.hidden_size * WIDE.intermediate_size
+    router = WIDE.num_layers * WIDE.hidden_size * 8
+    # Two experts compute what one feed-forward does, twice.
+    assert one.flops - other.flops == pytest.approx(2 * 2 * tokens * (matrices / 4 + router), rel=1e-6)
+    distinct = 8 * (1 - (6 / 8) ** (2 * tokens))
+    scales = 4 * WIDE.num_layers * (2 * WIDE.intermediate_size / 4 + WIDE.hidden_size) if how else 0
+    each = matrices / 4 * (1 if how else 2) + scales
+    assert one.parameter_bytes - other.parameter_bytes == pytest.approx((distinct - 1) * each + 2 * router, rel=1e-6)
+    assert one[2:] == other[2:]
 
 
 def test_an_encoder_is_held_but_not_read():

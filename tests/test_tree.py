@@ -27,6 +27,9 @@ DECODER: dict[str, Any] = {**SIZES, "max_position": 64}
 CONFIGS = {
     "rotary": DecoderConfig(vocab_size=61, num_kv_heads=2, **DECODER),
     "window": DecoderConfig(vocab_size=61, num_kv_heads=1, sliding_window=5, global_layers=(1,), **DECODER),
+    "narrow": DecoderConfig(
+        vocab_size=61, num_kv_heads=2, sliding_window=3, global_layers=(1,), local_rope_theta=50.0, **DECODER
+    ),
     "scanned": DecoderConfig(vocab_size=61, num_kv_heads=2, scan_layers=True, **DECODER),
     "learned": DecoderConfig(vocab_size=61, num_kv_heads=4, positions="learned", norm="layer", gated=False, **DECODER),
     "t5": T5Config(vocab_size=61, num_encoder_layers=1, num_buckets=8, max_distance=12, **SIZES),
@@ -136,6 +139,30 @@ def test_a_tree_is_read_as_its_paths_would_be_and_commit_leaves_the_cache_of_a_p
         on_path = np.flatnonzero(np.asarray(shape.sees[0, leaf]))
         chain, _ = compiled(model).apply(params, Block(nodes[:, on_path]), read(prompt, length))
         np.testing.assert_allclose(output.logits[:, on_path], chain.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", usual(["window", "narrow"], "narrow"))
+def test_a_window_counts_the_positions_of_each_path(name: str):
+    """Windows narrower than the text, and than the tree is deep: each path is what a fresh prefill makes of it."""
+    model, params = _model(name)
+    rng = np.random.default_rng(1)
+    prompt, length = rng.integers(0, 61, (2, 9)), np.asarray([9, 2])
+    nodes = rng.integers(0, 61, (2, len(PARENTS) + 1))
+    shape = tree.shape(jnp.broadcast_to(jnp.asarray(PARENTS), (2, len(PARENTS))), 4)
+    prefill = compiled(model).prefill
+    _, cache = prefill(params, Inputs(jnp.asarray(prompt), jnp.asarray(length)), model.init_cache(2, 24))
+    output, _ = compiled(model).apply(params, Block(jnp.asarray(nodes), shape.depth, shape.sees), cache)
+    texts = np.zeros((2, 8, 16), np.int32)
+    ends = np.zeros((2, 8), np.int32)
+    for row in range(2):
+        for node in range(8):
+            path = nodes[row, np.flatnonzero(np.asarray(shape.sees[row, node]))]
+            text = [*prompt[row, : length[row]], *path]
+            texts[row, node, : len(text)], ends[row, node] = text, len(text)
+    assert ends.max() > 3 + 9
+    fresh, _ = prefill(params, Inputs(jnp.asarray(texts.reshape(16, 16)), jnp.asarray(ends.reshape(16))),
+                       model.init_cache(16, 24))  # fmt: skip
+    np.testing.assert_allclose(output.logits.reshape(16, -1), fresh.logits[:, 0], atol=1e-4)
 
 
 def test_entries_that_earlier_blocks_wrote_are_seen_where_the_block_says():

@@ -73,14 +73,15 @@ def _loop(rounds: int, used: Int[Array, ""], step: Callable[[Array, Array], Arra
 
 def _together(run: Run, number: int, skips: bool, x: Array, weights: Array, numbers: Array) -> Array:
     """All rows through each expert that some row chose, in ascending order of the experts."""
-    one_hot = jax.nn.one_hot(numbers, number)
-    own, is_used = jnp.einsum("rce,rc->er", one_hot, weights), jnp.any(one_hot, axis=(0, 1))
+    is_chosen = numbers[..., None] == jnp.arange(number)
+    # A sum and no product, which TPUs would compute of weights rounded to bfloat16.
+    own, is_used = jnp.sum(jnp.where(is_chosen, weights[..., None], 0.0), axis=1), jnp.any(is_chosen, axis=(0, 1))
     used, order = jnp.sum(is_used), jnp.argsort(~is_used, stable=True)
 
     def step(i: Array, out: Array) -> Array:
         # A round beyond the last expert reads it again, and adds nothing.
         expert = order[jnp.minimum(i, jnp.maximum(used - 1, 0))]
-        weight = jnp.where(i < used, own[expert], 0.0)[:, None]
+        weight = jnp.where(i < used, own[:, expert], 0.0)[:, None]
         return out + jnp.where(weight > 0, weight * run(expert, x), 0.0)
 
     return _loop(min(numbers.size, number), used, step, jnp.zeros(x.shape, jnp.float32), skips)

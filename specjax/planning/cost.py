@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax.models import families, linear
-from specjax.models.config import ModelConfig
+from specjax.models import families, linear, modules
+from specjax.models.config import DecoderConfig, Experts, ModelConfig
 from specjax.planning.setup import SIDES, Setup, abstract_mesh, local_bytes, local_shape, placed_config, shard, unrolled
 from specjax.types import Block, Tree
 
@@ -65,11 +65,17 @@ def _inner(eqn: Any) -> Any:
 
 
 def _walk(
-    jaxpr: Any, origins: list[int], small: frozenset[int], read: set[int], looked_up: set[int]
+    jaxpr: Any,
+    origins: list[int],
+    small: frozenset[int],
+    stacks: frozenset[int],
+    read: set[int],
+    looked_up: set[int],
 ) -> Generator[_Product, None, list[int]]:
     """The matrix products of a program, noting which of its arguments are read, and which only by look-ups of rows.
 
     What is made of one of the arguments `small`, quantised matrices, by scales and offsets is that matrix in floats.
+    Loops over `stacks`, the matrices of experts, are left out: how many of those are read depends on the tokens.
 
     Returns:
       which argument each result is another form of, or -1.
@@ -82,10 +88,14 @@ def _walk(
     for eqn in jaxpr.eqns:
         name, sources = eqn.primitive.name, [of(x) for x in eqn.invars]
         inner = _inner(eqn)
+        if name == "scan" and stacks.intersection(sources):
+            continue
         if name in _SAME_DATA or name in _UPDATES:
             origin[eqn.outvars[0]] = sources[0]
         elif inner is not None:
-            results = yield from _walk(inner, sources[len(sources) - len(inner.invars) :], small, read, looked_up)
+            results = yield from _walk(
+                inner, sources[len(sources) - len(inner.invars) :], small, stacks, read, looked_up
+            )
             origin.update(zip(eqn.outvars, results, strict=True))
         elif name in _SCALINGS and (matrices := [source for source in sources if source in small]):
             origin[eqn.outvars[0]] = matrices[0]
@@ -107,18 +117,42 @@ def _reduced(config: ModelConfig, params: Tree, read: set[int], looked_up: set[i
     contracted, axes = (treedef.flatten_up_to(f(config)) for f in (families.num_contracted, families.param_axes))
     for i, (leaf, number, names) in enumerate(zip(leaves, contracted, axes, strict=True)):
         split = [axis is not None for axis in (*leaf.sharding.spec, *[None] * leaf.ndim)]
-        outputs_first = linear.outputs_first(leaf.dtype)
-        inputs = range(leaf.ndim - number, leaf.ndim) if outputs_first else range(number)
+        first = modules.num_stacked(names)
+        inputs = [leaf.ndim - number + j if linear.outputs_first(leaf.dtype) else first + j for j in range(number)]
         if i in read and any(split[axis] for axis in inputs):
-            yield leaf.size // math.prod(leaf.shape[axis] for axis in inputs)
+            yield leaf.size // math.prod(leaf.shape[axis] for axis in [*inputs, *range(first)])
         if i in looked_up and "vocab" in names and split[names.index("vocab")]:
             yield leaf.size // leaf.shape[names.index("vocab")]
+
+
+def distinct_experts(experts: Experts, tokens: float) -> float:
+    """How many experts of a layer at least one of these tokens is expected to choose.
+
+    As if each token chose any experts with the same probability, whatever the others choose: tokens of one text have
+    more in common, so this is more than what is read.
+    """
+    return experts.number * (1.0 - (1.0 - experts.chosen / experts.number) ** tokens)
+
+
+def _of_experts(experts: Experts, stacks: Tree, contracted: list[int], tokens: int) -> tuple[float, float]:
+    """The operations of a call's experts on each device, and the bytes of those that it reads.
+
+    Args:
+      experts: the mixture.
+      stacks: the abstract parameters of all experts, with their shardings.
+      contracted: how many axes of each are inputs; 0 for one that is no matrix.
+      tokens: the tokens of a device's rows.
+    """
+    weights = sum(math.prod(local_shape(x)) for x, number in zip(stacks, contracted, strict=True) if number)
+    share = distinct_experts(experts, tokens) / experts.number
+    return 2.0 * tokens * experts.chosen / experts.number * weights, share * local_bytes(stacks)
 
 
 def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
     """The cost of a call of one side on each device, by the number of tokens that it reads per row.
 
-    Two calls are traced, of two and three tokens; every cost is linear in the number of tokens.
+    Two calls are traced, of two and three tokens; every cost is linear in the number of tokens, but for those of
+    experts, which are computed.
     """
     setup = unrolled(setup)
     placed = shard(setup, abstract_mesh(setup))
@@ -128,6 +162,10 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
     shards = [x.size // math.prod(local_shape(x)) for x in arguments]
     num_params = len(jax.tree.leaves(params))
     small = frozenset(i for i, x in enumerate(arguments[:num_params]) if jnp.issubdtype(x.dtype, jnp.integer))
+    config = placed_config(setup, side)
+    treedef = jax.tree.structure(params)
+    axes, inputs = (treedef.flatten_up_to(f(config)) for f in (families.param_axes, families.num_contracted))
+    stacks = frozenset(i for i, names in enumerate(axes) if names[:1] == ("experts",))
     rows = setup.batch_size // setup.data
 
     def traced(tokens: int) -> Cost:
@@ -138,12 +176,12 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
         read: set[int] = set()
         looked_up: set[int] = set()
         flops = 0.0
-        for product in _walk(jaxpr, [*range(len(arguments)), -1], small, read, looked_up):
+        for product in _walk(jaxpr, [*range(len(arguments)), -1], small, stacks, read, looked_up):
             known = [i for i in product.arguments if i >= 0]
             # A product with the cache has its rows split already; one with a parameter runs for the device's own rows.
             divisors = [shards[i] * (setup.data if i < num_params else 1) for i in known]
             flops += product.flops / max(divisors, default=setup.data)
-        reduced = list(_reduced(placed_config(setup, side), params, read, looked_up)) if setup.mesh_shape[1] > 1 else []
+        reduced = list(_reduced(config, params, read | stacks, looked_up)) if setup.mesh_shape[1] > 1 else []
         return Cost(
             flops,
             local_bytes([arguments[i] for i in read if i < num_params]),
@@ -154,7 +192,18 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
         )
 
     two, three = traced(2), traced(3)
-    return lambda tokens: Cost(*(a + (tokens - 2) * (b - a) for a, b in zip(two, three, strict=True)))
+
+    def cost(tokens: int) -> Cost:
+        found = Cost(*(a + (tokens - 2) * (b - a) for a, b in zip(two, three, strict=True)))
+        if not stacks or not isinstance(config, DecoderConfig) or config.experts is None:
+            return found
+        which = sorted(stacks)
+        flops, size = _of_experts(
+            config.experts, [arguments[i] for i in which], [inputs[i] for i in which], rows * tokens
+        )
+        return found._replace(flops=found.flops + flops, parameter_bytes=found.parameter_bytes + size)
+
+    return cost
 
 
 def with_collectives(cost: Callable[[int], Cost], seen: dict[int, tuple[float, float]]) -> Callable[[int], Cost]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from specjax.models import families, linear
-from specjax.models.config import ModelConfig, T5Config
+from specjax.models.config import DecoderConfig, ModelConfig, T5Config
 from specjax.training import drafts
 from specjax.types import Tree
 
@@ -39,8 +39,10 @@ def check(config: ModelConfig) -> None:
     """Refuses models that cannot be pruned.
 
     Raises:
-      ValueError: for a quantised model, or one whose layers are scanned.
+      ValueError: for a quantised model, one whose layers are scanned, or a mixture of experts.
     """
+    if isinstance(config, DecoderConfig) and config.experts:
+        raise ValueError(f"experts={config.experts}: a mixture of experts is not pruned. Choose a dense model.")
     if how := families.quantised_as(config):
         raise ValueError(
             f"quantise={how!r}: a quantised model is not pruned. Load it without, prune it, and quantise what is left."

@@ -10,18 +10,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from specjax import files
-from specjax.limits import check_number, check_size
 from specjax.models import decoder
-from specjax.models.config import LIMITS, DecoderConfig, LinearRopeScaling, Llama3RopeScaling
+from specjax.models.config import DecoderConfig
 from specjax.models.quantisation import Quantisation
-from specjax.models.weights import blocks, mapping
+from specjax.models.weights import blocks, gguf_configs, mapping
 from specjax.parallel import sharding
 from specjax.types import Tree
 
-ARCHITECTURES = ("llama", "qwen2")
-"""The values of `general.architecture` that `decoder` computes."""
-
-TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K")
+FLOATS = ("F32", "F16", "BF16")
+BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+SUPERBLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+TYPES = (*FLOATS, *BLOCKS, *SUPERBLOCKS)
 """The tensor types that are dequantised."""
 
 MAGIC = b"GGUF"
@@ -42,19 +41,15 @@ _NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 
-# Stretching of the rotary angles, one factor for each: how llama.cpp stores Llama 3's scaling.
-_ROPE_FACTORS = "rope_freqs.weight"
-
-
-def huggingface_name(name: str) -> str:
-    """A tensor's Hugging Face name: "blk.0.attn_q.weight" -> "model.layers.0.self_attn.q_proj.weight"."""
-    stem, _, kind = name.rpartition(".")
-    if not stem.startswith("blk."):
-        return f"{_NAMES.get(stem, stem)}.{kind}"
-    _, layer, part = stem.split(".", 2)
-    return f"model.layers.{layer}.{_NAMES.get(part, part)}.{kind}"
+_EXPERTS = {f"ffn_{name}_exps": f"{name}_proj" for name in ("gate", "up", "down")}
+"""Tensors that hold the matrices of all experts."""
 
 
 class Tensor(NamedTuple):
@@ -71,6 +66,39 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     kind: str
     data: np.ndarray
+
+
+def _parts(config: DecoderConfig, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors of the model that a tensor of the file holds, by their Hugging Face names.
+
+    "blk.0.attn_q.weight" is "model.layers.0.self_attn.q_proj.weight"; a fused projection has several, one after the
+    other, and so has a stack of experts.
+    """
+    stem, _, kind = tensor.name.rpartition(".")
+    if not stem.startswith("blk."):
+        return {f"{_NAMES.get(stem, stem)}.{kind}": tensor}
+    _, layer, part = stem.split(".", 2)
+    prefix = f"model.layers.{layer}."
+    if part in _EXPERTS and len(tensor.shape) == 3:
+        names = [f"{prefix}mlp.experts.{number}.{_EXPERTS[part]}.{kind}" for number in range(len(tensor.data))]
+        each = zip(names, tensor.data, strict=True)
+        return {name: tensor._replace(shape=tensor.shape[1:], data=data) for name, data in each}
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    rows: dict[str, int] = {}
+    if part == "attn_qkv":
+        rows = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+    elif part == "ffn_up" and tensor.shape[0] == 2 * config.intermediate_size:
+        inner = config.intermediate_size
+        rows = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
+    if not rows or sum(rows.values()) != tensor.shape[0]:
+        own = "pre_feedforward_layernorm" if part == "ffn_norm" and config.post_norms else _NAMES.get(part, part)
+        return {f"{prefix}{own}.{kind}": tensor}
+    found, begin = {}, 0
+    for name, number in rows.items():
+        data = tensor.data[begin : begin + number]
+        found[f"{prefix}{name}.{kind}"] = tensor._replace(shape=(number, *tensor.shape[1:]), data=data)
+        begin += number
+    return found
 
 
 class File(NamedTuple):
@@ -149,118 +177,6 @@ def open_file(path: str | pathlib.Path) -> File:
     return File(path, fields, tensors)
 
 
-def _decimal(value: float) -> float:
-    """The decimal number that was rounded to float32: 1e-5 for 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def _rope_scaling(fields: Mapping[str, Any], architecture: str, has_factors: bool) -> LinearRopeScaling | None:
-    kind = fields.get(f"{architecture}.rope.scaling.type", "none")
-    factor = fields.get(f"{architecture}.rope.scaling.factor", 1.0)
-    if kind not in ("none", "linear"):
-        raise ValueError(f"Rope scaling {kind!r} is not supported in GGUF files: specjax knows 'none' and 'linear'.")
-    if kind == "none" or factor == 1.0:
-        return None
-    if has_factors:
-        raise ValueError(f"The file has both linear rope scaling and {_ROPE_FACTORS}: specjax knows one at a time.")
-    return LinearRopeScaling(_decimal(factor))
-
-
-def _llama3_scaling(factors: np.ndarray, config: DecoderConfig) -> Llama3RopeScaling:
-    """Recovers Llama 3's scaling from the factors that divide each angle.
-
-    Files do not hold its four numbers. All but the factor are the same for every Llama 3.1, 3.2 and 3.3; whether they
-    explain the factors is checked.
-    """
-    half = config.head_dim // 2
-    if factors.shape != (half,) or not np.isfinite(factors).all() or factors.min() <= 0:
-        raise ValueError(f"{_ROPE_FACTORS} is not {half} numbers above 0: download the file again.")
-    scaling = Llama3RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
-    frequencies = config.rope_theta ** (-np.arange(half) / half)
-    turns = scaling.original_max_position * frequencies / (2 * np.pi)
-    keep = np.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
-    expected = 1.0 / (keep + (1.0 - keep) / scaling.factor)
-    if not np.allclose(factors, expected, rtol=1e-3):
-        raise ValueError(
-            f"{_ROPE_FACTORS} is not Llama 3's scaling by {scaling.factor:g} from {scaling.original_max_position} "
-            "positions: specjax knows no other. Load the model's safetensors instead."
-        )
-    return scaling
-
-
-_SIZES = {
-    "attention.head_count": "num_heads",
-    "attention.head_count_kv": "num_kv_heads",
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "block_count": "num_layers",
-    "context_length": "max_position",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "rope.dimension_count": "head_dim",
-}
-"""The entries that are sizes, and the configuration fields whose limits apply to them."""
-
-
-def _check_fields(fields: Mapping[str, Any], arch: str) -> None:
-    """Checks the entries that are used, where the file has them."""
-    for name, field in _SIZES.items():
-        if (value := fields.get(f"{arch}.{name}")) is not None:
-            check_size(f"{arch}.{name}", value, high=LIMITS[field])
-    for name in ("rope.freq_base", "rope.scaling.factor", "attention.layer_norm_rms_epsilon"):
-        if (value := fields.get(f"{arch}.{name}")) is not None:
-            check_number(f"{arch}.{name}", value, positive=not name.endswith("epsilon"))
-
-
-def parse_config(fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], dtype: str) -> DecoderConfig:
-    """The shape of a model from a GGUF's metadata, apart from Llama 3's rope scaling.
-
-    Args:
-      fields: the metadata.
-      tensors: the GGUF name and shape of each tensor.
-      dtype: "float32" or "bfloat16", that of the weights once loaded.
-
-    Raises:
-      ValueError: for an architecture or option that the decoder does not compute, or a missing entry.
-    """
-    arch = fields.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise ValueError(
-            f"GGUF architecture {arch!r:.80} is not supported: specjax loads {', '.join(ARCHITECTURES)} (Mistral and "
-            "SmolLM2 are stored as llama)."
-        )
-    _check_fields(fields, arch)
-    try:
-        heads, hidden = fields[f"{arch}.attention.head_count"], fields[f"{arch}.embedding_length"]
-        head_dim = fields.get(f"{arch}.attention.key_length") or hidden // heads
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if (value := fields.get(f"{arch}.{key}", head_dim)) != head_dim:
-                raise ValueError(f"{arch}.{key}={value}, but heads are {head_dim} wide: specjax needs them equal.")
-        if experts := fields.get(f"{arch}.expert_count", 0):
-            raise ValueError(f"{arch}.expert_count={experts}: specjax knows no mixtures of experts.")
-        return DecoderConfig(
-            vocab_size=next(iter(tensors["token_embd.weight"]), 0),
-            hidden_size=hidden,
-            intermediate_size=fields[f"{arch}.feed_forward_length"],
-            num_layers=fields[f"{arch}.block_count"],
-            num_heads=heads,
-            num_kv_heads=fields.get(f"{arch}.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            max_position=fields[f"{arch}.context_length"],
-            rope_theta=_decimal(fields.get(f"{arch}.rope.freq_base", 10000.0)),
-            rope_scaling=_rope_scaling(fields, arch, _ROPE_FACTORS in tensors),
-            norm_eps=_decimal(fields[f"{arch}.attention.layer_norm_rms_epsilon"]),
-            tie_embeddings="output.weight" not in tensors,
-            qkv_bias="blk.0.attn_q.bias" in tensors,
-            output_bias="blk.0.attn_output.bias" in tensors,
-            mlp_bias="blk.0.ffn_gate.bias" in tensors,
-            sliding_window=fields.get(f"{arch}.attention.sliding_window") or None,
-            dtype=dtype,
-        )
-    except KeyError as error:
-        raise ValueError(f"The GGUF file lacks {error.args[0]!r}.") from None
-
-
 def dequantize(tensor: Tensor) -> np.ndarray:
     """A tensor of the file in float32 (a view of the file where it is stored in float32).
 
@@ -282,7 +198,8 @@ def _kept(
 ) -> tuple[DecoderConfig, dict[str, Quantisation]]:
     """The shape with the quantisation of the file's own blocks, and how each tensor that keeps its blocks is stored."""
     head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-    layers = [name for name, tensor in tensors.items() if name.startswith("model.layers.") and len(tensor.shape) == 2]
+    matrices = [name for name, tensor in tensors.items() if len(tensor.shape) == 2]
+    layers = [name for name in matrices if name.startswith("model.layers.") and ".mlp.gate." not in name]
     found: dict[str, Quantisation | None] = {}
     for part, names in (("quantisation", layers), ("head_quantisation", [head])):
         found[part] = blocks.common({tensors[name].kind for name in names})
@@ -324,13 +241,16 @@ def load(
       ValueError: for a broken file, or a model or tensor type that specjax does not know.
     """
     file = source if isinstance(source, File) else open_file(source)
-    by_name = dict(file.tensors)
+    by_name, factors = dict(file.tensors), {}
+    for name in gguf_configs.ROPE_FACTORS:
+        if name in by_name:
+            factors[name] = dequantize(by_name.pop(name))
     with files.naming(file.path):
-        config = parse_config(file.fields, {name: tensor.shape for name, tensor in by_name.items()}, dtype)
-    if _ROPE_FACTORS in by_name:
-        scaling = _llama3_scaling(dequantize(by_name.pop(_ROPE_FACTORS)), config)
-        config = dataclasses.replace(config, rope_scaling=scaling)
-    tensors = {huggingface_name(name): tensor for name, tensor in by_name.items()}
+        shapes = {name: tensor.shape for name, tensor in by_name.items()}
+        config = gguf_configs.parse_config(file.fields, shapes, factors, dtype)
+    tensors: dict[str, Tensor] = {}
+    for tensor in by_name.values():
+        tensors |= _parts(config, tensor)
     mapping.check_names(mapping.tensor_shapes(config), tensors, str(file.path))
     permuted = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     if file.fields["general.architecture"] != "llama":
@@ -343,6 +263,8 @@ def load(
     def get(name: str) -> np.ndarray:
         tensor = tensors[name]
         array = blocks.read(tensor.data, tensor.kind, kept[name]) if name in kept else dequantize(tensor)
+        if config.norm == "rms_plus_one" and array.ndim == 1:
+            return array - 1.0  # llama.cpp stores 1 + w.
         heads = permuted.get(name.split(".")[-2])
         return array if heads is None else mapping.unpermute(array, heads)
 

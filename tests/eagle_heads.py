@@ -107,6 +107,7 @@ LAYOUTS = {
             "max_position_embeddings": 4096,
             "rope_theta": 2e4,
             "head_dim": HEAD_DIM,
+            "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64},
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 5], "use_aux_hidden_state": True},
         },
         "model.safetensors",
@@ -173,11 +174,19 @@ def _rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
-def _rotated(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
+def _rotated(x: torch.Tensor, position: int, layout: Layout) -> torch.Tensor:
     half = x.shape[-1] // 2
-    angles = position * theta ** (-torch.arange(half, dtype=torch.float32) / half)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+    frequencies, scale = layout.theta ** (-torch.arange(half, dtype=torch.float32) / half), 1.0
+    if "rope_scaling" in layout.raw:
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        rope = layout.raw["rope_scaling"] | {"rope_theta": layout.theta}
+        sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "head_dim": HEAD_DIM}
+        config = LlamaConfig(**sizes, rope_parameters=rope, max_position_embeddings=4096)
+        frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    angles, (a, b) = position * frequencies, (x[..., :half], x[..., half:])
+    return scale * torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
 
 
 class Reference:
@@ -197,7 +206,7 @@ class Reference:
         key = (t["self_attn.k_proj.weight"] @ x).reshape(KV_HEADS, HEAD_DIM)
         if "self_attn.q_norm.weight" in t:
             query, key = (_rms(a, t[f"self_attn.{n}_norm.weight"]) for a, n in ((query, "q"), (key, "k")))
-        query, key = (_rotated(a, place, self.layout.theta) for a in (query, key))
+        query, key = (_rotated(a, place, self.layout) for a in (query, key))
         self.keys.append(key)
         self.values.append((t["self_attn.v_proj.weight"] @ x).reshape(KV_HEADS, HEAD_DIM))
         keys, values = (torch.stack(a).repeat_interleave(HEADS // KV_HEADS, dim=1) for a in (self.keys, self.values))

@@ -327,6 +327,8 @@ OTHER_IDS = torch.arange(eagle_heads.KNOWN)
         ({"d2t": None, "lm_head.weight": torch.zeros(2000, 16)}, "drafts 2000 tokens, the target has 24, .* no d2t"),
         ({"raw": {"num_attention_heads": 5}}, "num_attention_heads=5 and head_dim=3, but the tensors have 16"),
         ({"raw": {"rope_scaling": {"type": "dynamic", "factor": 2.0}}}, "rope type 'dynamic' is not supported"),
+        ({"raw": {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.5}}}, "have mscale=0.5, which specjax"),
+        ({"raw": {"rope_scaling": {"type": "yarn", "factor": "x"}}}, "factor='x'"),
         ({"norm.weight": None}, "lacks tensors norm.weight"),
         ({"norm.weight": torch.ones(3)}, r"'norm.weight' has shape \(3,\)"),
         ({"unknown.weight": torch.ones(3)}, "has unexpected tensors unknown.weight"),
@@ -354,7 +356,7 @@ def test_what_is_asked_for_has_to_fit(tmp_path):
 
 
 def test_a_head_that_is_saved_is_read_back_bit_for_bit(tmp_path):
-    for name in ("EAGLE-3", "EAGLE-3.1", "EAGLE"):
+    for name in ("EAGLE-3", "Model-Optimizer", "EAGLE-3.1", "EAGLE"):
         head = head_of(name)
         drafters.save_eagle(head, target(), tmp_path / name)
         again = drafters.load_eagle(tmp_path / name, target())

@@ -16,7 +16,7 @@ from specjax.models import eagle as heads
 from specjax.models import feature_head, linear
 from specjax.models.config import DecoderConfig
 from specjax.models.eagle import EagleConfig
-from specjax.models.weights import eagle_files
+from specjax.models.weights import eagle_export, eagle_files
 from specjax.parallel import sharding
 from specjax.sampling import warp
 from specjax.types import Draft, Params, Tree
@@ -194,4 +194,4 @@ def save_eagle(head: EagleHead, target: Any, directory: str | pathlib.Path) -> N
       target: the `Pretrained` that it was trained for.
       directory: made if it does not exist.
     """
-    eagle_files.write(directory, head.config, head.params, head.tokens, target.config.vocab_size)
+    eagle_export.write(directory, head.config, head.params, head.tokens, target.config.vocab_size)

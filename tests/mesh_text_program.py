@@ -72,8 +72,8 @@ RULES = {
 }
 DRAFTERS = (
     *("none", "ngram", "model", "tree", "table", "retrieval", "jacobi", "lookahead", "mask_tokens"),
-    *("parallel_masks", "skip", "suffix", "aggressive", "merged", "medusa", "medusa tree", "blockwise"),
-    *("eagle", "eagle tree"),
+    *("parallel_masks", "trained_masks", "pard", "slots", "skip", "suffix", "aggressive", "merged"),
+    *("medusa", "medusa tree", "blockwise", "eagle", "eagle tree"),
 )
 
 Case = tuple[str, str, str]
@@ -97,10 +97,15 @@ REST: list[Case] = (
     + [("decoder", drafter, "coupled") for drafter in ("jacobi", "lookahead", "mask_tokens")]
     + [("decoder", "tree", rule) for rule in ("rejection", "traversal")]
     + [("decoder", drafter, "coupled") for drafter in ("suffix", "aggressive")]
-    + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "skip", "merged")]
+    + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "trained_masks", "pard", "skip", "merged")]
     + [("decoder", "medusa", "rejection"), ("decoder", "medusa tree", "coupled"), ("t5", "blockwise", "rejection")]
     + [("decoder", drafter, "rejection") for drafter in ("eagle", "eagle tree")]
-    + [("t5", "skip", "rejection"), ("t5-int4", "model", "rejection")]
+    + [
+        ("t5", "pard", "rejection"),
+        ("t5", "slots", "rejection"),
+        ("t5", "skip", "rejection"),
+        ("t5-int4", "model", "rejection"),
+    ]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
 SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D
@@ -184,6 +189,13 @@ def text(
         "mask_tokens": lambda: drafters.mask_tokens(mask_token=0, num_draft_tokens=2),
         "parallel_masks": lambda: drafters.parallel_masks(
             load(family, 0, mesh, rules), mask_token=0, num_draft_tokens=3
+        ),
+        "trained_masks": lambda: drafters.parallel_masks(
+            load(family, 0, mesh, rules), embeddings=jnp.linspace(-1, 1, 2 * 64).reshape(2, 64)
+        ),
+        "pard": lambda: drafters.pard(load(family, 1, mesh, draft_rules), mask_token=0, num_draft_tokens=3),
+        "slots": lambda: drafters.nonautoregressive(
+            load(family, 1, mesh, draft_rules), mask_token=0, num_draft_tokens=3
         ),
         "skip": lambda: drafters.skip(load(family, 0, mesh, rules), mlp=(0,), num_draft_tokens=3),
         "medusa": lambda: drafters.medusa(heads("medusa"), load(family, 0, mesh, rules)),

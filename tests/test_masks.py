@@ -122,8 +122,8 @@ def test_drafting_catches_masks_that_are_off_by_one(monkeypatch: pytest.MonkeyPa
 def test_drafting_catches_masks_that_see_each_other(monkeypatch: pytest.MonkeyPatch, catches: Any):
     visible = masked.visible
 
-    def later(places: Places, width: int) -> Any:
-        return visible(places._replace(point=places.point + 1), width)
+    def later(places: Places, width: int, **more: Any) -> Any:
+        return visible(places._replace(point=places.point + 1), width, **more)
 
     monkeypatch.setattr(masked, "visible", later)
     jax.clear_caches()

@@ -87,6 +87,12 @@ DRAFTERS = {
     "medusa, tree of the most probable": Pair(
         TAPPED, TABLE, tabular_heads.tree(drafters.children.most_probable), HEAD_TABLE
     ),
+    "pard": Pair(TARGET, TABLE, drafters.pard(DRAFT, mask_token=1, num_draft_tokens=3), DRAFT_TABLE),
+    "pard, tree": Pair(TARGET, TABLE, drafters.pard(DRAFT, mask_token=1, topology=(2, 2)), DRAFT_TABLE),
+    "pard, other padding": Pair(TARGET, TABLE, drafters.pard(PADDED, mask_token=1, num_draft_tokens=2), PADDED_TABLE),
+    "nonautoregressive": Pair(
+        TARGET, TABLE, drafters.nonautoregressive(DRAFT, mask_token=1, num_draft_tokens=3), DRAFT_TABLE
+    ),
     "model, tree with replacement": Pair(TARGET, TABLE, tree_of(drafters.children.with_replacement), DRAFT_TABLE),
     "model, tree of the most probable": Pair(TARGET, TABLE, tree_of(drafters.children.most_probable), DRAFT_TABLE),
     "model, tree, other padding": Pair(TARGET, TABLE, drafters.model(PADDED, topology=(3, 1)), PADDED_TABLE),

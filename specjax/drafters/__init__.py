@@ -14,8 +14,10 @@ from specjax.drafters.merged import merged
 from specjax.drafters.model import model
 from specjax.drafters.model_dynamic import Dynamic
 from specjax.drafters.ngram import ngram
+from specjax.drafters.nonautoregressive import nonautoregressive
 from specjax.drafters.none import none
 from specjax.drafters.parallel_masks import parallel_masks
+from specjax.drafters.pard import pard
 from specjax.drafters.retrieval import Datastore, index_corpus, load_datastore, retrieval, save_datastore
 from specjax.drafters.skip import early_exit, skip
 from specjax.drafters.suffix import suffix
@@ -50,8 +52,10 @@ __all__ = [
     "merged",
     "model",
     "ngram",
+    "nonautoregressive",
     "none",
     "parallel_masks",
+    "pard",
     "retrieval",
     "save_blockwise",
     "save_datastore",

@@ -171,6 +171,8 @@ def check(drafter: Any) -> Draft:
             "blockwise": "drafters.load_blockwise(...), target",
             "eagle": "drafters.load_eagle(...), target",
             "parallel_masks": "specjax.load(...), mask_token=...",
+            "pard": "specjax.load(...)",
+            "nonautoregressive": "specjax.load(...)",
             "skip": "specjax.load(...), attention=(...)",
             "early_exit": "specjax.load(...), layer",
         }

@@ -7,16 +7,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from specjax import control
-from specjax.drafters import chain, model_tree
+from specjax.drafters import chain, independent, model_tree
 from specjax.drafters.children import Children, most_probable
 from specjax.drafters.mask_tokens import Ids, ids_of, with_embeddings
 from specjax.limits import check_num_draft_tokens
-from specjax.sampling import tree
 from specjax.types import Block, Context, Drafter, Model, Params, Proposal, Topology
 
 
@@ -94,36 +92,20 @@ def _chain(target: Model, ids: Ids) -> Drafter:
 
     def propose(params: Params, state: tuple[()], cache: Any, context: Context) -> tuple[Proposal, tuple[()], Any]:
         logits, cache = look_ahead(target, ids, params, cache, context)
-
-        def predict(place: Int[Array, ""]) -> Float[Array, "B V"]:
-            return jax.lax.dynamic_index_in_dim(logits, place, axis=1, keepdims=False)
-
-        length = jnp.minimum(context.max_draft, k)
-        return chain.draw(predict, lambda place, token: place + 1, jnp.int32(0), length, context), state, cache
+        return independent.draw_chain(logits, jnp.minimum(context.max_draft, k), context), state, cache
 
     return Drafter(chain.init, propose, chain.update, Topology.chain(k))
 
 
 @functools.cache
 def _tree(plan: model_tree.Plan, ids: Ids) -> Drafter:
-    topology = plan.topology
-
     def propose(params: Params, state: tuple[()], cache: Any, context: Context) -> tuple[Proposal, tuple[()], Any]:
-        rows = len(context.max_draft)
-        parent = jnp.broadcast_to(jnp.asarray(topology.parents, jnp.int32), (rows, topology.num_nodes))
-
         def draft(carry: model_tree.Rollout) -> model_tree.Rollout:
-            tokens, probs, cache = carry
-            logits, cache = look_ahead(plan.draft, ids, params, cache, context)
-            shape = tree.shape(parent, topology.depth)
-            for depth in range(topology.depth):
-                behind = plan.behind(depth)
-                of_depth = jnp.repeat(logits[:, depth : depth + 1], len(behind), axis=1)
-                tokens, probs = model_tree.place(plan, depth, behind, of_depth, tokens, probs, shape, context)
-            return tokens, probs, cache
+            logits, cache = look_ahead(plan.draft, ids, params, carry[-1], context)
+            return independent.grow(plan, logits, (*carry[:-1], cache), context)
 
         nothing = model_tree.nothing(plan, cache, context)
         tokens, probs, cache = control.once(jnp.any(context.max_draft > 0), draft, nothing)
         return model_tree.proposal(plan, tokens, probs, context), state, cache
 
-    return Drafter(chain.init, propose, chain.update, topology)
+    return Drafter(chain.init, propose, chain.update, plan.topology)

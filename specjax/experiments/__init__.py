@@ -17,9 +17,11 @@ EXPERIMENTS = {
     "leviathan": "specjax.experiments.leviathan:run",
     "masks": "specjax.experiments.masks:run",
     "methods": "specjax.experiments.methods:run",
+    "pard": "specjax.experiments.pard:run",
     "plan": "specjax.experiments.plan:run",
     "prune": "specjax.experiments.prune:run",
     "skip_search": "specjax.experiments.skip_search:run",
+    "specdec": "specjax.experiments.specdec:run",
     "tune": "specjax.experiments.tune:run",
     "train": "specjax.experiments.train:run",
 }

@@ -258,6 +258,19 @@ def _parallel_masks(chosen: Any, target: Pretrained, load: Load) -> OfK:
     return lambda k: drafters.parallel_masks(target, num_draft_tokens=k, **_read_by_masks(chosen, target, k - 1))
 
 
+def _pard(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    return _in_one_call(drafters.pard, chosen, load)
+
+
+def _nonautoregressive(chosen: Any, target: Pretrained, load: Load) -> OfK:
+    return _in_one_call(drafters.nonautoregressive, chosen, load)
+
+
+def _in_one_call(make: Callable[..., AnyDrafter], chosen: Any, load: Load) -> OfK:
+    draft = load()
+    return _shaped(chosen, functools.partial(make, draft, min_confidence=chosen.min_confidence))
+
+
 def _skip(chosen: Any, target: Pretrained, load: Load) -> OfK:
     from specjax.experiments import skip_search  # It runs the drafters of this module.
 
@@ -289,6 +302,16 @@ def _of_masks(make: Callable[[Any, Pretrained, Load], OfK], trees: str = "") -> 
     return Entry(make, draft=f"PATH (of {where})", needs_draft=False, made_by=where, trees=trees, least=1)
 
 
+_ONE_CALL: dict[str, Any] = {
+    "draft": "SOURCE",
+    "is_model": True,
+    "runs_model": True,
+    "trees": "topology",
+    "lengths": True,
+    "least": 1,
+}
+"""What drafters have in common whose model predicts all tokens in one call."""
+
 DRAFTERS = {
     "model": Entry(
         _model, draft="SOURCE", is_model=True, runs_model=True, trees="topology", dynamic=True, lengths=True
@@ -305,6 +328,8 @@ DRAFTERS = {
     "lookahead": Entry(_lookahead, least=2),
     "mask_tokens": _of_masks(_mask_tokens),
     "parallel_masks": _of_masks(_parallel_masks, "topology"),
+    "pard": Entry(_pard, **_ONE_CALL),
+    "nonautoregressive": Entry(_nonautoregressive, **_ONE_CALL),
     "skip": Entry(
         _skip,
         draft="PATH (of configs/skip_search.py)",

@@ -185,6 +185,14 @@ def _check_parts(config: "DecoderConfig") -> None:
                 )
 
 
+def _check_mask(config: Any) -> None:
+    """Checks that a mask has an embedding."""
+    if config.mask_token is not None and config.mask_token >= config.vocab_size:
+        raise ValueError(
+            f"mask_token={config.mask_token}: an id of the vocabulary, below vocab_size={config.vocab_size}."
+        )
+
+
 def _one_of(config: object, **choices: Sequence[str]) -> None:
     for name, known in choices.items():
         if (value := getattr(config, name)) not in known:
@@ -242,6 +250,8 @@ class DecoderConfig:
       head_quantisation: the same for the head, which is the embedding table of a tied model.
       head_tokens: the tokens that the head computes logits of, in ascending order; all others are never written (see
         `layers.all_logits`). Empty for all tokens. For drafts, whose head may be most of their cost.
+      mask_token: the id of the vocabulary that stands for a token to come, which the model was trained to read so
+        (`drafters.pard`); None: there is none.
       scan_layers: whether one layer's program is compiled and run for every layer, on stacked parameters
         (`families.stack_layers`); else every layer is compiled. The text is the same; compilation takes less time, a
         step takes more (docs/results/layers.md).
@@ -285,6 +295,7 @@ class DecoderConfig:
     quantisation: Quantisation | None = None
     head_quantisation: Quantisation | None = None
     head_tokens: tuple[int, ...] = ()
+    mask_token: int | None = None
     scan_layers: bool = False
 
     start_token: ClassVar[None] = None
@@ -292,6 +303,7 @@ class DecoderConfig:
     def __post_init__(self):
         _check_fields(self)
         _check_head(self)
+        _check_mask(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
@@ -334,7 +346,7 @@ class T5Config:
 
     `bias_per_layer` gives every layer its own relative position bias (umT5), where T5's layers share the first's.
     `scale_outputs` divides the decoder's last hidden state by the root of the width before the head (T5 v1.0). `dtype`,
-    `quantisation`, `head_quantisation` and `head_tokens` are as in `DecoderConfig`.
+    `quantisation`, `head_quantisation`, `head_tokens` and `mask_token` are as in `DecoderConfig`.
     """
 
     vocab_size: int
@@ -357,12 +369,14 @@ class T5Config:
     quantisation: Quantisation | None = None
     head_quantisation: Quantisation | None = None
     head_tokens: tuple[int, ...] = ()
+    mask_token: int | None = None
 
     scan_layers: ClassVar[bool] = False
 
     def __post_init__(self):
         _check_fields(self)
         _check_head(self)
+        _check_mask(self)
         _one_of(self, dtype=DTYPES, activation=ACTIVATIONS)
         if self.num_buckets < 4 or self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
             raise ValueError(

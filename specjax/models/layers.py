@@ -142,11 +142,13 @@ def visible(
         return distance >= 0, distance
     slots = slots - length[:, None, None]
     behind = jnp.broadcast_to(jnp.clip(slots, 0, sees.shape[-1] - 1), distance.shape)
-    # The entries of a block that a token attends to are a path that ends with itself.
-    later = jnp.cumsum(sees[..., ::-1], axis=-1, dtype=jnp.int32)[..., ::-1] - 1
-    of_block = jnp.take_along_axis(jnp.where(sees, later, -1), behind, axis=-1)
-    of_block = jnp.where(slots < sees.shape[-1], of_block, -1)
-    return (slots < 0) | (of_block >= 0), jnp.where(slots < 0, distance, of_block)
+    # The entries of a block that a token attends to are a path: as many positions apart as there are of them between.
+    later = jnp.cumsum(sees[..., ::-1], axis=-1, dtype=jnp.int32)[..., ::-1]
+    own = jnp.diagonal(later, sees.shape[-1] - sees.shape[-2], axis1=-2, axis2=-1)
+    unseen = -sees.shape[-1]
+    of_block = jnp.take_along_axis(jnp.where(sees, later - own[..., None], unseen), behind, axis=-1)
+    of_block = jnp.where(slots < sees.shape[-1], of_block, unseen)
+    return (slots < 0) | (of_block > unseen), jnp.where(slots < 0, distance, of_block)
 
 
 def from_zero(taps: tuple[int, ...], num_layers: int) -> tuple[int, ...]:

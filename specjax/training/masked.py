@@ -1,11 +1,11 @@
 """Training batches in which masks are read behind tokens of the text: placeholders for the tokens to come.
 
 A mask of place j, from 0, behind the token at position t stands at position t + 1 + j, in the place of the text's token
-there. It sees the text up to t and the masks of smaller places behind the same token, never the text that it stands
-for. What the model says there is about the token after it: its target is that of the text's token at t + 1 + j. One
-call reads a text and the masks behind many of its tokens.
+there. It sees the text up to t and masks behind the same token, never the text that it stands for. One call reads a text
+and the masks behind many of its tokens. How masks are read is a `Kind`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +28,28 @@ class Places(NamedTuple):
 
     point: Int[Array, "B M"]
     place: Int[Array, "B M"]
+
+
+class Kind(NamedTuple):
+    """How masks are read and what they learn.
+
+    Attributes:
+      fills: whether a mask is filled with the token that it stands for; else what the model says there is about the
+        token after, as behind any other token.
+      both_ways: whether the masks behind a token see each other both ways; else those of smaller places alone.
+      learns_text: whether the text's own tokens keep their loss.
+    """
+
+    fills: bool = False
+    both_ways: bool = False
+    learns_text: bool = True
+
+
+AHEAD = Kind()
+"""As a causal model reads: PaSS, prompt tokens, PARD."""
+
+SLOTS = Kind(fills=True, both_ways=True, learns_text=False)
+"""As a model that is not autoregressive does: SpecDec."""
 
 
 def counts(width: int, number: int, keep: float = 1.0, least: float = 0.0) -> tuple[int, ...]:
@@ -74,12 +96,13 @@ def stands_for(places: Places) -> Int[Array, "B M"]:
     return places.point + 1 + places.place
 
 
-def visible(places: Places, width: int) -> Bool[Array, "B W W"]:
+def visible(places: Places, width: int, *, both_ways: bool = False) -> Bool[Array, "B W W"]:
     """Which tokens each token of a row sees, the masks after the text: `Batch.sees`.
 
     Args:
       places: the M masks.
       width: T, the tokens of the text; W = T + M.
+      both_ways: see `Kind`.
     """
     rows, number = places.point.shape
     text = np.arange(width)
@@ -92,30 +115,34 @@ def visible(places: Places, width: int) -> Bool[Array, "B W W"]:
     )
     same = places.point[:, :, None] == places.point[:, None]
     earlier = places.place[:, None] <= places.place[:, :, None]
-    sees_masks = jnp.concatenate([jnp.zeros((rows, width, number), bool), same & earlier], axis=1)
+    seen = same if both_ways else same & earlier
+    sees_masks = jnp.concatenate([jnp.zeros((rows, width, number), bool), seen], axis=1)
     return jnp.concatenate([sees_text, sees_masks], axis=2)
 
 
-@jax.jit
-def insert(batch: Batch, places: Places, ids: Int[Array, " K"]) -> Batch:
+@functools.partial(jax.jit, static_argnames="kind")
+def insert(batch: Batch, places: Places, ids: Int[Array, " K"], kind: Kind = AHEAD) -> Batch:
     """A batch of texts with masks behind some of their tokens.
 
     Args:
       batch: `[B, T]` texts.
       places: the M masks of each row.
       ids: the token id of the mask of each place.
+      kind: how they are read.
 
     Returns:
       `[B, T + M]`: the texts, then the masks. A mask whose target is not in its text, or has no weight, has weight 0.
     """
     width = batch.tokens.shape[1]
-    at = jnp.minimum(stands_for(places), width - 1)
+    # The target of a token is the one after it.
+    target = stands_for(places) - kind.fills
+    at = jnp.minimum(target, width - 1)
 
     def of(values: Array, index: Array) -> Array:
         return jnp.take_along_axis(values, index, axis=1)
 
     segment = of(batch.segments, places.point)
-    is_within = (stands_for(places) < width) & (of(batch.segments, at) == segment) & (segment > 0)
+    is_within = (target < width) & (of(batch.segments, at) == segment) & (segment > 0)
     masks = {
         "tokens": ids[places.place],
         "targets": of(batch.targets, at),
@@ -127,4 +154,6 @@ def insert(batch: Batch, places: Places, ids: Int[Array, " K"]) -> Batch:
         name: jnp.concatenate([getattr(batch, name), new.astype(getattr(batch, name).dtype)], axis=1)
         for name, new in masks.items()
     }
-    return batch._replace(**joined, sees=visible(places, width))
+    if not kind.learns_text:
+        joined["weights"] = joined["weights"].at[:, :width].set(0.0)
+    return batch._replace(**joined, sees=visible(places, width, both_ways=kind.both_ways))

@@ -410,4 +410,7 @@ def parse_config(raw: Raw, names: Collection[str] | None = None, dtype: str = "f
     """
     del names
     with naming_errors(raw):
-        return DecoderConfig(**PARSERS[raw["model_type"]](raw), dtype=dtype)
+        # PARD's drafts name their mask (arXiv 2504.18583); -1 is what its training writes where there is none.
+        mask = raw.get("pard_token")
+        mask_token = None if mask is None or mask == -1 else mask
+        return DecoderConfig(**PARSERS[raw["model_type"]](raw), dtype=dtype, mask_token=mask_token)

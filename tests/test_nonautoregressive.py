@@ -1,4 +1,4 @@
-"""SpecDec's drafter: masks that see each other both ways are read in one call, leave nothing behind, and change no text."""
+"""SpecDec's drafter: masks that see each other are read in one call, leave nothing behind, and change no text."""
 
 import functools
 import importlib
@@ -14,7 +14,7 @@ from specjax import decoding, drafters, testing
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import step as step_lib
 from specjax.decoding import verify
-from specjax.models import families
+from specjax.models import families, layers
 from specjax.models.config import DecoderConfig, ModelConfig, T5Config
 from specjax.types import Block, Drafter, Inputs, Params
 
@@ -50,7 +50,7 @@ def inputs(name: str) -> Inputs:
 
 
 def sees_both_ways(name: str) -> None:
-    """A block in which tokens see each other is what a softmax over all of them says, at the distances of the text."""
+    """What is said at a token of such a block depends on those after it and on its own place."""
     one = side(name, 0)
     given = jax.tree.map(lambda x: x[:1], inputs(name))
     _, cache = compiled(one.model).prefill(one.params, given, one.model.init_cache(1, 16, 4))
@@ -72,6 +72,23 @@ def sees_both_ways(name: str) -> None:
         np.testing.assert_allclose(before[-1], causal[-1], atol=2e-4)
 
 
+def test_distances_are_those_of_the_text():
+    """Two tokens of the text, then two masks that see both ways: later ones are at negative distances."""
+    sees = jnp.asarray([[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]], bool)
+    length = jnp.asarray([2])
+    mask, distance = layers.visible(8, 2 + jnp.arange(4)[None], length, sees)
+    wanted = np.arange(2, 6)[:, None] - np.arange(8)
+    known = np.concatenate([np.ones((4, 2), bool), np.asarray(sees[0]), np.zeros((4, 2), bool)], axis=1)
+    np.testing.assert_array_equal(mask[0], known)
+    np.testing.assert_array_equal(np.where(known, distance[0], 0), np.where(known, wanted, 0))
+    # A branch of a tree, whose entries are further apart than its positions.
+    branch = jnp.asarray([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], bool)
+    depth = jnp.asarray([[0, 1, 1]])
+    mask, distance = layers.visible(8, 2 + depth, length, branch)
+    assert distance[0, 2, jnp.asarray([0, 1, 2, 4])].tolist() == [3, 2, 1, 0]
+    assert mask[0, 2].tolist() == [True, True, True, False, True, False, False, False]
+
+
 @pytest.mark.parametrize("name", usual(CONFIGS, "t5"))
 def test_masks_see_each_other_both_ways(name: str):
     sees_both_ways(name)
@@ -81,7 +98,7 @@ def test_masks_see_each_other_both_ways(name: str):
 
 
 def follows_the_text(name: str, drafter: Drafter, calls: int = 2) -> None:
-    """In each of some steps the slots are filled as by a call behind a prefill of the text, and leave nothing behind."""
+    """In some steps the slots are filled as by a call behind a prefill of the text, and leave nothing behind."""
     target, draft = side(name, 0), side(name, 1)
     both = Params(target.params, draft.params)
     state = decoding.prefill(target.model, drafter, both, inputs(name), max_new_tokens=20, step_cost=0.0, max_len=64)

@@ -114,10 +114,10 @@ def test_glancing_shows_a_share_of_what_was_wrong(share: float):
 @pytest.mark.slow
 def test_a_drafter_learns_to_fill_slots():
     side, data = drafter(), specdec.with_slots(texts(4), MASK, 2, 8)
-    glanced = specdec.glanced(data, CONFIG, 200)
-    config = TrainConfig(num_steps=200, batch_size=1, learning_rate=5e-3)
+    glanced = specdec.glanced(data, CONFIG, 260)
+    config = TrainConfig(num_steps=260, batch_size=1, learning_rate=1e-2)
     state = train.init(CONFIG, config, params=side.params)
-    for step in range(200):
+    for step in range(260):
         batch: Batch = glanced.at(step, state.params).batch(step, 1)
         state, _ = train.train_step(CONFIG, config, state, batch, objective=data.objective)
     held = train.eval_step(CONFIG, "float32", state.params, next(data.in_order(2)), objective=data.objective)

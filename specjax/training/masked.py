@@ -1,8 +1,8 @@
 """Training batches in which masks are read behind tokens of the text: placeholders for the tokens to come.
 
 A mask of place j, from 0, behind the token at position t stands at position t + 1 + j, in the place of the text's token
-there. It sees the text up to t and masks behind the same token, never the text that it stands for. One call reads a text
-and the masks behind many of its tokens. How masks are read is a `Kind`.
+there. It sees the text up to t and masks behind the same token, never the text that it stands for. One call reads a
+text and the masks behind many of its tokens. How masks are read is a `Kind`.
 """
 
 import functools

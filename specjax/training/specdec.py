@@ -1,9 +1,9 @@
 """Trains SpecDec's drafter, which fills slots behind a text, by glancing.
 
 SpecDec (Xia et al. 2022, arXiv 2203.16487) trains slots behind a random beginning of each text, with glancing (GLAT,
-Qian et al. 2020, arXiv 2008.07905): the model fills them once; of the right tokens a share of as many as it had wrong
-is shown, in slots chosen at random; and it learns the others, given those. The share falls while it learns. Here slots are read
-behind several tokens of a row at once.
+Qian et al. 2020, arXiv 2008.07905): the model fills them once; for a share of as many slots as it had wrong, chosen at
+random, the right tokens are shown; and it learns the others, given those. The share falls while it learns. Here slots
+are read behind several tokens of a row at once.
 """
 
 import dataclasses

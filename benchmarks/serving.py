@@ -135,7 +135,7 @@ def static(target: specjax.Pretrained, drafter: Any, prompts: Sequence[Sequence[
         "prompt_width": width,
     }
     for count in {len(batch) for batch in batches}:
-        specjax.generate(target, prompts[:count], **options | {"max_new_tokens": 2})
+        specjax.generate(target, prompts[:count], **{**options, "max_new_tokens": 2})
     begin, tokens = time.perf_counter(), 0
     for batch in batches:
         tokens += sum(map(len, specjax.generate(target, batch, **options).tokens))
@@ -259,7 +259,7 @@ def main(argv: Sequence[str]) -> None:
         "fixed": {"drafter": drafter, "step_cost": 0},
     }
     engines = {side: specjax.Engine(target, **choices[side], **sizes) for side in _SIDES.value if side in choices}
-    loads = [(f"{n} clients", closed, n) for n in clients] + [
+    loads: list[tuple[str, Callable[..., list[Times]], Any]] = [(f"{n} clients", closed, n) for n in clients] + [
         (f"{r} per second", poisson, float(r)) for r in _RATES.value
     ]
     for load, run, amount in loads:

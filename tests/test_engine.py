@@ -4,8 +4,10 @@ import functools
 import random
 import threading
 import time
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_prompts, tokenizer_of
@@ -16,6 +18,7 @@ from specjax.models import families
 from specjax.sampling import automaton
 from specjax.serving import capacity, prefix, programs, scheduler, warmup
 from specjax.serving.requests import Closed, Options, Overloaded
+from specjax.types import Block
 
 VOCAB = 61
 EOS = 60
@@ -25,7 +28,7 @@ WORDS = [f"\u2581w{i}" for i in range(VOCAB - 1)] + ["[unk]"]
 def pretrained(seed: int = 0) -> specjax.Pretrained:
     model, params = testing.tiny_decoder(seed, vocab_size=VOCAB)
     tokenizer = tokenizer_of(WORDS)
-    tokenizer.eos_token_ids = [EOS]
+    tokenizer.eos_token_ids = (EOS,)
     return specjax.Pretrained(model, params, tokenizer, specjax.DecoderConfig(VOCAB, 32, 64, 2, 4, 2, 8, 512))
 
 
@@ -41,7 +44,7 @@ def engine():
         assert engine.snapshot().compilations == 0
 
 
-def alone(prompt, drafter=NGRAM, target=TARGET, **options):
+def alone(prompt, drafter: Any = NGRAM, target=TARGET, **options) -> Any:
     return specjax.generate(target, [prompt], drafter=drafter, verify="coupled", max_len=192, **options)
 
 
@@ -143,7 +146,7 @@ def test_log_probabilities_of_prompts(engine):
     request = engine.submit(prompt, max_new_tokens=2, logprobs=1, prompt_logprobs=2)
     (found,) = request.result()
     cache = TARGET.model.init_cache(1, 160)
-    block = specjax.types.Block(np.asarray([prompt], np.int32))
+    block = Block(jnp.asarray([prompt], jnp.int32))
     logits = np.asarray(TARGET.model.apply(TARGET.params, block, cache)[0].logits)[0]
     expected = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     assert found.prompt_logprobs is not None
@@ -452,6 +455,6 @@ def test_a_row_is_inserted_in_place():
     text = jax.eval_shape(functools.partial(programs.begin, setting.programs))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     compiled = programs.insert.lower(setting.programs, state, np.int32(0), text, setting.choices).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == size
     assert memory.temp_size_in_bytes < size / 10

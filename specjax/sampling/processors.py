@@ -27,10 +27,8 @@ NO_TOKEN = 2**31 - 1
 """A token id beyond every vocabulary, which pads `Penalties.bias_tokens`."""
 
 
-def spread(
-    name: str, value: Any, batch_size: int, dtype: Any, low: float, high: float, *, above: bool = False
-) -> np.ndarray:
-    """One value per row, from one value or a list of them.
+def spread(name: str, value: Any, batch_size: int, dtype: Any, low: float, high: float, *, above: bool = False) -> Any:
+    """One value per row in host memory, from one value or a list of them.
 
     Numbers that float32 would round to 0 are rounded away from it instead: 0 is often the value that means "off".
 
@@ -111,7 +109,8 @@ def penalties(
         return None
     # Padded, so that a few more or fewer of them do not recompile.
     width = -(-max(map(len, rows)) // 8) * 8
-    tokens, bias = np.full((batch_size, width), NO_TOKEN, np.int32), np.zeros((batch_size, width), np.float32)
+    tokens: Any = np.full((batch_size, width), NO_TOKEN, np.int32)
+    bias: Any = np.zeros((batch_size, width), np.float32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], bias[i, : len(row)] = list(row), list(row.values())
     return Penalties(**arrays, bias_tokens=tokens, bias=bias)

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, Integer, UInt32
 
 from specjax import control
@@ -58,7 +57,7 @@ def host_options(
         own = ["temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"]
         raise TypeError(f"No option {', '.join(unknown)}: there are {', '.join(own + sorted(known))}.")
 
-    def spread(name: str, value: Any, dtype: Any, low: float, high: float, *, above: bool = False) -> np.ndarray:
+    def spread(name: str, value: Any, dtype: Any, low: float, high: float, *, above: bool = False) -> Any:
         return processors.spread(name, value, batch_size, dtype, low, high, above=above)
 
     return SamplingOptions(

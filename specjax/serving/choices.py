@@ -1,5 +1,7 @@
 """What a request has chosen, checked, and laid out as the arrays of one row in host memory."""
 
+from typing import Any
+
 import numpy as np
 
 from specjax.sampling import processors, warp
@@ -19,8 +21,9 @@ _PENALTIES = (
 
 
 def _no_penalties() -> Penalties:
-    number, count = (np.zeros(1, dtype) for dtype in (np.float32, np.int32))
-    return Penalties(number + 1, number, number, count, count, np.zeros((1, 0), np.int32), np.zeros((1, 0), np.float32))
+    number: Any = np.zeros(1, np.float32)
+    count: Any = np.zeros(1, np.int32)
+    return Penalties(number + 1, number, number, count, count, count[:, None][:, :0], number[:, None][:, :0])
 
 
 def sampling_of(options: Options, sizes: Sizes, vocab_size: int) -> SamplingOptions:
@@ -71,13 +74,17 @@ def choices_of(
       index: which of the request's sequences it is.
       grammar_state: where its grammar begins in the shared table, or -1.
     """
-    stops = np.full((1, sizes.num_stop_tokens), -1, np.int32)
+    stops: Any = np.full((1, sizes.num_stop_tokens), -1, np.int32)
     stops[0, : len(stop_tokens)] = stop_tokens
+
+    def one(value: int, dtype: Any) -> Any:
+        return np.full(1, value, dtype)
+
     return Choices(
-        np.full(1, limit, np.int32),
-        np.full(1, (options.seed + index) % 2**32, np.uint32),
+        one(limit, np.int32),
+        one((options.seed + index) % 2**32, np.uint32),
         sampling,
         stops,
-        np.full(1, grammar_state, np.int32),
-        np.full(1, options.logprobs is not None),
+        one(grammar_state, np.int32),
+        one(options.logprobs is not None, bool),
     )

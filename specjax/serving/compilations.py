@@ -25,7 +25,7 @@ class Compilations:
         self._thread = None
         jax.monitoring.unregister_event_duration_listener(self._heard)
 
-    def _heard(self, event: str, seconds: float, **kwargs: object) -> None:
-        del seconds, kwargs
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         if event == _EVENT and threading.get_ident() == self._thread:
             self.count += 1

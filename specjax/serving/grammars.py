@@ -1,5 +1,7 @@
 """The grammars of all running requests in one table of a fixed size, so that a new one compiles nothing."""
 
+from typing import Any
+
 import numpy as np
 
 from specjax.sampling import automaton
@@ -64,7 +66,7 @@ class GrammarTable:
         if users > 1:
             self._places[id(grammar)] = begin, same, users - 1
 
-    def _classes(self) -> np.ndarray:
+    def _classes(self) -> Any:
         """`[V]` the class of each token, such that each grammar treats the tokens of a class alike."""
         joint = np.zeros(self._vocab_size, np.int64)
         for _, grammar, _ in self._places.values():
@@ -77,7 +79,7 @@ class GrammarTable:
         """All grammars in one table, in host memory."""
         classes = self._classes()
         _, example = np.unique(classes, return_index=True)
-        next_state = np.full(self._shape, automaton.DEAD, np.int32)
+        next_state: Any = np.full(self._shape, automaton.DEAD, np.int32)
         for begin, grammar, _ in self._places.values():
             own = np.asarray(grammar.next_state)
             own = np.where(own < 0, automaton.DEAD, own + begin)[:, np.asarray(grammar.token_class)[example]]

@@ -1,6 +1,8 @@
 """Prompts are read in chunks, from the longest prefix on that is cached."""
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +51,7 @@ class Reading:
         return tuple(found)
 
 
-def top_of(tokens: np.ndarray, logprobs: np.ndarray) -> dict[int, float]:
+def top_of(tokens: Any, logprobs: Any) -> dict[int, float]:
     """The most probable tokens at a position and their log-probabilities."""
     return dict(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
@@ -124,21 +126,22 @@ class Reader:
             kept = self._trim(reading.text, size)
             self.prefix.keep(prompt, salt, kept, sum(x.nbytes for x in jax.tree.leaves(kept)))
 
-    def _inputs(self, tokens: list[int], width: int, prediction: tuple[int, ...] | list[int]) -> Inputs:
-        padded = np.zeros((1, width), np.int32)
+    def _inputs(self, tokens: Sequence[int], width: int, prediction: Sequence[int]) -> Inputs:
+        padded: Any = np.zeros((1, width), np.int32)
         padded[0, : len(tokens)] = tokens
-        length = np.full(1, len(tokens), np.int32)
+        length: Any = np.full(1, len(tokens), np.int32)
         size = self._device.programs.sizes.max_source
         if not size:
             return Inputs(padded, length)
-        source = np.zeros((1, size), np.int32)
+        source: Any = np.zeros((1, size), np.int32)
         source[0, : len(prediction)] = prediction
-        return Inputs(padded, length, source, np.full(1, len(prediction), np.int32))
+        return Inputs(padded, length, source, 0 * length + len(prediction))
 
-    def _encoded(self, prompt: list[int]) -> Inputs:
+    def _encoded(self, prompt: Sequence[int]) -> Inputs:
         programs = self._device.programs
-        source = np.zeros((1, programs.sizes.max_source), np.int32)
+        source: Any = np.zeros((1, programs.sizes.max_source), np.int32)
         source[0, : len(prompt)] = prompt
         width = self._device.chunk_widths[0]
-        start = np.full((1, width), programs.target.start_token, np.int32)
-        return Inputs(start, np.ones(1, np.int32), source, np.full(1, len(prompt), np.int32))
+        start: Any = np.full((1, width), programs.target.start_token, np.int32)
+        one: Any = np.ones(1, np.int32)
+        return Inputs(start, one, source, len(prompt) * one)

@@ -127,7 +127,7 @@ class Increment(NamedTuple):
       usage: on the last increment.
     """
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     text: str = ""
     tokens: tuple[int, ...] = ()
     from_draft: tuple[bool, ...] = ()

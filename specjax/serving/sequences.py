@@ -33,7 +33,8 @@ class Request:
         wake: Callable[[], None],
     ):
         """Made by `Engine.submit`, which has checked everything."""
-        self.prompt, self.options, self.sampling, self.stop_tokens = list(prompt), options, sampling, stop_tokens
+        self.prompt: Sequence[int] = list(prompt)
+        self.options, self.sampling, self.stop_tokens = options, sampling, stop_tokens
         self.listen, self._wake = listen, wake
         self.submitted = time.monotonic()
         self.deadline = None if timeout is None else self.submitted + timeout

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +19,14 @@ _FORCED = 1e-6
 def inputs_of(device: Device, width: int) -> Inputs:
     """A chunk of zeros, in the shapes of all chunks of that width."""
     sizes = device.programs.sizes
-    one = np.ones(1, np.int32)
+    one: Any = np.ones(1, np.int32)
+
+    def zeros(*shape: int) -> Any:
+        return np.zeros(shape, np.int32)
+
     if not sizes.max_source:
-        return Inputs(np.zeros((1, width), np.int32), one)
-    return Inputs(np.zeros((1, width), np.int32), one, np.zeros((1, sizes.max_source), np.int32), one)
+        return Inputs(zeros(1, width), one)
+    return Inputs(zeros(1, width), one, zeros(1, sizes.max_source), one)
 
 
 def warm(device: Device, *, score_prompts: bool, say: Callable[[str], None]) -> None:
@@ -32,6 +37,7 @@ def warm(device: Device, *, score_prompts: bool, say: Callable[[str], None]) -> 
       score_prompts: whether log-probabilities of prompts can be asked for.
       say: told of every part.
     """
+    text = device.begin()
     for width in device.chunk_widths:
         start = time.perf_counter()
         text = device.read(device.begin(), inputs_of(device, width))

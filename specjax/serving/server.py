@@ -144,12 +144,19 @@ class Server:
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Listens to the engine, and watches over it."""
+        await asyncio.to_thread(self._render_once)
         self._office = Office(self.engine, self.telemetry.observer, self.settings.request_timeout)
         watch = asyncio.ensure_future(self._watch())
         try:
             yield
         finally:
             watch.cancel()
+
+    def _render_once(self) -> None:
+        """Starts the process that renders chat templates, so that the first request need not wait for it."""
+        if self.tokenizer.has_chat_template:
+            with contextlib.suppress(ValueError, OSError):
+                self.tokenizer.render_chat([{"role": "user", "content": "Hello"}])
 
     async def _watch(self) -> None:
         """Ends all requests where the engine dies: nothing would answer them any more."""

@@ -32,11 +32,18 @@ DRAFTERS = ("ngram", "suffix", "none")
 def _model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("target", None, "The model to serve: what specjax.load takes.", flag_values=values)
     flags.DEFINE_enum("drafter", "ngram", DRAFTERS, "Drafts without a model; none decodes plainly.", flag_values=values)
-    flags.DEFINE_string("draft", "", "A smaller model of the same vocabulary, which drafts.", flag_values=values)
+    flags.DEFINE_string(
+        "draft",
+        "",
+        "A smaller model of the same vocabulary, or a head: what specjax.load_draft takes.",
+        flag_values=values,
+    )
     flags.DEFINE_integer("num_draft_tokens", 7, "K, the most draft tokens of a step.", 0, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the weights.", flag_values=values)
     flags.DEFINE_string("quantise", "", "How the target's matrices are stored, such as int8.", flag_values=values)
-    flags.DEFINE_string("draft_quantise", "", "How the draft's matrices are stored.", flag_values=values)
+    flags.DEFINE_string(
+        "draft_quantise", "", "How the matrices of a draft that is a model are stored.", flag_values=values
+    )
     flags.DEFINE_integer("mesh_model", 1, "Devices that each matrix is split over.", 1, flag_values=values)
     flags.DEFINE_string("chat_template", "", "A file, in the place of the model's chat template.", flag_values=values)
     flags.DEFINE_bool("compilation_cache", True, "Keep compiled programs for the next start.", flag_values=values)
@@ -123,12 +130,14 @@ def read_keys(values: flags.FlagValues) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key.strip() for key in keys if key.strip()))
 
 
-def _drafter(values: flags.FlagValues, mesh: Any) -> Any:
+def _drafter(values: flags.FlagValues, target: Any, mesh: Any) -> Any:
     import specjax
 
     drafters, k = specjax.drafters, values.num_draft_tokens
     if values.draft and k:
         log.info("loading the draft %s", values.draft)
+        if not values.draft_quantise:
+            return specjax.load_draft(values.draft, target, num_draft_tokens=k)
         draft = specjax.load(values.draft, dtype=values.dtype, quantise=values.draft_quantise, mesh=mesh)
         return drafters.model(draft, num_draft_tokens=k)
     if values.drafter == "none" or not k:
@@ -156,7 +165,7 @@ def load_engine(values: flags.FlagValues) -> Any:
         target.tokenizer.chat_template = pathlib.Path(values.chat_template).read_text(encoding="utf-8")
     return Engine(
         target,
-        drafter=_drafter(values, mesh),
+        drafter=_drafter(values, target, mesh),
         num_slots=values.num_slots,
         max_len=values.max_len or None,
         max_prediction=values.max_prediction,

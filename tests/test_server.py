@@ -1,5 +1,6 @@
 """The HTTP server over an engine that answers by a script: frames, errors, limits, keys, disconnects, shutdown."""
 
+import gc
 import http.client
 import json
 import logging
@@ -14,6 +15,7 @@ from serving_fakes import FakeEngine, Live, echo, wait_until
 pytest.importorskip("uvicorn", reason="the server needs its extra: pip install -e '.[serve]'")
 
 from specjax.serving import process
+from specjax.serving.exchange import Exchange
 from specjax.serving.requests import Snapshot
 from specjax.serving.server import Settings
 from specjax.serving.translate import Limits
@@ -283,6 +285,7 @@ def test_earlier_calls_reach_the_template(live):
     assert status == 200, body
     text = "".join(body["token_strs"])
     assert '{"name": "weather", "arguments": {"city": "Bern"}}' in text
+    assert "Tools:" in text
 
 
 # Errors.
@@ -581,6 +584,15 @@ def test_requests_run_side_by_side_and_none_is_mixed_up():
     assert answers == dict(enumerate(texts))
     assert live.engine.most_running > 3
     live.close()
+
+
+def test_nothing_is_kept_of_requests_that_have_ended(live):
+    for i in range(10):
+        completion(live, f"text {i}")
+        stream(live, "/v1/completions", prompt=f"text {i}", max_tokens=20)
+    assert wait_until(lambda: live.server.active == 0 and len(live.server.office) == 0)
+    gc.collect()
+    assert wait_until(lambda: not [one for one in gc.get_objects() if isinstance(one, Exchange)])
 
 
 def test_a_request_that_takes_too_long_ends():

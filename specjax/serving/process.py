@@ -15,8 +15,8 @@ from specjax.serving.server import Server, application
 
 log = logging.getLogger("specjax.serve")
 
-DIED = 3
-"""The exit code where the engine died."""
+FAILED, DIED = 1, 3
+"""The exit codes where the application could not start, and where the engine died."""
 
 
 class Place(NamedTuple):
@@ -117,7 +117,7 @@ class Running:
             await self._uvicorn.serve()
         finally:
             watch.cancel()
-        return self.code
+        return self.code if self._uvicorn.started else FAILED
 
 
 def check_free(place: Place) -> None:

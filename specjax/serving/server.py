@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from specjax.serving import answers, errors, openai, schema, translate
+from specjax.serving import answers, errors, openai, schema, tools, translate
 from specjax.serving.constraints import Grammars
 from specjax.serving.errors import ApiError
 from specjax.serving.exchange import Exchange, Office
@@ -292,7 +292,8 @@ class Server:
         if (asked.prompt is None) == (asked.messages is None):
             raise errors.wrong("prompt", "Give either a prompt or messages.")
         if asked.messages is not None:
-            ids = await asyncio.to_thread(translate.conversation, self.facts, asked)
+            listed = tools.read(asked.tools, None)
+            ids = await asyncio.to_thread(translate.conversation, self.facts, asked, listed)
         else:
             special = asked.add_special_tokens is not False
             ids = await asyncio.to_thread(translate.encode, self.facts, asked.prompt, "prompt", special)

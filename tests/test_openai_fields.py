@@ -254,20 +254,31 @@ def pieces(text: str, size: int, form: str = "auto"):
     return content, calls, reader
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_calls_are_found_however_the_text_is_cut(size):
+def assert_calls_are_found(size: int) -> None:
+    """Two calls in a text that comes in pieces of a size."""
     one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
     two = '<tool_call>{"name": "now", "arguments": {}}'  # Some models stop before the end mark.
     content, calls, reader = pieces(f"Let me see <b>.{one}\n{two}", size)
-    assert content == "Let me see <b>."
+    assert content == "Let me see <b>.", f"a part of a call is text: {content!r}"
     assert [(call.place, call.name) for call in calls] == [(0, "weather"), (1, "now")]
     assert json.loads(calls[0].arguments) == {"city": "Bern"}
     assert len({call.id for call in calls}) == 2
     assert reader.reason("stop") == "tool_calls"
     assert reader.reason("length") == "length"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_calls_are_found_however_the_text_is_cut(size):
+    assert_calls_are_found(size)
     for text in ("<tool_call>no</tool_call>", "a < b <tool", "<tool_call>", "<tool_call>{}"):
         assert pieces(text, size)[0] == text
         assert pieces(text, size)[2].reason("stop") == "stop"
+
+
+def test_a_call_that_is_not_held_back_is_noticed(monkeypatch, catches):
+    monkeypatch.setattr(tools, "_overlap", lambda text: 0)
+    with catches("the beginning of a call is sent as text", "calls are found", "a part of a call is text"):
+        assert_calls_are_found(3)
 
 
 @pytest.mark.parametrize("size", [1, 5, 100])

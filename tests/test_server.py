@@ -548,20 +548,34 @@ def test_a_full_queue_is_429_and_leaves_nothing_behind():
     live.close()
 
 
+def assert_slots_are_freed(streams: bool, times: int) -> None:
+    """Clients that leave while their answers grow."""
+    live = Live(FakeEngine(lambda *_: "x" * 400, delay=0.02))
+    try:
+        for _ in range(times):
+            client = live.ask("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 400, "stream": streams})
+            assert wait_until(lambda: live.engine.running == 2)
+            if streams:
+                client.recv(10)
+            client.close()
+            assert wait_until(lambda: live.engine.running == 0, 1), "the slots are still taken"
+        assert live.engine.cancellations == 2 * times
+        assert len(live.server.office) == 0
+        assert wait_until(lambda: live.server.active == 0)
+    finally:
+        live.close()
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_client_that_leaves_frees_its_slots(streams):
-    live = Live(FakeEngine(lambda *_: "x" * 400, delay=0.02))
-    for _ in range(5):
-        client = live.ask("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 400, "stream": streams})
-        assert wait_until(lambda: live.engine.running == 2)
-        if streams:
-            client.recv(10)
-        client.close()
-        assert wait_until(lambda: live.engine.running == 0, 2), "the slots are still taken"
-    assert live.engine.cancellations == 10
-    assert len(live.server.office) == 0
-    assert wait_until(lambda: live.server.active == 0)
-    live.close()
+    assert_slots_are_freed(streams, 5)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_slots_that_stay_taken_are_noticed(streams, monkeypatch, catches):
+    monkeypatch.setattr(Exchange, "close", lambda self: None)
+    with catches("a client that leaves keeps its slots", "slots are freed", "still taken"):
+        assert_slots_are_freed(streams, 1)
 
 
 def test_requests_run_side_by_side_and_none_is_mixed_up():

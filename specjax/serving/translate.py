@@ -42,7 +42,7 @@ class Limits(NamedTuple):
     sequences: int = 256
     stops: int = 16
     stop_length: int = 256
-    bias: int = 1024
+    bias: int = 300
     grammar_bytes: int = 2**16
     messages: int = 4096
     prediction: int = 512

@@ -29,6 +29,7 @@ NAMES = (
     "speculative_decoding_from_scratch",
     "quickstart",
     "which_draft_pays",
+    "serve_a_model",
     "shard_and_plan",
     "t5_xxl_and_t5_mini",
     "chinchilla_style",

@@ -8,6 +8,7 @@ mesh_text_program.py PORT INDEX           one of two processes of two devices ea
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,10 +21,11 @@ from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.drafters.parallel_heads import Heads
 from specjax.models import eagle, families, modules, parallel_heads
-from specjax.models.config import DecoderConfig, ModelConfig, T5Config
+from specjax.models.config import DecoderConfig, Experts, ModelConfig, T5Config
 from specjax.models.parallel_heads import ParallelHeadsConfig
 from specjax.parallel import sharding
-from specjax.types import Batch
+from specjax.planning import hlo
+from specjax.types import Batch, Block
 
 DECODER = DecoderConfig(
     vocab_size=256,
@@ -51,6 +53,8 @@ CONFIGS: dict[str, ModelConfig] = {
     "scanned": dataclasses.replace(DECODER, num_layers=2, scan_layers=True),
     "int8": DECODER,
     "int4": dataclasses.replace(DECODER, head_dim=32),
+    "experts": dataclasses.replace(DECODER, experts=Experts(8, 2), qk_norm=True),
+    "olmo2": dataclasses.replace(DECODER, pre_norms=False, post_norms=True, qk_norm=True, qk_norm_whole=True),
     "t5": T5,
     "t5-int4": dataclasses.replace(T5, head_dim=32),
 }
@@ -89,6 +93,8 @@ MAIN: list[Case] = [
     ("scanned", "model", "rejection"),
     ("int8", "model", "rejection"),
     ("int4", "model", "rejection"),
+    ("experts", "model", "rejection"),
+    ("olmo2", "model", "rejection"),
     ("decoder", "model", BEAMS),
 ]
 REST: list[Case] = (
@@ -108,7 +114,7 @@ REST: list[Case] = (
     ]
     + [("decoder", "ngram", "block"), ("t5", "ngram", "block"), ("t5", "retrieval", "coupled")]
 )
-SPLIT, REPLICATED, TWICE = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D
+SPLIT, REPLICATED, TWICE, APART = sharding.RULES, sharding.REPLICATED, sharding.RULES_2D, sharding.EXPERT_PARALLEL
 MESHES: Meshes = {
     "2x2x2": ({"data": 2, "model": 2, "width": 2}, TWICE, TWICE, DECODERS),
 }
@@ -123,6 +129,7 @@ SLOW: Meshes = {
         TWICE,
         [("t5", "model", "rejection"), ("t5", "tree", "coupled")],
     ),
+    "2x4, whole experts": ({"data": 2, "model": 4}, APART, APART, [("experts", "model", "rejection")]),
     "2x4, replicated draft": ({"data": 2, "model": 4}, SPLIT, REPLICATED, BOTH),
 }
 
@@ -227,6 +234,54 @@ def text(
     return out.tokens, sum(map(sum, out.from_draft))
 
 
+EXPERTS: dict[str, tuple[str, dict[str, int], sharding.Rules]] = {
+    "experts, each split": ("experts", {"data": 2, "model": 4}, SPLIT),
+    "experts, whole": ("experts", {"data": 2, "model": 4}, APART),
+    "experts, split twice": ("experts", {"data": 2, "model": 2, "width": 2}, TWICE),
+    "experts, replicated": ("experts", {"data": 2, "model": 4}, REPLICATED),
+    "olmo2": ("olmo2", {"data": 2, "model": 4}, SPLIT),
+}
+
+
+LARGER = ((4, 12), (3, 2))
+"""More tokens, and rows that do not divide over a mesh."""
+
+DEFAULT_LOGITS = ("experts, whole",)
+
+
+def logits_on_a_mesh(
+    family: str, sizes: dict[str, int], rules: sharding.Rules, shapes: Sequence[tuple[int, int]] = ((4, 2),)
+) -> dict[str, float]:
+    """How far the logits of blocks of these rows and tokens are on a mesh from those on one device."""
+    config, mesh = CONFIGS[family], sharding.make_mesh(**sizes)
+    one = params(family, 1)
+    many = sharding.shard(one, families.param_axes(config), mesh, rules)
+    found: list[list[np.ndarray]] = []
+    all_reduces = 0
+    for where, tree, how in ((None, one, sharding.RULES), (mesh, many, rules)):
+        model = families.model(config, how)
+        found.append([])
+        for rows, width in shapes:
+            tokens = jnp.asarray([[i + 7 * row for i in range(width)] for row in range(rows)])
+
+            def read(tree: Any, tokens: Any, model: Any = model) -> Any:
+                return model.apply(tree, Block(tokens), model.init_cache(tokens.shape[0], 32))[0].logits
+
+            with sharding.on_mesh(where):
+                compiled = jax.jit(read).lower(tree, tokens).compile()
+            found[-1].append(np.asarray(compiled(tree, tokens)))
+            all_reduces = sum(c.kind == "all-reduce" for c in hlo.collectives(compiled.as_text() or ""))
+    error = max(float(abs(a - b).max()) for a, b in zip(*found, strict=True))
+    leaves = [(x, names) for x, names in zip(jax.tree.leaves(many), _axes(config, many), strict=True)]
+    stacks = [x for x, names in leaves if names[:1] == ("experts",)] or [many["layers"][0]["mlp"]["down"]["values"]]
+    held = sum(x.addressable_shards[0].data.size for x in stacks) / sum(x.size for x in stacks)
+    return {"error": error, "deviation": float(found[0][0].std()), "held": held, "all_reduces": all_reduces}
+
+
+def _axes(config: ModelConfig, tree: Any) -> list[tuple[str, ...]]:
+    return jax.tree.structure(tree).flatten_up_to(families.param_axes(config))
+
+
 def int4_on_a_mesh(sizes: dict[str, int], rules: sharding.Rules) -> dict[str, float]:
     """How far the logits of an int4 model are on a mesh from those on one device, and what share each device holds."""
     config, rng = families.with_quantisation(CONFIGS["int4"], QUANTISED["int4"]), np.random.default_rng(0)
@@ -257,6 +312,9 @@ def main(cases: Meshes) -> None:
     report: dict[str, Any] = {"devices": jax.device_count(), "processes": jax.process_count(), "cases": {}}
     if cases is MESHES:
         report["int4"] = int4_on_a_mesh({"data": 2, "model": 2, "width": 2}, TWICE)
+        report["logits"] = {name: logits_on_a_mesh(*EXPERTS[name]) for name in DEFAULT_LOGITS}
+    if cases is SLOW:
+        report["logits"] = {name: logits_on_a_mesh(*of, LARGER) for name, of in EXPERTS.items()}
     for name, (sizes, rules, draft_rules, wanted) in cases.items():
         mesh = sharding.make_mesh(**sizes)
         for case in wanted:

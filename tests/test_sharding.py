@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import virtual_devices
 from jax.sharding import PartitionSpec
-from mesh_text_program import BEAMS, DRAFTERS, MESHES, RULES, SLOW
+from mesh_text_program import BEAMS, DEFAULT_LOGITS, DRAFTERS, EXPERTS, MESHES, RULES, SLOW
 
 from specjax.models import families
 from specjax.models.config import DecoderConfig
@@ -92,6 +92,29 @@ def test_an_int4_model_on_a_mesh_is_that_of_one_device(texts):
     found = texts["int4"]
     assert found["error"] < 1e-3 * found["deviation"]
     assert found["held"] <= 0.5, "a model of which each device holds the whole would prove little"
+
+
+HELD = {"experts, each split": 1 / 4, "experts, whole": 1 / 4, "experts, split twice": 1 / 4, "olmo2": 1 / 4}
+"""What part of the experts, or of the feed-forward, each device holds."""
+
+
+def assert_logits_of_one_device(found, name):
+    assert found["error"] < 1e-4 * found["deviation"]
+    assert found["held"] == HELD.get(name, 1.0)
+
+
+@pytest.mark.parametrize("name", DEFAULT_LOGITS)
+def test_experts_on_a_mesh_are_those_of_one_device(texts, name):
+    found = texts["logits"][name]
+    assert_logits_of_one_device(found, name)
+    # After attention, after the experts (not after each of them), for the lookup of the tokens.
+    assert found["all_reduces"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERTS)
+def test_logits_on_a_mesh_are_those_of_one_device(more_texts, name):
+    assert_logits_of_one_device(more_texts["logits"][name], name)
 
 
 @pytest.mark.slow

@@ -128,7 +128,9 @@ def test_qwen2_equals_transformers(trained):
         assert ours.decode(ours.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-@pytest.mark.parametrize(("pre", "split"), [("smollm", smollm_split), ("llama-bpe", llama3_split)])
+@pytest.mark.parametrize(
+    ("pre", "split"), [("smollm", smollm_split), ("llama-bpe", llama3_split), ("dbrx", llama3_split)]
+)
 def test_families_equal_byte_pair_encoding_written_out(pre, split, trained):
     vocab, merges = trained
     ours = Tokenizer.from_gguf(gguf_fields(vocab, merges, pre, add_bos_token=False))

@@ -50,6 +50,7 @@ PRE_TOKENIZERS = {
     "qwen2": _qwen2,
     "llama-bpe": _llama3,
     "llama3": _llama3,
+    "dbrx": _llama3,
 }
 
 

@@ -107,7 +107,13 @@ _SIZES = {
 _MAY_BE_ZERO = ("attention.sliding_window", "expert_count", "expert_used_count", "expert_feed_forward_length")
 """Where zero stands for none."""
 
-_NUMBERS = ("rope.freq_base", "rope.scaling.factor", "rope.scaling.attn_factor", "final_logit_softcapping")
+_NUMBERS = (
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "final_logit_softcapping",
+)
 _NUMBERS += ("attention.layer_norm_rms_epsilon",)
 
 
@@ -169,12 +175,14 @@ def _llama(m: _Metadata) -> Fields:
 
 
 def _gemma3(m: _Metadata) -> Fields:
-    """Gemma 3, of which llama.cpp knows by heart which layers have a window, and the angles of those."""
+    """Gemma 3; where files do not say which layers have a window, and their angles, llama.cpp's defaults."""
     fields = _whole_heads(m, _common(m))
     layers, softcap = fields["num_layers"], m.get("final_logit_softcapping")
     # The model of 62 layers, with 27e9 parameters, divides by the root of another width than that of its heads.
     width = fields["hidden_size"] // fields["num_heads"] if layers == 62 else fields["head_dim"]
-    full = tuple(layer for layer in range(layers) if (layer + 1) % 6 == 0)
+    period = m.get("attention.sliding_window_pattern", 6)
+    check_size(f"{m.arch}.attention.sliding_window_pattern", period, high=LIMITS["num_layers"])
+    full = tuple(layer for layer in range(layers) if (layer + 1) % period == 0)
     has_windows = fields["sliding_window"] is not None and len(full) < layers
     return {
         **fields,
@@ -185,7 +193,7 @@ def _gemma3(m: _Metadata) -> Fields:
         "query_scale": width**-0.5,
         "logit_softcap": None if softcap is None else _decimal(softcap),
         "global_layers": full if has_windows else (),
-        "local_rope_theta": 10000.0 if has_windows else None,
+        "local_rope_theta": _decimal(m.get("rope.freq_base_swa", 10000.0)) if has_windows else None,
     }
 
 

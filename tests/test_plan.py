@@ -713,6 +713,16 @@ def test_small_weights_and_scanned_layers_are_read_in_place(variant: dict[str, A
     assert program.temporary_bytes < setup.buffer * (16 // devices) * 128 * 2
 
 
+@pytest.mark.slow
+def test_gpus_choose_experts_without_the_host():
+    setup = gate_setup("decoder", "H100:1")
+    mesh = gate_mesh(setup)
+    setup = dataclasses.replace(setup, target=dataclasses.replace(setup.target, experts=Experts(16, 2)))
+    placed = plan.shard(setup, mesh)
+    program = aot.read(aot.target_call(setup, mesh, 4), aot.cache_shapes(placed.state.rows.cache))
+    assert program.host_predicates == 0
+
+
 def of_tree(placed: plan.Sharded) -> Draft:
     return Draft(drafters.model(placed.models["draft"], topology=(2, 2, 1)), placed.params.draft)
 

@@ -14,13 +14,15 @@ import pytest
 import safetensors.numpy
 import transformers
 from helpers import OPTIMISED, feed, usual
+from test_weights import GEMMA3 as GGUF_GEMMA3
+from test_weights import TINY, random_tensors, write_gguf
 
 import specjax
 from specjax import drafters, files
 from specjax.api import pretrained
 from specjax.models import experts, families, layers
 from specjax.models.config import Experts, LinearRopeScaling, Llama3RopeScaling, LongRopeScaling
-from specjax.models.weights import decoder_configs, huggingface, wheel
+from specjax.models.weights import decoder_configs, gguf, huggingface, wheel
 from specjax.types import Inputs
 
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
@@ -382,6 +384,41 @@ def test_longrope_is_that_of_transformers_for_longer_texts(tmp_path):
     tokens = np.random.default_rng(1).integers(0, 61, (2, 80))
     assert max_error((longer, params), reference, tokens, [76, 70], [4]) < TINY_TOLERANCE
     assert max_error((families.model(config), params), reference, tokens, [76, 70], [4]) > 100 * TINY_TOLERANCE
+
+
+SMALL = dataclasses.replace(TINY, vocab_size=61, hidden_size=32, intermediate_size=40, head_dim=8)
+GGUF = {
+    # Widths that transformers' reader does not take from the file, but from its own defaults.
+    "qwen3": dataclasses.replace(SMALL, qk_norm=True, head_dim=128),
+    "qwen3moe": dataclasses.replace(SMALL, qk_norm=True, intermediate_size=768, experts=Experts(5, 2)),
+    "phi3": dataclasses.replace(SMALL, vocab_size=32064),
+    "gemma3": dataclasses.replace(
+        GGUF_GEMMA3, vocab_size=61, hidden_size=32, head_dim=256, query_scale=1 / 16, rope_scaling=None
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", GGUF)
+def test_gguf_files_are_read_as_transformers_reads_them(architecture, tmp_path):
+    config = GGUF[architecture]
+    center = 0.0 if config.norm == "rms_plus_one" else 1.0
+    tensors = {
+        name: 5 * tensor if tensor.ndim > 1 else 3 * tensor + np.float32(center)
+        for name, tensor in random_tensors(config).items()
+    }
+    fields = [("add_vocab_size", config.vocab_size)]
+    if config.sliding_window:
+        fields.append(("add_sliding_window", config.sliding_window))
+    if config.experts:
+        fields += [("add_expert_count", config.experts.number), ("add_expert_used_count", config.experts.chosen)]
+    write_gguf(tmp_path / "m.gguf", config, tensors, architecture, fields)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        str(tmp_path), gguf_file="m.gguf", dtype=torch.float32
+    )
+    loaded, params = gguf.load(tmp_path / "m.gguf")
+    tokens = np.random.default_rng(1).integers(0, 61, (2, 20))
+    assert max_error((families.model(loaded), params), reference.eval(), tokens, [12, 5], [3]) < TINY_TOLERANCE
 
 
 def test_shards_and_a_single_file_give_the_same(tmp_path):

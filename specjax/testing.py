@@ -427,7 +427,7 @@ def check_drafter(
     Raises:
       AssertionError: with all that is wrong, naming the drafter's function, its file and line.
       TypeError: for an object that is not a drafter or not a target.
-      ValueError: for a drafter that needs a certain vocabulary, without its target.
+      ValueError: for a drafter that needs a certain vocabulary, without its target, or hidden states that it lacks.
     """
     from specjax import conformance  # It imports this module.
     from specjax.drafters import contract
@@ -444,6 +444,12 @@ def check_drafter(
         model, params = target
     else:
         raise TypeError(f"target is a {type(target).__name__}: give a Pretrained, or a Model and its parameters.")
+    if draft.drafter.taps:
+        if model.with_taps is None:
+            raise ValueError(
+                f"The drafter reads hidden states (taps={draft.drafter.taps}), and this target has no taps."
+            )
+        model = model.with_taps(draft.drafter.taps)
     if num_texts is None:
         num_texts = 8192 if model.vocab_size <= conformance.SMALL else 256
     if draft_params is None:

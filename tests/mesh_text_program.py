@@ -153,8 +153,8 @@ def load(family: str, seed: int, mesh: jax.sharding.Mesh | None, rules: sharding
 
 def heads(kind: str) -> Heads:
     """Random parallel heads; Medusa's have output matrices of their own."""
-    sizes: dict[str, Any] = {"inner_size": 32} if kind == "blockwise" else {"output_size": 256}
-    config = ParallelHeadsConfig(kind, 3, 64, **sizes)
+    inner, output = (32, 0) if kind == "blockwise" else (0, 256)
+    config = ParallelHeadsConfig(kind, 3, 64, inner_size=inner, output_size=output)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), parallel_heads.abstract(config))
     return Heads(config, params)

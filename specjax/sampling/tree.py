@@ -52,6 +52,13 @@ def ancestors(parents: Sequence[int]) -> Bool[np.ndarray, "N N"]:
     return sees
 
 
+def elders(parents: Sequence[int], node: int) -> set[int]:
+    """The nodes given which one was drawn: those above it, and its elder siblings."""
+    above = np.flatnonzero(ancestors(parents)[node]).tolist()
+    siblings = [i for i in range(node) if parents[i] == parents[node]]
+    return {*above, *siblings} - {node}
+
+
 def with_probes(block: Block, probes: Probes) -> Block:
     """A block of the last committed token and the nodes, followed by probes, which none of them sees.
 

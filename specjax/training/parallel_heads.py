@@ -36,6 +36,9 @@ from specjax.types import Batch, Tree
 TEXT = "text"
 """What stands for a divergence where heads learn the tokens of the text, by cross-entropy."""
 
+RANKS = 10
+"""How many of a head's most probable tokens are compared with the target's: Medusa's trees have so many children."""
+
 DECAY = 0.8
 """The weight of a head's loss, relative to that of the head before it."""
 
@@ -79,7 +82,8 @@ class HeadLoss:
       temperature: of both distributions of a divergence, and of `overlap`.
       decay: the weight of a head's loss, relative to that of the head before it.
       measures: whether acceptance is measured too: for head k (from 1) the sums `greedy_k`, of how often its most
-        probable token is the target's, `overlap_k`, of sum min(p, q), and `weight_k`, of the weights of both.
+        probable token is the target's, `overlap_k`, of sum min(p, q), `ranks_k` `[RANKS]`, of how often its r-th most
+        probable token is the target's, and `weight_k`, of the weights of them all.
     """
 
     heads: ParallelHeadsConfig
@@ -126,9 +130,13 @@ class HeadLoss:
 
     def _measured(self, k: int, logits: Array, log_p: Array, weight: Array) -> dict[str, Array]:
         log_q = jax.nn.log_softmax(logits / self.temperature, axis=-1)
-        agrees = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
+        best = jnp.argmax(log_p, axis=-1)
+        # Not a gather, as above.
+        of_best = jnp.max(jnp.where(jnp.arange(log_q.shape[-1]) == best[..., None], log_q, -jnp.inf), axis=-1)
+        rank = jnp.sum(log_q > of_best[..., None], axis=-1)
         return {
-            f"greedy_{k}": jnp.sum(weight * agrees),
+            f"greedy_{k}": jnp.sum(weight * (jnp.argmax(log_q, axis=-1) == best)),
+            f"ranks_{k}": jnp.sum(weight[..., None] * (rank[..., None] == jnp.arange(RANKS)), axis=(0, 1)),
             f"overlap_{k}": jnp.sum(weight * divergences.acceptance(log_p, log_q)),
             f"weight_{k}": jnp.sum(weight),
         }
@@ -173,19 +181,20 @@ def evaluate(run: Run, params: Tree) -> dict[str, Any]:
     Returns:
       `valid_loss`, the mean over all targets, in nats; `greedy`, a list: how often the most probable token of each head
       is the target's, given that the tokens before it are the text's, which is the acceptance rate at temperature 0;
-      and `overlap`, the mean of sum min(p, q), that at the temperature of the loss.
+      `overlap`, the mean of sum min(p, q), that at the temperature of the loss; and `ranks`, for each head how often
+      its r-th most probable token is the target's, from which `theory.best_tree` makes a tree.
     """
     loss, totals = dataclasses.replace(run.loss, measures=True), {}
     for batch in _batches(run):
         part = jax.device_get(_measure(loss, params, batch, run.target.params))
         for name, value in {"weight": part.weight, "loss": part.loss, **part.measures}.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+            totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
     numbers = range(1, run.heads.num_heads + 1)
     rates = {
-        name: [totals[f"{name}_{k}"] / max(totals[f"weight_{k}"], 1.0) for k in numbers]
-        for name in ("greedy", "overlap")
+        name: [(totals[f"{name}_{k}"] / max(totals[f"weight_{k}"], 1.0)).tolist() for k in numbers]
+        for name in ("greedy", "overlap", "ranks")
     }
-    return {"valid_loss": totals["loss"] / max(totals["weight"], 1.0), **rates}
+    return {"valid_loss": float(totals["loss"] / max(totals["weight"], 1.0)), **rates}
 
 
 def expected_tokens(line: Line) -> float:

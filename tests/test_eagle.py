@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import eagle_heads
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -376,6 +377,19 @@ def test_a_head_that_is_saved_is_read_back_bit_for_bit(tmp_path):
     )
     with pytest.raises(ValueError, match="biases or norms of queries"):
         drafters.save_eagle(head_of("speculators"), target(), tmp_path / "no")
+
+
+def test_a_hub_repository_gives_its_torch_file_where_it_has_no_safetensors(monkeypatch):
+    asked: list[list[str]] = []
+
+    def snapshot(repo_id: str, allow_patterns: list[str]) -> str:
+        assert repo_id == "owner/head"
+        asked.append(allow_patterns)
+        return str(directory("EAGLE-3"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert specjax.load_draft("owner/head", target()).drafter.taps == (2, 3, 4)
+    assert [reader.BIN in patterns for patterns in asked] == [False, True]
 
 
 def test_load_draft_knows_models_and_heads_of_specjax(tmp_path):

@@ -343,6 +343,15 @@ def test_a_head_that_does_not_fit_is_refused(changes, words, tmp_path):
         specjax.load_draft(path, target())
 
 
+def test_a_head_of_the_whole_vocabulary_has_no_map(tmp_path):
+    whole: dict[str, Any] = {"lm_head.weight": torch.randn(eagle_heads.VOCAB, eagle_heads.WIDTH)}
+    unfilled = {"d2t": torch.zeros(eagle_heads.VOCAB).long(), "t2d": torch.zeros(eagle_heads.VOCAB).bool()}
+    for name, maps in {"zeros": unfilled, "none": {"d2t": None, "t2d": None}}.items():
+        head = drafters.load_eagle(edited(tmp_path / name, **whole, **maps), target())
+        assert head.tokens is None
+        assert drafters.eagle(head, target()).params.place is None
+
+
 def test_what_is_asked_for_has_to_fit(tmp_path):
     wide = target()._replace(config=dataclasses.replace(TARGET, hidden_size=32, num_heads=2))
     with pytest.raises(ValueError, match="width 16, but the target has 0 to 7 of width 32"):

@@ -8,6 +8,7 @@ mesh_text_program.py PORT INDEX           one of two processes of two devices ea
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +21,12 @@ from specjax import drafters
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.drafters.parallel_heads import Heads
-from specjax.models import eagle, families, modules, parallel_heads
+from specjax.models import eagle, families, parallel_heads
 from specjax.models.config import DecoderConfig, Experts, ModelConfig, T5Config
 from specjax.models.parallel_heads import ParallelHeadsConfig
 from specjax.parallel import sharding
 from specjax.planning import hlo
-from specjax.types import Batch, Block
+from specjax.types import Batch, Block, Draft
 
 DECODER = DecoderConfig(
     vocab_size=256,
@@ -106,6 +107,7 @@ REST: list[Case] = (
     + [("decoder", drafter, "rejection") for drafter in ("parallel_masks", "trained_masks", "pard", "skip", "merged")]
     + [("decoder", "medusa", "rejection"), ("decoder", "medusa tree", "coupled"), ("t5", "blockwise", "rejection")]
     + [("decoder", drafter, "rejection") for drafter in ("eagle", "eagle tree")]
+    + [("decoder", "eagle tree", "coupled")]
     + [
         ("t5", "pard", "rejection"),
         ("t5", "slots", "rejection"),
@@ -160,13 +162,14 @@ def heads(kind: str) -> Heads:
     return Heads(config, params)
 
 
-def eagle_head(mesh: jax.sharding.Mesh | None, rules: sharding.Rules) -> drafters.EagleHead:
-    """A random EAGLE-3 head that drafts half of the tokens."""
+def eagle_head(target: Pretrained, rules: sharding.Rules, **shape: Any) -> Draft:
+    """A random EAGLE-3 head that drafts half of the tokens, read from its files onto the target's mesh."""
     config = eagle.EagleConfig(dataclasses.replace(DECODER, vocab_size=128), (0, 1, 1), DECODER.hidden_size)
     tree = jax.tree.map(lambda x: 6 * x if x.ndim > 1 else x, eagle.initial(config, jax.random.key(0)))
-    if mesh is not None:
-        tree = sharding.shard(tree, modules.metadata(eagle.EagleHead, config, "axes"), mesh, rules)
-    return drafters.EagleHead(config, tree, np.arange(0, 256, 2, dtype=np.int32))
+    head = drafters.EagleHead(config, tree, np.arange(0, 256, 2, dtype=np.int32))
+    with tempfile.TemporaryDirectory() as directory:
+        drafters.save_eagle(head, target, directory)
+        return specjax.load_draft(directory, target, rules=rules, **shape)
 
 
 def text(
@@ -214,6 +217,8 @@ def text(
         "eagle tree": lambda: drafters.eagle(
             eagle_head(mesh, draft_rules), load(family, 0, mesh, rules), topology=(3, 2), rules=draft_rules
         ),
+        "eagle": lambda: eagle_head(load(family, 0, mesh, rules), draft_rules, num_draft_tokens=3),
+        "eagle tree": lambda: eagle_head(load(family, 0, mesh, rules), draft_rules, topology=(3, 2)),
         "suffix": lambda: drafters.suffix(num_draft_tokens=3, min_match=1),
         "aggressive": lambda: drafters.aggressive(num_draft_tokens=3),
         "merged": lambda: drafters.merged(

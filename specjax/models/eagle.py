@@ -161,12 +161,12 @@ class EagleHead(nnx.Module):
         embedding: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T S"],
-        keys: Float[Array, "B H S E"],
-        values: Float[Array, "B H S E"],
+        keys: Float[Array, "B H S W"],
+        values: Float[Array, "B H S W"],
         start: Int[Array, " B"] | None,
         *,
         is_own: bool,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H S E"], Float[Array, "B H S E"]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H S W"], Float[Array, "B H S W"]]:
         """The head at some tokens: what the next ones are drafted from, and its keys and values.
 
         Args:

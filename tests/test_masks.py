@@ -2,13 +2,16 @@
 
 import functools
 import json
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import compiled, save_tiny_decoder, usual
+from helpers import compiled, save_tiny_decoder, usual, virtual_devices
 
 import specjax
 from specjax import drafters, launch
@@ -253,3 +256,13 @@ def test_a_broken_state_is_named(tmp_path: Any):
     (tmp_path / experiment.STATE / "draft.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is truncated, or no safetensors file"):
         experiment.read_state(tmp_path, masks.init(masks.of(target("decoder"), 1), target("decoder"), 0))
+
+
+@pytest.mark.slow
+def test_a_mesh_trains_what_one_device_trains():
+    program = str(pathlib.Path(__file__).parent / "masked_mesh_program.py")
+    env = virtual_devices(4)
+    done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (one, mesh) in json.loads(done.stdout).items():
+        np.testing.assert_allclose(mesh, one, rtol=1e-4, err_msg=name)

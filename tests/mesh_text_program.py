@@ -211,12 +211,6 @@ def text(
         "medusa": lambda: drafters.medusa(heads("medusa"), load(family, 0, mesh, rules)),
         "medusa tree": lambda: drafters.medusa(heads("medusa"), load(family, 0, mesh, rules), topology=(2, 2)),
         "blockwise": lambda: drafters.blockwise(heads("blockwise"), load(family, 0, mesh, rules)),
-        "eagle": lambda: drafters.eagle(
-            eagle_head(mesh, draft_rules), load(family, 0, mesh, rules), num_draft_tokens=3, rules=draft_rules
-        ),
-        "eagle tree": lambda: drafters.eagle(
-            eagle_head(mesh, draft_rules), load(family, 0, mesh, rules), topology=(3, 2), rules=draft_rules
-        ),
         "eagle": lambda: eagle_head(load(family, 0, mesh, rules), draft_rules, num_draft_tokens=3),
         "eagle tree": lambda: eagle_head(load(family, 0, mesh, rules), draft_rules, topology=(3, 2)),
         "suffix": lambda: drafters.suffix(num_draft_tokens=3, min_match=1),

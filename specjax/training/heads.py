@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from specjax.models import eagle, linear
 from specjax.models import feature_head as heads
@@ -118,7 +118,7 @@ def _before(features: Float[Array, "B L *F"]) -> Float[Array, "B L *F"]:
     return jnp.concatenate([jnp.zeros_like(features[:, :1]), features[:, :-1]], axis=1)
 
 
-def _after(values: Float[Array, "B L *F"]) -> Float[Array, "B L *F"]:
+def _after(values: Shaped[Array, "B L *F"]) -> Shaped[Array, "B L *F"]:
     """The values of the token after each token; zeros after the last."""
     return jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], axis=1)
 

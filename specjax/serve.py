@@ -143,7 +143,8 @@ def _drafter(values: flags.FlagValues, target: Any, mesh: Any) -> Any:
     if values.drafter == "none" or not k:
         return None
     make = drafters.suffix if values.drafter == "suffix" else drafters.ngram
-    return make(num_draft_tokens=k)
+    # A batch of many rows scores a few tokens of each where it would be too slow to score K.
+    return make(num_draft_tokens=k, lengths=tuple(length for length in (1, 3) if length < k))
 
 
 def load_engine(values: flags.FlagValues) -> Any:

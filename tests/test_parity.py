@@ -353,8 +353,7 @@ def test_the_text_model_within_gemma3_for_images(tmp_path):
     text |= {"tie_word_embeddings": True, "final_logit_softcapping": None}
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision |= {"image_size": 8, "patch_size": 4}
-    ids: dict[str, Any] = {"image_token_index": 60, "boi_token_index": 59, "eoi_token_index": 58}
-    ids |= {"mm_tokens_per_image": 1}
+    ids: Any = {"image_token_index": 60, "boi_token_index": 59, "eoi_token_index": 58, "mm_tokens_per_image": 1}
     torch.manual_seed(0)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, **ids)
     reference = transformers.Gemma3ForConditionalGeneration(config).float().eval()

@@ -278,10 +278,12 @@ def advance(
         return (carry[0] < num_steps) & ~jnp.all(now) & ~(leave_early & jnp.any(now & ~done))
 
     def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        step = decode_step(
-            programs.target, programs.drafter, programs.rule, params, carry[1], schedule=programs.schedule
-        )
-        return carry[0] + 1, step
+        number, before = carry
+        # Bound to the number of the step, or XLA:CPU would convert and reorder matrices once for all steps of a call:
+        # calls are short, and that takes longer than a step.
+        own, number = jax.lax.optimization_barrier((params, number))
+        step = decode_step(programs.target, programs.drafter, programs.rule, own, before, schedule=programs.schedule)
+        return number + 1, step
 
     state = jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), state))[1]
     state = state._replace(rows=_settled(programs, state.rows))

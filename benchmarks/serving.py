@@ -46,6 +46,7 @@ _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 96, "The most new tokens of
 _PROMPT_TOKENS = flags.DEFINE_integer("max_prompt_tokens", 384, "Longer prompts are left out.", lower_bound=1)
 _SIDES = flags.DEFINE_list("sides", ["plain", "by load", "fixed", "static", "transformers"], "What is measured.")
 _DRAFT = flags.DEFINE_integer("num_draft_tokens", 7, "K.", lower_bound=1)
+_SLOTS = flags.DEFINE_integer("num_slots", 8, "Sequences that the engine decodes at once.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/serving", "For results.json and summary.md.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the order of the prompts and of arrivals.")
 
@@ -182,8 +183,8 @@ class Table:
         self.path, self.about, self.rows = self.directory / "results.json", about, list[dict[str, Any]]()
         if self.path.exists():
             kept = json.loads(self.path.read_text(encoding="utf-8"))
-            same = {key: value for key, value in kept["about"].items() if key != "date"}
-            if same != {key: value for key, value in about.items() if key != "date"}:
+            own = ("date", "command")  # Other sides and loads may be added later.
+            if any(kept["about"][key] != value for key, value in about.items() if key not in own):
                 raise app.UsageError(f"{self.path} is of another run: choose another --workdir.")
             self.rows = kept["rows"]
 
@@ -239,7 +240,10 @@ def main(argv: Sequence[str]) -> None:
         "processor": platform.processor() or platform.machine(),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "specjax": specjax.__version__,
+        "data": pathlib.Path(_DATA.value).name,
     }
+    for flag in (_TARGET, _DTYPE, _REQUESTS, _NEW_TOKENS, _PROMPT_TOKENS, _DRAFT, _SLOTS, _SEED):
+        about[flag.name] = flag.value
     table = Table(about)
     target = specjax.load(_TARGET.value, dtype=_DTYPE.value)
     prompts = prompts_of(target)
@@ -247,7 +251,7 @@ def main(argv: Sequence[str]) -> None:
         num_draft_tokens=_DRAFT.value, lengths=tuple(k for k in (1, 3) if k < _DRAFT.value)
     )
     sizes: dict[str, Any] = {
-        "num_slots": max([16 if _RATES.value else 1, *clients]),
+        "num_slots": _SLOTS.value,
         "max_len": _PROMPT_TOKENS.value + _NEW_TOKENS.value,
         "prefix_bytes": 0,
         "score_prompts": False,

@@ -29,6 +29,8 @@ from specjax.types import Params, SamplingOptions
 
 MAX_LEN = 2048
 """The longest sequence of an engine, where nothing else is asked for."""
+CHUNK_WIDTHS = (16, 64, 128, 256)
+"""The widths of the chunks of prompts, where nothing else is asked for."""
 MAX_SOURCE = 512
 """The longest prompt of an encoder-decoder, where nothing else is asked for."""
 NUM_STOP_TOKENS, NUM_BIASES, MAX_STEPS, MAX_SEQUENCES = 32, 304, 16, 128
@@ -72,7 +74,7 @@ def settle(
     num_slots: int,
     max_len: int | None,
     batch_sizes: Sequence[int] | None,
-    chunk_widths: Sequence[int],
+    chunk_widths: Sequence[int] | None,
     max_source: int,
     num_top: int,
     grammar: tuple[int, int],
@@ -94,7 +96,8 @@ def settle(
     if max_len is None:
         max_len = min(longest, MAX_LEN)
     check_size("max_len", max_len, 2, longest)
-    widths = (1,) if encodes else tuple(sorted(set(chunk_widths)))
+    fitting = [width for width in CHUNK_WIDTHS if width <= max_len] or [max_len]
+    widths = (1,) if encodes else tuple(sorted(set(fitting if chunk_widths is None else chunk_widths)))
     for width in widths:
         check_size("chunk_widths", width, 1, max_len)
     behind = max(draft.drafter.topology.num_read + 1, widths[-1])

@@ -52,7 +52,7 @@ class Engine:
         num_slots: int = 8,
         max_len: int | None = None,
         batch_sizes: Sequence[int] | None = None,
-        chunk_widths: Sequence[int] = (16, 64, 128, 256),
+        chunk_widths: Sequence[int] | None = None,
         max_prediction: int = 0,
         num_top: int = 20,
         prefix_bytes: int = 256 << 20,
@@ -75,8 +75,9 @@ class Engine:
           max_len: the longest sequence, prompt included, in tokens; by default what the target knows, at most 2,048.
           batch_sizes: the sizes that the batch takes, the largest being `num_slots`; by default powers of two on CPUs,
             where a step's time grows with them, and powers of eight elsewhere.
-          chunk_widths: prompts are read in chunks of the last width; their last chunks are padded to one of these. A wide
-            chunk takes less time per token, and those who decode wait for it longer; prefixes are kept at its multiples.
+          chunk_widths: prompts are read in chunks of the last width; their last chunks are padded to one of these. A
+            wide chunk takes less time per token, those who decode wait for it longer, and prefixes are kept at its
+            multiples. By default 16, 64, 128 and 256, as far as they fit.
           max_prediction: the longest `Options.prediction`, in tokens, that drafts may be looked up in; for an
             encoder-decoder the longest prompt (0: 512).
           num_top: the most log-probabilities of a position that a request may ask for.

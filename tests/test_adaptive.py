@@ -163,12 +163,12 @@ def test_a_step_that_reads_probes_and_proposes_nothing_counts_as_a_rejection():
     assert int(state.pause[0]) > 0
 
 
-def seen(accepted: list[float], judged: float = 50.0, pause: int = 0) -> Adaptation:
+def seen(accepted: list[float], pause: int | list[int] = 0) -> Adaptation:
     """Rows that have often been judged: each position is accepted as often as its row's number says."""
     rows = jnp.asarray(accepted, jnp.float32)
     none = jnp.zeros(len(accepted), jnp.int32)
-    counts = jnp.full((len(accepted), K), judged)
-    return Adaptation(counts, counts * rows[:, None], none + pause, none + adaptive.FIRST_PAUSE)
+    counts = jnp.full((len(accepted), K), 50.0)
+    return Adaptation(counts, counts * rows[:, None], none + jnp.asarray(pause), none + adaptive.FIRST_PAUSE)
 
 
 EVERYONE = jnp.ones(4, bool)
@@ -176,14 +176,14 @@ EVERYONE = jnp.ones(4, bool)
 
 def test_rows_together_draft_what_pays_for_all_of_them():
     """One row's drafts are good; the others, whose are not, would wait for them."""
-    state = seen([0.95, 0.05, 0.05, 0.05])
-    assert adaptive.alone.wanted(state, costs(2.0), EVERYONE)[0] == K
-    assert adaptive.together.wanted(state, costs(2.0), EVERYONE).tolist() == [0] * 4
+    state = seen([0.95, 0.05, 0.05, 0.05], pause=[0, 9, 9, 9])
+    assert adaptive.num_drafts(state, costs(2.0))[0] == K
+    assert adaptive.num_drafts_together(state, costs(2.2), EVERYONE).tolist() == [0] * 4
     # A step that hardly costs more pays for all, so that even the others draft along: their drafts are free.
-    assert adaptive.together.wanted(state, costs(1.05), EVERYONE).tolist() == [K] * 4
+    assert adaptive.num_drafts_together(state, costs(1.05), EVERYONE).tolist() == [K] * 4
     # Those who are done neither count nor draft.
     one = jnp.asarray([True, False, False, False])
-    assert adaptive.together.wanted(state, costs(2.0), one).tolist() == [K, 0, 0, 0]
+    assert adaptive.num_drafts_together(state, costs(2.0), one).tolist() == [K, 0, 0, 0]
 
 
 def test_rows_together_choose_the_length_with_the_most_tokens_per_time():
@@ -193,25 +193,24 @@ def test_rows_together_choose_the_length_with_the_most_tokens_per_time():
     tokens = 4 + np.append(0.0, np.cumsum(np.cumprod(chance, axis=1), axis=1).sum(axis=0))
     best = int(np.argmax(tokens / np.asarray(step_costs)))
     assert 0 < best < K
-    assert adaptive.together.wanted(state, step_costs, EVERYONE).tolist() == [best] * 4
+    assert adaptive.num_drafts_together(state, step_costs, EVERYONE).tolist() == [best] * 4
 
 
 def test_rows_together_cut_what_too_few_propose():
     state = seen([0.9, 0.9, 0.9, 0.9])
     lengths = jnp.asarray([K, 0, 0, 0], jnp.int32)
-    assert adaptive.together.kept(state, costs(2.0), lengths).tolist() == [0] * 4
-    assert adaptive.together.kept(state, costs(1.3), lengths).tolist() == [K, 0, 0, 0]
-    assert adaptive.alone.kept(state, costs(9.0), lengths).tolist() == lengths.tolist()
+    assert adaptive.kept_together(state, costs(2.0), lengths).tolist() == [0] * 4
+    assert adaptive.kept_together(state, costs(1.3), lengths).tolist() == [K, 0, 0, 0]
     # A short program serves short proposals.
     short = costs([1.1, 1.1, 3.0, 3.0])
-    assert adaptive.together.kept(state, short, jnp.asarray([K, 2, 2, 2], jnp.int32)).tolist() == [2] * 4
+    assert adaptive.kept_together(state, short, jnp.asarray([K, 2, 2, 2], jnp.int32)).tolist() == [2] * 4
 
 
 def test_new_rows_are_hoped_to_be_good_and_paused_rows_are_not():
     new = adaptive.init(4, K)
-    assert adaptive.together.wanted(new, costs(2.0), EVERYONE).tolist() == [K] * 4
+    assert adaptive.num_drafts_together(new, costs(2.0), EVERYONE).tolist() == [K] * 4
     paused = seen([0.05] * 4, pause=3)
-    assert adaptive.together.wanted(paused, costs(2.0), EVERYONE).tolist() == [0] * 4
+    assert adaptive.num_drafts_together(paused, costs(2.0), EVERYONE).tolist() == [0] * 4
 
 
 def test_a_row_that_the_others_keep_from_drafting_does_not_pause():

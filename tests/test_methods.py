@@ -76,7 +76,7 @@ def test_a_target_without_layers_to_skip_is_named(files, capfd):
         ("--config.drafters=('magic',)", "choose from ngram, ngram tree"),
         ("--config.drafters=('model',)", "needs a draft model: give --config.draft=SOURCE"),
         ("--config.drafters=('feature_head',)", "needs a trained head: give --config.head=NAME or PATH"),
-        ("--config.drafters=('eagle',)", "needs an EAGLE head: give --config.eagle=SOURCE"),
+        ("--config.drafters=('eagle',)", "needs heads: give --config.eagle=PATH"),
         ("--config.head=nowhere", "nowhere does not exist: give a directory, or the name of a trained head"),
         ("--config.skips=nowhere", "nowhere/skips.json does not exist"),
         ("--config.exit_share=1.0", "exit_share=1.0: between 0 and 1"),

@@ -164,7 +164,6 @@ def run(request: Request) -> DecodeState:
             request.params,
             request.state,
             fixed_shape=request.fixed_shape,
-            schedule=request.schedule,
         )
     return readable(request, state)
 
@@ -207,7 +206,6 @@ def run_in_steps(request: Request, steps: int) -> Iterator[DecodeState]:
             request.state,
             steps=steps,
             fixed_shape=request.fixed_shape,
-            schedule=request.schedule,
         )
         for state in states:
             yield readable(request, state)

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from specjax import decoding, drafters, sampling
 from specjax.api.pretrained import Pretrained
-from specjax.decoding import adaptive, verify
-from specjax.decoding.adaptive import Schedule
+from specjax.decoding import verify
 from specjax.decoding.verify import Rule, greedy, replaced_at_zero
 from specjax.decoding.verify import check as check_rule
 from specjax.decoding.verify import parse as parse_rule
@@ -36,7 +35,6 @@ class Request(NamedTuple):
       state: after the prefill.
       mesh: the mesh that the parameters lie on, or None.
       fixed_shape: whether every target call scores K + 1 tokens.
-      schedule: how much each row drafts.
     """
 
     target: Pretrained
@@ -46,7 +44,6 @@ class Request(NamedTuple):
     state: DecodeState
     mesh: Mesh | None
     fixed_shape: bool
-    schedule: Schedule = adaptive.alone
 
 
 def encode(target: Pretrained, prompts: Sequence[str | Sequence[int]], *, chat: bool = False) -> list[list[int]]:
@@ -190,13 +187,7 @@ def prepare(
         )
         if num_return_sequences > 1:
             state = decoding.repeat(state, num_return_sequences, jnp.asarray(seeds, jnp.uint32))
-    return Request(target, draft.drafter, rule, params, state, mesh, fixed_shape, _schedule(rule, options))
-
-
-def _schedule(rule: Rule, options: SamplingOptions) -> Schedule:
-    """Rows choose together where their tokens do not depend on how the text is cut into steps."""
-    is_fixed = rule.exact and (rule.coupled or not bool(jnp.any(options.temperature > 0)))
-    return adaptive.together if is_fixed else adaptive.alone
+    return Request(target, draft.drafter, rule, params, state, mesh, fixed_shape)
 
 
 def _rule_for(rule: Rule, drafter: Drafter, options: SamplingOptions, given: Mapping[str, Any]) -> Rule:

@@ -10,16 +10,13 @@ That is Theorem 3.8 of Leviathan et al. 2022 with a chance for each position and
 row pauses until the time that its last attempt lost is a small share of the whole, at least twice as long after every
 failure, and forgets half of what it has seen, so that it tries again.
 
-What decides is known before the tokens of the step are drawn, so the text stays exact. There are two schedules:
-`alone`, in which each row uses its own counters alone, so that its text does not depend on its neighbours under any
-rule; and `together`, in which the rows choose what pays for all of them, since all wait for the longest draft. Its text
-has the same distribution, and where a rule gives plain decoding's own text (`greedy`, `coupled`), the same tokens.
+What decides is known before the tokens of the step are drawn, so the text stays exact. All rows of a batch wait for its
+longest draft, so where no token depends on how a text is cut into steps (all rows greedy, or the rule `coupled`), the
+rows choose together what pays for all of them (`num_drafts_together`, `kept_together`). Otherwise each row uses its own
+counters alone, so that its text does not depend on its neighbours.
 
 `docs/results/adaptive.md` compares this with other schedules.
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,31 +90,6 @@ def num_drafts(adaptation: Adaptation, step_costs: Float[Array, " C"]) -> Int[Ar
     return jnp.where(adaptation.pause > 0, 0, jnp.where(best > 0, best, hoped))
 
 
-class Schedule(NamedTuple):
-    """How the rows of a batch choose how much they draft.
-
-    Attributes:
-      wanted: `(adaptation, step_costs, running) -> [B]`, how many tokens each row is to draft, before anything is
-        proposed.
-      kept: `(adaptation, step_costs, length) -> [B]`, how many of its `length` proposed tokens each row keeps: whether
-        a chain is cut may depend on how many tokens are proposed, but not on which.
-    """
-
-    wanted: Callable[[Adaptation, Float[Array, " C"], Bool[Array, " B"]], Int[Array, " B"]]
-    kept: Callable[[Adaptation, Float[Array, " C"], Int[Array, " B"]], Int[Array, " B"]]
-
-
-def _wanted_alone(
-    adaptation: Adaptation, step_costs: Float[Array, " C"], running: Bool[Array, " B"]
-) -> Int[Array, " B"]:
-    return jnp.where(running, num_drafts(adaptation, step_costs), 0)
-
-
-def _keep_all(adaptation: Adaptation, step_costs: Float[Array, " C"], length: Int[Array, " B"]) -> Int[Array, " B"]:
-    del adaptation, step_costs
-    return length
-
-
 def _expected(adaptation: Adaptation, step_costs: Float[Array, " C"]) -> Float[Array, "B C"]:
     """The expected tokens of a step beyond the first, by the number of draft tokens."""
     chance = acceptance(adaptation)
@@ -136,27 +108,33 @@ def _best_for_all(
     return (len(value) - 1 - jnp.argmax(value[::-1])).astype(jnp.int32)
 
 
-def _wanted_together(
+def num_drafts_together(
     adaptation: Adaptation, step_costs: Float[Array, " C"], running: Bool[Array, " B"]
 ) -> Int[Array, " B"]:
+    """How many tokens each row is to draft now so that it pays for the batch: one number for all running rows.
+
+    Args:
+      adaptation: before the step.
+      step_costs: as for `num_drafts`.
+      running: `[B]` the rows that are not done.
+    """
     best = _best_for_all(_expected(adaptation, step_costs), step_costs, running)
     return jnp.where(running, best, 0)
 
 
-def _kept_together(
-    adaptation: Adaptation, step_costs: Float[Array, " C"], length: Int[Array, " B"]
-) -> Int[Array, " B"]:
-    """Those that pay, once it is known which rows propose anything: lookup, for example, often finds nothing."""
+def kept_together(adaptation: Adaptation, step_costs: Float[Array, " C"], length: Int[Array, " B"]) -> Int[Array, " B"]:
+    """How many of its proposed tokens each row keeps so that it pays for the batch: lookup often finds nothing.
+
+    Whether a chain is cut depends on how many tokens are proposed, not on which.
+
+    Args:
+      adaptation: before the step.
+      step_costs: as for `num_drafts`.
+      length: `[B]` how many tokens each row proposes.
+    """
     number = jnp.minimum(jnp.arange(step_costs.shape[0]), length[:, None])
     more = jnp.take_along_axis(_expected(adaptation, step_costs), number, axis=1)
     return jnp.minimum(length, _best_for_all(more, step_costs, jnp.ones(length.shape, bool)))
-
-
-alone = Schedule(_wanted_alone, _keep_all)
-"""Each row drafts what pays for it. The default, for rules under which a text depends on how it is cut into steps."""
-
-together = Schedule(_wanted_together, _kept_together)
-"""All rows draft what pays for the batch: a step takes the time of its longest draft, which every row waits for."""
 
 
 def update(

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from specjax.decoding import adaptive
-from specjax.decoding.adaptive import Schedule
 from specjax.decoding.step import decode_step
 from specjax.decoding.verify import Rule
 from specjax.parallel import distributed
@@ -17,9 +15,7 @@ from specjax.state import DecodeState
 from specjax.types import Drafter, Model, Params
 
 
-@functools.partial(
-    jax.jit, static_argnames=("target", "drafter", "rule", "fixed_shape", "schedule"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("target", "drafter", "rule", "fixed_shape"), donate_argnames=("state",))
 def advance(
     target: Model,
     drafter: Drafter,
@@ -28,7 +24,6 @@ def advance(
     state: DecodeState,
     num_steps: Int[Array, ""] | int,
     fixed_shape: bool = False,
-    schedule: Schedule = adaptive.alone,
 ) -> DecodeState:
     """Runs at most `num_steps` steps, fewer where all rows are done first. The state is donated."""
 
@@ -36,7 +31,7 @@ def advance(
         return (carry[0] < num_steps) & ~jnp.all(carry[1].rows.done)
 
     def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        return carry[0] + 1, decode_step(target, drafter, rule, params, carry[1], fixed_shape, schedule)
+        return carry[0] + 1, decode_step(target, drafter, rule, params, carry[1], fixed_shape)
 
     return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
 
@@ -64,7 +59,6 @@ def generate(
     state: DecodeState,
     *,
     fixed_shape: bool = False,
-    schedule: Schedule = adaptive.alone,
 ) -> DecodeState:
     """Decodes until every row is done: one jitted `while_loop`. The state is donated.
 
@@ -75,12 +69,11 @@ def generate(
       params: the parameters of both.
       state: from `prefill`.
       fixed_shape: every target call scores K + 1 tokens per row (see `decode_step`).
-      schedule: how much each row drafts (`adaptive`).
 
     Raises:
       FloatingPointError: for NaN logits, or options that forbid every token.
     """
-    state = advance(target, drafter, rule, params, state, np.int32(2**31 - 1), fixed_shape, schedule)
+    state = advance(target, drafter, rule, params, state, np.int32(2**31 - 1), fixed_shape)
     check(state)
     return state
 
@@ -94,7 +87,6 @@ def stream(
     *,
     steps: int = 4,
     fixed_shape: bool = False,
-    schedule: Schedule = adaptive.alone,
 ) -> Iterator[DecodeState]:
     """Decodes like `generate`, by the same program and to the same tokens, pausing every few steps.
 
@@ -106,7 +98,6 @@ def stream(
       state: from `prefill`; donated.
       steps: the number of steps between two pauses.
       fixed_shape: every target call scores K + 1 tokens per row (see `decode_step`).
-      schedule: how much each row drafts (`adaptive`).
 
     Yields:
       the state so far. The next step donates it: read it before asking for the next.
@@ -119,7 +110,7 @@ def stream(
         raise ValueError(f"steps={steps}: at least 1.")
     done = False
     while not done:  # Texts whose budget is 0 are yielded, too.
-        state = advance(target, drafter, rule, params, state, np.int32(steps), fixed_shape, schedule)
+        state = advance(target, drafter, rule, params, state, np.int32(steps), fixed_shape)
         check(state)
         done = bool(jnp.all(state.rows.done))
         yield state

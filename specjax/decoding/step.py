@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from specjax import control, sampling
 from specjax.decoding import adaptive, verify
 from specjax.decoding import logprobs as logprobs_lib
-from specjax.decoding.adaptive import Schedule
 from specjax.decoding.verify import Rule
 from specjax.drafters import contract
 from specjax.sampling import automaton, processors, tree
@@ -74,7 +73,6 @@ def decode_step(
     params: Params,
     state: DecodeState,
     fixed_shape: bool = False,
-    schedule: Schedule = adaptive.alone,
 ) -> DecodeState:
     """One step of speculative decoding for all rows (Leviathan et al. 2022, Algorithm 1).
 
@@ -85,7 +83,6 @@ def decode_step(
       params: the parameters of both.
       state: before the step.
       fixed_shape: always score N + 1 tokens, even where no row drafts (see `docs/exactness.md`, numerics).
-      schedule: how much each row drafts (`adaptive`).
 
     Returns:
       The state after it: every row that is not done has gained between 1 and D + 1 tokens.
@@ -96,7 +93,7 @@ def decode_step(
     verify.check(rule, drafter.topology)
     rows, topology = state.rows, drafter.topology
     running = ~rows.done
-    proposal, drafter_state, cache, context, keys, num_read = _draft(target, drafter, rule, params, state, schedule)
+    proposal, drafter_state, cache, context, keys, num_read = _draft(target, drafter, rule, params, state)
 
     # Score and verify. Where no row drafts, this is a plain decoding step and costs no more.
     lengths = topology.all_lengths
@@ -158,9 +155,7 @@ def step_keys(seed: Array, length: Int[Array, " B"], depth: int) -> tuple[Array,
     return jax.vmap(of_row)(seed, length)
 
 
-def _draft(
-    target: Model, drafter: Drafter, rule: Rule, params: Params, state: DecodeState, schedule: Schedule
-) -> _Drafted:
+def _draft(target: Model, drafter: Drafter, rule: Rule, params: Params, state: DecodeState) -> _Drafted:
     """Has the drafter propose what each row is to draft.
 
     Returns:
@@ -168,14 +163,18 @@ def _draft(
       many tokens behind the last committed one each row needs read.
     """
     rows, topology, costs = state.rows, drafter.topology, state.shared.step_costs
+    # Where no token depends on how the text is cut into steps, the rows choose together.
+    together = jnp.asarray(rule.exact) & (rule.coupled | jnp.all(rows.sampling.temperature == 0))
+    own = adaptive.num_drafts(rows.adaptation, costs)
+    wanted = jnp.where(together, adaptive.num_drafts_together(rows.adaptation, costs, ~rows.done), own)
     # A row that drafts needs room for its drafts and the token that follows them.
-    wanted = schedule.wanted(rows.adaptation, costs, ~rows.done)
     room = jnp.where(rows.done, 0, jnp.minimum(wanted, rows.limit - rows.length - 1))
     draft_keys, keys = step_keys(rows.seed, rows.length, topology.depth)
     context = context_of(target, drafter, rule, state, room, draft_keys, keys)
     proposal, drafter_state, cache = propose(drafter, params, state, context)
     if topology.is_chain and proposal.probes is None:
-        proposal = proposal._replace(length=schedule.kept(rows.adaptation, costs, proposal.length))
+        kept = adaptive.kept_together(rows.adaptation, costs, proposal.length)
+        proposal = proposal._replace(length=jnp.where(together, kept, proposal.length))
     return _Drafted(proposal, drafter_state, cache, context, keys, _num_read(proposal, room))
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from specjax.api.pretrained import Pretrained
 from specjax.api.request import check_vocabularies, with_taps
-from specjax.decoding import adaptive, round_up, verify
+from specjax.decoding import round_up, verify
 from specjax.decoding.buffers import BUFFER_MULTIPLE
 from specjax.decoding.prefill import spread_seeds
 from specjax.drafters import contract
@@ -51,7 +51,6 @@ class Setting(NamedTuple):
       tokenizer: of the target, or None.
       max_len: the longest sequence, in tokens.
       encodes: whether the target is an encoder-decoder, whose prompt is no part of the text.
-      has_source: whether drafts may be looked up in a request's prediction.
     """
 
     programs: Programs
@@ -96,10 +95,7 @@ def settle(
     if max_len is None:
         max_len = min(longest, MAX_LEN)
     check_size("max_len", max_len, 2, longest)
-    fitting = [width for width in CHUNK_WIDTHS if width <= max_len] or [max_len]
-    widths = (1,) if encodes else tuple(sorted(set(fitting if chunk_widths is None else chunk_widths)))
-    for width in widths:
-        check_size("chunk_widths", width, 1, max_len)
+    widths = (1,) if encodes else _chunk_widths(max_len, chunk_widths)
     behind = max(draft.drafter.topology.num_read + 1, widths[-1])
     sizes = Sizes(
         max_len=round_up(max_len + behind, BUFFER_MULTIPLE),
@@ -115,11 +111,10 @@ def settle(
     params = Params(target.params, draft.params)
     if mesh is not None:
         params = params._replace(draft=sharding.replicate_rest(params.draft, mesh))
-    schedule = adaptive.together if chosen.coupled or chosen.name == "greedy" else adaptive.alone
     options = Options()
     sampling = sampling_of(options, sizes, model.vocab_size)
     setting = Setting(
-        programs=Programs(model, draft.drafter, chosen, schedule, sizes),
+        programs=Programs(model, draft.drafter, chosen, sizes),
         params=params,
         mesh=mesh,
         batch_sizes=_batch_sizes(num_slots, batch_sizes),
@@ -132,6 +127,14 @@ def settle(
     )
     check_memory(setting)
     return setting
+
+
+def _chunk_widths(max_len: int, given: Sequence[int] | None) -> tuple[int, ...]:
+    if given is None:
+        given = [width for width in CHUNK_WIDTHS if width <= max_len] or [max_len]
+    for width in given:
+        check_size("chunk_widths", width, 1, max_len)
+    return tuple(sorted(set(given)))
 
 
 def _batch_sizes(num_slots: int, given: Sequence[int] | None) -> tuple[int, ...]:

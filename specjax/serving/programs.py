@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from specjax.decoding.adaptive import Schedule
 from specjax.decoding.adaptive import init as new_adaptation
 from specjax.decoding.logprobs import log_probabilities
 from specjax.decoding.prefill import Settings, Text, new_rows, row_keys
@@ -56,14 +55,12 @@ class Programs(NamedTuple):
       target: the target.
       drafter: the drafter.
       rule: the acceptance rule.
-      schedule: how much each row drafts.
       sizes: the sizes of the state.
     """
 
     target: Model
     drafter: Drafter
     rule: Rule
-    schedule: Schedule
     sizes: Sizes
 
     @property
@@ -282,7 +279,7 @@ def advance(
         # Bound to the number of the step, or XLA:CPU would convert and reorder matrices once for all steps of a call:
         # calls are short, and that takes longer than a step.
         own, number = jax.lax.optimization_barrier((params, number))
-        step = decode_step(programs.target, programs.drafter, programs.rule, own, before, schedule=programs.schedule)
+        step = decode_step(programs.target, programs.drafter, programs.rule, own, before)
         return number + 1, step
 
     state = jax.lax.while_loop(goes_on, body, (jnp.zeros((), jnp.int32), state))[1]

@@ -14,6 +14,8 @@ _CALLS = {
     "medusa": "medusa(specjax.drafters.load_medusa(HEADS), target, {shape})",
     "blockwise": "blockwise(specjax.drafters.load_blockwise(HEADS), target, {shape})",
     "eagle": "eagle(HEAD, target, {shape})",
+    "pard": "pard(specjax.load(DRAFT), {shape})",
+    "nonautoregressive": "nonautoregressive(specjax.load(DRAFT), {shape})",
     "skip": "skip(target, attention=ATTENTION, mlp=MLP, {shape})",
     "early_exit": "early_exit(target, LAYER, {shape})",
     "first_of": "first_of([specjax.drafters.ngram({shape}), OTHER])",

@@ -300,7 +300,8 @@ def test_a_row_decodes_to_the_same_text_alone_and_in_a_batch(drafter: str, step_
         )
         alone = decoding.generate(target, chosen, verify.rejection, both, state)
         assert texts(alone)[0] == together_texts[row]
-        for counter in ("draft_steps", "target_calls", "histogram"):
+        # A greedy row alone may draft otherwise than among sampled ones; its text is the same.
+        for counter in ("draft_steps", "target_calls", "histogram") if temperature[row] else ():
             assert (
                 np.asarray(getattr(alone.rows.stats, counter))[0].tolist()
                 == np.asarray(getattr(together.rows.stats, counter))[row].tolist()

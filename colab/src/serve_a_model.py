@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("specjax") is None:
-    extras, packages = "serve", []
+    extras, packages = "grammar,experiments", []
     if any(any(pathlib.Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*")):
         extras += ",tpu"
     elif shutil.which("nvidia-smi"):
@@ -119,11 +119,12 @@ engine.close()
 # open http://127.0.0.1:8000/ for a page to try it.
 
 # %%
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 
+if importlib.util.find_spec("uvicorn") is None:  # The extra `serve`.
+    wanted = ["prometheus-client", "pydantic", "starlette", "uvicorn"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
 command = [sys.executable, "-m", "specjax.serve", f"--target={SOURCE}", f"--dtype={dtype}", "--port=8001"]
 command += [f"--num_slots={slots}", "--max_len=512", "--num_draft_tokens=7", "--max_prediction=128"]
 with open("serve.log", "w") as log:

@@ -96,6 +96,8 @@ def _expected(adaptation: Adaptation, step_costs: Float[Array, " C"]) -> Float[A
     is_new = jnp.sum(adaptation.judged, axis=1) == 0
     hopes = (adaptation.pause == 0) & (is_new | (_best(chance, step_costs) == 0))
     chance = jnp.where(hopes[:, None], jnp.maximum(chance, FIRST_HOPE), chance)
+    # A row that pauses is no reason to draft; where others are, it drafts along.
+    chance = jnp.where((adaptation.pause > 0)[:, None], 0.0, chance)
     return jnp.pad(jnp.cumsum(jnp.cumprod(chance, axis=1), axis=1), ((0, 0), (1, 0)))
 
 

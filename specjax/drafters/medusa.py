@@ -33,7 +33,7 @@ def _check_kind(heads: Heads, kind: str) -> None:
 
 
 def medusa(
-    heads: Heads,
+    heads: Any,
     target: Any,
     *,
     num_draft_tokens: int | None = None,
@@ -77,7 +77,7 @@ def medusa(
 
 
 def blockwise(
-    heads: Heads,
+    heads: Any,
     target: Any,
     *,
     num_draft_tokens: int | None = None,

@@ -28,7 +28,7 @@ Factors = Mapping[str, np.ndarray]
 """Those of `ROPE_FACTORS` that a file has."""
 
 
-def _decimal(value: float) -> float:
+def _decimal(value: Any) -> float:
     """The decimal number that was rounded to float32: 1e-5 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 

@@ -25,7 +25,7 @@ _VOCABULARY = "specjax_vocabulary"
 """The key of `config.json` that has the fingerprint of the target's tokenizer."""
 
 
-def _check_kind(heads: Heads, kind: str) -> None:
+def _check_kind(heads: Any, kind: str) -> None:
     if not isinstance(heads, Heads):
         raise TypeError(f"heads is {type(heads).__name__}: give what drafters.load_{kind}(...) returns.")
     if heads.config.kind != kind:

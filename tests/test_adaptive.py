@@ -199,11 +199,14 @@ def test_rows_together_choose_the_length_with_the_most_tokens_per_time():
 def test_rows_together_cut_what_too_few_propose():
     state = seen([0.9, 0.9, 0.9, 0.9])
     lengths = jnp.asarray([K, 0, 0, 0], jnp.int32)
-    assert adaptive.kept_together(state, costs(2.0), lengths).tolist() == [0] * 4
-    assert adaptive.kept_together(state, costs(1.3), lengths).tolist() == [K, 0, 0, 0]
+    assert adaptive.kept_together(state, costs(2.0), lengths, EVERYONE).tolist() == [0] * 4
+    assert adaptive.kept_together(state, costs(1.3), lengths, EVERYONE).tolist() == [K, 0, 0, 0]
     # A short program serves short proposals.
     short = costs([1.1, 1.1, 3.0, 3.0])
-    assert adaptive.kept_together(state, short, jnp.asarray([K, 2, 2, 2], jnp.int32)).tolist() == [2] * 4
+    assert adaptive.kept_together(state, short, jnp.asarray([K, 2, 2, 2], jnp.int32), EVERYONE).tolist() == [2] * 4
+    # Rows that are done gain nothing from a plain step either.
+    one = jnp.asarray([True, False, False, False])
+    assert adaptive.kept_together(state, costs(2.0), lengths, one).tolist() == [K, 0, 0, 0]
 
 
 def test_new_rows_are_hoped_to_be_good_and_paused_rows_are_not():

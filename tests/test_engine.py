@@ -96,6 +96,8 @@ def test_increments_make_the_whole(engine):
         assert [part.finish_reason for part in own[:-1]] == [None] * (len(own) - 1)
         assert own[-1].usage is not None
     assert len(parts) > 4  # It was streamed.
+    with pytest.raises(RuntimeError, match="read already"):
+        request.result()
 
 
 def test_stop_strings_end_the_text_before_them(engine):

@@ -124,7 +124,9 @@ def num_drafts_together(
     return jnp.where(running, best, 0)
 
 
-def kept_together(adaptation: Adaptation, step_costs: Float[Array, " C"], length: Int[Array, " B"]) -> Int[Array, " B"]:
+def kept_together(
+    adaptation: Adaptation, step_costs: Float[Array, " C"], length: Int[Array, " B"], running: Bool[Array, " B"]
+) -> Int[Array, " B"]:
     """How many of its proposed tokens each row keeps so that it pays for the batch: lookup often finds nothing.
 
     Whether a chain is cut depends on how many tokens are proposed, not on which.
@@ -133,10 +135,11 @@ def kept_together(adaptation: Adaptation, step_costs: Float[Array, " C"], length
       adaptation: before the step.
       step_costs: as for `num_drafts`.
       length: `[B]` how many tokens each row proposes.
+      running: `[B]` the rows that are not done.
     """
     number = jnp.minimum(jnp.arange(step_costs.shape[0]), length[:, None])
     more = jnp.take_along_axis(_expected(adaptation, step_costs), number, axis=1)
-    return jnp.minimum(length, _best_for_all(more, step_costs, jnp.ones(length.shape, bool)))
+    return jnp.minimum(length, _best_for_all(more, step_costs, running))
 
 
 def update(

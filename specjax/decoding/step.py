@@ -173,7 +173,7 @@ def _draft(target: Model, drafter: Drafter, rule: Rule, params: Params, state: D
     context = context_of(target, drafter, rule, state, room, draft_keys, keys)
     proposal, drafter_state, cache = propose(drafter, params, state, context)
     if topology.is_chain and proposal.probes is None:
-        kept = adaptive.kept_together(rows.adaptation, costs, proposal.length)
+        kept = adaptive.kept_together(rows.adaptation, costs, proposal.length, ~rows.done)
         proposal = proposal._replace(length=jnp.where(together, kept, proposal.length))
     return _Drafted(proposal, drafter_state, cache, context, keys, _num_read(proposal, room))
 

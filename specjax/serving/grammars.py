@@ -41,9 +41,13 @@ class GrammarTable:
                 "grammar_classes."
             )
 
+    def has(self, grammar: Automaton) -> bool:
+        """Whether some request uses it already."""
+        return id(grammar) in self._places
+
     def add(self, grammar: Automaton) -> int | None:
         """Takes a grammar in: the state in which it begins, or None while there is no room for it."""
-        if id(grammar) in self._places:
+        if self.has(grammar):
             begin, same, users = self._places[id(grammar)]
             self._places[id(grammar)] = begin, same, users + 1
             return begin

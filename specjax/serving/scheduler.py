@@ -67,6 +67,8 @@ class Scheduler:
         if self._pending is not None:
             self._take(*self._pending)
         self._pending = call
+        if call is None:
+            self._last_end = 0.0  # What comes next does not follow without a break.
         return call is not None or self._reading is not None or bool(self._read) or self._queue.is_waiting()
 
     def snapshot(self) -> Snapshot:
@@ -144,14 +146,16 @@ class Scheduler:
     def _insert(self, reading: Reading) -> bool:
         """Begins the next sequence of a prompt, where there is room for it and its grammar."""
         request, options = reading.request, reading.request.options
-        if not self._make_room(len(self._read)):
+        if not self._make_room(options.n - reading.inserted):
             return False
         grammar_state: int | None = DEAD
         if options.grammar is not None:
+            is_new = not self._setting.grammars.has(options.grammar)
             grammar_state = self._setting.grammars.add(options.grammar)
             if grammar_state is None:
                 return False  # Those that run have to end first.
-            self._device.set_grammar(self._setting.grammars.table())
+            if is_new:
+                self._device.set_grammar(self._setting.grammars.table())
         begin = 1 if self._setting.encodes else len(request.prompt)
         choices = choices_of(
             options,

@@ -78,17 +78,17 @@ class Request:
         """Waits for its end: one completion for each sequence.
 
         Raises:
-          RuntimeError: for a request that was cancelled, timed out or failed.
+          RuntimeError: for a request that was cancelled, timed out or failed, or whose increments were read already.
         """
         parts: list[list[Increment]] = [[] for _ in range(self.options.n)]
         for increment in self:
             parts[increment.index].append(increment)
+        if not all(parts):
+            raise RuntimeError("The increments of this request were read already: iterate, or ask for the result.")
         for of_sequence in parts:
-            if of_sequence[-1].finish_reason in FAILED:
-                last = of_sequence[-1]
-                raise RuntimeError(
-                    f"The request ended with {last.finish_reason}" + (f": {last.error}" if last.error else ".")
-                )
+            last = of_sequence[-1]
+            if last.finish_reason in FAILED:
+                raise RuntimeError(f"The request ended with {last.finish_reason}. {last.error or ''}".strip())
         return [_complete(of_sequence) for of_sequence in parts]
 
 

@@ -212,7 +212,7 @@ def test_rows_together_cut_what_too_few_propose():
 def test_new_rows_are_hoped_to_be_good_and_paused_rows_are_not():
     new = adaptive.init(4, K)
     assert adaptive.num_drafts_together(new, costs(2.0), EVERYONE).tolist() == [K] * 4
-    paused = seen([0.05] * 4, pause=3)
+    paused = seen([0.95] * 4, pause=3)
     assert adaptive.num_drafts_together(paused, costs(2.0), EVERYONE).tolist() == [0] * 4
 
 

@@ -390,3 +390,14 @@ def test_lookup_equals_a_plain_search(min_match: int, max_match: int):
             assert draft.tolist() == wanted
             found += 1
     assert found > 20
+
+
+def test_rows_that_are_done_do_not_keep_others_from_drafting():
+    """Four of five rows have no budget; the fifth drafts with the target itself, which pays at this cost."""
+    chosen, _ = drafter_of("model")
+    params = tiny()[1]
+    both = Params(params, params)
+    state = start(chosen, both, max_new_tokens=[0, 0, 0, 0, 40], step_cost=2.5)
+    stats = advance(chosen, both, state).rows.stats
+    assert np.asarray(stats.draft_steps).tolist()[:4] == [0] * 4
+    assert stats.draft_steps[4] == stats.target_calls[4] == 10

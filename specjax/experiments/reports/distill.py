@@ -20,31 +20,20 @@ def described(line: Line) -> str:
 
 def facts(shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line]) -> list[tuple[str, str]]:
     """The facts of a finished run, by name; `shape` as in `train.facts`, with the target's `target_parameters`."""
-    seconds, tokens = sum(line["seconds"] for line in steps), sum(line["num_tokens"] for line in steps)
-    recent = [line["loss"] for line in steps[-report.RECENT :]]
     best = max(valid, key=lambda line: line["alpha"])
-    return [
-        ("draft parameters", f"{shape['parameters']}, of the target's {shape['target_parameters']}"),
-        ("steps", f"{len(steps)} of {shape['batch_size']} rows"),
-        ("tokens", f"{tokens:.0f}, of which {sum(line['num_targets'] for line in steps):.0f} targets"),
-        ("time", f"{seconds / 60:.1f} minutes of steps; {tokens / max(seconds, 1e-9):.0f} tokens/s"),
-        (f"divergence (last {len(recent)} steps)", f"{sum(recent) / max(len(recent), 1):.4f}"),
-        ("held out, before", described(valid[0])),
-        ("held out, last", described(valid[-1])),
-        ("held out, best", f"{described(best)}, at step {best['step']}, which `model/` holds"),
-    ]
+    parameters = ("draft parameters", f"{shape['parameters']}, of the target's {shape['target_parameters']}")
+    return report.learned(parameters, "divergence", steps, valid, best, described, shape["batch_size"])
 
 
 def summary(name: str, found: Sequence[tuple[str, str]]) -> str:
     """The text of `summary.md`."""
-    lines = ["| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in found)]
     note = (
         "Alpha is the mean of the sum of min(p, q) over the tokens of the target's own continuations of held-out "
         "prompts: the acceptance rate of rejection at this temperature. Greedy agreement is that at temperature 0, on "
         "the same texts. The curves of training are on what each step learns, which is other text where the draft "
         "writes some of it (`mix.draft`), and with dropout where there is any."
     )
-    return page(f"# {name}", "\n".join(lines), note, "![Divergence and acceptance rate by step](distill.png)")
+    return page(f"# {name}", report.listed(found), note, "![Divergence and acceptance rate by step](distill.png)")
 
 
 def figure(steps: Sequence[Line], valid: Sequence[Line]) -> Figure:

@@ -36,31 +36,20 @@ def facts(shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line]
       steps: the lines of the steps.
       valid: those of the validations.
     """
-    seconds, tokens = sum(line["seconds"] for line in steps), sum(line["num_tokens"] for line in steps)
-    recent = [line["loss"] for line in steps[-report.RECENT :]]
     best = max(valid, key=tokens_per_call)
-    return [
-        ("parameters of the heads", f"{shape['parameters']}, beside the target's {shape['target_parameters']}"),
-        ("steps", f"{len(steps)} of {shape['batch_size']} rows"),
-        ("tokens", f"{tokens:.0f}, of which {sum(line['num_targets'] for line in steps):.0f} targets"),
-        ("time", f"{seconds / 60:.1f} minutes of steps; {tokens / max(seconds, 1e-9):.0f} tokens/s"),
-        (f"loss (last {len(recent)} steps)", f"{sum(recent) / max(len(recent), 1):.4f}"),
-        ("held out, before", described(valid[0])),
-        ("held out, last", described(valid[-1])),
-        ("held out, best", f"{described(best)}, at step {best['step']}, which `model/` holds"),
-    ]
+    parameters = ("parameters of the heads", f"{shape['parameters']}, beside the target's {shape['target_parameters']}")
+    return report.learned(parameters, "loss", steps, valid, best, described, shape["batch_size"])
 
 
 def summary(name: str, found: Sequence[tuple[str, str]]) -> str:
     """The text of `summary.md`."""
-    lines = ["| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in found)]
     note = (
         "Acceptance is measured on the target's own continuations of held-out prompts, at each position given that the "
         "tokens before it are the text's: greedy, how often a head's most probable token is the target's; sampled, the "
         "mean of the sum of min(p, q), the acceptance rate of rejection. Tokens per call is 1 + a1 + a1 a2 + ... of "
         "the greedy rates. The loss is added over the heads, with the weights 0.8^(k - 1)."
     )
-    return page(f"# {name}", "\n".join(lines), note, "![Loss and acceptance by step](heads.png)")
+    return page(f"# {name}", report.listed(found), note, "![Loss and acceptance by step](heads.png)")
 
 
 def figure(steps: Sequence[Line], valid: Sequence[Line]) -> Figure:

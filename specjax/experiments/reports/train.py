@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -20,6 +20,45 @@ RECENT = 50
 def perplexity(loss: float) -> float:
     """e to the loss."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def listed(found: Sequence[tuple[str, str]]) -> str:
+    """Facts by name, as a table of Markdown."""
+    return "\n".join(["| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in found)])
+
+
+def learned(
+    parameters: tuple[str, str],
+    loss: str,
+    steps: Sequence[Line],
+    valid: Sequence[Line],
+    best: Line,
+    described: Callable[[Line], str],
+    batch_size: int,
+) -> list[tuple[str, str]]:
+    """The facts of a draft that has learned from a target, by name.
+
+    Args:
+      parameters: what they are called, and their number.
+      loss: what the loss is called.
+      steps: the lines of the steps.
+      valid: those of the validations.
+      best: the validation whose draft is kept.
+      described: what a validation says.
+      batch_size: rows of a step.
+    """
+    seconds, tokens = sum(line["seconds"] for line in steps), sum(line["num_tokens"] for line in steps)
+    recent = [line["loss"] for line in steps[-RECENT:]]
+    return [
+        parameters,
+        ("steps", f"{len(steps)} of {batch_size} rows"),
+        ("tokens", f"{tokens:.0f}, of which {sum(line['num_targets'] for line in steps):.0f} targets"),
+        ("time", f"{seconds / 60:.1f} minutes of steps; {tokens / max(seconds, 1e-9):.0f} tokens/s"),
+        (f"{loss} (last {len(recent)} steps)", f"{sum(recent) / max(len(recent), 1):.4f}"),
+        ("held out, before", described(valid[0])),
+        ("held out, last", described(valid[-1])),
+        ("held out, best", f"{described(best)}, at step {best['step']}, which `model/` holds"),
+    ]
 
 
 def facts(shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line]) -> list[tuple[str, str]]:
@@ -48,8 +87,7 @@ def facts(shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line]
 
 def summary(name: str, found: Sequence[tuple[str, str]]) -> str:
     """The text of `summary.md`."""
-    lines = ["| what | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in found)]
-    return page(f"# {name}", "\n".join(lines), "![Loss by step](loss.png)")
+    return page(f"# {name}", listed(found), "![Loss by step](loss.png)")
 
 
 def figure(steps: Sequence[Line], valid: Sequence[Line]) -> Figure:

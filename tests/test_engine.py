@@ -17,6 +17,8 @@ from specjax import testing
 from specjax.models import families
 from specjax.sampling import automaton
 from specjax.serving import capacity, prefix, programs, scheduler, warmup
+from specjax.serving.choices import choices_of
+from specjax.serving.device import Device, to_host
 from specjax.serving.requests import Closed, Options, Overloaded
 from specjax.types import Block
 
@@ -438,6 +440,23 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
         with pytest.raises(AssertionError, match="another"):
             check_texts(engine)
         monkeypatch.undo()
+
+
+def test_a_row_that_is_stopped_gains_nothing_more(engine):
+    """As after a stop string, or where its client has left."""
+    s = engine._setting
+    device = Device(s.programs, s.params, s.batch_sizes, s.chunk_widths, s.choices, s.grammars.table())
+    device.allocate(4)
+    text = device.read(device.begin(), warmup.inputs_of(device, 4))
+    options = Options(max_new_tokens=50)
+    choices = choices_of(options, s.programs.sizes, s.choices.sampling, (), limit=50)
+    for slot in range(2):
+        device.insert(slot, text, choices)
+    rows = to_host(s.programs, device.advance(np.arange(4) == 1, 3, leave_early=False), with_logprobs=False)
+    gained = rows.numbers["length"] - rows.numbers["begin"]
+    assert gained[0] >= 3
+    assert gained[1:].tolist() == [0, 0, 0]
+    assert rows.numbers["done"].tolist() == [0, 1, 1, 1]
 
 
 def test_a_row_is_inserted_in_place():

@@ -1,6 +1,7 @@
 """Text that grows by tokens: characters that are not complete, and what may begin a stop string, are held back."""
 
 import bisect
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Detokeniser:
         """
         self._tokenizer, self._stops, self._include = tokenizer, tuple(stop_strings), include_stop
         self._tokens: list[int] = []
-        self._ends: list[int] = []  # Where the text of each token ends.
+        self._ends: list[float] = []  # Where the text of each token ends; infinity within a character.
         self._begin = 0  # From which token on the last characters are decoded anew.
         self._read = 0  # Up to which token they have been decoded.
         self._text, self._shown, self._counted = "", 0, 0
@@ -57,34 +58,37 @@ class Detokeniser:
         for token in tokens:
             self._tokens.append(token)
             before = len(self._text)
-            self._text += self._decode(is_last=False)
-            self._ends.append(len(self._text))
+            self._ends.append(math.inf)
+            self._decode(is_last=False)
             if (found := self._find(before)) is not None:
                 break
         if found is None and is_last and self._tokens:
             before = len(self._text)
-            self._text += self._decode(is_last=True)
-            self._ends[-1] = len(self._text)
+            self._decode(is_last=True)
             found = self._find(before)
         if found is not None:
             at, stop = found
             return self._show(at + len(stop) if self._include else at, stop, cut=at)
         return self._show(len(self._text) if is_last else len(self._text) - self._held(), None)
 
-    def _decode(self, *, is_last: bool) -> str:
-        """The characters that the last token has completed.
+    def _decode(self, *, is_last: bool) -> None:
+        """Adds the characters that the last token has completed.
 
         The tokens before it that share characters or spaces with it are decoded with it, and their own text left out.
         """
-        if self._tokenizer is None:
-            return ""
-        known = self._tokenizer.decode(self._tokens[self._begin : self._read])
-        text = self._tokenizer.decode(self._tokens[self._begin :])
-        is_broken = text.endswith(_BROKEN) and len(self._tokens) - self._read < _MOST_HELD
-        if len(text) <= len(known) or (is_broken and not is_last):
-            return ""
-        self._begin, self._read = self._read, len(self._tokens)
-        return text[len(known) :]
+        if self._tokenizer is not None:
+            known = self._tokenizer.decode(self._tokens[self._begin : self._read])
+            text = self._tokenizer.decode(self._tokens[self._begin :])
+            if text.endswith(_BROKEN) and len(self._tokens) - self._read < _MOST_HELD and not is_last:
+                return
+            if len(text) > len(known):
+                self._text += text[len(known) :]
+                self._begin, self._read = self._read, len(self._tokens)
+        # All tokens of a character end where it does.
+        for i in range(len(self._ends) - 1, -1, -1):
+            if self._ends[i] != math.inf:
+                break
+            self._ends[i] = len(self._text)
 
     def _find(self, before: int) -> tuple[int, str] | None:
         """The first stop string in the text that ends after its first `before` characters, and where it begins."""
@@ -109,9 +113,9 @@ class Detokeniser:
             # A token belongs to what is shown when all of its text is.
             number = bisect.bisect_right(self._ends, end)
         else:
-            # That which a stop string begins within is part of the text; those of the string itself are not.
+            # A token within which a stop string begins is part of the text; those of the string itself are not.
             last = end if self._include or cut is None else cut
-            number = bisect.bisect_left(self._ends, last) + 1 if last else 0
-            number = min(number, len(self._tokens))
+            at = bisect.bisect_left(self._ends, last)
+            number = bisect.bisect_right(self._ends, self._ends[at]) if last and at < len(self._ends) else 0
         gained, self._counted = max(number - self._counted, 0), max(number, self._counted)
         return Gain(text, gained, stop)

@@ -140,6 +140,7 @@ def test_log_probabilities(engine):
     assert expected.top_logprobs is not None
     assert found.logprobs is not None
     np.testing.assert_allclose([one.logprob for one in found.logprobs], expected.logprobs[0], rtol=1e-4)
+    assert max(one.logprob for one in found.logprobs) < 0
     for one, top in zip(found.logprobs, expected.top_logprobs[0], strict=True):
         assert list(one.top) == list(top)
         np.testing.assert_allclose(list(one.top.values()), list(top.values()), rtol=1e-4)

@@ -36,12 +36,14 @@ def pretrained(seed: int = 0) -> specjax.Pretrained:
 
 TARGET = pretrained()
 NGRAM = specjax.drafters.ngram(num_draft_tokens=4, min_match=1, lengths=(2,))
+# Steps that cost nothing: what a busy machine measures would decide whether anything is drafted.
+DRAFTING: dict[str, Any] = {"drafter": NGRAM, "max_prediction": 16, "num_top": 5, "step_cost": 0}
 SIZES = {"num_slots": 4, "max_len": 160, "batch_sizes": (1, 4), "chunk_widths": (4, 16), "interval": 0.005}
 
 
 @pytest.fixture(scope="module")
 def engine():
-    with specjax.Engine(TARGET, drafter=NGRAM, max_prediction=16, num_top=5, **SIZES) as engine:
+    with specjax.Engine(TARGET, **DRAFTING, **SIZES) as engine:
         yield engine
         assert engine.snapshot().compilations == 0
 
@@ -297,6 +299,21 @@ def test_closing_cancels_what_is_left():
     assert "cancelled" in reasons
 
 
+def test_what_steps_cost_is_measured():
+    """For each size of the batch, by the number of draft tokens: a step costs what the program that holds them does."""
+    with specjax.Engine(TARGET, drafter=NGRAM, prefix_bytes=0, score_prompts=False, **SIZES) as engine:
+        (found,) = engine.submit([1, 2, 3], max_new_tokens=20).result()
+        device = engine._scheduler._device
+        assert sorted(device.step_costs) == [1, 4]
+        for costs in device.step_costs.values():
+            assert costs[0] == 1
+            assert costs[1] == costs[2] >= 1
+            assert costs[3] == costs[4] >= 1
+        assert min(device.step_seconds.values()) > 0
+        assert engine.snapshot().compilations == 0
+    assert found.tokens == alone([1, 2, 3], max_new_tokens=20).tokens[0]
+
+
 def test_a_dead_engine_answers_everyone(monkeypatch):
     with specjax.Engine(TARGET, prefix_bytes=0, score_prompts=False, **SIZES) as engine:
         monkeypatch.setattr(scheduler, "news_of", lambda *_: 1 / 0)
@@ -328,7 +345,7 @@ def test_draft_models_and_prefixes():
     target = TARGET
     same = specjax.drafters.model(target, num_draft_tokens=3)  # Every draft is accepted, if its cache is right.
     for drafter in (draft, same):
-        with specjax.Engine(target, drafter=drafter, score_prompts=False, **SIZES) as engine:
+        with specjax.Engine(target, drafter=drafter, step_cost=0, score_prompts=False, **SIZES) as engine:
             start = [(11 * i) % 50 for i in range(50)]
             for i in range(3):
                 options = {"max_new_tokens": 20, "temperature": 0.8, "seed": i}
@@ -436,7 +453,7 @@ def test_sound_engine_passes(engine):
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_caught(bug, monkeypatch):
     where, name, plant = PLANTED[bug]
-    with specjax.Engine(TARGET, drafter=NGRAM, max_prediction=16, num_top=5, **SIZES) as engine:
+    with specjax.Engine(TARGET, **DRAFTING, **SIZES) as engine:
         monkeypatch.setattr(where, name, plant(getattr(where, name)))
         with pytest.raises(AssertionError, match="another"):
             check_texts(engine)

@@ -138,6 +138,23 @@ def test_the_loops_choice_beats_every_fixed_number_where_texts_differ(texts: lis
     assert means[0] < means[1] < means[2]
 
 
+def test_rows_of_a_batch_choose_together(texts: list[Trace]):
+    """As the loop does; each for itself, the row whose drafts are right makes all others wait."""
+    batch, expensive = (
+        [texts[0]] * 3 + [texts[2]],
+        policies.in_lengths(COSTS._replace(score=2 * COSTS.score), (), DEPTH),
+    )
+    together = policies.replay(policies.expected_value(), batch, expensive)
+    alone = policies.replay(policies.expected_value()._replace(together=None), batch, expensive)
+    assert together.time < 0.95 * alone.time
+    # Of one text both are the same.
+    for text in texts:
+        one = policies.replay(policies.expected_value(), [text], EACH)
+        assert one.time == pytest.approx(
+            policies.replay(policies.expected_value()._replace(together=None), [text], EACH).time, rel=0.02
+        )
+
+
 def test_in_lengths_a_step_costs_what_its_program_costs():
     used = policies.in_lengths(COSTS, (2,), 4)
     assert np.asarray(used.costs.score).tolist()[:5] == pytest.approx([1.0, 1.1, 1.1, 1.6, 1.6])

@@ -26,6 +26,18 @@ def _never(state: Any) -> Float[Array, ""]:
     return jnp.float32(0)
 
 
+class Together(NamedTuple):
+    """How the rows of a batch choose together; functions see the states of all rows.
+
+    Attributes:
+      choose: `(states, step_costs[D + 1], running[B]) -> k[B]`, in the place of `Policy.choose`.
+      keep: `(states, step_costs[D + 1], proposed[B], running[B]) -> [B]`, how many of the proposed tokens are scored.
+    """
+
+    choose: Callable[[Any, Float[Array, " C"], Bool[Array, " B"]], Int[Array, " B"]]
+    keep: Callable[[Any, Float[Array, " C"], Int[Array, " B"], Bool[Array, " B"]], Int[Array, " B"]]
+
+
 class Policy(NamedTuple):
     """Chooses how many tokens to draft. Functions see one text.
 
@@ -36,6 +48,7 @@ class Policy(NamedTuple):
       threshold: `state -> p`: the next draft ends after the first token at whose place the draft was less confident.
       calls_by_token: whether a draft of n tokens calls the draft model n times, and not as often as the program of a
         longer length does (`Topology.lengths`): so it is where a threshold may end it.
+      together: how the rows of a batch choose together; None: each chooses for itself.
     """
 
     init: Callable[[int], Any]
@@ -43,6 +56,7 @@ class Policy(NamedTuple):
     learn: Callable[..., Any]
     threshold: Callable[[Any], Float[Array, ""]] = _never
     calls_by_token: bool = False
+    together: Together | None = None
 
 
 @functools.cache
@@ -72,13 +86,22 @@ def plus_two_minus_one(first: int = 5) -> Policy:
 
 @functools.cache
 def expected_value() -> Policy:
-    """What the loop does (`decoding.adaptive`): the most expected tokens per time."""
+    """What the loop does with greedy texts (`decoding.adaptive`): the most expected tokens per time, of all rows."""
+
+    def of_rows(states: Any) -> Any:
+        return jax.tree.map(lambda x: x[:, 0], states)
 
     def learn(state: Any, k: Array, proposed: Array, is_judged: Array, accepted: Array, costs: Array) -> Any:
         return adaptive.update(state, k[None], proposed[None], is_judged[None], accepted[None], costs)
 
     return Policy(
-        lambda depth: adaptive.init(1, depth), lambda state, costs: adaptive.num_drafts(state, costs)[0], learn
+        lambda depth: adaptive.init(1, depth),
+        lambda state, costs: adaptive.num_drafts(state, costs)[0],
+        learn,
+        together=Together(
+            lambda states, costs, running: adaptive.num_drafts_together(of_rows(states), costs, running),
+            lambda states, costs, proposed, running: adaptive.kept_together(of_rows(states), costs, proposed, running),
+        ),
     )
 
 
@@ -198,8 +221,8 @@ class _Drafted(NamedTuple):
     used: Array
 
 
-def _draft(policy: Policy, row: _Row, trace: Trace, end: Array, costs: Costs) -> _Drafted:
-    k = jnp.where(row.at < end, jnp.minimum(policy.choose(row.state, costs.step), end - row.at - 1), 0)
+def _draft(policy: Policy, row: _Row, trace: Trace, end: Array, wanted: Array) -> _Drafted:
+    k = jnp.where(row.at < end, jnp.minimum(wanted, end - row.at - 1), 0)
     # The call that finds the draft unsure has been made, and what it drafts is proposed.
     unsure = trace.confidence[row.at] < policy.threshold(row.state)
     called = jnp.minimum(k, jnp.where(jnp.any(unsure), jnp.argmax(unsure) + 1, unsure.shape[0]))
@@ -220,7 +243,14 @@ def _replay(policy: Policy, batch: Trace, ends: Int[Array, " B"], costs: Costs) 
 
     def step(carry: tuple[Array, _Row]) -> tuple[Array, _Row]:
         time, rows = carry
-        drafted = jax.vmap(functools.partial(_draft, policy, costs=costs))(rows, batch, ends)
+        running, together = rows.at < ends, policy.together
+        if together is None:
+            wanted = jax.vmap(lambda row: policy.choose(row.state, costs.step))(rows)
+        else:
+            wanted = together.choose(rows.state, costs.step, running)
+        drafted = jax.vmap(functools.partial(_draft, policy))(rows, batch, ends, wanted)
+        if together is not None:
+            drafted = drafted._replace(used=together.keep(rows.state, costs.step, drafted.used, running))
         time += costs.draft[jnp.max(drafted.called)] + costs.score[jnp.max(drafted.used)]
         return time, jax.vmap(functools.partial(_advance, policy, costs=costs))(rows, batch, ends, drafted)
 

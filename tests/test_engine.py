@@ -316,8 +316,10 @@ def test_what_steps_cost_is_measured():
 
 def test_a_dead_engine_answers_everyone(monkeypatch):
     with specjax.Engine(TARGET, prefix_bytes=0, score_prompts=False, **SIZES) as engine:
-        monkeypatch.setattr(scheduler, "news_of", lambda *_: 1 / 0)
+        all_sent = threading.Event()
+        monkeypatch.setattr(scheduler, "news_of", lambda *_: all_sent.wait() / 0)
         requests = [engine.submit([1, 2, 3], max_new_tokens=50) for _ in range(3)]
+        all_sent.set()
         for request in requests:
             last = list(request)[-1]
             assert last.finish_reason == "error"

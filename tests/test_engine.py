@@ -303,6 +303,7 @@ def test_what_steps_cost_is_measured():
     """For each size of the batch, by the number of draft tokens: a step costs what the program that holds them does."""
     with specjax.Engine(TARGET, drafter=NGRAM, prefix_bytes=0, score_prompts=False, **SIZES) as engine:
         (found,) = engine.submit([1, 2, 3], max_new_tokens=20).result()
+        assert engine._scheduler is not None
         device = engine._scheduler._device
         assert sorted(device.step_costs) == [1, 4]
         for costs in device.step_costs.values():

@@ -39,6 +39,8 @@ NGRAM = specjax.drafters.ngram(num_draft_tokens=4, min_match=1, lengths=(2,))
 # Steps that cost nothing: what a busy machine measures would decide whether anything is drafted.
 DRAFTING: dict[str, Any] = {"drafter": NGRAM, "max_prediction": 16, "num_top": 5, "step_cost": 0}
 SIZES = {"num_slots": 4, "max_len": 160, "batch_sizes": (1, 4), "chunk_widths": (4, 16), "interval": 0.005}
+ONE = {**SIZES, "num_slots": 1, "batch_sizes": (1,), "chunk_widths": (16,)}
+"""Fewer programs, for requests that follow one another."""
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +350,7 @@ def test_draft_models_and_prefixes():
     target = TARGET
     same = specjax.drafters.model(target, num_draft_tokens=3)  # Every draft is accepted, if its cache is right.
     for drafter in (draft, same):
-        with specjax.Engine(target, drafter=drafter, step_cost=0, score_prompts=False, **SIZES) as engine:
+        with specjax.Engine(target, drafter=drafter, step_cost=0, score_prompts=False, **ONE) as engine:
             start = [(11 * i) % 50 for i in range(50)]
             for i in range(3):
                 options = {"max_new_tokens": 20, "temperature": 0.8, "seed": i}
@@ -388,7 +390,7 @@ def test_an_encoder_decoder():
     params = families.init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
     target = specjax.Pretrained(families.model(config), params, None, config)
-    with specjax.Engine(target, drafter=NGRAM, max_prediction=32, score_prompts=False, **SIZES) as engine:
+    with specjax.Engine(target, drafter=NGRAM, max_prediction=32, score_prompts=False, **ONE) as engine:
         for prompt in random_prompts(3, VOCAB, longest=20):
             options = {"max_new_tokens": 12, "temperature": 1.0, "stop_tokens": ()}
             (found,) = engine.submit(prompt, **options).result()

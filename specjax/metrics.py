@@ -25,7 +25,7 @@ class Summary:
     Attributes:
       num_tokens: new tokens, the stop token included.
       target_calls: steps.
-      draft_steps: steps in which something was drafted.
+      draft_steps: steps in which a draft token or a probe was read.
       steps_by_length: those by the shortest of `Topology.all_lengths` that held the drafts of all rows.
       acceptance_rate: alpha, the mean of `sum_x min(target(x), draft(x))` over the draft positions whose prefix was
         accepted; None where nothing was drafted.

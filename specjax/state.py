@@ -12,7 +12,7 @@ class Stats(NamedTuple):
 
     Attributes:
       target_calls: `[B]` steps that the row took part in.
-      draft_steps: `[B]` those in which at least one token was proposed for it.
+      draft_steps: `[B]` those in which at least one token was read for it behind the text: a draft token or a probe.
       proposed: `[B, D]` how often position k of a draft was judged, i.e. all before it had been accepted.
       accepted: `[B, D]` how often position k was accepted.
       histogram: `[B, D + 1]` steps by number of accepted draft tokens.

@@ -402,6 +402,10 @@ def follows_the_paper(drafter: Drafter) -> None:
     published = [Lookahead(text) for text in texts(state)]
     accepted = 0
     for old, new in steps_of(drafter, state, TARGET, PARAMS):
+        # The window is read whether or not there is a guess: such a step costs what a drafting one does.
+        has_room = ~old.rows.done & (old.rows.limit - old.rows.length > 1)
+        read = new.rows.stats.draft_steps - old.rows.stats.draft_steps
+        np.testing.assert_array_equal(read, has_room)
         for row, (before, after) in enumerate(zip(texts(old), texts(new), strict=True)):
             own, ours = after[len(before) :], published[row]
             assert own[:1] == greedy_tokens([before]), "the text is not the target's"

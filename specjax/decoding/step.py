@@ -138,7 +138,7 @@ def decode_step(
         adaptation=_select(running, learned, rows.adaptation),
         cache=cache,
         drafter=contract.update(drafter, params, drafter_state, feedback),
-        stats=_count(rows.stats, running, proposal, n, is_judged, is_accepted, overlap, lengths),
+        stats=_count(rows.stats, running, num_read, n, is_judged, is_accepted, overlap, lengths),
     )
     return state._replace(rows=after)
 
@@ -473,7 +473,7 @@ def _draft_failed(proposal: Proposal, verdict: Verdict, is_judged: Bool[Array, "
 def _count(
     stats: Stats,
     running: Bool[Array, " B"],
-    proposal: Proposal,
+    num_read: Int[Array, " B"],
     num_accepted: Int[Array, " B"],
     is_judged: Bool[Array, "B D"],
     is_accepted: Bool[Array, "B D"],
@@ -481,7 +481,7 @@ def _count(
     lengths: tuple[int, ...],
 ) -> Stats:
     position = jnp.arange(is_judged.shape[1] + 1)
-    drafts, longest = running & (proposal.length > 0), jnp.max(proposal.length)
+    drafts, longest = running & (num_read > 0), jnp.max(num_read)
     at_length = jnp.arange(len(lengths)) == sum(longest > length for length in lengths[:-1])
     return Stats(
         stats.target_calls + running,

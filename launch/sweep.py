@@ -9,8 +9,8 @@ resumes; a cell that fails is reported at the end, with exit code 1, and does no
 commas inside brackets or quotes: --sweep='config.num_draft_tokens=(1,2),(4,8)'.
 
 On a cluster, `--write_jobs=slurm` writes WORKDIR/jobs.sbatch, a job array with a task for each cell, and
-`--write_jobs=kubernetes` WORKDIR/jobs.yaml, an indexed Job; the comments in them say how they are submitted. Afterwards
-`--gather` with the same flags makes the table of all cells that are finished, and runs none.
+`--write_jobs=kubernetes --image=IMAGE --claim=CLAIM` WORKDIR/jobs.yaml, an indexed Job; the comments in them say how
+they are submitted. Afterwards `--gather` with the same flags makes the table of all finished cells, and runs none.
 """
 
 import csv
@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import sweep_jobs
 from absl import flags
 from matplotlib.figure import Figure
 
@@ -82,7 +83,7 @@ class Cell(NamedTuple):
         return [f"--{flag}={value}" for flag, value in self.values.items()]
 
 
-OWN = ("sweep", "workdir", "dry_run", "write_jobs", "cell", "gather")
+OWN = ("sweep", "workdir", "dry_run", "write_jobs", "image", "claim", "cell", "gather")
 """The flags of a sweep itself, as its help lists them."""
 
 
@@ -260,14 +261,11 @@ def plot(axes: Sequence[tuple[str, list[str]]], rows: Sequence[Row]) -> Figure:
         panel.plot(places, [points[place] for place in places], f"{marker}-", color=color, label=label)
     panel.axhline(1, color=plots.GREY, linewidth=0.8, linestyle=":")
     panel.set_xticks(range(len(values)), values)
-    panel.set_xlabel(first.removeprefix("config."))
-    panel.set_ylabel("speedup over plain decoding")
     # Show whole markers, also the highest one and those at the edges.
     panel.set_ylim(0, 1.08 * max(1.0, *(row["measured_speedup"] for row in rows)))
     panel.margins(x=0.05)
-    panel.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
-        panel.legend(frameon=False, fontsize=7)
+    name = first.removeprefix("config.")
+    plots.finish(panel, "", name, "speedup over plain decoding", legend=len(lines) > 1)
     return figure
 
 
@@ -301,7 +299,7 @@ def gather(
     parts.append(found)
     parts += [f"- **{name} FAILED**: {why}" for name, why in failed.items()]
     if rows:
-        plot(axes, rows).savefig(directory / "speedup.png", dpi=130)
+        plot(axes, rows).savefig(directory / "speedup.png", dpi=plots.DPI)
         parts.append("![speedup](speedup.png)")
     seconds = sum(record.finished[cell.name] for cell in cells if cell.name in record.finished)
     parts.append(f"The finished cells took {seconds / 60:.1f} min.")
@@ -413,59 +411,6 @@ def run_one(cells: Sequence[Cell], number: int, common: Sequence[str], directory
     return code
 
 
-_SLURM = """\
-#!/usr/bin/env bash
-# Submit it with `sbatch {path}`, in the directory of the repository; add the options of your cluster, such as
-# --partition, --gpus-per-task or --time, there or as lines below. Then gather with the same flags and --gather.
-#SBATCH --job-name=specjax-sweep
-#SBATCH --array=0-{last}
-#SBATCH --output={directory}/task-%a.txt
-#SBATCH --signal=INT@60
-set -euo pipefail
-{task} --cell="$SLURM_ARRAY_TASK_ID"
-"""
-
-_KUBERNETES = """\
-# Set the image (with specjax and this repository as its working directory) and the claim of a volume that all pods
-# share, which {directory} has to be on; then `kubectl apply -f {path}`, and gather with the same flags and --gather.
-apiVersion: batch/v1
-kind: Job
-metadata:
-  name: specjax-sweep
-spec:
-  completions: {number}
-  parallelism: {number}
-  completionMode: Indexed
-  backoffLimitPerIndex: 1
-  template:
-    spec:
-      restartPolicy: Never
-      containers:
-      - name: specjax
-        image: IMAGE
-        command: ["sh", "-c", {task}]
-        volumeMounts:
-        - {{name: data, mountPath: /data}}
-      volumes:
-      - {{name: data, persistentVolumeClaim: {{claimName: CLAIM}}}}
-"""
-
-
-def write_jobs(kind: str, argv: Sequence[str], cells: Sequence[Cell], directory: pathlib.Path) -> pathlib.Path:
-    """Writes the job array, or the indexed Job, that runs every cell as a task of its own; returns its path."""
-    again = [arg for arg in argv[1:] if not arg.lstrip("-").startswith("write_jobs")]
-    task = shlex.join(["python", "launch/sweep.py", *again])
-    path = directory / ("jobs.sbatch" if kind == "slurm" else "jobs.yaml")
-    if kind == "slurm":
-        text = _SLURM.format(path=path, directory=directory, last=len(cells) - 1, task=task)
-    else:
-        whole = json.dumps(f'exec {task} --cell="$JOB_COMPLETION_INDEX"')
-        text = _KUBERNETES.format(path=path, directory=directory, number=len(cells), task=whole)
-    directory.mkdir(parents=True, exist_ok=True)
-    files.write(path, text)
-    return path
-
-
 def read_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     """The sweep's own flags, and those that are passed on.
 
@@ -479,6 +424,8 @@ def read_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     flags.DEFINE_bool("gather", False, "Make the table of what is finished, and run nothing.", flag_values=own)
     jobs = ["slurm", "kubernetes"]
     flags.DEFINE_enum("write_jobs", None, jobs, "Write a job with a task for each cell.", flag_values=own)
+    flags.DEFINE_string("image", "IMAGE", "With Kubernetes: what the pods run.", flag_values=own)
+    flags.DEFINE_string("claim", "CLAIM", "With Kubernetes: a volume for all pods, at /data.", flag_values=own)
     flags.DEFINE_integer("cell", None, "Run the cell of this number alone, from 0.", flag_values=own)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=own)
     try:
@@ -510,7 +457,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(shlex.join(command(common, cell, directory)) for cell in cells))
             return 0
         if own.write_jobs:
-            print(f"{write_jobs(own.write_jobs, argv, cells, directory)} has a task for each of {len(cells)} cells.")
+            task = [*(f"--sweep={text}" for text in own.sweep), f"--workdir={directory}", *common]
+            job = sweep_jobs.Job(task, len(cells), directory, own.image, own.claim)
+            path = sweep_jobs.write(own.write_jobs, job)
+            print(f"{path} has a task for each of {len(cells)} cells; its first lines say how it is submitted.")
             return 0
         if own.cell is not None:
             return run_one(cells, own.cell, common, directory)

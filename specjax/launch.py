@@ -7,6 +7,7 @@ of specjax, 130 and 143 after an interrupt (Ctrl-C, SIGTERM).
 
 import ast
 import contextlib
+import difflib
 import importlib.metadata
 import importlib.util
 import os
@@ -118,6 +119,16 @@ def _list() -> str:
     return "\n".join([*lines, "", "Run one: python -m specjax.launch --config=FILE; --config=FILE --help says more."])
 
 
+def _similar(file: str) -> str:
+    """A question about the config whose name is similar to that of a file which does not exist, or nothing."""
+    try:
+        by_name = {path.stem: path for path in configs().rglob("*.py")}
+    except UsageError:
+        return ""
+    near = difflib.get_close_matches(pathlib.Path(file).stem, by_name, n=1)
+    return f" Did you mean {str(by_name[near[0]])!r}?" if near else ""
+
+
 def _load_config(path: str) -> ConfigDict:
     """The config as its file has it. What follows a colon in the path is the argument of its `get_config`."""
     file, *arguments = path.split(":", 1)
@@ -125,7 +136,9 @@ def _load_config(path: str) -> ConfigDict:
         raise UsageError("--config is empty: give --config=FILE, such as configs/quickstart.py.")
     if not pathlib.Path(file).is_file():
         what = "is a directory" if pathlib.Path(file).is_dir() else "does not exist"
-        raise UsageError(f"The config file {file!r} {what}: give --config=FILE, such as configs/quickstart.py.")
+        raise UsageError(
+            f"The config file {file!r} {what}: give --config=FILE, such as configs/quickstart.py.{_similar(file)}"
+        )
     try:
         config = runpy.run_path(file)["get_config"](*arguments)
     except (Exception, SystemExit) as error:  # Whatever the code of the file raises.

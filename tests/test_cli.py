@@ -56,6 +56,7 @@ def test_a_prompt_is_answered(tmp_path, capsys, monkeypatch):
     ("argv", "message"),
     [
         (["server"], "Unknown command 'server': choose one of list, generate, serve, launch"),
+        (["server"], "Did you mean 'serve'?"),
         (["generate", "two", "words"], "2 prompts: put the prompt in quotation marks"),
         (["generate", " "], "No prompt"),
         (["generate", "a", "--temprature=1"], "--temperature"),
@@ -71,6 +72,18 @@ def test_wrong_commands_are_named(argv, message, capsys):
 def test_without_a_command_it_says_what_there_is(capsys):
     assert cli.main(["specjax"]) == 0
     assert "specjax generate" in capsys.readouterr().out
+
+
+def test_generate_has_a_help(capsys):
+    assert cli.main(["specjax", "generate", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--max_new_tokens=256: The most new tokens." in said
+    assert "--help=" not in said
+
+
+def test_the_command_says_its_version(capsys):
+    assert cli.main(["specjax", "--version"]) == 0
+    assert capsys.readouterr().out == f"specjax {specjax.__version__}\n"
 
 
 def test_the_version_is_said_once():

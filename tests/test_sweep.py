@@ -106,17 +106,24 @@ def test_a_grid_is_run_once_gathered_and_continued(sweep, tmp_path, capfd):
 def test_a_sweep_runs_as_tasks_of_a_job(sweep, tmp_path, capfd):
     out, grid = tmp_path / "out", "--sweep=config.k=2,4"
     assert sweep(grid, "--write_jobs=slurm") == 0
-    assert sweep(grid, "--write_jobs=kubernetes") == 0
+    assert sweep(grid, "--write_jobs", "kubernetes", "--image=me/specjax:1", "--claim=disk") == 0
     script = (out / "jobs.sbatch").read_text()
     assert "#SBATCH --array=0-1\n" in script
     assert subprocess.run(["bash", "-n", str(out / "jobs.sbatch")], check=False).returncode == 0
     line = next(line for line in script.splitlines() if line.startswith("python "))
     assert line.endswith('--cell="$SLURM_ARRAY_TASK_ID"')
     assert grid in shlex.split(line)
-    assert "--write_jobs=slurm" not in line
+    assert "write_jobs" not in line
     job = yaml.safe_load((out / "jobs.yaml").read_text())
     assert (job["kind"], job["spec"]["completions"], job["spec"]["completionMode"]) == ("Job", 2, "Indexed")
-    assert '--cell="$JOB_COMPLETION_INDEX"' in job["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    pod = job["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == "me/specjax:1"
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "disk"}
+    task = pod["containers"][0]["command"][2]
+    assert task.startswith("exec python launch/sweep.py --sweep=config.k=2,4 --workdir=")
+    assert task.endswith(' --cell="$JOB_COMPLETION_INDEX"')
+    assert "write_jobs" not in task
+    assert "kubernetes" not in task
     # Nothing was run; then one task runs its cell, once, and the table has it.
     assert sweep(grid, "--cell=1") == 0
     assert sweep(grid, "--cell=1") == 0

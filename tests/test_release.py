@@ -33,6 +33,15 @@ def test_every_directory_of_configs_is_released():
         assert {f"share/specjax/{pathlib.Path(glob).parent}" for glob in globs} == {place}
 
 
+def test_every_file_of_the_package_is_released():
+    globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["specjax"]
+    released = {path for glob in globs for path in (ROOT / "specjax").glob(glob)}
+    there = {path for path in (ROOT / "specjax").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    others = {path for path in there if path.suffix != ".py"}
+    assert others == released
+    assert {str(path.relative_to(ROOT)) for path in others} == OF_THE_PACKAGE
+
+
 def test_notices_name_what_is_shipped():
     notice = (ROOT / "NOTICE").read_text()
     shipped = [path.relative_to(ROOT) for path in ROOT.rglob("specjax/drafters/trained/*/*.safetensors")]

@@ -220,37 +220,72 @@ def table_sweep(measured: Measured) -> list[list[str]]:
     return table(columns, [(line, row) for line in lines(measured.rows) for row in line.rows])
 
 
-def figure_1(measured: Measured) -> Figure:
+class Swept(NamedTuple):
+    """A line of the plots, as numbers; each list has an entry for each K.
+
+    Attributes:
+      label: its name in legends.
+      num_draft_tokens: K, ascending.
+      loop_ms: milliseconds per step of the loop.
+      tokens: tokens per step.
+      spread_ms: P50, P90 and P99 of the milliseconds for `TOKENS` tokens of a text, for each K.
+      plain_ms: the same of plain decoding, measured in turn with that K.
+    """
+
+    label: str
+    num_draft_tokens: list[int]
+    loop_ms: list[float]
+    tokens: list[float]
+    spread_ms: list[list[float]]
+    plain_ms: list[list[float]]
+
+
+def sweep(measured: Measured) -> list[Swept]:
+    """The numbers of the plots."""
+    return [
+        Swept(
+            line.label,
+            [row["num_draft_tokens"] for row in line.rows],
+            [loop_ms(row) for row in line.rows],
+            [loop_ms(row) / ms_per_token(row) for row in line.rows],
+            [spread([row]) for row in line.rows],
+            [spread([row], "baseline_") for row in line.rows],
+        )
+        for line in lines(measured.rows)
+    ]
+
+
+def draw_figure_1(swept: Sequence[Swept]) -> Figure:
     """The paper's Figure 1: time for 128 tokens, acceptance and loop time against K."""
-    figure, panels = plots.panels(3, 13 / 3, 4)
+    figure, panels = plots.panels(3, 3.2, 3.4)
     shown = (
-        (f"time for {TOKENS} tokens", "ms", lambda row: TOKENS * ms_per_token(row)),
-        ("acceptance: tokens of a loop / (K + 1)", "", efficiency),
-        ("time of a loop", "ms", loop_ms),
+        (f"ms for {TOKENS} tokens", lambda ms, tokens, k: TOKENS * ms / tokens),
+        ("tokens of a step / (K + 1)", lambda ms, tokens, k: tokens / (k + 1)),
+        ("ms for a step", lambda ms, tokens, k: ms),
     )
-    for axes, (title, unit, value) in zip(panels, shown, strict=True):
-        for line, (color, marker) in zip(lines(measured.rows), itertools.cycle(plots.STYLES), strict=False):
-            k = [row["num_draft_tokens"] for row in line.rows]
-            axes.plot(k, [value(row) for row in line.rows], f"{marker}-", color=color, label=line.label)
-        axes.set_xticks(sorted({row["num_draft_tokens"] for row in measured.rows}))
+    for axes, (title, value) in zip(panels, shown, strict=True):
+        for line, (color, marker) in zip(swept, itertools.cycle(plots.STYLES), strict=False):
+            k = line.num_draft_tokens
+            values = [value(*cell) for cell in zip(line.loop_ms, line.tokens, k, strict=True)]
+            axes.plot(k, values, f"{marker}-", color=color, label=line.label)
+        axes.set_xticks(sorted({k for line in swept for k in line.num_draft_tokens}))
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
-        plots.finish(axes, title, "draft tokens per step, K", unit, legend=axes is panels[0])
+        plots.finish(axes, title, "draft tokens per step, K", "", legend=axes is panels[0])
     return figure
 
 
-def spread_plot(measured: Measured) -> Figure:
-    """P50, P90 and P99 of the texts' times against K, those of plain decoding dotted."""
-    swept = lines(measured.rows)
+def draw_spread(swept: Sequence[Swept]) -> Figure:
+    """P50, P90 and P99 of the texts' times against K, those of plain decoding beside each K dotted."""
     figure, panels = plots.panels(len(swept), 4.6, 3.8)
     for axes, line in zip(panels, swept, strict=True):
-        k = [row["num_draft_tokens"] for row in line.rows]
-        plain = spread(line.rows, "baseline_")
-        measured_ms = zip(*(spread([row]) for row in line.rows), strict=True)
-        for percent, values, dotted, style in zip((50, 90, 99), measured_ms, plain, plots.STYLES, strict=False):
-            color, marker = style
+        k = line.num_draft_tokens
+        both = zip((50, 90, 99), zip(*line.spread_ms, strict=True), zip(*line.plain_ms, strict=True), strict=True)
+        for (percent, values, plain), (color, marker) in zip(both, plots.STYLES, strict=False):
             axes.plot(k, values, f"{marker}-", color=color, label=f"P{percent}")
-            axes.axhline(dotted, color=color, linewidth=0.8, linestyle=":")
+            axes.plot(k, plain, ":", color=color, linewidth=1, label=f"P{percent}, plain")
         axes.set_xticks(k)
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
         plots.finish(axes, line.label, "draft tokens per step, K", f"ms for {TOKENS} tokens", legend=True)
     return figure
@@ -317,4 +352,5 @@ def summary(measured: Measured) -> str:
 
 def figures(measured: Measured) -> dict[str, Figure]:
     """The plots by the names of their files."""
-    return {"figure1.png": figure_1(measured), "spread.png": spread_plot(measured)}
+    swept = sweep(measured)
+    return {"figure1.png": draw_figure_1(swept), "spread.png": draw_spread(swept)}

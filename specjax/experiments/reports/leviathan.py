@@ -252,6 +252,7 @@ def speedup_plot(measured: Measured) -> Figure:
     figure = _by_temperature(measured, 4, "draft tokens per step, K", "speedup over plain decoding", draw)
     for axes in figure.axes:
         axes.axhline(1, color=plots.GREY, linewidth=0.8, linestyle=":")
+        axes.set_xticks(sorted({row["num_draft_tokens"] for row in measured.rows}))
     figure.suptitle("Points: measured. Lines: Theorem 3.8; dashed: with the measured cost of scoring.", fontsize=9)
     return figure
 

@@ -3,6 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
+from matplotlib.figure import Figure
+
 from specjax.experiments.reports import plots, tables
 from specjax.experiments.results import Row
 
@@ -76,11 +78,11 @@ def summary(name: str, rows: Sequence[Row], images: Sequence[str]) -> str:
     )
 
 
-def plot(directory: pathlib.Path, rows: Sequence[Row]) -> list[str]:
-    """Draws tokens per call and measured speedup of every drafter."""
+def figure(rows: Sequence[Row]) -> Figure:
+    """Tokens per call and measured speedup of every drafter, a panel for each temperature."""
     temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
     most = max(sum(row["temperature"] == temperature for row in rows) for temperature in temperatures)
-    figure, panels = plots.panels(len(temperatures), 6.4, 1.2 + 0.3 * most)
+    drawn, panels = plots.panels(len(temperatures), 6.4, 1.2 + 0.3 * most)
     for axes, temperature in zip(panels, temperatures, strict=True):
         some = [row for row in rows if row["temperature"] == temperature]
         some.sort(key=lambda row: row["measured_speedup"])
@@ -91,4 +93,9 @@ def plot(directory: pathlib.Path, rows: Sequence[Row]) -> list[str]:
         axes.axvline(1, color=plots.GREY, linewidth=1, linestyle="--")
         axes.set_yticks(y, [row["drafter"] for row in some], fontsize=8)
         plots.finish(axes, f"Temperature {temperature:g}", "times plain decoding", "", legend=True)
-    return plots.save(directory, {"methods.png": figure})
+    return drawn
+
+
+def plot(directory: pathlib.Path, rows: Sequence[Row]) -> list[str]:
+    """Writes the plot, and returns the name of its file."""
+    return plots.save(directory, {"methods.png": figure(rows)})

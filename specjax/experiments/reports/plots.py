@@ -18,11 +18,15 @@ MARKERS = "osDv^P"
 """The markers of lines, in order, so that no line is told from another by its color alone."""
 STYLES = tuple(zip(COLORS, MARKERS, strict=True))
 """Color and marker of the lines, in order."""
+WIDEST = 9.6
+"""Inches of the widest figure: the letters of a wider one could not be read in a column of a README."""
+DPI = 130
+"""Pixels per inch of the files."""
 
 
 def panels(number: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with panels side by side, each `width` by `height` inches."""
-    figure = Figure(figsize=(number * width, height), layout="constrained")
+    """A figure with panels side by side, each `width` by `height` inches, or narrower where that would be too wide."""
+    figure = Figure(figsize=(min(number * width, WIDEST), height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(1, number)).tolist()
 
 
@@ -33,13 +37,13 @@ def finish(axes: Axes, title: str, x: str, y: str, *, legend: bool = False) -> N
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(facecolor="white", edgecolor="none", framealpha=0.8, fontsize=8)
 
 
 def save(directory: pathlib.Path, figures: Mapping[str, Figure]) -> list[str]:
     """Writes figures, and returns the names of their files."""
     for name, figure in figures.items():
-        figure.savefig(directory / name, dpi=130)
+        figure.savefig(directory / name, dpi=DPI)
     return list(figures)
 
 

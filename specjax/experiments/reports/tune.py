@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from specjax.experiments.reports import plots, tables
 from specjax.experiments.results import Row
 from specjax.experiments.tuned import Tuned
@@ -125,9 +127,9 @@ def summary(chosen: Any, device: str, rows: Sequence[Row], images: Sequence[str]
     )
 
 
-def plot(directory: pathlib.Path, rows: Sequence[Row]) -> list[str]:
-    """Draws the speedup of every policy, for each batch size."""
-    figure, panels = plots.panels(len(rows), 6.4, 1.4 + 0.3 * max(len(row["policies"]) for row in rows))
+def figure(rows: Sequence[Row]) -> Figure:
+    """The speedup of every policy, a panel for each batch size."""
+    drawn, panels = plots.panels(len(rows), 6.4, 1.4 + 0.3 * max(len(row["policies"]) for row in rows))
     for axes, row in zip(panels, rows, strict=True):
         some = row["policies"][::-1]
         color = [plots.BLUE if x["policy"].startswith("expected") else plots.GREY for x in some]
@@ -135,4 +137,9 @@ def plot(directory: pathlib.Path, rows: Sequence[Row]) -> list[str]:
         axes.axvline(1, color=plots.ORANGE, linewidth=1, linestyle="--")
         axes.set_yticks(range(len(some)), [x["policy"] for x in some], fontsize=8)
         plots.finish(axes, f"Batch {row['batch_size']}", "times plain decoding", "")
-    return plots.save(directory, {"tune.png": figure})
+    return drawn
+
+
+def plot(directory: pathlib.Path, rows: Sequence[Row]) -> list[str]:
+    """Writes the plot, and returns the name of its file."""
+    return plots.save(directory, {"tune.png": figure(rows)})

@@ -13,6 +13,9 @@ drafter begins as the target's encoder and some of its decoder layers; slots are
 row, with glancing: of as many tokens as were wrong, a share is shown, which falls from `glance_first` to `glance_last`.
 Ctrl-C saves, and the same command resumes, with the losses of an uninterrupted run.
 
+With --config.copy_source=True a slot reads, as published, a copy of the source: its embeddings, weighted by how far
+they stand from the slot. The weights are learnt, and kept with the drafter.
+
 --config.verify=top_k:5,3 of configs/compare.py is SpecDec's own acceptance, which is not exact.
 
 Hardware: whatever JAX runs on; 16 bytes per parameter of the drafter. As published, for translation on GPUs:
@@ -34,6 +37,7 @@ def get_config() -> ConfigDict:
     config.mask_token = 2  # The id that all slots read, which no text may have; 2 is the unknown token of T5.
     config.num_slots = 8  # How many slots are filled together: the length of a draft.
     config.num_points = 8  # Behind how many tokens of a row slots are filled in a step.
+    config.copy_source = False  # Slots read a copy of the source, weighted by distance, not the mask's embedding.
     config.glance_first = 0.5  # Of as many tokens as were wrong, the share that is shown at the beginning; 0: none.
     config.glance_last = 0.3  # The share at the end.
     config.data = ""  # A FILE to train on.

@@ -1,5 +1,6 @@
 """SpecDec's training: a step reads slots as drafting does, glancing shows what it says, and a drafter learns."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -12,8 +13,8 @@ from helpers import compiled, tokenizer_of
 import specjax
 from specjax import launch
 from specjax.api.pretrained import Pretrained
-from specjax.models import families
-from specjax.models.config import T5Config
+from specjax.models import families, relative
+from specjax.models.config import DecoderConfig, T5Config
 from specjax.text.tokenizer import Tokenizer
 from specjax.training import data as data_lib
 from specjax.training import masked, specdec, train
@@ -25,10 +26,14 @@ V, MASK = 13, 12
 CONFIG = T5Config(V, 16, 8, 32, 2, 1, 2)
 
 
-def drafter() -> Pretrained:
+COPYING = dataclasses.replace(CONFIG, mask_token=MASK, copy_source=True)
+"""Whose slots read a copy of the source."""
+
+
+def drafter(config: T5Config = CONFIG) -> Pretrained:
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.4, x.shape), x.dtype), families.abstract_params(CONFIG))
-    return Pretrained(families.model(CONFIG), params, None, CONFIG)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.4, x.shape), x.dtype), families.abstract_params(config))
+    return Pretrained(families.model(config), params, None, config)
 
 
 def texts(number: int = 6) -> Dataset:
@@ -40,9 +45,9 @@ def texts(number: int = 6) -> Dataset:
     return data_lib.dataset(Encoded(examples, 0, 0), start_token=0, target_length=14, source_length=14, seed=0)
 
 
-def reads_what_is_drafted() -> None:
+def reads_what_is_drafted(config: T5Config = CONFIG) -> None:
     """In each slot of a batch the model says what it says behind a prefill of the text, and learns the token there."""
-    side, data = drafter(), specdec.with_slots(texts(), MASK, 3, 5)
+    side, data = drafter(config), specdec.with_slots(texts(), MASK, 3, 5)
     batch = data.batch(0, 1)
     assert side.model.score is not None
     logits = jax.jit(side.model.score)(side.params, batch)[0, 14:].reshape(3, 5, V)
@@ -75,8 +80,55 @@ def reads_what_is_drafted() -> None:
     assert not batch.weights[:, :14].any()
 
 
-def test_training_reads_what_is_drafted():
-    reads_what_is_drafted()
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(COPYING, marks=pytest.mark.slow)])
+def test_training_reads_what_is_drafted(config: T5Config):
+    reads_what_is_drafted(config)
+
+
+def test_slots_read_the_embeddings_of_the_source_by_distance():
+    """A table that prefers one distance copies the token that stands there; text reads its own embeddings."""
+    table = jnp.zeros((CONFIG.num_buckets, 1)).at[int(relative.buckets(CONFIG, bidirectional=True)[128 + 2])].set(50.0)
+    positions, source = np.asarray([[3, 4, 9]]), np.random.default_rng(0).normal(size=(1, 6, 16)).astype(np.float32)
+    distance, sees = (
+        jnp.asarray(positions)[:, :, None] - jnp.arange(6),
+        jnp.ones((1, 3, 6), bool).at[0, 1, 5].set(False),
+    )
+    found = relative.copied(CONFIG, table, distance, sees, jnp.asarray(source))
+    # The query two positions behind its key; nothing of the source is so far before position 9.
+    np.testing.assert_allclose(found[0, :2], source[0, [1, 2]], atol=1e-5)
+    np.testing.assert_allclose(found[0, 2], source[0].mean(axis=0), atol=1e-5)
+    hidden = relative.copied(CONFIG, table * 0, distance, sees, jnp.asarray(source))
+    np.testing.assert_allclose(hidden[0, 1], source[0, :5].mean(axis=0), atol=1e-5)
+    np.testing.assert_array_equal(relative.places(jnp.asarray([[1, 1, 2, 2, 2, 0]])), [[0, 1, 0, 1, 2, 0]])
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_source_matters_to_slots_only_where_they_copy_it(copies: bool):
+    """Without attention to the source, a slot's output follows the source exactly where slots read a copy of it."""
+    side = drafter(COPYING if copies else CONFIG)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if "cross" in jax.tree_util.keystr(path) else x, side.params
+    )
+
+    def said(source: list[int], tokens: list[int]) -> Any:
+        inputs = Inputs(jnp.asarray([[0, 3]]), jnp.asarray([2]), jnp.asarray([source]), jnp.asarray([len(source)]))
+        _, cache = compiled(side.model).prefill(params, inputs, side.model.init_cache(1, 24, 4))
+        block = Block(jnp.asarray([tokens]), sees=jnp.ones((1, 2, 2), bool))
+        return compiled(side.model).apply(params, block, cache)[0].logits
+
+    changed = not np.allclose(said([1, 2, 3, 4], [MASK, MASK]), said([1, 7, 3, 4], [MASK, MASK]), atol=1e-5)
+    assert changed == copies
+    np.testing.assert_allclose(said([1, 2, 3, 4], [5, 6]), said([1, 7, 3, 4], [5, 6]), atol=1e-6)
+
+
+def test_a_drafter_begins_to_copy_where_it_has_a_source_and_a_mask():
+    config, params = specdec.with_copies(dataclasses.replace(CONFIG, mask_token=MASK), drafter().params)
+    assert config == COPYING
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, families.abstract_params(config))
+    with pytest.raises(ValueError, match="only an encoder-decoder has a source"):
+        specdec.with_copies(DecoderConfig(V, 16, 32, 1, 2, 1, 8, 64), {})
+    with pytest.raises(ValueError, match="copy_source=True: it is mask_token that reads a copy"):
+        dataclasses.replace(CONFIG, copy_source=True)
 
 
 @pytest.mark.slow
@@ -135,7 +187,8 @@ def test_mistakes_are_named():
 
 
 @pytest.mark.slow
-def test_a_run_is_made_and_drafted_with(tmp_path: Any, capfd: Any):
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_run_is_made_and_drafted_with(copies: bool, tmp_path: Any, capfd: Any):
     plain = tokenizer_of("<pad> [end] [mask] ▁the ▁cat ▁dog ▁sat ▁on ▁mat [unk]")
     tokenizer = Tokenizer(plain.backend, special_tokens={"eos_token": "[end]"})
     config = T5Config(10, 16, 8, 32, 2, 2, 2)
@@ -151,7 +204,7 @@ def test_a_run_is_made_and_drafted_with(tmp_path: Any, capfd: Any):
             *(f"--config.valid={data}", f"--workdir={workdir}", "--nocompilation_cache", "--config.num_slots=2"),
             *(f"--config.num_steps={steps}", "--config.eval_every=2", "--config.save_every=2"),
             *("--config.target_length=16", "--config.source_length=16", "--config.batch_size=2"),
-            *("--config.num_microbatches=1", "--config.warmup_steps=2"),
+            *("--config.num_microbatches=1", "--config.warmup_steps=2", f"--config.copy_source={copies}"),
         ]
 
     whole = tmp_path / "whole"
@@ -159,7 +212,9 @@ def test_a_run_is_made_and_drafted_with(tmp_path: Any, capfd: Any):
     lines = [json.loads(line) for line in (whole / "train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 2, 4]
     made = specjax.load(whole / "model")
-    assert (made.config.mask_token, made.config.num_layers) == (2, 1)
+    assert isinstance(made.config, T5Config)
+    assert (made.config.mask_token, made.config.num_layers, made.config.copy_source) == (2, 1, copies)
+    assert ("copy_bias" in made.params) == copies
     assert "| 2 |" in (whole / "summary.md").read_text()
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "the cat sat"}) + "\n")

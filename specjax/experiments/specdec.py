@@ -21,6 +21,7 @@ class Settings(OneCall):
     num_layers: Annotated[int, at_least(1)]
     num_slots: Annotated[int, at_least(1)]
     num_points: Annotated[int, at_least(1)]
+    copy_source: bool
     glance_first: Annotated[float, between(0, 1, ", a share")]
     glance_last: Annotated[float, between(0, 1, ", a share")]
 
@@ -33,6 +34,8 @@ def _prepare(chosen: Settings, view: View) -> Run:
         layers = drafts.spread(target.config.num_layers, chosen.num_layers)
         config, params = drafts.from_layers(target.config, target.params, layers)
         config = slots.adapted(config, chosen.mask_token)
+        if chosen.copy_source:
+            config, params = specdec.with_copies(config, params)
         training, held_out = (
             specdec.with_slots(texts, chosen.mask_token, chosen.num_slots, chosen.num_points)
             for texts in one_call.texts(chosen, target)
@@ -41,7 +44,8 @@ def _prepare(chosen: Settings, view: View) -> Run:
         raise ValueError(f"config.{error}") from error
     steps = chosen.optimisation.num_steps
     glanced = specdec.glanced(training, config, steps, first=chosen.glance_first, last=chosen.glance_last)
-    names = ("target", "mask_token", "num_layers", "num_slots", "num_points", "glance_first", "glance_last")
+    names = ("target", "mask_token", "num_layers", "num_slots", "num_points", "copy_source")
+    names += ("glance_first", "glance_last")
     task = Task(training.objective, identity={"specdec": {name: getattr(chosen, name) for name in names}})
     return Run(config, chosen.optimisation, glanced, held_out, target.tokenizer, mesh, task, params)
 

@@ -59,9 +59,10 @@ def stack(cache: Cache) -> Cache:
     return cache._replace(keys=(jnp.stack(cache.keys, axis=1),), values=(jnp.stack(cache.values, axis=1),))
 
 
-def axes_of(num_axes: int) -> tuple[str, ...]:
-    """The logical axes of an array in any family's cache; an array of any other rank holds lengths."""
-    return {len(AXES): AXES, len(STACKED_AXES): STACKED_AXES}.get(num_axes, ("batch",))
+def axes_of(num_axes: int) -> tuple[str | None, ...]:
+    """The logical axes of an array in any family's cache; an array of any other rank has rows first."""
+    rows = ("batch", *[None] * (num_axes - 1))
+    return {len(AXES): AXES, len(STACKED_AXES): STACKED_AXES}.get(num_axes, rows)
 
 
 def write(

@@ -346,7 +346,8 @@ class T5Config:
 
     `bias_per_layer` gives every layer its own relative position bias (umT5), where T5's layers share the first's.
     `scale_outputs` divides the decoder's last hidden state by the root of the width before the head (T5 v1.0). `dtype`,
-    `quantisation`, `head_quantisation`, `head_tokens` and `mask_token` are as in `DecoderConfig`.
+    `quantisation`, `head_quantisation`, `head_tokens` and `mask_token` are as in `DecoderConfig`. With `copy_source`,
+    `mask_token` reads a copy of the source in the place of its embedding, as SpecDec's does (`relative.copied`).
     """
 
     vocab_size: int
@@ -370,6 +371,7 @@ class T5Config:
     head_quantisation: Quantisation | None = None
     head_tokens: tuple[int, ...] = ()
     mask_token: int | None = None
+    copy_source: bool = False
 
     scan_layers: ClassVar[bool] = False
 
@@ -377,6 +379,8 @@ class T5Config:
         _check_fields(self)
         _check_head(self)
         _check_mask(self)
+        if self.copy_source and self.mask_token is None:
+            raise ValueError("copy_source=True: it is mask_token that reads a copy, and it is None; give its id.")
         _one_of(self, dtype=DTYPES, activation=ACTIVATIONS)
         if self.num_buckets < 4 or self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
             raise ValueError(

@@ -5,21 +5,20 @@ the cache next to those of the text. From then on an encoder-decoder is a decode
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
-from specjax.models import feed_forward, layers, linear, modules
+from specjax.models import feed_forward, layers, linear, modules, relative
 from specjax.models.attention import attend
 from specjax.models.config import T5Config
 from specjax.models.dropout import drop, within
 from specjax.models.linear import Matrix
+from specjax.models.relative import relative_bias
 from specjax.parallel import sharding
 from specjax.types import NO_SKIPS, Batch, Block, Dropout, Inputs, Model, ModelOutput, Skips, Tree
 
@@ -40,6 +39,7 @@ class Cache(NamedTuple):
         prefill.
       source_values: in the same layout as `source_keys`.
       source_length: `[B]` the number of tokens of each row's source.
+      source_inputs: its embeddings, where masks read a copy of them (`T5Config.copy_source`); else nothing.
     """
 
     keys: tuple[Float[Array, "B H L E"], ...]
@@ -48,51 +48,7 @@ class Cache(NamedTuple):
     source_keys: tuple[Float[Array, "B H S E"], ...]
     source_values: tuple[Float[Array, "B H S E"], ...]
     source_length: Int[Array, " B"]
-
-
-def buckets(config: T5Config, *, bidirectional: bool) -> np.ndarray:
-    """The bucket of every relative position (Raffel et al. 2019, section 2.1).
-
-    Small distances have a bucket each; greater ones share buckets that widen logarithmically up to `max_distance`,
-    beyond which there is one. An encoder uses one half of the buckets for what comes after a token.
-
-    Returns:
-      `[2 M + 1]` int32, M = `max_distance`: the buckets of the distances query - key from -M to M.
-    """
-    # In float32, step by step as published: at a bucket's edge, rounding decides.
-    distance = np.arange(-config.max_distance, config.max_distance + 1)
-    number, first = config.num_buckets, np.zeros_like(distance)
-    if bidirectional:
-        number //= 2
-        first, distance = np.where(distance < 0, number, 0), np.abs(distance)
-    else:
-        distance = np.maximum(distance, 0)
-    exact = number // 2
-    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
-        math.log(config.max_distance / exact)
-    )
-    wide = np.minimum(exact + (ratio * np.float32(number - exact)).astype(np.int32), number - 1)
-    return (first + np.where(distance < exact, distance, wide)).astype(np.int32)
-
-
-def relative_bias(
-    config: T5Config,
-    table: Float[Array, "buckets H"],
-    distance: Int[Array, "B T S"],
-    *,
-    bidirectional: bool,
-) -> Float[Array, "B H T S"]:
-    """The bias that is added to the attention scores, by relative position.
-
-    Args:
-      config: the shape.
-      table: the parameters.
-      distance: how many positions each of the S keys is before the query.
-      bidirectional: whether tokens attend to those after them.
-    """
-    by_distance = table.astype(jnp.float32).T[:, buckets(config, bidirectional=bidirectional)]
-    far = config.max_distance
-    return jnp.moveaxis(by_distance[:, jnp.clip(distance, -far, far) + far], 0, 1)
+    source_inputs: tuple[Float[Array, "B S D"], ...] = ()
 
 
 def _normal(*deviations: float) -> nnx.Initializer:
@@ -293,6 +249,9 @@ class T5(nnx.Module):
         init = _normal(1.0 if c.tie_embeddings and c.scale_outputs else c.hidden_size**-0.5)
         head, axes = (c.hidden_size, c.head_size), ("embed", "vocab")
         self.head = Matrix(rngs, head, axes, c.dtype, how=c.head_quantisation, init=init)
+        if c.copy_source:
+            zeros = nnx.initializers.zeros_init()
+            self.copy_bias = modules.parameter(rngs, (c.num_buckets, 1), ("buckets", None), c.dtype, init=zeros)
 
     def embed(self, tokens: Int[Array, "B T"], extra: Float[Array, "X U"] | None = None) -> Float[Array, "B T D"]:
         """Looks tokens up.
@@ -345,8 +304,15 @@ class T5(nnx.Module):
             assert packed.source_segments is not None  # `score` has checked it.
             mask &= layers.same_segment(packed.segments, packed.segments)
             sees = layers.same_segment(packed.segments, packed.source_segments)
-        dropout = within(dropout, "decoder")
-        x, bias, states = drop(self.embed(tokens, block.embeddings), dropout, "embedding"), None, {}
+        dropout, x = within(dropout, "decoder"), self.embed(tokens, block.embeddings)
+        if c.copy_source:
+            at, origin = positions, jnp.arange(size)[None]
+            if packed is not None and packed.source_segments is not None:
+                at, origin = packed.positions, relative.places(packed.source_segments)
+            distance_to_source = at[:, :, None] - origin[:, None]
+            found = relative.copied(c, self.copy_bias[...], distance_to_source, sees, cache.source_inputs[0])
+            x = jnp.where((tokens == c.mask_token)[..., None], found, x)
+        x, bias, states = drop(x, dropout, "embedding"), None, {}
         keys, values = list(cache.keys), list(cache.values)
         for i, layer in enumerate(self.decoder):
             states[i], dropped = x, within(dropout, i)
@@ -365,11 +331,14 @@ class T5(nnx.Module):
         tapped = jnp.stack(features, axis=2) if features else x[:, :, None][:, :, :0]
         return x, tapped, cache._replace(keys=tuple(keys), values=tuple(values))
 
-    def read(self, encoded: Float[Array, "B S D"], length: Int[Array, " B"], cache: Cache) -> Cache:
-        """The cache with the keys and values of the encoder's output."""
+    def read(
+        self, encoded: Float[Array, "B S D"], source: Int[Array, "B S"], length: Int[Array, " B"], cache: Cache
+    ) -> Cache:
+        """The cache with the keys and values of the encoder's output, and what masks copy of the source."""
         both = [block.cross.read(encoded) for block in self.decoder]
         keys, values = zip(*both, strict=True)
-        return cache._replace(source_keys=keys, source_values=values, source_length=length)
+        inputs = (self.embed(source).astype(self.config.dtype),) if self.config.copy_source else ()
+        return cache._replace(source_keys=keys, source_values=values, source_length=length, source_inputs=inputs)
 
     def read_source(self, inputs: Inputs, cache: Cache) -> Cache:
         """The cache with the keys and values of the prompts' sources.
@@ -384,7 +353,7 @@ class T5(nnx.Module):
             )
         known = jnp.arange(inputs.source.shape[1]) < inputs.source_length[:, None]
         encoded = self.encode(inputs.source, jnp.broadcast_to(known[:, None], (*known.shape, known.shape[1])))
-        return self.read(encoded, inputs.source_length, cache)
+        return self.read(encoded, inputs.source, inputs.source_length, cache)
 
     def read_batch(
         self,
@@ -401,7 +370,7 @@ class T5(nnx.Module):
         if batch.source is None or batch.source_segments is None:
             raise ValueError("An encoder-decoder trains on batches with a source, and this one's is None.")
         encoded = self.encode(batch.source, layers.same_segment(batch.source_segments, batch.source_segments), dropout)
-        cache = self.read(encoded, jnp.zeros(batch.source.shape[0], jnp.int32), cache)
+        cache = self.read(encoded, batch.source, jnp.zeros(batch.source.shape[0], jnp.int32), cache)
         return self.hidden(Block(batch.tokens, None, batch.sees, embeddings), cache, None, batch, dropout)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -418,7 +387,8 @@ def _empty_cache(config: T5Config, rules: sharding.Rules, batch_size: int, max_l
         return tuple(cache_lib.constrain(x, rules) for x in text.keys)
 
     none = jnp.zeros(batch_size, jnp.int32)
-    return Cache(empty(max_len), empty(max_len), none, empty(max_source), empty(max_source), none)
+    inputs = (jnp.zeros((batch_size, max_source, config.hidden_size), config.dtype),) if config.copy_source else ()
+    return Cache(empty(max_len), empty(max_len), none, empty(max_source), empty(max_source), none, inputs)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from specjax.models import families
-from specjax.models.config import ModelConfig
+from specjax.models.config import ModelConfig, T5Config
 from specjax.training import masked, slots
 from specjax.training.data import Dataset
 from specjax.training.slots import MaskedTexts
@@ -42,6 +42,22 @@ def with_slots(data: Dataset, mask_token: int, num_slots: int, num_points: int) 
         raise ValueError(f"num_slots={num_slots}: at least 1.")
     counts = (min(num_points, data.target_length),) * num_slots
     return slots.with_masks_of(data, mask_token, counts, masked.SLOTS)
+
+
+def with_copies(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
+    """The same drafter, whose slots read a copy of the source (`T5Config.copy_source`): its mean, before training.
+
+    Args:
+      config: the shape of a drafter that knows its mask (`slots.adapted`).
+      params: its parameters.
+
+    Raises:
+      ValueError: for a model without a source.
+    """
+    if not isinstance(config, T5Config):
+        raise ValueError("copy_source=True: only an encoder-decoder has a source to copy; set it False.")
+    changed = dataclasses.replace(config, copy_source=True)
+    return changed, params | {"copy_bias": jnp.zeros((config.num_buckets, 1), config.dtype)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

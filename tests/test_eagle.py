@@ -19,12 +19,15 @@ from eagle_heads import LAYOUTS, Reference
 from helpers import compiled, random_prompts, right_pad, texts
 
 import specjax
-from specjax import decoding, drafters, sampling, testing
+from specjax import decoding, drafters, launch, sampling, testing
 from specjax.api.pretrained import Pretrained
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters import head_rollout
 from specjax.drafters.eagle import functions as functions_of
+from specjax.experiments import head as experiment
+from specjax.experiments.reports.display import View
+from specjax.experiments.settings import parse
 from specjax.models import eagle, families
 from specjax.models.config import DecoderConfig, T5Config
 from specjax.models.weights import eagle_files as reader
@@ -416,38 +419,39 @@ def test_load_draft_knows_models_and_heads_of_specjax(tmp_path):
 
 
 def frozen_of(head: drafters.EagleHead) -> heads.Frozen:
-    table = jnp.asarray(target().params["embedding"])
+    table = jnp.asarray(head.params.get("embedding", target().params["embedding"]))
     output = jnp.asarray(target().params["head"]["values"]).T
-    assert head.tokens is not None
-    return heads.Frozen(table, output, output[head.tokens])
+    return heads.Frozen(table, output, output if head.tokens is None else output[head.tokens])
 
 
-def harvested() -> Texts:
-    """The two texts with the hidden states that EAGLE-3 reads, and the last one."""
+def harvested(head: drafters.EagleHead) -> Texts:
+    """The two texts with the hidden states that a head reads, and the last one, which EAGLE reads too."""
     tokens, length, hidden = hidden_states()
-    taps = [*eagle.default_taps(TARGET.num_layers), TARGET.num_layers]
+    taps = [*head.config.taps, TARGET.num_layers][: 1 if head.config.version == 1 else None]
     return Texts(tokens, np.minimum(length, 2), length, hidden[:, :, taps])
 
 
-def test_training_sees_what_drafting_computes():
+@pytest.mark.parametrize("name", ["EAGLE-3", "EAGLE"])
+def test_training_sees_what_drafting_computes(name: str):
     """The training-time test: the logits of each draft token behind a text are those of the published computation."""
-    head, texts = head_of("EAGLE-3"), harvested()
-    wanted = reference_logits("EAGLE-3", tensors("EAGLE-3"))[..., head.tokens]
+    head = head_of(name)
+    texts, known = harvested(head), slice(None) if head.tokens is None else head.tokens
+    wanted = reference_logits(name, tensors(name))[..., known]
     tokens, length = np.zeros((2, 16), np.int32), texts.length
     tokens[:, :9] = texts.tokens
     for row, n in enumerate(length):
         tokens[row, n : n + len(DRAFTS)] = DRAFTS
     wide = texts._replace(tokens=tokens, features=np.pad(texts.features, ((0, 0), (0, 7), (0, 0), (0, 0))))
     frozen = frozen_of(head)
-    read = jax.jit(lambda texts: tuple(heads.draft_logits(head.config, head.params, frozen, texts, 1 + len(DRAFTS))))
-    for k, logits in enumerate(read(wide)):
+    read = jax.jit(lambda texts: tuple(heads.drafted(head.config, head.params, frozen, texts, 1 + len(DRAFTS))))
+    for k, (_, logits) in enumerate(read(wide)):
         np.testing.assert_allclose(logits[np.arange(2), length - 1], wanted[:, k], rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.slow
 def test_training_lowers_the_loss_and_goes_on_where_it_stopped():
     head = head_of("EAGLE-3")
-    frozen, texts = frozen_of(head), harvested()
+    frozen, texts = frozen_of(head), harvested(head)
     recipe = heads.Recipe(3e-3, 6, 2, depth=3, prompt_weight=0.0, clip=0.5, only_known=True)
     begin = heads.initial(head.config, frozen.rows, jax.random.key(0))
     losses: list[float] = []
@@ -462,3 +466,69 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped():
     heads.train(head.config, begin, frozen, [texts], recipe, lambda state, loss: not whole.append(loss))
     assert losses == whole
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_eagle_is_to_make_the_next_hidden_state():
+    """The loss of EAGLE and EAGLE-2 (arXiv 2401.15077, section 4.2) is the smooth L1 distance and cross-entropy."""
+    head = head_of("EAGLE")
+    frozen, texts = frozen_of(head), harvested(head)
+
+    @jax.jit
+    def read(texts: Texts) -> Any:
+        losses = [
+            heads.judge(head.config, head.params, frozen, texts, depth=1, prompt_weight=0.0, weights=weights).loss
+            for weights in ((1.0, 0.0), (0.1, 0.0), (0.1, 1.0))
+        ]
+        return losses, next(iter(heads.drafted(head.config, head.params, frozen, texts, 1)))[0]
+
+    (whole, tenth, both), states = jax.device_get(read(texts))
+    away = np.abs(states - texts.features[:, :, -1])
+    smooth = np.where(away < 1, away**2 / 2, away - 0.5).mean(axis=-1)
+    # After the last token of the prompt, and those of the answer but for the last, whose next token is not known.
+    place = np.arange(9)
+    counts = (place >= texts.prompt_length[:, None] - 1) & (place < texts.length[:, None] - 1)
+    assert (away < 1).any()
+    assert (away > 1).any()
+    np.testing.assert_allclose(tenth, 0.1 * whole, rtol=1e-5)
+    np.testing.assert_allclose(both - tenth, smooth[counts].mean(), rtol=1e-4)
+
+
+def test_noise_is_uniform_and_of_what_is_read_alone():
+    head = head_of("EAGLE")
+    texts = harvested(head)
+    read = heads.noisy(head.config, texts, 0.2, jax.random.key(0))
+    width, noise = 0.2 * 512 / 9, np.asarray(read - texts.features)
+    assert 0.45 * width < np.abs(noise).max() <= 0.5 * width
+    assert abs(noise.mean()) < 0.1 * width
+    assert not np.allclose(heads.noisy(head.config, texts, 0.2, jax.random.key(1)), read)
+
+
+def test_a_new_head_of_version_1_is_read_back_as_it_was(tmp_path: pathlib.Path):
+    config = eagle.like(TARGET, (TARGET.num_layers,), version=1)
+    params = heads.initial(config, jnp.zeros((TARGET.vocab_size, TARGET.hidden_size)), jax.random.key(0))
+    drafters.save_eagle(drafters.EagleHead(config, params), target(), tmp_path)
+    again = drafters.load_eagle(tmp_path, target())
+    assert (again.config, again.tokens) == (config, None)
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_run_writes_a_head_that_drafts(version: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experiment, "_load", lambda chosen, dtype: (target(), TARGET))
+    flags = {"version": version, "taps": "(2,3,7)", "vocab_size": 9, "steps": 4, "rows": 2, "batch_size": 2}
+    arguments = [f"--config.{key}={value}" for key, value in (flags | {"eval_every": 2, "depth": 2}).items()]
+    _, config = launch.parse(["launch", "--config=configs/eagle.py", *arguments])
+    chosen, told = parse(experiment.Settings, config), []
+    tokens, length, hidden = hidden_states()
+    texts = Texts(tokens, np.minimum(length, 2), length, hidden[:, :, [2, 3, 7]])
+    experiment._train(chosen, [texts] * 3, tmp_path, View(), told.extend)
+    head = drafters.load_eagle(tmp_path, target())
+    assert (head.config.version, head.config.taps) == {1: (1, (7,)), 3: (3, (2, 3))}[version]
+    assert (head.tokens is None) == (version == 1)
+    losses = [line["loss"] for line in told if "loss" in line]
+    assert len(losses) == 4
+    assert all(np.isfinite(losses))
+    draft = drafters.eagle(head, target(), num_draft_tokens=2)
+    assert draft.drafter.taps == head.config.taps

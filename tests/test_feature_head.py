@@ -227,7 +227,7 @@ def test_training_sees_what_drafting_computes():
     assert isinstance(config, DecoderConfig)
     table = feature_head.output_rows(config, target().params, np.arange(13))
     frozen = heads.Frozen(table, table, table[known.tokens])
-    read = jax.jit(lambda texts: tuple(heads.draft_logits(known.config, known.params, frozen, texts, 2)))
+    read = jax.jit(lambda texts: tuple(x for _, x in heads.drafted(known.config, known.params, frozen, texts, 2)))
     for k, logits in enumerate(read(Texts(tokens, length, length, output.features))):
         theirs = np.zeros((5, 13))
         theirs[:, known.tokens] = jax.nn.softmax(logits, axis=-1)[np.arange(5), length - 1]

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from specjax.drafters.feature_head import Head
 from specjax.experiments import board, results
 from specjax.experiments.instructions import instructions
 from specjax.experiments.reports.display import View
-from specjax.experiments.settings import POSITIVE, Config, at_least, between, given, one_of, parse
+from specjax.experiments.settings import POSITIVE, Check, Config, at_least, between, given, one_of, parse
 from specjax.experiments.store import clear
 from specjax.models import eagle, feature_head
 from specjax.models.config import DecoderConfig
@@ -40,6 +41,7 @@ class Settings:
 
     name: str
     kind: Annotated[str, one_of("feature_head", "eagle")]
+    version: Annotated[int, Check(lambda version: version in (1, 3), "1 for EAGLE and EAGLE-2, or 3 for EAGLE-3")]
     target: Annotated[str, given("SOURCE")]
     texts: str
     taps: tuple[int, ...]
@@ -66,7 +68,7 @@ class Settings:
             raise ValueError(
                 f"config.rows={self.rows}: at most config.batch_size={self.batch_size}, the held-out batch is read so."
             )
-        if self.kind == "eagle" and len(self.taps) < 2:
+        if self.kind == "eagle" and self.version == 3 and len(self.taps) < 2:
             raise ValueError(
                 f"config.taps={self.taps}: config.kind='eagle' reads all of them but the last, which is learnt; give "
                 "those before it too, such as (2, 15, 27, 30) for 30 layers."
@@ -152,25 +154,10 @@ def _write(chosen: Settings, directory: pathlib.Path, view: View) -> list[Texts]
 
 
 def shape(target: DecoderConfig, taps: tuple[int, ...], vocab_size: int) -> FeatureHeadConfig:
-    """A head whose layer is one of the target's."""
-    layer = dataclasses.replace(target, num_layers=1, vocab_size=vocab_size, dtype="float32", tie_embeddings=False)
+    """A head whose layer is one of the target's; of a target with experts, it has the feed-forward of one."""
+    changes = {"num_layers": 1, "vocab_size": vocab_size, "dtype": "float32", "tie_embeddings": False, "experts": None}
+    layer = dataclasses.replace(target, **changes)
     return FeatureHeadConfig(layer, taps)
-
-
-def eagle_shape(target: DecoderConfig, taps: tuple[int, ...], vocab_size: int) -> EagleConfig:
-    """An EAGLE-3 head with the sizes of the target's layers, in the published form: its own rotary base, no biases."""
-    layer = DecoderConfig(
-        vocab_size,
-        target.hidden_size,
-        target.intermediate_size,
-        1,
-        target.num_heads,
-        target.num_kv_heads,
-        target.head_dim,
-        target.max_position,
-        norm_eps=target.norm_eps,
-    )
-    return EagleConfig(layer, taps, target.hidden_size)
 
 
 class Kind(NamedTuple):
@@ -181,12 +168,18 @@ class Kind(NamedTuple):
       initial: `(shape, frozen, texts, seed) -> ` its first parameters.
       save: `(target, shape, params, tokens, directory)` writes it in bfloat16.
       files: what it writes.
+      taps: which of the hidden states of the texts it is trained on; the last is learnt.
+      draws_all: whether it drafts all of the target's tokens, whatever `config.vocab_size` is.
+      recipe: entries of `heads.Recipe` that it has in the place of the config's.
     """
 
     shape: Callable[[DecoderConfig, tuple[int, ...], int], heads.AnyHead]
     initial: Callable[[Any, heads.Frozen, Sequence[Texts], int], Any]
     save: Callable[[Pretrained, Any, Any, np.ndarray, pathlib.Path], None]
     files: tuple[str, ...]
+    taps: slice = slice(None)
+    draws_all: bool = False
+    recipe: Mapping[str, Any] = MappingProxyType({})
 
 
 def _ridge(head: FeatureHeadConfig, frozen: heads.Frozen, batches: Sequence[Texts], seed: int) -> Any:
@@ -203,19 +196,37 @@ def _save(
 def _save_eagle(
     target: Pretrained, head: EagleConfig, params: Any, tokens: np.ndarray, directory: pathlib.Path
 ) -> None:
-    drafters.save_eagle(drafters.EagleHead(*eagle.cast(head, params, "bfloat16"), tokens), target, directory)
+    known = tokens if head.own_head else None
+    drafters.save_eagle(drafters.EagleHead(*eagle.cast(head, params, "bfloat16"), known), target, directory)
 
 
-KINDS = {
-    "feature_head": Kind(shape, _ridge, _save, (store.FILE,)),
-    "eagle": Kind(
-        lambda target, taps, size: eagle_shape(target, taps[:-1], size),
-        lambda head, frozen, batches, seed: heads.initial(head, frozen.rows, jax.random.key(seed)),
+def _initial_eagle(head: EagleConfig, frozen: heads.Frozen, batches: Sequence[Texts], seed: int) -> Any:
+    return heads.initial(head, frozen.rows, jax.random.key(seed))
+
+
+_EAGLE_FILES = ("model.safetensors", "config.json")
+
+EAGLES = {
+    1: Kind(
+        lambda target, taps, size: eagle.like(target, taps[-1:], version=1),
+        _initial_eagle,
         _save_eagle,
-        ("model.safetensors", "config.json"),
+        _EAGLE_FILES,
+        taps=slice(-1, None),
+        draws_all=True,
+        # Section 4.2 of arXiv 2401.15077 and the authors' code: one draft token, smooth L1, a tenth of cross-entropy.
+        recipe=MappingProxyType({"depth": 1, "feature_weight": 1.0, "token_weight": 0.1, "noise": 0.2}),
     ),
+    3: Kind(lambda target, taps, size: eagle.like(target, taps[:-1], size), _initial_eagle, _save_eagle, _EAGLE_FILES),
 }
-"""By `config.kind`."""
+"""By `config.version`, for `config.kind` of "eagle"."""
+
+FEATURE_HEAD = Kind(shape, _ridge, _save, (store.FILE,))
+
+
+def kind_of(chosen: Settings) -> Kind:
+    """The kind of head that is trained."""
+    return EAGLES[chosen.version] if chosen.kind == "eagle" else FEATURE_HEAD
 
 
 @functools.cache
@@ -234,7 +245,7 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
     """Writes texts and trains, as `EXPERIMENTS` says; the texts of an earlier run are kept unless `overwrite`."""
     view, directory, chosen = view or View(), pathlib.Path(workdir), parse(Settings, config)
     if overwrite:
-        clear(directory, (TEXTS, QUALITY, *KINDS[chosen.kind].files, board.DIRECTORY))
+        clear(directory, (TEXTS, QUALITY, *kind_of(chosen).files, board.DIRECTORY))
     try:
         batches = _write(chosen, directory / TEXTS, view)
     except KeyboardInterrupt:
@@ -244,12 +255,11 @@ def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False,
 
 
 def _train(chosen: Settings, batches: Sequence[Texts], directory: pathlib.Path, view: View, told: fit.Report) -> None:
-    held_out, batches = batches[0], batches[1:]
-    target, config = _load(chosen, "float32")
-    tokens = heads.frequent_tokens(batches, chosen.vocab_size)
-    kind = KINDS[chosen.kind]
-    head = kind.shape(config, chosen.taps, len(tokens))
+    kind, (target, config) = kind_of(chosen), _load(chosen, "float32")
+    held_out, *batches = (texts._replace(features=texts.features[:, :, kind.taps]) for texts in batches)
     every = np.arange(config.vocab_size)
+    tokens = every if kind.draws_all else heads.frequent_tokens(batches, chosen.vocab_size)
+    head = kind.shape(config, chosen.taps, len(tokens))
     output = feature_head.output_rows(config, target.params, every)
     embeddings = feature_head.embed(config, target.params, jnp.asarray(every)[None])[0]
     frozen = heads.Frozen(embeddings, output, output[tokens])
@@ -282,7 +292,7 @@ def _train(chosen: Settings, batches: Sequence[Texts], directory: pathlib.Path, 
         clip=chosen.clip,
         only_known=chosen.only_known,
         seed=chosen.seed,
-    )
+    )._replace(**kind.recipe)
     heads.train(head, params, frozen, batches, recipe, report)
     view.line(f"The head is in {directory}: --config.drafter={chosen.kind} --config.draft={directory}.", "bold")
 

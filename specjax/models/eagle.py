@@ -242,6 +242,33 @@ def default_taps(num_layers: int) -> tuple[int, ...]:
     return (2, num_layers // 2, num_layers - 3)
 
 
+def like(target: DecoderConfig, taps: tuple[int, ...], vocab_size: int = 0, *, version: int = 3) -> EagleConfig:
+    """A head in the published form whose layer has the sizes of one of the target's: its own rotary base, no biases.
+
+    The published head of Llama 3.1 8B is one, with 32000 tokens. Of a target with experts it has the width of one.
+
+    Args:
+      target: the shape of the target, whose dtype is the head's.
+      taps: the hidden states that it reads; version 1 reads one.
+      vocab_size: version 3: how many tokens it can draft, by an output matrix of its own; 0: all of the target's.
+        Version 1 has none, and drafts all by the target's.
+      version: 1 for EAGLE and EAGLE-2, 3 for EAGLE-3.
+    """
+    layer = DecoderConfig(
+        (vocab_size if version == 3 else 0) or target.vocab_size,
+        target.hidden_size,
+        target.intermediate_size,
+        1,
+        target.num_heads,
+        target.num_kv_heads,
+        target.head_dim,
+        target.max_position,
+        norm_eps=target.norm_eps,
+        dtype=target.dtype,
+    )
+    return EagleConfig(layer, taps, target.hidden_size, version, own_head=version == 3, fc_bias=version == 1)
+
+
 def offsets(tokens: Int[np.ndarray, " W"]) -> Int[np.ndarray, " W"]:
     """`d2t`: how much larger the id of each token of the head is for the target."""
     return tokens.astype(np.int64) - np.arange(len(tokens))

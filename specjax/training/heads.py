@@ -5,8 +5,9 @@ drafted from the target's hidden states, each further one from the head's own st
 (training-time test, EAGLE-3, Li et al. 2025, arXiv 2503.01840, section 3.2).
 
 Heads of two kinds are trained: those of specjax (`drafters.feature_head`), whose input maps begin as the closed-form
-solution of a ridge regression of the target's last hidden states, and EAGLE-3 heads (`drafters.eagle`), whose published
-recipe is in `configs/eagle.py`.
+solution of a ridge regression of the target's last hidden states, and EAGLE heads (`drafters.eagle`), whose published
+recipes are in `configs/eagle.py`. EAGLE and EAGLE-2 (Li et al. 2024, arXiv 2401.15077, section 4.2) train one draft
+token, and the head's output is to be the target's next hidden state (`Recipe.feature_weight`).
 """
 
 import functools
@@ -47,7 +48,12 @@ class Recipe(NamedTuple):
       clip: the largest norm of a gradient.
       only_known: whether the loss leaves out the tokens after which the target's most probable one is none that the
         head can draft.
-      seed: of the order of the texts.
+      token_weight: the weight of the cross-entropy.
+      feature_weight: the weight of the smooth L1 distance between what the head makes and the target's last hidden
+        state there; 0: the head may make what it likes.
+      noise: the width of the uniform noise that is added to the hidden states that the head reads, in texts of 512
+        tokens; in inverse proportion to their length.
+      seed: of the order of the texts, and of the noise.
     """
 
     learning_rate: float = 5e-4
@@ -58,6 +64,9 @@ class Recipe(NamedTuple):
     weight_decay: float = 0.01
     clip: float = 1.0
     only_known: bool = False
+    token_weight: float = 1.0
+    feature_weight: float = 0.0
+    noise: float = 0.0
     seed: int = 0
 
 
@@ -190,7 +199,7 @@ def bind(config: AnyHead, params: Tree) -> FeatureHead | EagleHead:
 
 
 def initial(config: EagleConfig, rows: Float[Array, "W D"], key: jax.Array) -> Tree:
-    """Random parameters of an EAGLE-3 head, whose output matrix begins as the target's, cut to its tokens.
+    """Random parameters of an EAGLE head, whose output matrix, if any, begins as the target's, cut to its tokens.
 
     Args:
       config: the head's shape, in float32.
@@ -198,14 +207,16 @@ def initial(config: EagleConfig, rows: Float[Array, "W D"], key: jax.Array) -> T
       key: of the random numbers.
     """
     params = eagle.initial(config, key)
+    if not config.own_head:
+        return params
     assert not linear.outputs_first(config.layer.dtype)
     return params | {"head": {"values": rows.T.astype(jnp.float32)}}
 
 
-def draft_logits(
-    config: AnyHead, params: Tree, frozen: Frozen, texts: Texts, depth: int
-) -> Iterator[Float[Array, "B L W"]]:
-    """The logits of each draft token, as the head would draft behind every token of the texts.
+def drafted(
+    config: AnyHead, params: Tree, frozen: Frozen, texts: Texts, depth: int, read: Float[Array, "B L F E"] | None = None
+) -> Iterator[tuple[Float[Array, "B L D"], Float[Array, "B L W"]]]:
+    """The state and the logits of each draft token, as the head would draft behind every token of the texts.
 
     The k-th are those after token i + k of the text, drafted behind token i, at index i; those before it are the
     text's. A draft attends to the text up to token i, and to the entries of the drafts before it.
@@ -216,13 +227,15 @@ def draft_logits(
       frozen: what it uses of the target.
       texts: tokens and features, of which the head reads the first.
       depth: K.
+      read: what the head reads in the place of these features; None: those.
 
     Yields:
-      the logits of each of the K draft tokens.
+      what the head makes for each of the K draft tokens, and the logits of it.
     """
     head, layer = bind(config, params), config.layer
     rows, size = texts.tokens.shape
-    tokens, seen = texts.tokens, _before(texts.features[:, :, : len(config.taps)].astype(jnp.float32))
+    features = texts.features[:, :, : len(config.taps)] if read is None else read
+    tokens, seen = texts.tokens, _before(features.astype(jnp.float32))
     place = jnp.arange(size)
     keys = values = jnp.zeros((rows, layer.num_kv_heads, 0, layer.head_dim), layer.dtype)
     itself: Bool[Array, "L L"] = jnp.eye(size, dtype=bool)
@@ -236,7 +249,7 @@ def draft_logits(
         room = jnp.zeros((rows, layer.num_kv_heads, size, layer.head_dim), layer.dtype)
         keys, values = (jnp.concatenate([room, old], axis=2) for old in (keys, values))
         seen, keys, values = head.step(seen, embedding, positions, seen_of, keys, values, None, is_own=k > 0)
-        yield head.logits(seen, frozen.rows.astype(jnp.float32))
+        yield seen, head.logits(seen, frozen.rows.astype(jnp.float32))
         mask = jnp.concatenate([itself, mask], axis=1)
         tokens = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
 
@@ -249,12 +262,14 @@ class _Known(NamedTuple):
       log_sum: `[B, L]` the logarithm of the sum over all tokens.
       is_best: `[B, L]` whether the target's most probable token is among them.
       weight: `[B, L]` of the loss.
+      last: `[B, L, D]` the target's last hidden state.
     """
 
     logits: Float[Array, "B L W"]
     log_sum: Float[Array, "B L"]
     is_best: Bool[Array, "B L"]
     weight: Float[Array, "B L"]
+    last: Float[Array, "B L D"]
 
 
 def _known(frozen: Frozen, texts: Texts, prompt_weight: float, whole: bool) -> _Known:
@@ -262,10 +277,23 @@ def _known(frozen: Frozen, texts: Texts, prompt_weight: float, whole: bool) -> _
     last, weight = texts.features[:, :, -1].astype(jnp.float32), _weights(texts, prompt_weight)
     logits = last @ frozen.rows.astype(jnp.float32).T
     if not whole:
-        return _Known(logits, jax.nn.logsumexp(logits, axis=-1), jnp.ones(weight.shape, bool), weight)
+        return _Known(logits, jax.nn.logsumexp(logits, axis=-1), jnp.ones(weight.shape, bool), weight, last)
     every = last @ frozen.output.astype(jnp.float32).T
     best = jnp.max(logits, axis=-1) >= jnp.max(every, axis=-1) - 1e-3
-    return _Known(logits, jax.nn.logsumexp(every, axis=-1), best, weight)
+    return _Known(logits, jax.nn.logsumexp(every, axis=-1), best, weight, last)
+
+
+def _losses(
+    known: _Known, state: Float[Array, "B L D"], log_q: Float[Array, "B L W"], weights: tuple[float, float]
+) -> Float[Array, ""]:
+    """The loss of one draft token of each text: of its distribution, and of its state."""
+    token_weight, feature_weight = weights
+    loss = -token_weight * jnp.sum(jax.nn.softmax(known.logits, axis=-1) * log_q, axis=-1)
+    if feature_weight:
+        # Smooth L1: half the square below 1 (the authors' code, the mean over the width).
+        away = jnp.abs(state - known.last)
+        loss += feature_weight * jnp.mean(jnp.where(away < 1, 0.5 * away**2, away - 0.5), axis=-1)
+    return jnp.sum(loss * known.weight) / jnp.maximum(jnp.sum(known.weight), 1e-6)
 
 
 def judge(
@@ -278,10 +306,13 @@ def judge(
     prompt_weight: float = 0.3,
     whole: bool = False,
     only_known: bool = False,
+    weights: tuple[float, float] = (1.0, 0.0),
+    read: Float[Array, "B L F E"] | None = None,
 ) -> Quality:
     """The loss of a head, and its quality, on texts.
 
-    The loss of a draft token is the cross-entropy to the target's distribution over the tokens that the head can draft.
+    The loss of a draft token is the cross-entropy to the target's distribution over the tokens that the head can draft,
+    and, where it has a weight, the distance of the head's state from the target's last hidden state.
 
     Args:
       config: the head's shape.
@@ -292,17 +323,18 @@ def judge(
       prompt_weight: see `Recipe`.
       whole: whether the quality counts tokens that the head cannot draft as rejected; takes the whole output matrix.
       only_known: see `Recipe`; takes it too.
+      weights: `Recipe.token_weight` and `Recipe.feature_weight`.
+      read: as for `drafted`.
     """
     known = _known(frozen, texts, prompt_weight, whole or only_known)
     written = known.weight == 1.0
     if only_known:
         known = known._replace(weight=jnp.where(known.is_best, known.weight, 0.0))
     greedy, overlap, loss = [], [], jnp.zeros(())
-    for k, logits in enumerate(draft_logits(config, params, frozen, texts, depth)):
+    for k, (state, logits) in enumerate(drafted(config, params, frozen, texts, depth, read)):
         log_q = jax.nn.log_softmax(logits, axis=-1)
         p = jnp.exp(known.logits - known.log_sum[..., None])
-        cross_entropy = -jnp.sum(jax.nn.softmax(known.logits, axis=-1) * log_q, axis=-1)
-        loss += DECAY**k * jnp.sum(cross_entropy * known.weight) / jnp.maximum(jnp.sum(known.weight), 1e-6)
+        loss += DECAY**k * _losses(known, state, log_q, weights)
         count = jnp.maximum(jnp.sum(written), 1)
         is_same = (jnp.argmax(logits, axis=-1) == jnp.argmax(known.logits, axis=-1)) & known.is_best
         greedy.append(jnp.sum(is_same & written) / count)
@@ -324,6 +356,20 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
         optax.clip_by_global_norm(recipe.clip),
         optax.adamw(schedule, b2=0.95, weight_decay=recipe.weight_decay, mask=_matrices),
     )
+
+
+def noisy(config: AnyHead, texts: Texts, noise: float, key: Array) -> Float[Array, "B L F E"]:
+    """The hidden states that the head reads, with uniform noise (EAGLE, section 4.2).
+
+    Args:
+      config: the head's shape.
+      texts: of L tokens.
+      noise: its width where L = 512 (`Recipe.noise`).
+      key: of the random numbers.
+    """
+    features = texts.features[:, :, : len(config.taps)].astype(jnp.float32)
+    width = noise * 512 / features.shape[1]
+    return features + width * jax.random.uniform(key, features.shape, minval=-0.5, maxval=0.5)
 
 
 class TrainState(NamedTuple):
@@ -362,7 +408,9 @@ def train(
         state = TrainState(state, optimizer.init(state), 0)
 
     @jax.jit
-    def step(params: Tree, optimizer_state: Any, frozen: Frozen, texts: Texts) -> tuple[Tree, Any, Array]:
+    def step(params: Tree, optimizer_state: Any, frozen: Frozen, texts: Texts, key: Array) -> tuple[Tree, Any, Array]:
+        read = noisy(config, texts, recipe.noise, key) if recipe.noise else None
+
         def loss(params: Tree) -> Array:
             judged = judge(
                 config,
@@ -372,6 +420,8 @@ def train(
                 depth=recipe.depth,
                 prompt_weight=recipe.prompt_weight,
                 only_known=recipe.only_known,
+                weights=(recipe.token_weight, recipe.feature_weight),
+                read=read,
             )
             return judged.loss
 
@@ -381,7 +431,8 @@ def train(
 
     while state.step < recipe.num_steps:
         texts = draw_texts(batches, recipe, state.step)
-        params, optimizer_state, loss = step(state.params, state.optimizer, frozen, texts)
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+        params, optimizer_state, loss = step(state.params, state.optimizer, frozen, texts, key)
         state = TrainState(params, optimizer_state, state.step + 1)
         if not report(state, float(loss)):
             break

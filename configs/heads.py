@@ -1,4 +1,4 @@
-"""Trains heads that predict several tokens in parallel: Medusa's, or those of blockwise parallel decoding.
+"""Trains what drafts for a target, by kind: heads of Medusa or blockwise decoding, EAGLE, PARD, masks, SpecDec.
 
 Command, and then a measurement of the heads:
 
@@ -6,6 +6,10 @@ Command, and then a measurement of the heads:
         --config.data=FILE --workdir=runs/heads
     python -m specjax.launch --config=configs/compare.py --config.target=SOURCE --config.drafter=medusa \\
         --config.draft=runs/heads/model --config.num_draft_tokens=3 --config.data=PROMPTS
+
+--config.kind chooses: medusa and blockwise are described here; with eagle, feature_head, pard, pass and specdec the
+keys and the results are those of eagle.py, head.py, pard.py, masks.py and specdec.py beside this file, whose docstrings
+have the recipes (`--config=configs/heads.py --config.kind=eagle --help` lists the keys).
 
 A SOURCE is what `specjax.load` takes, decoder-only or a T5. A FILE has one JSON object per line: a prompt (`prompt`,
 `input` or the first of `turns`), with its answer (`target`) where given text is learnt (`mix.fixed`), or a `text`,
@@ -32,15 +36,31 @@ and while they are trained (train.jsonl, heads.png, summary.md), and model/, the
 Medusa's in their published layout.
 """
 
+import pathlib
+import runpy
+
 from ml_collections import ConfigDict
 
+# Kinds that have files of their own, with other keys.
+_OTHERS = {
+    "eagle": "eagle.py",
+    "feature_head": "head.py",
+    "pard": "pard.py",
+    "pass": "masks.py",
+    "specdec": "specdec.py",
+}
 
-def get_config() -> ConfigDict:
+
+def get_config(kind: str = "medusa") -> ConfigDict:
+    if kind in _OTHERS:
+        config = runpy.run_path(str(pathlib.Path(__file__).parent / _OTHERS[kind]))["get_config"]()
+        config.kind = kind
+        return config
     config = ConfigDict()
     config.experiment = "heads"
     config.name = "heads"  # The heading of summary.md.
 
-    config.kind = "medusa"  # Or blockwise.
+    config.kind = kind  # medusa, blockwise, eagle, feature_head, pard, pass or specdec.
     config.num_heads = 3  # Heads, each of which drafts one more token; blockwise decoding's k is one more.
     config.num_layers = 1  # kind=medusa: residual blocks of a head.
     config.inner_size = 0  # kind=blockwise: the width of its layer, for all heads; 0: num_heads times the target's.

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import pathlib
 import re
@@ -129,8 +130,18 @@ def _similar(file: str) -> str:
     return f" Did you mean {str(by_name[near[0]])!r}?" if near else ""
 
 
-def _load_config(path: str) -> ConfigDict:
-    """The config as its file has it. What follows a colon in the path is the argument of its `get_config`."""
+def _asked(get_config: Callable[..., Any], argv: Sequence[str]) -> dict[str, str]:
+    """The arguments of `get_config` that flags give: those that are named as keys of the config, such as `kind`."""
+    given = [re.fullmatch(r"--?config\.(\w+)=(.*)", arg) for arg in argv]
+    return {match[1]: match[2] for match in given if match and match[1] in inspect.signature(get_config).parameters}
+
+
+def _load_config(path: str, argv: Sequence[str] = ()) -> ConfigDict:
+    """The config as its file has it.
+
+    What follows a colon in the path is the argument of its `get_config`; without one, a flag of a key that is named as
+    an argument is that argument too, so that a key may choose which others there are.
+    """
     file, *arguments = path.split(":", 1)
     if not file:
         raise UsageError("--config is empty: give --config=FILE, such as configs/quickstart.py.")
@@ -140,7 +151,8 @@ def _load_config(path: str) -> ConfigDict:
             f"The config file {file!r} {what}: give --config=FILE, such as configs/quickstart.py.{_similar(file)}"
         )
     try:
-        config = runpy.run_path(file)["get_config"](*arguments)
+        get_config = runpy.run_path(file)["get_config"]
+        config = get_config(*arguments) if arguments else get_config(**_asked(get_config, argv))
     except (Exception, SystemExit) as error:  # Whatever the code of the file raises.
         raise UsageError(
             f"{file} is not a config ({type(error).__name__}: {error}): --debug shows where it fails."
@@ -193,7 +205,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     path, others = _split(argv)
     config, defaults = None, {}
     if path is not None:
-        config = _load_config(path)
+        config = _load_config(path, others)
         defaults = keys.flatten(config)
         _check_keys(others, config)
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=others)

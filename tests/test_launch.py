@@ -350,3 +350,26 @@ def test_a_drafter_of_ones_own_that_is_wrong_is_named(name, words, target, data,
     assert error.count("\n") == 1
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("kind", "experiment", "key"),
+    [
+        ("medusa", "heads", "num_heads"),
+        ("blockwise", "heads", "inner_size"),
+        ("eagle", "head", "taps"),
+        ("feature_head", "head", "own_prompts"),
+        ("pard", "pard", "keep_masks"),
+        ("pass", "masks", "num_points"),
+        ("specdec", "specdec", "glance_first"),
+    ],
+)
+def test_the_kind_of_heads_chooses_the_keys(kind: str, experiment: str, key: str, capsys: pytest.CaptureFixture):
+    path = str(ROOT / "configs" / "heads.py")
+    for arguments in (_arguments(path, config__kind=kind), _arguments(f"{path}:{kind}")):
+        _, config = launch.parse(arguments)
+        assert config is not None
+        assert (config.experiment, config.kind) == (experiment, kind)
+        assert key in config
+    assert launch.main([*_arguments(path, config__kind=kind), "--help"]) == 0
+    assert f"--config.{key}=" in capsys.readouterr().out

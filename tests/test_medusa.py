@@ -582,7 +582,7 @@ def command(*flags: str, **values: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"kind": "hydra"}, "config.kind='hydra': choose one of medusa, blockwise"),
+        ({"kind": "hydra"}, "config.kind='hydra': choose one of medusa, blockwise, eagle, feature_head, pard"),
         ({"mix__draft": 0.5}, "config.mix.draft=0.5: heads write no text of their own"),
         ({"inner_size": 8}, "config.inner_size=8 is that of kind=blockwise"),
         ({"kind": "blockwise", "num_layers": 2}, "config.num_layers=2 is that of kind=medusa"),

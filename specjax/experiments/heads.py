@@ -11,7 +11,7 @@ from specjax.experiments import board, teaching
 from specjax.experiments.reports import heads as report
 from specjax.experiments.reports import plots
 from specjax.experiments.reports.display import View
-from specjax.experiments.settings import Config, at_least, one_of, parse
+from specjax.experiments.settings import Check, Config, at_least, parse
 from specjax.experiments.store import Store, clear
 from specjax.experiments.teaching import WRITTEN, Taught, Teaching
 from specjax.experiments.training_progress import Progress
@@ -27,11 +27,15 @@ FILES = (*fit.FILES, WRITTEN, "config.json", "summary.md", "heads.png", board.DI
 """The files of a run in its work directory."""
 
 
+EVERY_KIND = ("medusa", "blockwise", "eagle", "feature_head", "pard", "pass", "specdec")
+"""What `config.kind` may be; all but the first two are experiments of their own, which the config's file knows."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings(Teaching):
     """The keys of `configs/heads.py`."""
 
-    kind: Annotated[str, one_of("medusa", "blockwise")]
+    kind: Annotated[str, Check(lambda kind: kind in KINDS, f"choose one of {', '.join(EVERY_KIND)}")]
     num_heads: Annotated[int, at_least(1)]
     num_layers: Annotated[int, at_least(1)]
     inner_size: Annotated[int, at_least(0)]
@@ -114,7 +118,7 @@ def _parallel(save: Callable[..., None]) -> Kind:
 
 
 KINDS = {"medusa": _parallel(drafters.save_medusa), "blockwise": _parallel(drafters.save_blockwise)}
-"""By `config.kind`. Another kind of head is added here, and to the names that `Settings.kind` takes."""
+"""By `config.kind`. Another kind of parallel head is added here, and to `EVERY_KIND`."""
 
 
 def _prepare(chosen: Settings, workdir: pathlib.Path, view: View) -> Prepared:

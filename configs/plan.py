@@ -24,7 +24,11 @@ def get_config() -> ConfigDict:
     config.name = "plan"  # What the run is called.
 
     config.target = ""  # A SHAPE.
-    config.draft = ""  # A SHAPE, or several, separated by commas.
+    config.drafter = "model"  # Or eagle, medusa, blockwise, pard, parallel_masks, mask_tokens.
+    # drafter=model, pard: a SHAPE; eagle: eagle3:TOKENS (0: all) or eagle1, a head like a layer of the target, or a
+    # directory or hub id with the config.json of a head; medusa: medusa:HEADS, with :own behind it where each has an
+    # output matrix; blockwise: blockwise:HEADS; masks: nothing. Or several, separated by commas.
+    config.draft = ""
     config.target_quantise = ""  # Plan the target in int8, int4:64 or the like. It is then another target.
     config.draft_quantise = ""  # Plan the draft in int8, int4:64 or the like. Text stays exact.
     config.dtype = "bfloat16"  # Or float32.
@@ -35,6 +39,8 @@ def get_config() -> ConfigDict:
 
     config.num_draft_tokens = 4  # K of the step that is compiled.
     config.max_draft_tokens = 16  # The largest K for which times are predicted.
+    # drafter=model, eagle: dynamic trees for which times are predicted, (width, depth, nodes) each: ((10,7,59),).
+    config.trees = ()
     config.alpha = 0.7  # The acceptance rate that predictions assume.
     config.batch_size = 1  # Rows that are decoded together.
     config.prompt_tokens = 128  # Tokens of each row's prompt.
@@ -47,4 +53,7 @@ def get_config() -> ConfigDict:
     config.reference_ms = ConfigDict()  # Published ms/token by SHAPE, to print beside the predictions.
     # Published measurements (task, SHAPE of the draft, K, alpha, speedup), to print beside what the plan predicts.
     config.published = ()
+    # Published tokens per step (source, drafts, tokens, ms/token, plain ms/token), to print beside the plan; drafts are
+    # (K,) or one of the trees, and a time that was not published is 0.
+    config.lengths = ()
     return config

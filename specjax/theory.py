@@ -32,6 +32,24 @@ def expected_tokens(alpha: float, num_draft_tokens: int) -> float:
     return sum(alpha**i for i in range(num_draft_tokens + 1))
 
 
+def tokens_per_step(acceptances: Sequence[float]) -> float:
+    """Tokens per target call of a chain whose draft positions are accepted with these chances.
+
+    Args:
+      acceptances: of each position, given that all before it were accepted, as trained heads report them; where all are
+        alpha, it is `expected_tokens`.
+
+    Raises:
+      ValueError: for a chance that is none.
+
+    >>> round(tokens_per_step([0.8, 0.5, 0.5]), 3)
+    2.4
+    """
+    for chance in acceptances:
+        _check(chance, 0)
+    return 1.0 + sum(math.prod(acceptances[: k + 1]) for k in range(len(acceptances)))
+
+
 def walltime_factor(alpha: float, num_draft_tokens: int, c: float, score_cost: float = 1.0) -> float:
     """Speedup over plain decoding, Theorem 3.8: `expected_tokens / (K c + score_cost)`.
 

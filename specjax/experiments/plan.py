@@ -6,12 +6,12 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 
-from specjax import theory
-from specjax.experiments import choices
+from specjax import drafters, theory
+from specjax.experiments import choices, plan_drafts
 from specjax.experiments.reports import plan as report
 from specjax.experiments.reports import plots
 from specjax.experiments.reports.display import View
@@ -21,10 +21,13 @@ from specjax.experiments.store import Store
 from specjax.models import families
 from specjax.models.config import ModelConfig
 from specjax.models.weights import shapes
-from specjax.planning import aot, chips, plan
+from specjax.planning import aot, chips, kinds, plan
 from specjax.planning.plan import Cost, Setup
 
 FILES = ("config.json", "results.json", "summary.md")
+
+_Costs = dict[str, Callable[[int], Cost]]
+"""The cost of each call by the number of tokens that it reads, by the call's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Settings:
 
     name: str
     target: Annotated[str, given("..., a preset, a directory or a hub id")]
-    draft: Annotated[str, given("..., a preset, a directory or a hub id")]
+    drafter: Annotated[str, one_of(*plan_drafts.DRAFTERS)]
+    draft: str
     target_quantise: Annotated[str, choices.SPELLING]
     draft_quantise: Annotated[str, choices.SPELLING]
     dtype: str
@@ -43,6 +47,7 @@ class Settings:
     draft_sharding: Annotated[str, one_of("split", "replicated")]
     num_draft_tokens: int
     max_draft_tokens: int
+    trees: tuple[plan_drafts.Tree, ...]
     alpha: Annotated[float, Check(lambda alpha: 0 <= alpha <= 1, "a probability, from 0 to 1")]
     batch_size: int
     prompt_tokens: int
@@ -53,10 +58,13 @@ class Settings:
     layers: Annotated[str, Check(lambda name: name in ("few", "all"), "choose few (and extrapolate) or all")]
     reference_ms: dict[str, float]
     published: tuple[tuple[str, str, int, float, float], ...]
+    lengths: tuple[tuple[str, tuple[int, ...], float, float, float], ...]
 
     def check(self) -> None:
-        """Refuses a rule that does not exist, and numbers that do not fit each other."""
+        """Refuses a rule that does not exist, and values that do not fit each other."""
         choices.rule(self.verify)
+        if self.target:
+            plan_drafts.check(self.drafter, self.draft, self.trees, self.draft_quantise)
         if self.max_draft_tokens < self.num_draft_tokens:
             raise ValueError(
                 f"config.max_draft_tokens={self.max_draft_tokens} is less than "
@@ -69,6 +77,13 @@ class Settings:
                 raise ValueError(
                     f"config.published has K = {row[2]}, more than config.max_draft_tokens={self.max_draft_tokens}: "
                     "raise that."
+                )
+        known = {(k,) for k in range(1, self.max_draft_tokens + 1)} | set(self.trees)
+        for row in self.lengths:
+            if len(row) != 5 or tuple(row[1]) not in known:
+                raise ValueError(
+                    f"config.lengths has {row}: give (source, drafts, tokens per step, ms/token, plain ms/token); "
+                    f"drafts is (K,), at most config.max_draft_tokens={self.max_draft_tokens}, or one of config.trees."
                 )
 
 
@@ -94,8 +109,13 @@ def setups(chosen: Settings) -> list[tuple[str, Setup]]:
     def read(name: str, how: str) -> ModelConfig:
         return families.with_quantisation(shapes.read(name, chosen.dtype), how)
 
-    target = read(chosen.target, chosen.target_quantise)
-    drafts = {name: read(name, chosen.draft_quantise) for name in _names(chosen.draft)}
+    target, planned = read(chosen.target, chosen.target_quantise), plan_drafts.DRAFTERS[chosen.drafter]
+
+    def read_draft(name: str) -> Any:
+        shape = planned.shape(name, target, chosen.dtype)
+        return families.with_quantisation(shape, chosen.draft_quantise) if chosen.draft_quantise else shape
+
+    drafts = {name: read_draft(name) for name in _names(chosen.draft)}
     return [
         (
             name,
@@ -109,6 +129,7 @@ def setups(chosen: Settings) -> list[tuple[str, Setup]]:
                 prompt_tokens=chosen.prompt_tokens,
                 max_new_tokens=chosen.max_new_tokens,
                 draft_replicated=chosen.draft_sharding == "replicated",
+                kind=planned.kind(None),
             ),
         )
         for topology in topologies
@@ -158,13 +179,13 @@ def _call(setup: Setup, side: str, tokens: int, cost: Cost, computed: Cost, prog
     }
 
 
-def _with_compiled(cost: Callable[[int], Cost], side: str, compiled: aot.Compiled | None) -> Callable[[int], Cost]:
-    """Costs with the collectives that XLA compiled, where anything was compiled."""
-    if compiled is None:
-        return cost
+def _with_compiled(cost: Callable[[int], Cost], name: str, compiled: aot.Compiled | None) -> Callable[[int], Cost]:
+    """Costs of a call with the collectives that XLA compiled, where it was compiled."""
     seen = {}
+    if compiled is None or not any(of == name for of, _ in compiled.calls):
+        return cost
     for (of, tokens), program in compiled.calls.items():
-        if of == side:
+        if of == name:
             counts = program.collectives.values()
             seen[tokens] = (sum(count for count, _, _ in counts), sum(size for _, size, _ in counts))
     return plan.with_collectives(cost, seen)
@@ -188,45 +209,93 @@ def _memory(setup: Setup, compiled: aot.Compiled | None) -> tuple[Row, plan.Fit]
     }, fit
 
 
+def _of_drafts(setup: Setup, chosen: Settings, cost: _Costs) -> list[tuple[tuple[int, ...], plan.StepTimes]]:
+    """The times of the steps of chains, (K,), and of trees, (width, depth, nodes)."""
+    most = min(chosen.max_draft_tokens, setup.kind.most(setup.draft) or chosen.max_draft_tokens)
+    sizes: list[tuple[tuple[int, ...], Setup]] = [
+        ((k,), dataclasses.replace(setup, num_draft_tokens=k)) for k in range(1, most + 1)
+    ]
+    for tree in chosen.trees:
+        dynamic = drafters.Dynamic(*tree)
+        kind = plan_drafts.DRAFTERS[chosen.drafter].kind(dynamic)
+        sizes.append((tuple(tree), dataclasses.replace(setup, num_draft_tokens=dynamic.num_nodes, kind=kind)))
+    return [(size, plan.step_times(found, cost)) for size, found in sizes]
+
+
 def _times(setup: Setup, chosen: Settings, compiled: aot.Compiled | None) -> Row:
-    """The calls of a step, and what they predict for every K."""
-    computed = {side: plan.call_cost(setup, side) for side in plan.SIDES}
-    cost = {side: _with_compiled(computed[side], side, compiled) for side in plan.SIDES}
+    """The calls of a step, and what they predict for every K and every tree."""
+    computed = plan.costs(setup)
+    cost = {name: _with_compiled(found, name, compiled) for name, found in computed.items()}
     programs, k = compiled.calls if compiled else {}, setup.num_draft_tokens
-    wanted = [("draft", 1), *(("target", tokens) for tokens in range(1, k + 2))]
-    target_seconds = [plan.times(setup, cost["target"](t)).total for t in range(1, chosen.max_draft_tokens + 2)]
-    forecast = plan.forecast(target_seconds, plan.times(setup, cost["draft"](1)).total, chosen.alpha)
+    wanted = [(reads.call, reads.tokens) for reads in setup.step.drafting if reads.call != kinds.TARGET]
+    wanted += [(kinds.TARGET, tokens) for tokens in range(1, setup.step.scored + 1)]
+    found = _of_drafts(setup, chosen, cost)
+    chains = [times for size, times in found if len(size) == 1]
+    plain = chains[0].plain
+    drafting = [0.0, *(times.drafting for times in chains)]
+    forecast = plan.forecast([plain, *(times.scoring for times in chains)], drafting, chosen.alpha)
     return {
         "calls": [
-            _call(setup, side, tokens, cost[side](tokens), computed[side](tokens), programs.get((side, tokens)))
-            for side, tokens in wanted
+            _call(setup, name, tokens, cost[name](tokens), computed[name](tokens), programs.get((name, tokens)))
+            for name, tokens in wanted
         ],
         "alpha": chosen.alpha,
-        "cost_ratio": forecast.cost_ratio,
+        "cost_ratio": forecast.cost_ratio(k),
         "target_ms_by_tokens": [1e3 * seconds for seconds in forecast.target],
-        "draft_ms": 1e3 * forecast.draft,
+        "draft_ms": 1e3 * forecast.drafting[k] / k,
+        "drafting_ms_by_draft_tokens": [1e3 * seconds for seconds in forecast.drafting],
         "ms_per_token_by_draft_tokens": forecast.milliseconds,
         "best_num_draft_tokens": forecast.best,
         "predicted_ms_per_token": forecast.milliseconds[k],
         "predicted_speedup": forecast.milliseconds[0] / forecast.milliseconds[k],
+        "steps": [
+            {
+                "drafts": list(size),
+                "drafting_ms": 1e3 * times.drafting,
+                "scoring_ms": 1e3 * times.scoring,
+                "ms": 1e3 * times.total,
+                "pays_above": times.pays_above,
+            }
+            for size, times in found
+        ],
+        "lengths": [_at_length(row, dict(found)) for row in chosen.lengths if tuple(row[1]) in dict(found)],
+    }
+
+
+def _at_length(row: tuple[str, tuple[int, ...], float, float, float], found: dict[Any, plan.StepTimes]) -> Row:
+    """What the plan predicts at a published number of tokens per step, beside the times that were published with it."""
+    source, drafts, tokens, measured, plain = row
+    times = found[tuple(drafts)]
+    return {
+        "source": source,
+        "drafts": list(drafts),
+        "tokens_per_step": tokens,
+        "predicted_ms_per_token": times.milliseconds(tokens),
+        "predicted_speedup": times.speedup(tokens),
+        "measured_ms_per_token": measured or None,
+        "measured_speedup": plain / measured if measured and plain else None,
     }
 
 
 def _published(row: Row, chosen: Settings) -> list[Row]:
     """What the plan predicts at published acceptance rates, beside the speedups that were measured with them."""
-    target, c = row["target_ms_by_tokens"], row["cost_ratio"]
-    return [
-        {
-            "task": task,
-            "num_draft_tokens": k,
-            "alpha": alpha,
-            "measured_speedup": measured,
-            "theorem_speedup": theory.walltime_factor(alpha, k, c),
-            "predicted_speedup": theory.walltime_factor(alpha, k, c, target[k] / target[0]),
-        }
-        for task, draft, k, alpha, measured in chosen.published
-        if draft == row["draft"]
-    ]
+    target, drafting = row["target_ms_by_tokens"], row["drafting_ms_by_draft_tokens"]
+    found = []
+    for task, draft, k, alpha, measured in chosen.published:
+        if draft != row["draft"]:
+            continue
+        c = drafting[k] / (k * target[0])
+        found.append(
+            {
+                "task": task,
+                "num_draft_tokens": k,
+                "alpha": alpha,
+                "measured_speedup": measured,
+                "theorem_speedup": theory.walltime_factor(alpha, k, c),
+                "predicted_speedup": theory.walltime_factor(alpha, k, c, target[k] / target[0]),
+            }
+        )
+    return found
 
 
 def _step(compiled: aot.Compiled) -> Row:
@@ -253,7 +322,8 @@ def make_row(name: str, setup: Setup, chosen: Settings, compiled: aot.Compiled |
     row = {
         "task": "plan",
         "target": chosen.target,
-        "draft": name,
+        "drafter": chosen.drafter,
+        "draft": name or chosen.drafter,
         "topology": setup.topology.name,
         "chips": setup.topology.num_chips,
         "devices": setup.topology.num_devices,
@@ -261,13 +331,13 @@ def make_row(name: str, setup: Setup, chosen: Settings, compiled: aot.Compiled |
         "replicated": {side: plan.replicated(setup, side) for side in plan.SIDES},
         "draft_sharding": chosen.draft_sharding,
         "dtype": chosen.dtype,
-        "quantised": {side: families.quantised_as(setup.side(side)) for side in plan.SIDES},
+        "quantised": {side: setup.shapes(side).quantised_as(setup.side(side)) for side in plan.SIDES},
         "verify": chosen.verify,
         "temperature": chosen.temperature,
         "num_draft_tokens": setup.num_draft_tokens,
         "batch_size": setup.batch_size,
         "buffer": setup.buffer,
-        "num_parameters": {side: families.num_params(setup.side(side)) for side in plan.SIDES},
+        "num_parameters": {side: plan.num_params(setup, side) for side in plan.SIDES},
         "compiled": compiled is not None,
         "compiled_layers": compiled.layers if compiled else None,
         "extrapolated": compiled is not None and not compiled.exact,

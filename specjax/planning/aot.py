@@ -21,7 +21,7 @@ from specjax import decoding, sampling
 from specjax.decoding import verify
 from specjax.decoding.verify import Rule
 from specjax.drafters.rollout import choose
-from specjax.planning import cuda, libtpu, plan
+from specjax.planning import cuda, kinds, libtpu, plan
 from specjax.planning.chips import Chip, Topology
 from specjax.planning.extrapolation import both_sides, combine, samples
 from specjax.planning.plan import Setup, Sharded
@@ -123,22 +123,35 @@ def _no_history(rows: int, tokens: int) -> History:
     return History(none[:, None], none, none, nothing[:, :0], None, nothing)
 
 
-def draft_call(setup: Setup, mesh: Mesh, temperature: float = 0.0) -> Any:
-    """One draft call that reads one token of each row and draws the next, compiled (`drafters.model`)."""
+def draft_call(setup: Setup, mesh: Mesh, temperature: float = 0.0, call: str = kinds.DRAFT, tokens: int = 1) -> Any:
+    """One draft call that reads some tokens of each row and draws one from each of its logits, compiled.
+
+    Args:
+      setup: the plan.
+      mesh: from `make_mesh`.
+      temperature: the sampling temperature.
+      call: one of the calls of the draft's kind (`kinds.Made.calls`).
+      tokens: how many tokens of each row it reads.
+    """
     placed, rows = plan.shard(setup, mesh), setup.batch_size
-    vocab_size, numbers = setup.target.vocab_size, _numbers(temperature)
+    vocab_size, numbers, run = setup.target.vocab_size, _numbers(temperature), placed.calls[call]
+    state, token = placed.state.rows.drafter, _rows_like(mesh, (rows, tokens), jnp.int32)
+    number = jax.eval_shape(run, placed.params, state, token)[0].shape[1]
 
-    def call(params: Any, cache: Any, token: Any, keys: Any) -> Any:
-        output, cache = placed.models["draft"].apply(params, Block(token), cache)
+    def draw(logits: Any, keys: Any) -> Any:
+        history, options = _no_history(rows, 1), _constant(numbers, rows)
+        return choose(logits, keys, history, options, vocab_size)
+
+    def read(params: Any, state: Any, token: Any, keys: Any) -> Any:
+        logits, state = run(params, state, token)
         with jax.named_scope("drafting"):
-            history, options = _no_history(rows, 1), _constant(numbers, rows)
-            return *choose(output.logits, keys, history, options, vocab_size), cache
+            if number == 1:
+                return *draw(logits, keys[:, 0]), state
+            return *jax.vmap(draw, in_axes=1)(logits[:, :, None], keys), state
 
-    token = _rows_like(mesh, (rows, 1), jnp.int32)
     with jax.set_mesh(mesh):
-        keys = placed.state.rows.seed
-        lowered = jax.jit(call, donate_argnums=1).lower(placed.params.draft, placed.state.rows.drafter, token, keys)
-        return _compile(lowered)
+        keys = _rows_like(mesh, (rows, number), placed.state.rows.seed.dtype)
+        return _compile(jax.jit(read, donate_argnums=1).lower(placed.params, state, token, keys))
 
 
 def target_call(setup: Setup, mesh: Mesh, tokens: int, temperature: float = 0.0, rule: Rule = verify.rejection) -> Any:
@@ -175,7 +188,8 @@ class Compiled(NamedTuple):
 
     Attributes:
       step: the whole loop.
-      calls: single calls, by side and number of tokens: the draft of one, the target of one and of K + 1.
+      calls: single calls, by name and number of tokens: the draft's as a step makes them, the target's of one token and
+        of as many as a step scores.
       layers: with how many layers of the target, and of the draft, programs were compiled.
       exact: whether those are all layers; else `step` and `calls` are extrapolated from them.
       seconds: the time that compilation took.
@@ -201,7 +215,7 @@ def extrapolate(
       every_layer: compile all layers instead.
     """
     start = time.perf_counter()
-    targets, drafts = (samples(setup.side(side).num_layers, every_layer) for side in plan.SIDES)
+    targets, drafts = (samples(setup.num_layers(side), every_layer) for side in plan.SIDES)
     base = targets[0][1], drafts[0][1]
 
     def compiled_step(target: int, draft: int) -> Program:
@@ -209,9 +223,10 @@ def extrapolate(
         placed = plan.shard(few, mesh)
         return read(step(few, mesh, rule), cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
 
-    def compiled_draft(layers: int) -> Program:
+    def compiled_draft(layers: int, reads: kinds.Reads) -> Program:
         few = plan.with_layers(setup, base[0], layers)
-        return read(draft_call(few, mesh, temperature), cache_shapes(plan.shard(few, mesh).state.rows.drafter))
+        program = draft_call(few, mesh, temperature, reads.call, reads.tokens)
+        return read(program, cache_shapes(plan.shard(few, mesh).state.rows.drafter))
 
     def compiled_target(layers: int, tokens: int) -> Program:
         few = plan.with_layers(setup, layers, base[1])
@@ -219,9 +234,13 @@ def extrapolate(
         return read(program, cache_shapes(plan.shard(few, mesh).state.rows.cache))
 
     whole = combine([(weight, compiled_step(*layers)) for layers, weight in both_sides(targets, drafts).items()])
-    calls = {("draft", 1): combine([(weight, compiled_draft(layers)) for weight, layers in drafts])}
-    for tokens in (1, setup.num_draft_tokens + 1):
-        calls["target", tokens] = combine([(weight, compiled_target(layers, tokens)) for weight, layers in targets])
+    calls = {}
+    for reads in setup.step.drafting:
+        if reads.call != kinds.TARGET:
+            found = [(weight, compiled_draft(layers, reads)) for weight, layers in drafts]
+            calls[reads.call, reads.tokens] = combine(found)
+    for tokens in (1, setup.step.scored):
+        calls[kinds.TARGET, tokens] = combine([(weight, compiled_target(layers, tokens)) for weight, layers in targets])
     layers = {side: [n for _, n in found] for side, found in zip(plan.SIDES, (targets, drafts), strict=True)}
     exact = all(len(found) == 1 for found in (targets, drafts))
     return Compiled(whole, calls, layers, exact, time.perf_counter() - start)

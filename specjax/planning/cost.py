@@ -11,10 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax.models import families, linear, modules
-from specjax.models.config import DecoderConfig, Experts, ModelConfig
-from specjax.planning.setup import SIDES, Setup, abstract_mesh, local_bytes, local_shape, placed_config, shard, unrolled
-from specjax.types import Block, Tree
+from specjax.models import linear, modules
+from specjax.models.config import DecoderConfig, Experts
+from specjax.planning import kinds
+from specjax.planning.setup import (
+    SIDES,
+    Setup,
+    abstract_mesh,
+    declared,
+    local_bytes,
+    local_shape,
+    placed_config,
+    shard,
+    unrolled,
+)
+from specjax.types import Params
 
 
 class Cost(NamedTuple):
@@ -111,11 +122,34 @@ def _walk(
     return [of(x) for x in jaxpr.outvars]
 
 
-def _reduced(config: ModelConfig, params: Tree, read: set[int], looked_up: set[int]) -> Iterator[int]:
+class _Leaves(NamedTuple):
+    """The parameters of both sides, one after the other.
+
+    Attributes:
+      arrays: abstract, with their shardings.
+      axes: their logical axes.
+      num_contracted: how many axes of each are inputs; 0 for one that is no matrix.
+      number: how many are the target's, which come first.
+    """
+
+    arrays: list[Any]
+    axes: list[Any]
+    num_contracted: list[int]
+    number: int
+
+
+def _leaves(setup: Setup, params: Params) -> _Leaves:
+    found = [declared(setup, side) for side in SIDES]
+    treedef = jax.tree.structure(params)
+    axes, inputs = (
+        treedef.flatten_up_to(Params(*(getattr(x, name) for x in found))) for name in ("axes", "num_contracted")
+    )
+    return _Leaves(jax.tree.leaves(params), axes, inputs, len(jax.tree.leaves(params.target)))
+
+
+def _reduced(leaves: _Leaves, read: set[int], looked_up: set[int]) -> Iterator[int]:
     """Values per token of each all-reduce: of products with split contracted axes, look-ups in a split vocabulary."""
-    leaves, treedef = jax.tree.flatten(params)
-    contracted, axes = (treedef.flatten_up_to(f(config)) for f in (families.num_contracted, families.param_axes))
-    for i, (leaf, number, names) in enumerate(zip(leaves, contracted, axes, strict=True)):
+    for i, (leaf, number, names) in enumerate(zip(leaves.arrays, leaves.num_contracted, leaves.axes, strict=True)):
         split = [axis is not None for axis in (*leaf.sharding.spec, *[None] * leaf.ndim)]
         first = modules.num_stacked(names)
         inputs = [leaf.ndim - number + j if linear.outputs_first(leaf.dtype) else first + j for j in range(number)]
@@ -134,45 +168,49 @@ def distinct_experts(experts: Experts, tokens: float) -> float:
     return experts.number * (1.0 - (1.0 - experts.chosen / experts.number) ** tokens)
 
 
-def _of_experts(experts: Experts, stacks: Tree, contracted: list[int], tokens: int) -> tuple[float, float]:
+def _of_experts(experts: Experts, leaves: _Leaves, which: list[int], tokens: int) -> tuple[float, float]:
     """The operations of a call's experts on each device, and the bytes of those that it reads.
 
     Args:
       experts: the mixture.
-      stacks: the abstract parameters of all experts, with their shardings.
-      contracted: how many axes of each are inputs; 0 for one that is no matrix.
+      leaves: the parameters.
+      which: those of all experts.
       tokens: the tokens of a device's rows.
     """
-    weights = sum(math.prod(local_shape(x)) for x, number in zip(stacks, contracted, strict=True) if number)
+    weights = sum(math.prod(local_shape(leaves.arrays[i])) for i in which if leaves.num_contracted[i])
     share = distinct_experts(experts, tokens) / experts.number
-    return 2.0 * tokens * experts.chosen / experts.number * weights, share * local_bytes(stacks)
+    size = local_bytes([leaves.arrays[i] for i in which])
+    return 2.0 * tokens * experts.chosen / experts.number * weights, share * size
 
 
-def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
-    """The cost of a call of one side on each device, by the number of tokens that it reads per row.
+def call_cost(setup: Setup, call: str) -> Callable[[int], Cost]:
+    """The cost of a call on each device, by the number of tokens that it reads per row.
 
     Two calls are traced, of two and three tokens; every cost is linear in the number of tokens, but for those of
     experts, which are computed.
+
+    Args:
+      setup: the plan.
+      call: "target", or one of the calls of the draft's kind (`kinds.Made.calls`): "draft" for a model.
     """
     setup = unrolled(setup)
     placed = shard(setup, abstract_mesh(setup))
-    index = SIDES.index(side)
-    params, cache = placed.params[index], (placed.state.rows.cache, placed.state.rows.drafter)[index]
-    arguments = jax.tree.leaves((params, cache))
+    side = kinds.TARGET if call == kinds.TARGET else kinds.DRAFT
+    state = placed.state.rows.cache if side == kinds.TARGET else placed.state.rows.drafter
+    leaves = _leaves(setup, placed.params)
+    arguments = jax.tree.leaves((placed.params, state))
     shards = [x.size // math.prod(local_shape(x)) for x in arguments]
-    num_params = len(jax.tree.leaves(params))
-    small = frozenset(i for i, x in enumerate(arguments[:num_params]) if jnp.issubdtype(x.dtype, jnp.integer))
+    num_params = len(leaves.arrays)
+    own = range(leaves.number) if side == kinds.TARGET else range(leaves.number, num_params)
+    # Integers that are contracted or scaled are quantised matrices.
+    small = frozenset(i for i, x in enumerate(leaves.arrays) if jnp.issubdtype(x.dtype, jnp.integer) and x.ndim > 1)
     config = placed_config(setup, side)
-    treedef = jax.tree.structure(params)
-    axes, inputs = (treedef.flatten_up_to(f(config)) for f in (families.param_axes, families.num_contracted))
-    stacks = frozenset(i for i, names in enumerate(axes) if names[:1] == ("experts",))
+    stacks = frozenset(i for i in own if leaves.axes[i][:1] == ("experts",))
     rows = setup.batch_size // setup.data
 
     def traced(tokens: int) -> Cost:
         block = jax.ShapeDtypeStruct((setup.batch_size, tokens), jnp.int32)
-        apply = placed.models[side].apply
-        read_block = lambda params, cache, tokens: apply(params, Block(tokens), cache)  # noqa: E731
-        jaxpr = jax.make_jaxpr(read_block)(params, cache, block).jaxpr
+        jaxpr = jax.make_jaxpr(placed.calls[call])(placed.params, state, block).jaxpr
         read: set[int] = set()
         looked_up: set[int] = set()
         flops = 0.0
@@ -181,7 +219,7 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
             # A product with the cache has its rows split already; one with a parameter runs for the device's own rows.
             divisors = [shards[i] * (setup.data if i < num_params else 1) for i in known]
             flops += product.flops / max(divisors, default=setup.data)
-        reduced = list(_reduced(config, params, read | stacks, looked_up)) if setup.mesh_shape[1] > 1 else []
+        reduced = list(_reduced(leaves, read | stacks, looked_up)) if setup.mesh_shape[1] > 1 else []
         return Cost(
             flops,
             local_bytes([arguments[i] for i in read if i < num_params]),
@@ -197,13 +235,16 @@ def call_cost(setup: Setup, side: str) -> Callable[[int], Cost]:
         found = Cost(*(a + (tokens - 2) * (b - a) for a, b in zip(two, three, strict=True)))
         if not stacks or not isinstance(config, DecoderConfig) or config.experts is None:
             return found
-        which = sorted(stacks)
-        flops, size = _of_experts(
-            config.experts, [arguments[i] for i in which], [inputs[i] for i in which], rows * tokens
-        )
+        flops, size = _of_experts(config.experts, leaves, sorted(stacks), rows * tokens)
         return found._replace(flops=found.flops + flops, parameter_bytes=found.parameter_bytes + size)
 
     return cost
+
+
+def costs(setup: Setup) -> dict[str, Callable[[int], Cost]]:
+    """`call_cost` of the target's call and of each of the draft's, by name."""
+    setup = unrolled(setup)
+    return {name: call_cost(setup, name) for name in shard(setup, abstract_mesh(setup)).calls}
 
 
 def with_collectives(cost: Callable[[int], Cost], seen: dict[int, tuple[float, float]]) -> Callable[[int], Cost]:
@@ -212,12 +253,15 @@ def with_collectives(cost: Callable[[int], Cost], seen: dict[int, tuple[float, f
     Args:
       cost: the cost by number of tokens.
       seen: the number of collectives, and the bytes of all, by number of tokens; the others are on the line through the
-        first and the last.
+        first and the last, and where there is only one, their bytes are in proportion to the tokens.
     """
     first, last = min(seen), max(seen)
 
     def at(tokens: int) -> Cost:
-        share = (tokens - first) / (last - first) if last > first else 0.0
+        if last == first:
+            number, size = seen[first]
+            return cost(tokens)._replace(all_reduces=number, all_reduce_bytes=size * tokens / first)
+        share = (tokens - first) / (last - first)
         number, size = (a + share * (b - a) for a, b in zip(seen[first], seen[last], strict=True))
         return cost(tokens)._replace(all_reduces=number, all_reduce_bytes=size)
 

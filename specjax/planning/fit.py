@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from specjax import decoding
-from specjax.models import families
 from specjax.planning.memory import memory
 from specjax.planning.setup import SIDES, Setup
 
@@ -62,7 +61,7 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
 
 def _in_bfloat16(setup: Setup) -> Setup:
     """The plan with both sides in bfloat16."""
-    narrow = {side: dataclasses.replace(setup.side(side), dtype="bfloat16") for side in SIDES}
+    narrow = {side: setup.shapes(side).with_dtype(setup.side(side), "bfloat16") for side in SIDES}
     return dataclasses.replace(setup, **narrow)
 
 
@@ -104,12 +103,13 @@ def _narrower_or_more(setup: Setup, budget: _Budget) -> Iterator[str]:
 
 def _smaller_draft(setup: Setup, budget: _Budget) -> Iterator[str]:
     """The draft in int8, or else in int4, where that is enough: the text stays the target's."""
-    if families.quantised_as(setup.draft):
+    shapes = setup.kind.shapes
+    if shapes.quantised_as(setup.draft):
         return
     for how in _QUANTISED:
         try:
-            found = dataclasses.replace(setup, draft=families.with_quantisation(setup.draft, how))
-        except ValueError:  # The draft does not divide into the groups.
+            found = dataclasses.replace(setup, draft=shapes.quantised(setup.draft, how))
+        except ValueError:  # The draft does not divide into the groups, or is no model.
             continue
         if budget.fits(found):
             yield f"a draft in {how} needs {budget.shown(found)} a device: --config.draft_quantise={how}"
@@ -130,11 +130,12 @@ def _fewer_rows(setup: Setup, budget: _Budget) -> Iterator[str]:
 
 def _shorter(setup: Setup, budget: _Budget) -> Iterator[str]:
     """The longest buffer that fits, and the length of the texts that it has room for."""
-    least = decoding.buffer_length(setup.prompt_tokens + 1, setup.num_draft_tokens) // decoding.BUFFER_MULTIPLE
+    read = setup.step.scored - 1
+    least = decoding.buffer_length(setup.prompt_tokens + 1, read) // decoding.BUFFER_MULTIPLE
 
     def of(n: int) -> Setup:
         length = n * decoding.BUFFER_MULTIPLE
-        room = length - setup.prompt_tokens - setup.num_draft_tokens - 1
+        room = length - setup.prompt_tokens - read - 1
         return dataclasses.replace(setup, max_len=length, max_new_tokens=min(room, setup.max_new_tokens))
 
     most = setup.buffer // decoding.BUFFER_MULTIPLE - 1

@@ -37,7 +37,7 @@ def memory(setup: Setup) -> Memory:
 
     def cache(tree: Tree, side: str) -> int:
         leaves = jax.tree.leaves(tree)
-        layers = setup.side(side).num_layers
+        layers = setup.num_layers(side)
         return sum(local_bytes([x]) * (layers if x.ndim == len(cache_lib.AXES) else 1) for x in leaves)
 
     caches = cache(state.rows.cache, "target"), cache(state.rows.drafter, "draft")

@@ -4,16 +4,17 @@ Each is in a file of its own in this folder; this module collects them. `aot` co
 XLA made of it.
 """
 
-from specjax.planning.cost import Cost, call_cost, with_collectives
+from specjax.planning.cost import Cost, call_cost, costs, with_collectives
 from specjax.planning.fit import Fit, fit
 from specjax.planning.memory import Memory, memory
-from specjax.planning.roofline import Forecast, Times, forecast, times
+from specjax.planning.roofline import Forecast, StepTimes, Times, forecast, step_times, times
 from specjax.planning.setup import (
     SIDES,
     Setup,
     Sharded,
     abstract_mesh,
     local_bytes,
+    num_params,
     placed_config,
     replicated,
     rules_of,
@@ -30,17 +31,21 @@ __all__ = [
     "Memory",
     "Setup",
     "Sharded",
+    "StepTimes",
     "Times",
     "abstract_mesh",
     "call_cost",
+    "costs",
     "fit",
     "forecast",
     "local_bytes",
     "memory",
+    "num_params",
     "placed_config",
     "replicated",
     "rules_of",
     "shard",
+    "step_times",
     "times",
     "unrolled",
     "with_collectives",

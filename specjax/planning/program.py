@@ -87,4 +87,4 @@ def read(compiled: Any, cache_shapes: set[tuple[int, ...]]) -> Program:
 def cache_shapes(*caches: Any) -> set[tuple[int, ...]]:
     """The shapes of the layers' keys and values on one device, from abstract caches (`plan.shard`)."""
     leaves = jax.tree.leaves(caches)
-    return {x.sharding.shard_shape(x.shape) for x in leaves if len(cache_lib.axes_of(x.ndim)) > 1}
+    return {x.sharding.shard_shape(x.shape) for x in leaves if "kv_heads" in cache_lib.axes_of(x.ndim)}

@@ -5,11 +5,12 @@ all-reduces, each of which waits for the slowest hop: nothing overlaps with them
 So it is a prediction, and a lower bound.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from specjax import theory
-from specjax.planning import chips
-from specjax.planning.cost import Cost
+from specjax.planning import chips, kinds
+from specjax.planning.cost import Cost, costs
 from specjax.planning.setup import Setup
 
 
@@ -43,39 +44,88 @@ def times(setup: Setup, cost: Cost) -> Times:
     )
 
 
+class StepTimes(NamedTuple):
+    """Seconds of the calls of a step, one after the other.
+
+    Attributes:
+      plain: of a target call that scores one token: plain decoding's step.
+      drafting: of all calls that make the draft.
+      scoring: of the target call that judges it.
+    """
+
+    plain: float
+    drafting: float
+    scoring: float
+
+    @property
+    def total(self) -> float:
+        """Of a step that drafts."""
+        return self.drafting + self.scoring
+
+    @property
+    def pays_above(self) -> float:
+        """The tokens per step above which it is faster than plain decoding."""
+        return self.total / self.plain
+
+    def milliseconds(self, tokens_per_step: float) -> float:
+        """The time of a token, where a step writes so many of them in each row."""
+        return 1e3 * self.total / tokens_per_step
+
+    def speedup(self, tokens_per_step: float) -> float:
+        """Over plain decoding, where a step writes so many tokens in each row; below 1 it loses."""
+        return tokens_per_step / self.pays_above
+
+
+def step_times(setup: Setup, cost: Mapping[str, Callable[[int], Cost]] | None = None) -> StepTimes:
+    """The time of a step by what the kind of draft reads in it: what any drafter gains or loses on a chip.
+
+    Multiply out with measured acceptances: `step_times(setup).speedup(theory.tokens_per_step(acceptances))`.
+
+    Args:
+      setup: the plan.
+      cost: of each call, by name; None: `costs` of the plan.
+    """
+    cost = costs(setup) if cost is None else cost
+
+    def seconds(call: str, tokens: int) -> float:
+        return times(setup, cost[call](tokens)).total
+
+    drafting = sum(reads.times * seconds(reads.call, reads.tokens) for reads in setup.step.drafting)
+    return StepTimes(seconds(kinds.TARGET, 1), drafting, seconds(kinds.TARGET, setup.step.scored))
+
+
 class Forecast(NamedTuple):
     """What speculation should bring, from times at the roofline.
 
     Attributes:
       target: seconds of a target call that scores T = 1, 2 ... tokens.
-      draft: seconds of a draft call of one token.
-      cost_ratio: c.
+      drafting: seconds of all calls that draft K = 0, 1, 2 ... tokens.
       alpha: the acceptance rate that is assumed.
       milliseconds: the time per token with K = 0, 1, 2 ... draft tokens per step, in which each row writes one token.
       best: the K of the least time.
     """
 
     target: list[float]
-    draft: float
-    cost_ratio: float
+    drafting: list[float]
     alpha: float
     milliseconds: list[float]
     best: int
 
+    def cost_ratio(self, num_draft_tokens: int) -> float:
+        """c: the time of drafting a token, of K, over that of a target call that scores one."""
+        return self.drafting[num_draft_tokens] / (num_draft_tokens * self.target[0])
 
-def forecast(target: list[float], draft: float, alpha: float) -> Forecast:
-    """Theorem 3.8 of Leviathan et al. 2022 over roofline times, where scoring K + 1 tokens has its own time.
+
+def forecast(target: Sequence[float], drafting: Sequence[float], alpha: float) -> Forecast:
+    """Theorem 3.8 of Leviathan et al. 2022 over roofline times: drafting and scoring K tokens have their own times.
 
     Args:
       target: seconds of a target call that scores T = 1, 2 ... tokens.
-      draft: seconds of a draft call of one token.
+      drafting: seconds of drafting K = 0, 1, 2 ... tokens; for a draft model K times a call.
       alpha: the acceptance rate.
     """
-    c, most = draft / target[0], len(target) - 1
-
-    def score_cost(k: int) -> float:
-        return target[k] / target[0]
-
-    milliseconds = [1e3 * target[0] / theory.walltime_factor(alpha, k, c, score_cost(k)) for k in range(most + 1)]
-    best = theory.best_num_draft_tokens(alpha, c, score_cost, max_draft_tokens=most)
-    return Forecast(target, draft, c, alpha, milliseconds, best)
+    pairs = zip(drafting, target, strict=True)
+    milliseconds = [1e3 * (make + score) / theory.expected_tokens(alpha, k) for k, (make, score) in enumerate(pairs)]
+    # The smallest K in a tie.
+    best = min(range(len(milliseconds)), key=milliseconds.__getitem__)
+    return Forecast(list(target), list(drafting), alpha, milliseconds, best)

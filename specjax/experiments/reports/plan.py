@@ -1,7 +1,7 @@
 """The report of a plan: words, tables and a plot."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def _prediction(row: Row) -> str:
     k, best = row["num_draft_tokens"], row["best_num_draft_tokens"]
     by_k = row["ms_per_token_by_draft_tokens"]
     return (
-        f"Predicted (roofline, a lower bound): target call {_ms(by_k[0])} ms, draft call {_ms(row['draft_ms'])} ms, "
+        f"Predicted (roofline, a lower bound): target call {_ms(by_k[0])} ms, a draft token {_ms(row['draft_ms'])} ms, "
         f"c = {row['cost_ratio']:.3f}; at alpha = {row['alpha']:g}, K = {k}: {_ms(by_k[k])} ms/token, "
         f"{row['predicted_speedup']:.2f}x plain; best K = {best}: {_ms(by_k[best])} ms/token."
     )
@@ -64,8 +64,8 @@ def _references(row: Row) -> list[str]:
     """Predictions beside published times."""
     lines = []
     for side, known in row["reference_ms"].items():
-        call = next(call for call in row["calls"] if call["side"] == side)
-        if not known:
+        call = next((call for call in row["calls"] if call["side"] == side), None)
+        if not known or call is None:
             continue
         line = (
             f"Published for {row[side]}: {known:g} ms/token; predicted {_ms(call['ms'])} ms, {call['ms'] / known:.0%}."
@@ -164,6 +164,42 @@ def _collectives(row: Row) -> str:
     return page("### Collectives of the compiled step", counted, words)
 
 
+def _shown(drafts: Sequence[int]) -> str:
+    """A chain or a tree in words."""
+    return f"K = {drafts[0]}" if len(drafts) == 1 else f"tree, width {drafts[0]}, depth {drafts[1]}, {drafts[2]} nodes"
+
+
+_STEPS = (
+    ("drafts", lambda step: _shown(step["drafts"])),
+    ("drafting ms", lambda step: _ms(step["drafting_ms"])),
+    ("scoring ms", lambda step: _ms(step["scoring_ms"])),
+    ("step ms", lambda step: _ms(step["ms"])),
+    ("pays above, tokens a step", lambda step: f"{step['pays_above']:.2f}"),
+)
+
+_LENGTHS = (
+    ("published by", lambda cell: cell["source"]),
+    ("drafts", lambda cell: _shown(cell["drafts"])),
+    ("tokens a step", lambda cell: f"{cell['tokens_per_step']:.2f}"),
+    ("planned ms/token", lambda cell: _ms(cell["predicted_ms_per_token"])),
+    ("planned speedup", lambda cell: f"{cell['predicted_speedup']:.2f}x"),
+    ("their ms/token", lambda cell: _ms(cell["measured_ms_per_token"])),
+    ("their speedup", lambda cell: f"{found:.2f}x" if (found := cell["measured_speedup"]) else ""),
+)
+
+
+def _steps(row: Row) -> str:
+    words = (
+        "A step drafts, then the target scores: it is faster than plain decoding where it writes more tokens than the "
+        "last column says."
+    )
+    parts = [page("### Steps (predictions)", markdown(table(_STEPS, row["steps"])), words)]
+    if row["lengths"]:
+        words = "With the tokens per step that others have published, beside the times that they measured."
+        parts.append(page("### At published lengths", markdown(table(_LENGTHS, row["lengths"])), words))
+    return page(*(part.strip() for part in parts))
+
+
 def _compilation(row: Row) -> str:
     if not row["compiled"]:
         return ""
@@ -173,18 +209,27 @@ def _compilation(row: Row) -> str:
     return f"Compiled with layers: {words}; {end}. It took {row['compile_seconds']:.0f} s."
 
 
-def _draft_call(row: Row) -> Row:
-    return next(call for call in row["calls"] if call["side"] == "draft")
+def _draft_call(row: Row) -> Row | None:
+    """The last of a step's draft calls; None where the target drafts for itself."""
+    return next((call for call in reversed(row["calls"]) if call["side"] != "target"), None)
+
+
+def _of_call(name: str) -> Callable[[Row], str]:
+    def shown(row: Row) -> str:
+        call = _draft_call(row)
+        return number(None if call is None else call[name], ".3f")
+
+    return shown
 
 
 _DRAFTS = (
     ("topology", lambda row: row["topology"]),
     ("draft", lambda row: row["draft"]),
     ("10^9 parameters", lambda row: f"{row['num_parameters']['draft'] / 1e9:.2f}"),
-    ("call ms", lambda row: _ms(_draft_call(row)["ms"])),
-    ("of memory", lambda row: _ms(_draft_call(row)["memory_ms"])),
-    ("collectives", lambda row: f"{_draft_call(row)['collectives']:g}"),
-    ("of collectives", lambda row: _ms(_draft_call(row)["collectives_ms"])),
+    ("call ms", _of_call("ms")),
+    ("of memory", _of_call("memory_ms")),
+    ("collectives", lambda row: f"{call['collectives']:g}" if (call := _draft_call(row)) else ""),
+    ("of collectives", _of_call("collectives_ms")),
     ("c", lambda row: f"{row['cost_ratio']:.3f}"),
     ("best K", lambda row: row["best_num_draft_tokens"]),
     ("ms/token", lambda row: _ms(row["ms_per_token_by_draft_tokens"][row["best_num_draft_tokens"]])),
@@ -249,7 +294,7 @@ def _of_draft(row: Row) -> str:
         for side, names in row["replicated"].items()
         if names
     ]
-    parts = (_compilation(row), _memory(row), _collectives(row), _calls(row))
+    parts = (_compilation(row), _memory(row), _collectives(row), _calls(row), _steps(row))
     title = f"## {_pair(row)} on {row['topology']}"
     return page(title, bullets([*headlines([row]), layout, *whole]), *(part.strip() for part in parts))
 
@@ -273,7 +318,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     label = printable.plot(f"target: {first['target']}")
     left.plot(range(1, len(times) + 1), times, "o-", color=plots.BLUE, label=label, markersize=3)
     for row, color in zip(rows, itertools.cycle((plots.ORANGE, plots.GREY, plots.BLUE)), strict=False):
-        label = printable.plot(f"draft, T = 1: {row['draft']}")
+        label = printable.plot(f"drafting, a token: {row['draft']}")
         left.axhline(row["draft_ms"], color=color, linestyle="--", linewidth=1.2, label=label)
         by_k, best = row["ms_per_token_by_draft_tokens"], row["best_num_draft_tokens"]
         label = printable.plot(f"{row['draft']}, best K = {best}")

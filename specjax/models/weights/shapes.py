@@ -24,6 +24,16 @@ def _download(repo_id: str) -> pathlib.Path:
         ) from error
 
 
+def directory(source: str | pathlib.Path) -> pathlib.Path:
+    """The directory of a model's `config.json`: the one that is named, or where that of a hub repository lies.
+
+    Raises:
+      OSError: where the hub does not give the file.
+    """
+    path = pathlib.Path(source).expanduser()
+    return path if path.is_dir() else _download(str(source))
+
+
 def read(source: str | pathlib.Path, dtype: str = "bfloat16") -> ModelConfig:
     """Reads the shape of a model.
 
@@ -39,9 +49,7 @@ def read(source: str | pathlib.Path, dtype: str = "bfloat16") -> ModelConfig:
     """
     if str(source) in presets.PRESETS:
         return dataclasses.replace(presets.get(str(source)), dtype=dtype)
-    path = pathlib.Path(source).expanduser()
-    if not path.is_dir():
-        path = _download(str(source))
+    path = directory(source)
     if (path / checkpoint.CONFIG_FILE).is_file():
         config = checkpoint.read_description(path)[0]
         return dataclasses.replace(config, dtype=dtype)

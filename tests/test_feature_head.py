@@ -20,7 +20,7 @@ from specjax.drafters.feature_head import TRAINED, Head
 from specjax.experiments import head as experiment
 from specjax.experiments.settings import parse
 from specjax.models import families, feature_head
-from specjax.models.config import DecoderConfig
+from specjax.models.config import DecoderConfig, Experts
 from specjax.models.feature_head import FeatureHeadConfig
 from specjax.training import heads
 from specjax.training.harvest import Texts
@@ -291,3 +291,18 @@ def test_texts_of_other_settings_are_not_trained_on(tmp_path):
     experiment.check_texts(dataclasses.replace(chosen, num_batches=80, steps=3), tmp_path)
     with pytest.raises(ValueError, match=r"config.seed=0 before, 1 now.*another --workdir"):
         experiment.check_texts(dataclasses.replace(chosen, seed=1), tmp_path)
+
+
+def test_a_head_for_experts_and_windows_is_dense_and_sees_all():
+    mixture = dataclasses.replace(target().config, experts=Experts(4, 2), mask_token=11)
+    windows = dataclasses.replace(target().config, sliding_window=8, global_layers=(2,), local_rope_theta=1e3)
+    for config in (mixture, windows):
+        head = experiment.shape(config, TAPS, 9)
+        names = {
+            name.key
+            for path, _ in jax.tree_util.tree_leaves_with_path(feature_head.initial(head, jax.random.key(0)))
+            for name in path
+        }
+        assert "gate_up" in names
+        assert "experts" not in names
+        assert not any(head.layer.is_windowed(layer) for layer in range(1))

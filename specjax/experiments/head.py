@@ -154,8 +154,9 @@ def _write(chosen: Settings, directory: pathlib.Path, view: View) -> list[Texts]
 
 
 def shape(target: DecoderConfig, taps: tuple[int, ...], vocab_size: int) -> FeatureHeadConfig:
-    """A head whose layer is one of the target's; of a target with experts, it has the feed-forward of one."""
+    """A head whose layer is one of the target's, without a window; of experts, it has the feed-forward of one."""
     changes = {"num_layers": 1, "vocab_size": vocab_size, "dtype": "float32", "tie_embeddings": False, "experts": None}
+    changes |= {"sliding_window": None, "global_layers": (), "local_rope_theta": None, "mask_token": None}
     layer = dataclasses.replace(target, **changes)
     return FeatureHeadConfig(layer, taps)
 

@@ -1,5 +1,7 @@
 """The prefix cache: what is found, what is kept, and what is dropped."""
 
+import sys
+
 from specjax.serving.prefix import PrefixCache
 
 CHUNK = 4
@@ -84,6 +86,27 @@ def test_chunks_are_forgotten_with_their_texts():
     for chunk in range(40):
         keep(kept, chunk)
     assert kept.num_nodes <= 8
-    assert kept.num_nodes == sum(1 for _ in kept._nodes()) - 1  # Without the root.
+    assert kept.num_nodes == sum(1 for _ in kept._nodes())
     assert kept.num_bytes == 10 * sum(node.text is not None for node in kept._nodes())
     assert kept.has(prompt(39, rest=0), "")
+
+
+def test_salts_are_forgotten_too():
+    """A client may choose a new one for each request."""
+    kept = cache(max_nodes=8)
+    for i in range(40):
+        kept.find([1], f"short {i}")
+        keep(kept, 1, salt=f"long {i}")
+    assert kept.num_nodes == sum(1 for _ in kept._nodes()) <= 8
+    assert kept.num_bytes == 10 * sum(node.text is not None for node in kept._nodes())
+    assert kept.has(prompt(1, rest=0), "long 39")
+    assert not kept.has(prompt(1, rest=0), "long 0")
+
+
+def test_a_node_is_small():
+    """Thousands of chunks that nobody asks for again are remembered, for a while."""
+    kept = PrefixCache(256, 1)
+    kept.find(list(range(1000, 2000)), "salt" * 1000)
+    names = [node.key for node in kept._nodes()]
+    assert len(names) == 4
+    assert max(map(sys.getsizeof, names)) < 100

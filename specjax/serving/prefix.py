@@ -9,6 +9,8 @@ Texts are kept at the last edge of each prompt, for conversations that go on, an
 share their beginning. The least recently used are dropped beyond a limit of memory.
 """
 
+import array
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -28,10 +30,15 @@ class Match(NamedTuple):
     fork: int
 
 
+def _digest(named: bytes) -> bytes:
+    """A short name: a chunk takes some kilobytes, a salt what a client likes, and there are many thousand of them."""
+    return hashlib.blake2b(named, digest_size=32).digest()
+
+
 class _Node:
-    def __init__(self, parent: "_Node | None", key: Any):
+    def __init__(self, parent: "_Node | None", key: bytes):
         self.parent, self.key = parent, key
-        self.children: dict[Any, _Node] = {}
+        self.children: dict[bytes, _Node] = {}
         self.text: Any = None
         self.num_bytes = 0
         self.used = 0
@@ -46,17 +53,22 @@ class PrefixCache:
         Args:
           chunk: the length of the chunks of prompts.
           max_bytes: the most memory of kept texts; 0 keeps none.
-          max_nodes: the most chunks that are remembered.
+          max_nodes: the most chunks, and salts, that are remembered.
         """
         self._chunk, self.max_bytes, self._max_nodes = chunk, max_bytes, max_nodes
-        self._roots: dict[str, _Node] = {}
+        self._roots: dict[bytes, _Node] = {}
         self._clock = itertools.count(1)
         self.num_bytes = self.num_nodes = 0
 
-    def _edges(self, tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        """The chunks before the prompt's last token, which is read in any case."""
-        for begin in range(0, len(tokens) - self._chunk, self._chunk):
-            yield tuple(tokens[begin : begin + self._chunk])
+    def _chunks(self, tokens: Sequence[int]) -> Iterator[bytes]:
+        for begin in range(0, len(tokens), self._chunk):
+            yield _digest(array.array("q", tokens[begin : begin + self._chunk]).tobytes())
+
+    def _child(self, siblings: dict[bytes, _Node], parent: _Node | None, key: bytes) -> _Node:
+        if key not in siblings:
+            siblings[key] = _Node(parent, key)
+            self.num_nodes += 1
+        return siblings[key]
 
     def find(self, tokens: Sequence[int], salt: str) -> Match:
         """The longest kept text that a prompt begins with, and remembers the prompt.
@@ -67,15 +79,13 @@ class PrefixCache:
         """
         if not self.max_bytes:
             return Match(None, 0, 0)
-        now, node = next(self._clock), self._roots.setdefault(salt, _Node(None, salt))
+        now, node = next(self._clock), self._child(self._roots, None, _digest(salt.encode("utf-8", "surrogatepass")))
+        node.used = now
         best, length, fork, depth, is_known = None, 0, 0, 0, True
-        for chunk in self._edges(tokens):
-            child = node.children.get(chunk)
-            if child is None:
-                is_known, child = False, _Node(node, chunk)
-                node.children[chunk] = child
-                self.num_nodes += 1
-            node, depth = child, depth + self._chunk
+        # The last token is read in any case.
+        for chunk in self._chunks(tokens[: (len(tokens) - 1) // self._chunk * self._chunk]):
+            is_known &= chunk in node.children
+            node, depth = self._child(node.children, node, chunk), depth + self._chunk
             node.used = now
             if is_known:
                 fork = depth
@@ -93,9 +103,7 @@ class PrefixCache:
           text: the text.
           num_bytes: its memory.
         """
-        node = self._roots.get(salt)
-        for begin in range(0, len(tokens), self._chunk):
-            node = None if node is None else node.children.get(tuple(tokens[begin : begin + self._chunk]))
+        node = self._at(tokens, salt)
         if node is None or node.text is not None or num_bytes > self.max_bytes:
             return
         node.text, node.num_bytes = text, num_bytes
@@ -105,11 +113,15 @@ class PrefixCache:
                 break
             self._drop_text(old)
 
+    def _at(self, tokens: Sequence[int], salt: str) -> _Node | None:
+        node = self._roots.get(_digest(salt.encode("utf-8", "surrogatepass")))
+        for chunk in self._chunks(tokens):
+            node = None if node is None else node.children.get(chunk)
+        return node
+
     def has(self, tokens: Sequence[int], salt: str) -> bool:
         """Whether a text of these tokens is kept."""
-        node = self._roots.get(salt)
-        for begin in range(0, len(tokens), self._chunk):
-            node = None if node is None else node.children.get(tuple(tokens[begin : begin + self._chunk]))
+        node = self._at(tokens, salt)
         return node is not None and node.text is not None
 
     def _nodes(self) -> Iterator[_Node]:
@@ -126,9 +138,9 @@ class PrefixCache:
     def _drop_nodes(self) -> None:
         """Forgets the leaves that have not been used for longest, a quarter of all at a time."""
         while self.num_nodes > self._max_nodes:
-            leaves = sorted((n for n in self._nodes() if n.parent is not None and not n.children), key=lambda n: n.used)
+            leaves = sorted((n for n in self._nodes() if not n.children), key=lambda n: n.used)
             for leaf in leaves[: max(self.num_nodes // 4, 1)]:
-                assert leaf.parent is not None
                 self._drop_text(leaf)
-                del leaf.parent.children[leaf.key]
+                siblings = self._roots if leaf.parent is None else leaf.parent.children
+                del siblings[leaf.key]
                 self.num_nodes -= 1

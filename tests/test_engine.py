@@ -45,7 +45,9 @@ ONE = {**SIZES, "num_slots": 1, "batch_sizes": (1,), "chunk_widths": (16,)}
 
 @pytest.fixture(scope="module")
 def engine():
-    with specjax.Engine(TARGET, **DRAFTING, **SIZES) as engine:
+    # Bound to a device, as parameters of checkpoints are. Those of other engines here are not.
+    bound = TARGET._replace(params=jax.device_put(TARGET.params, jax.devices()[0]))
+    with specjax.Engine(bound, **DRAFTING, **SIZES) as engine:
         yield engine
         assert engine.snapshot().compilations == 0
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from specjax.decoding.prefill import Text
 from specjax.serving import programs as device
@@ -33,6 +33,12 @@ class Rows(NamedTuple):
     logprobs: Logprobs | None
 
 
+def _device_of(params: Params) -> Any:
+    """Where the parameters lie."""
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    return next(iter(arrays[0].devices())) if arrays else jax.local_devices()[0]
+
+
 class Device:
     """The rows of an engine: a batch of one of a few sizes."""
 
@@ -57,8 +63,15 @@ class Device:
           grammar: the empty table of grammars.
           mesh: that the parameters lie on, or None.
         """
-        self._whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self.programs, self.params = programs, params
+        self.programs = programs
+        if mesh is not None:
+            self._whole, self._commit = NamedSharding(mesh, PartitionSpec()), lambda tree: tree
+        else:
+            # Programs are compiled anew for arrays that are bound to a device, as those of checkpoints are, where they
+            # were compiled for arrays that are not. So all are, from the beginning.
+            self._whole = SingleDeviceSharding(_device_of(params))
+            self._commit = self._put
+        self.params = self._commit(params)
         self.batch_sizes, self.chunk_widths = tuple(batch_sizes), tuple(chunk_widths)
         self._choices, self._grammar = choices, self._put(grammar)
         depth = programs.drafter.topology.depth
@@ -71,7 +84,7 @@ class Device:
         """Begins with rows that are all done."""
         self.batch_size, self.state = batch_size, None
         costs = self._put(self.step_costs[batch_size])
-        self.state = device.empty(self.programs, batch_size, self._choices, costs, self._grammar)
+        self.state = self._commit(device.empty(self.programs, batch_size, self._choices, costs, self._grammar))
 
     def _held(self) -> DecodeState:
         assert self.state is not None, "allocate() comes first"
@@ -109,7 +122,7 @@ class Device:
 
     def begin(self) -> Text:
         """An empty text."""
-        return device.begin(self.programs)
+        return self._commit(device.begin(self.programs))
 
     def read(self, text: Text, inputs: Inputs) -> Text:
         """Reads a chunk; the text before is donated."""

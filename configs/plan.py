@@ -46,9 +46,11 @@ def get_config() -> ConfigDict:
     config.prompt_tokens = 128  # Tokens of each row's prompt.
     config.max_new_tokens = 128  # New tokens of each row.
     config.verify = "rejection"  # The rule, as configs/compare.py has it.
+    config.attention = "auto"  # How decoders attend to their caches: einsum, kernel, or auto by the bytes of each call.
     config.temperature = 0.0  # The temperature of the single calls that are compiled.
 
     config.compile = True  # False computes everything from shapes.
+    config.compiler_options = ()  # Options of XLA for the compiled step, such as ("NAME=VALUE",); see docs/plans.md.
     config.layers = "few"  # Compile two and four layers, and extrapolate; or all.
     config.reference_ms = ConfigDict()  # Published ms/token by SHAPE, to print beside the predictions.
     # Published measurements (task, SHAPE of the draft, K, alpha, speedup), to print beside what the plan predicts.

@@ -12,7 +12,7 @@ from helpers import usual
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specjax.models import layers
+from specjax.models import attention, layers
 from specjax.models.attention_kernel import attend_ragged
 from specjax.planning import aot, chips, hlo
 
@@ -123,7 +123,7 @@ def whole(given: Inputs, window: int | None, cap: float | None) -> Any:
     mask, distance = layers.visible(given.keys.shape[2], given.positions, given.length, given.sees)
     if window is not None:
         mask &= distance < window
-    return layers.attend(given.query, given.keys, given.values, mask, cap=cap)
+    return attention.attend(given.query, given.keys, given.values, mask, cap=cap)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def mesh_of(topology: str, data: int = 1) -> Mesh:
     return aot.make_mesh(parsed, data)
 
 
-def attention(topology: str, shape: Shape) -> Any:
+def kernel_for(topology: str, shape: Shape) -> Any:
     form: Any = "tpu" if topology.startswith("v") else "gpu"
     return functools.partial(attend_ragged, form=form, window=shape.window, cap=shape.cap)
 
@@ -289,7 +289,7 @@ COMPILED = {
 def test_the_compiled_loop_calls_the_kernel_and_copies_no_cache(topology: str, name: str):
     shape = COMPILED[name]
     given = abstract(shape, mesh_of(topology))
-    loop = functools.partial(steps, attention(topology, shape), shape)
+    loop = functools.partial(steps, kernel_for(topology, shape), shape)
 
     def run(keys: Any, values: Any, rest: Inputs) -> Inputs:
         return loop(rest._replace(keys=keys, values=values))
@@ -309,7 +309,7 @@ def test_the_compiled_loop_calls_the_kernel_and_copies_no_cache(topology: str, n
 def test_a_compiled_call_copies_no_cache(topology: str, rows: int):
     shape = Shape(rows)
     given = abstract(shape, mesh_of(topology))
-    program = aot._compile(jax.jit(attention(topology, shape)).lower(*given))
+    program = aot._compile(jax.jit(kernel_for(topology, shape)).lower(*given))
     text = program.as_text()
     assert text.count(f'custom_call_target="{CALLS[topology[0]]}"') == 1
     assert not hlo.copies(text, [shape.cache])
@@ -324,7 +324,7 @@ def test_each_device_of_a_mesh_reads_its_own_rows_and_heads(topology: str, data:
     given = abstract(shape, mesh, "data", "model")
     specs = jax.tree.map(lambda x: x.sharding.spec, given)
     call = jax.shard_map(
-        attention(topology, shape), mesh=mesh, in_specs=tuple(specs), out_specs=specs.query, check_vma=False
+        kernel_for(topology, shape), mesh=mesh, in_specs=tuple(specs), out_specs=specs.query, check_vma=False
     )
     text = aot._compile(jax.jit(call).lower(*given)).as_text()
     assert text.count(f'custom_call_target="{CALLS[topology[0]]}"') == 1

@@ -481,6 +481,7 @@ def test_gpus_are_planned_without_a_compiler(tmp_path, capsys, monkeypatch):
     assert "nvidia.com" in summary
     output = capsys.readouterr().out
     assert "Fits" in output
+    assert "Target: attention by XLA's products over the whole buffer (the cache is" in output
     assert "Computed from shapes" in output
     assert "pip install -e '.[cuda-plan]'" in output
     assert launch.main(arguments) == 0
@@ -631,6 +632,9 @@ def test_configs_name_the_experiment(path):
 # --- The gate: the decode step, compiled for chips that are not here
 
 
+KERNEL = {True: "tpu_custom_call", False: "__gpu$xla.gpu.triton"}
+"""How a program calls a Pallas kernel, on TPUs and on GPUs."""
+
 GATE = [
     (family, chip) for family in FAMILIES for chip in ("v4:2x2x1", "v5e:2x2", "v6e:2x2", "H100:1", "H100:4", "H100:8")
 ]
@@ -662,7 +666,12 @@ def test_the_compiled_step_copies_no_cache_and_gathers_nothing(family: str, topo
     mesh = gate_mesh(setup)
     placed = plan.shard(setup, mesh)
     cached = jax.config.values["jax_enable_compilation_cache"]
-    program = aot.read(aot.step(setup, mesh), aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
+    compiled = aot.step(setup, mesh)
+    program = aot.read(compiled, aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
+    # So long a buffer is most of what a call reads.
+    chosen = {"decoder": "kernel", "t5": "einsum"}[family]
+    assert [plan.attention(setup, side).name for side in plan.SIDES] == [chosen, chosen]
+    assert (KERNEL[setup.topology.chip.tpu] in compiled.as_text()) is (chosen == "kernel")
     assert jax.config.values["jax_enable_compilation_cache"] == cached, "a plan leaves the compilation cache as it was"
     assert program.cache_copies == 0
     assert program.gathered_bytes == 0, "neither parameters nor logits nor caches"
@@ -688,14 +697,20 @@ def test_the_compiled_step_copies_no_cache_and_gathers_nothing(family: str, topo
         assert program.collectives[part, "all-reduce"][2] <= 1024 < 4 * setup.target.vocab_size / 4 + 1
 
 
-INT8, INT4 = ({"quantisation": how, "head_quantisation": how} for how in (Quantisation(8), Quantisation(4, 64)))
+INT8, INT4, PLAIN_INT4 = (
+    {"quantisation": how, "head_quantisation": how} for how in (Quantisation(8), Quantisation(4, 64), Quantisation(4))
+)
 VARIANTS: list[tuple[dict[str, Any], str, str]]
 VARIANTS = [(INT8, family, chip) for family in FAMILIES for chip in ("v5e:2x2", "H100:1", "H100:4")]
-VARIANTS += [(INT4, "decoder", chip) for chip in ("v5e:2x2", "H100:1", "H100:4")]
+VARIANTS += [(how, "decoder", chip) for how in (INT4, PLAIN_INT4) for chip in ("v5e:2x2", "H100:1", "H100:4")]
+VARIANTS += [(INT4, "t5", chip) for chip in ("v5e:2x2", "H100:1")]
+EINSUM = {"attention": "einsum"}
+VARIANTS += [(EINSUM, "decoder", chip) for chip in ("v5e:2x2", "H100:1", "H100:4")]
 # The experts of few tokens are sliced out of their stack: a copy of the stack would not fit into what is allowed.
 VARIANTS += [({"experts": Experts(16, 2)}, "decoder", chip) for chip in ("v5e:2x2", "H100:1", "H100:4")]
-# On GPUs, XLA writes a scanned layer's slice of the cache to memory (docs/limits.md).
-VARIANTS.append(({"scan_layers": True}, "decoder", "v5e:2x2"))
+# With XLA's products, GPUs write a scanned layer's slice of the cache to memory (docs/limits.md).
+VARIANTS += [({"scan_layers": True}, "decoder", chip) for chip in ("v5e:2x2", "H100:1", "H100:4")]
+VARIANTS.append(({"scan_layers": True} | EINSUM, "decoder", "v5e:2x2"))
 
 
 @pytest.mark.slow
@@ -713,6 +728,24 @@ def test_small_weights_and_scanned_layers_are_read_in_place(variant: dict[str, A
     devices = setup.topology.num_devices
     assert program.temporary_bytes < wide.vocab_size * wide.hidden_size * 2 / devices
     assert program.temporary_bytes < setup.buffer * (16 // devices) * 128 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "H100:1", "H100:4"])
+def test_the_kernel_of_a_batch_copies_no_cache(topology: str):
+    """Grouped heads, a window in one of two layers, and rows that are written one by one."""
+    setup = setup_of(topology=topology, max_len=16384, batch_size=8)
+    mesh = gate_mesh(setup)
+    windowed = {"sliding_window": 1024, "global_layers": (1,), "attention_softcap": 50.0}
+    setup = dataclasses.replace(setup, target=dataclasses.replace(setup.target, vocab_size=32768, **windowed))
+    placed = plan.shard(setup, mesh)
+    compiled = aot.step(setup, mesh)
+    program = aot.read(compiled, aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
+    assert compiled.as_text().count(KERNEL[setup.topology.chip.tpu]) > 0
+    assert program.cache_copies == 0
+    assert program.gathered_bytes == 0
+    keys = min(x.size * 2 // setup.topology.num_devices for x in placed.state.rows.cache.keys)
+    assert program.temporary_bytes < keys
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The public API: prompts in, generated text out. It is built on `decode`, which works on pytrees."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,6 +109,7 @@ def generate(
     prompt_width: int | None = None,
     fixed_shape: bool = False,
     chat: bool = False,
+    compiler_options: Mapping[str, str | bool | int | float] | None = None,
 ) -> Generation:
     """Generates text with speculative decoding.
 
@@ -140,6 +141,8 @@ def generate(
       fixed_shape: False; True has every target call score K + 1 tokens, so that the text does not depend on rounding
         (`docs/exactness.md`). Plain decoding then needs `drafters.none(num_draft_tokens=K)` with the same K.
       chat: False; True puts each text into the model's chat template.
+      compiler_options: options of XLA for the program of the decoding loop, names and values; by default those that XLA
+        has. `docs/plans.md` has one that puts most of a GPU's step into one CUDA graph.
 
     Returns:
       The texts and the counters.
@@ -164,6 +167,7 @@ def run(request: Request) -> DecodeState:
             request.params,
             request.state,
             fixed_shape=request.fixed_shape,
+            compiler_options=request.compiler_options,
         )
     return readable(request, state)
 
@@ -206,6 +210,7 @@ def run_in_steps(request: Request, steps: int) -> Iterator[DecodeState]:
             request.state,
             steps=steps,
             fixed_shape=request.fixed_shape,
+            compiler_options=request.compiler_options,
         )
         for state in states:
             yield readable(request, state)

@@ -90,6 +90,7 @@ def load(
     rules: sharding.Rules = sharding.RULES,
     quantise: str = "",
     scan_layers: bool = False,
+    attention: str = "auto",
 ) -> Pretrained:
     """Loads a model, its weights and its tokenizer.
 
@@ -109,6 +110,9 @@ def load(
         (`families.quantise`); "keep" keeps a GGUF file's own blocks (`blocks.KEPT`); empty: in `dtype`. A draft then
         takes a fraction of the memory, and the target's text stays exact; a quantised target is another model.
       scan_layers: compile one layer's program for all layers of a decoder-only model (`DecoderConfig.scan_layers`).
+      attention: how a decoder-only model attends to its cache: "einsum" by XLA's products over the whole buffer,
+        "kernel" by a kernel that reads what each row has, on TPUs and CUDA GPUs; "auto" takes the kernel where the
+        cache is at least a tenth of the bytes that a call reads (`models.attention_choice`).
 
     Returns:
       The model.
@@ -142,6 +146,7 @@ def load(
         config, params = families.quantise(config, params, quantise)
         if mesh is not None:
             params = sharding.shard(params, families.param_axes(config), mesh, rules)
+    config = families.with_attention(config, attention)
     if scan_layers:
         config, params = families.stack_layers(config, params)
     return Pretrained(families.model(config, rules), params, tokenizer, config)

@@ -35,6 +35,7 @@ class Request(NamedTuple):
       state: after the prefill.
       mesh: the mesh that the parameters lie on, or None.
       fixed_shape: whether every target call scores K + 1 tokens.
+      compiler_options: options of XLA for the loop.
     """
 
     target: Pretrained
@@ -44,6 +45,7 @@ class Request(NamedTuple):
     state: DecodeState
     mesh: Mesh | None
     fixed_shape: bool
+    compiler_options: decoding.CompilerOptions = ()
 
 
 def encode(target: Pretrained, prompts: Sequence[str | Sequence[int]], *, chat: bool = False) -> list[list[int]]:
@@ -142,6 +144,7 @@ def prepare(
     prompt_width: int | None = None,
     fixed_shape: bool = False,
     chat: bool = False,
+    compiler_options: Mapping[str, str | bool | int | float] | None = None,
     **sampling_options: Any,
 ) -> Request:
     """Checks a request and reads the prompts into the caches. The arguments are those of `generate`.
@@ -165,7 +168,6 @@ def prepare(
     target = target._replace(model=with_taps(target, draft.drafter))
     if stop_tokens is None:
         stop_tokens = target.tokenizer.eos_token_ids if target.tokenizer is not None else ()
-    stopping = _stopping_of(target, stop_strings)
     seeds = decoding.spread_seeds(seed, len(encoded) * num_return_sequences)
     mesh = sharding.mesh_of(target.params)
     params, inputs = place(mesh, Params(target.params, draft.params), inputs)
@@ -179,7 +181,7 @@ def prepare(
             options=options,
             seeds=seeds[::num_return_sequences],
             stop_tokens=stop_tokens,
-            stop_strings=stopping,
+            stop_strings=_stopping_of(target, stop_strings),
             grammar=grammar,
             top_logprobs=logprobs,
             step_cost=step_cost,
@@ -187,7 +189,7 @@ def prepare(
         )
         if num_return_sequences > 1:
             state = decoding.repeat(state, num_return_sequences, jnp.asarray(seeds, jnp.uint32))
-    return Request(target, draft.drafter, rule, params, state, mesh, fixed_shape)
+    return Request(target, draft.drafter, rule, params, state, mesh, fixed_shape, decoding.as_options(compiler_options))
 
 
 def _rule_for(rule: Rule, drafter: Drafter, options: SamplingOptions, given: Mapping[str, Any]) -> Rule:

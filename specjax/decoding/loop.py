@@ -1,7 +1,8 @@
 """The loop: steps until every row is done, in one jitted program."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,13 @@ from specjax.parallel import distributed
 from specjax.state import DecodeState
 from specjax.types import Drafter, Model, Params
 
+CompilerOptions = tuple[tuple[str, str | bool | int | float], ...]
+"""Options of XLA for one program, names and values; empty for those that XLA has."""
 
-@functools.partial(jax.jit, static_argnames=("target", "drafter", "rule", "fixed_shape"), donate_argnames=("state",))
+_HOW: dict[str, Any] = {"static_argnames": ("target", "drafter", "rule", "fixed_shape"), "donate_argnames": ("state",)}
+
+
+@functools.partial(jax.jit, **_HOW)
 def advance(
     target: Model,
     drafter: Drafter,
@@ -34,6 +40,34 @@ def advance(
         return carry[0] + 1, decode_step(target, drafter, rule, params, carry[1], fixed_shape)
 
     return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
+
+
+@functools.cache
+def compiled_with(options: CompilerOptions) -> Callable[..., DecodeState]:
+    """`advance`, compiled with these options of XLA.
+
+    Raises:
+      ValueError: when called, for an option that XLA does not have, or a value that it does not take.
+    """
+    if not options:
+        return advance
+    run = jax.jit(advance.__wrapped__, **_HOW, compiler_options=dict(options))
+
+    def checked(*arguments: Any) -> DecodeState:
+        try:
+            return run(*arguments)
+        except jax.errors.JaxRuntimeError as error:
+            if "compile option" not in str(error) and "setting option" not in str(error):
+                raise
+            said = str(error).splitlines()[0]
+            raise ValueError(f"compiler_options={dict(options)}: XLA refuses them ({said}).") from error
+
+    return checked
+
+
+def as_options(options: Mapping[str, str | bool | int | float] | None) -> CompilerOptions:
+    """A mapping of names to values, or None, in an order of its own."""
+    return tuple(sorted((options or {}).items()))
 
 
 def check(state: DecodeState) -> None:
@@ -59,6 +93,7 @@ def generate(
     state: DecodeState,
     *,
     fixed_shape: bool = False,
+    compiler_options: CompilerOptions = (),
 ) -> DecodeState:
     """Decodes until every row is done: one jitted `while_loop`. The state is donated.
 
@@ -69,11 +104,14 @@ def generate(
       params: the parameters of both.
       state: from `prefill`.
       fixed_shape: every target call scores K + 1 tokens per row (see `decode_step`).
+      compiler_options: options of XLA for the loop.
 
     Raises:
       FloatingPointError: for NaN logits, or options that forbid every token.
+      ValueError: for compiler options that XLA refuses.
     """
-    state = advance(target, drafter, rule, params, state, np.int32(2**31 - 1), fixed_shape)
+    run = compiled_with(compiler_options)
+    state = run(target, drafter, rule, params, state, np.int32(2**31 - 1), fixed_shape)
     check(state)
     return state
 
@@ -87,6 +125,7 @@ def stream(
     *,
     steps: int = 4,
     fixed_shape: bool = False,
+    compiler_options: CompilerOptions = (),
 ) -> Iterator[DecodeState]:
     """Decodes like `generate`, by the same program and to the same tokens, pausing every few steps.
 
@@ -98,19 +137,20 @@ def stream(
       state: from `prefill`; donated.
       steps: the number of steps between two pauses.
       fixed_shape: every target call scores K + 1 tokens per row (see `decode_step`).
+      compiler_options: options of XLA for the loop.
 
     Yields:
       the state so far. The next step donates it: read it before asking for the next.
 
     Raises:
       FloatingPointError: for NaN logits, or options that forbid every token.
-      ValueError: for steps < 1.
+      ValueError: for steps < 1, or compiler options that XLA refuses.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1.")
-    done = False
+    run, done = compiled_with(compiler_options), False
     while not done:  # Texts whose budget is 0 are yielded, too.
-        state = advance(target, drafter, rule, params, state, np.int32(steps), fixed_shape)
+        state = run(target, drafter, rule, params, state, np.int32(steps), fixed_shape)
         check(state)
         done = bool(jnp.all(state.rows.done))
         yield state

@@ -230,7 +230,7 @@ class Bench:
         with sharding.on_mesh(request.mesh):
             # The number of steps is an argument of the program that `generate` runs.
             first = (request.target.model, request.drafter, request.rule, request.params, request.state)
-            state = decoding.advance(*first, np.int32(1), request.fixed_shape)
+            state = decoding.compiled_with(request.compiler_options)(*first, np.int32(1), request.fixed_shape)
         state = jax.block_until_ready(api.readable(request, state))
         seconds = time.perf_counter() - begin
         api.run(request._replace(state=state))
@@ -319,8 +319,8 @@ def load(source: str, view: View, **options: Any) -> Pretrained:
     return loaded
 
 
-def load_target(chosen: choices.Models, view: View) -> tuple[Pretrained, drafting.Load]:
-    """The target, and what loads its draft model.
+def load_target(chosen: choices.Models, view: View, attention: str = "auto") -> tuple[Pretrained, drafting.Load]:
+    """The target, and what loads its draft model; `attention` is that of `pretrained.load`.
 
     Raises:
       ValueError: where the target has no tokenizer, or what is loaded does not fit.
@@ -330,7 +330,7 @@ def load_target(chosen: choices.Models, view: View) -> tuple[Pretrained, draftin
     if chosen.mesh_data * chosen.mesh_model > 1:
         mesh = sharding.make_mesh(data=chosen.mesh_data, model=chosen.mesh_model)
     split = sharding.with_whole(chosen.mesh_whole)
-    options: dict[str, Any] = {"dtype": chosen.dtype, "mesh": mesh}
+    options: dict[str, Any] = {"dtype": chosen.dtype, "mesh": mesh, "attention": attention}
     target = load(chosen.target, view, **options, rules=split, quantise=chosen.target_quantise)
     if target.tokenizer is None:
         raise ValueError(f"The target {chosen.target} has no tokenizer: save one beside it (tokenizer.json).")
@@ -345,7 +345,9 @@ def load_target(chosen: choices.Models, view: View) -> tuple[Pretrained, draftin
     return target, load_draft
 
 
-def load_both(chosen: choices.Models, view: View) -> tuple[Pretrained, Callable[[int], AnyDrafter]]:
+def load_both(
+    chosen: choices.Models, view: View, attention: str = "auto"
+) -> tuple[Pretrained, Callable[[int], AnyDrafter]]:
     """The target, and its drafter as a function of K; raises what `load_target` does."""
-    target, load_draft = load_target(chosen, view)
+    target, load_draft = load_target(chosen, view, attention)
     return target, drafting.drafter_of(chosen, target, load_draft)

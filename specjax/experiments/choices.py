@@ -6,6 +6,7 @@ Everything that can be checked without a model is checked by `Models.check` and 
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from specjax import limits, sampling
@@ -116,6 +117,20 @@ def rule(text: str) -> Rule:
       FileNotFoundError: where the file does not exist.
     """
     return own.rule(text) if own.is_own(text) else verify.parse(text)
+
+
+def compiler_options(pairs: Sequence[str]) -> dict[str, str]:
+    """Options of XLA, each written NAME=VALUE.
+
+    Raises:
+      ValueError: for one that is written in another way.
+    """
+    for pair in pairs:
+        if not pair.partition("=")[0].startswith("xla_") or "=" not in pair:
+            raise ValueError(
+                f"config.compiler_options has {pair!r}: write NAME=VALUE, such as xla_gpu_graph_min_graph_size=1."
+            )
+    return dict(pair.split("=", maxsplit=1) for pair in pairs)
 
 
 def check_seed(seed: int, texts: int = 0) -> None:

@@ -20,6 +20,7 @@ from specjax.experiments.reports.display import View
 from specjax.experiments.results import Row
 from specjax.experiments.settings import FINITE, Config, at_least, at_most, given, one_of, parse
 from specjax.experiments.store import RowStore
+from specjax.models.config import ATTENTIONS
 from specjax.parallel import distributed
 from specjax.sampling import automaton
 from specjax.types import Automaton
@@ -41,6 +42,8 @@ class Settings(choices.AllModels):
     seed: int
     batch_size: Annotated[int, at_least(1), at_most(65_536)]
     fixed_shape: bool
+    attention: Annotated[str, one_of(*ATTENTIONS)]
+    compiler_options: tuple[str, ...]
     repeats: Annotated[int, at_least(1)]
     step_cost: Annotated[float, FINITE]
     tuned: bool
@@ -58,6 +61,7 @@ class Settings(choices.AllModels):
             raise FileNotFoundError(
                 f"config.json_schema={self.json_schema!r} is not a file: give one with a JSON schema."
             )
+        choices.compiler_options(self.compiler_options)
         if self.tuned:
             tuned.load(self, self.batch_size)
         if self.batch_size % self.mesh_data:
@@ -90,7 +94,7 @@ def _tuned(chosen: Settings, view: View) -> Settings:
 
 def _bench(chosen: Settings, texts: Sequence[Prompt], view: View) -> Bench:
     chosen = _tuned(chosen, view) if chosen.tuned else chosen
-    target, drafter_of = bench.load_both(chosen, view)
+    target, drafter_of = bench.load_both(chosen, view, attention=chosen.attention)
     drafter = drafter_of(chosen.num_draft_tokens)
     assert target.tokenizer is not None
     chat = target.tokenizer.has_chat_template if chosen.chat == "auto" else chosen.chat == "true"
@@ -105,6 +109,7 @@ def _bench(chosen: Settings, texts: Sequence[Prompt], view: View) -> Bench:
         grammar=_grammar(chosen, target),
     )
     own: dict[str, Any] = {"verify": choices.rule(chosen.verify), "fixed_shape": chosen.fixed_shape}
+    own["compiler_options"] = choices.compiler_options(chosen.compiler_options)
     return Bench(work, drafter, own | dataclasses.asdict(chosen.sampling) | {"step_cost": max(chosen.step_cost, 0.0)})
 
 

@@ -19,7 +19,7 @@ from specjax.experiments.results import Row
 from specjax.experiments.settings import Check, Config, at_least, given, one_of, parse
 from specjax.experiments.store import Store
 from specjax.models import families
-from specjax.models.config import ModelConfig
+from specjax.models.config import ATTENTIONS, ModelConfig
 from specjax.models.weights import shapes
 from specjax.planning import aot, chips, kinds, plan
 from specjax.planning.plan import Cost, Setup
@@ -53,8 +53,10 @@ class Settings:
     prompt_tokens: int
     max_new_tokens: int
     verify: str
+    attention: Annotated[str, one_of(*ATTENTIONS)]
     temperature: Annotated[float, at_least(0)]
     compile: bool
+    compiler_options: tuple[str, ...]
     layers: Annotated[str, Check(lambda name: name in ("few", "all"), "choose few (and extrapolate) or all")]
     reference_ms: dict[str, float]
     published: tuple[tuple[str, str, int, float, float], ...]
@@ -65,6 +67,7 @@ class Settings:
         choices.rule(self.verify)
         if self.target:
             plan_drafts.check(self.drafter, self.draft, self.trees, self.draft_quantise)
+        choices.compiler_options(self.compiler_options)
         if self.max_draft_tokens < self.num_draft_tokens:
             raise ValueError(
                 f"config.max_draft_tokens={self.max_draft_tokens} is less than "
@@ -107,7 +110,8 @@ def setups(chosen: Settings) -> list[tuple[str, Setup]]:
     topologies = [_within(chips.parse(name), chosen.memory_gb) for name in _names(chosen.topology)]
 
     def read(name: str, how: str) -> ModelConfig:
-        return families.with_quantisation(shapes.read(name, chosen.dtype), how)
+        config = families.with_quantisation(shapes.read(name, chosen.dtype), how)
+        return families.with_attention(config, chosen.attention)
 
     target, planned = read(chosen.target, chosen.target_quantise), plan_drafts.DRAFTERS[chosen.drafter]
 
@@ -148,9 +152,10 @@ def _compiled(setup: Setup, chosen: Settings) -> aot.Compiled | None:
     """The compiled step; None where even the few layers that are compiled do not fit."""
     rule = choices.rule(chosen.verify)
     mesh = aot.make_mesh(setup.topology, setup.data)
-    every = chosen.layers == "all"
+    options = choices.compiler_options(chosen.compiler_options)
+    how: dict[str, Any] = {"every_layer": chosen.layers == "all", "compiler_options": options}
     try:
-        return aot.extrapolate(setup, mesh, temperature=chosen.temperature, rule=rule, every_layer=every)
+        return aot.extrapolate(setup, mesh, temperature=chosen.temperature, rule=rule, **how)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -332,6 +337,7 @@ def make_row(name: str, setup: Setup, chosen: Settings, compiled: aot.Compiled |
         "draft_sharding": chosen.draft_sharding,
         "dtype": chosen.dtype,
         "quantised": {side: setup.shapes(side).quantised_as(setup.side(side)) for side in plan.SIDES},
+        "attention": {side: plan.attention(setup, side)._asdict() for side in plan.SIDES},
         "verify": chosen.verify,
         "temperature": chosen.temperature,
         "num_draft_tokens": setup.num_draft_tokens,

@@ -24,8 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-MAX_TOKENS = 32
-"""The most tokens of a block: what each of them sees is one integer."""
+from specjax.models.attention_choice import MAX_TOKENS
 
 TPU_BLOCK, TPU_BLOCK_BYTES = 512, 1 << 20
 """The most entries of a step, and bytes of its keys: much smaller steps would take longer to start than to read."""
@@ -48,7 +47,7 @@ Carry = tuple[Float[Array, "*H R 1"], Float[Array, "*H R 1"], Float[Array, "*H R
 """Of each query: its largest score, the sum of its weights, and that of the values by them."""
 
 
-@functools.partial(jax.jit, static_argnames=("window", "cap", "form", "block", "interpret"))
+@functools.partial(jax.jit, static_argnames=("cap", "form", "block", "interpret"))
 def attend_ragged(
     query: Float[Array, "B T H G E"],
     keys: Float[Array, "B *L H S E"],
@@ -58,7 +57,7 @@ def attend_ragged(
     positions: Int[Array, "B T"],
     layer: Int[Array, ""] | None = None,
     *,
-    window: int | None = None,
+    window: Int[Array, ""] | int | None = None,
     cap: float | None = None,
     form: Literal["tpu", "gpu"],
     block: int | None = None,
@@ -99,15 +98,20 @@ def attend_ragged(
         sees = jnp.broadcast_to((jnp.uint32(2) << jnp.arange(tokens, dtype=jnp.uint32)) - 1, positions.shape)
     # The heads of all layers, one after the other, and which of them is the first.
     keys, values = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (keys, values))
-    head = jnp.zeros(1, jnp.int32) if layer is None else (layer * query.shape[2]).reshape(1).astype(jnp.int32)
+    head = jnp.int32(0) if layer is None else layer * query.shape[2]
     return _FORMS[form](query, keys, values, length, sees, positions, head, window, cap, block, interpret)
+
+
+def _scalars(head: Int[Array, ""], window: Int[Array, ""] | int | None) -> Int[Array, " 2"]:
+    """What all programs read: the first head of the layer, and the window, or anything where there is none."""
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in (head, 0 if window is None else window)])
 
 
 def _bounds(
     length: Int[Array, " B"],
     sees: UInt32[Array, "B T"],
     positions: Int[Array, "B T"],
-    window: int | None,
+    window: Int[Array, ""] | int | None,
     size: int,
     block: int,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
@@ -145,7 +149,7 @@ def _visible(
     length: Int[Array, ""],
     sees: Int[Array, "R 1"],
     positions: Int[Array, "R 1"],
-    window: int | None,
+    window: Int[Array, ""] | None,
 ) -> Bool[Array, "R N"]:
     """Which entries each query attends to, see `layers.visible`."""
     behind = slots - length
@@ -212,7 +216,7 @@ def _tpu_kernel(
     first: Any,
     last: Any,
     length: Any,
-    head: Any,
+    scalars: Any,
     query: Any,
     keys: Any,
     values: Any,
@@ -220,7 +224,7 @@ def _tpu_kernel(
     positions: Any,
     out: Any,
     *carry: Any,
-    window: int | None,
+    windowed: bool,
     cap: float | None,
     size: int,
     turned: bool,
@@ -239,7 +243,7 @@ def _tpu_kernel(
         axis = 2 if turned else 1
         rows, block = query.shape[1], keys.shape[axis]
         slots = number * block + jax.lax.broadcasted_iota(jnp.int32, (rows, block), 1)
-        seen = _visible(slots, length[row], sees[...], positions[...], window)
+        seen = _visible(slots, length[row], sees[...], positions[...], scalars[1] if windowed else None)
         own = values[...]
         if size % block:
             # Behind the end of the buffer is anything, also NaN, and 0 * NaN is NaN.
@@ -268,7 +272,7 @@ def _attend_tpu(
     sees: Array,
     positions: Array,
     head: Array,
-    window: int | None,
+    window: Array | int | None,
     cap: float | None,
     block: int | None,
     interpret: Any,
@@ -289,15 +293,15 @@ def _attend_tpu(
     def at(row: Any, part: Any, step: Any, *_: Any) -> tuple[Any, ...]:
         return row, part, 0, 0
 
-    def entries(row: Any, part: Any, step: Any, first: Any, last: Any, _: Any, head: Any) -> tuple[Any, ...]:
-        part, number = head[0] + part, jnp.minimum(first[row] + step, last[row])
+    def entries(row: Any, part: Any, step: Any, first: Any, last: Any, _: Any, scalars: Any) -> tuple[Any, ...]:
+        part, number = scalars[0] + part, jnp.minimum(first[row] + step, last[row])
         return (row, part, 0, number) if turned else (row, part, number, 0)
 
     by_row = pl.BlockSpec((None, rows, 1), lambda row, *_: (row, 0, 0))
     of_queries = pl.BlockSpec((None, own, rows, dims), at)
     of_entries = pl.BlockSpec((None, own, dims, block) if turned else (None, own, block, dims), entries)
     mixed = pl.pallas_call(
-        functools.partial(_tpu_kernel, window=window, cap=cap, size=size, turned=turned),
+        functools.partial(_tpu_kernel, windowed=window is not None, cap=cap, size=size, turned=turned),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(batch, heads // own, jnp.max(last - first) + 1),
@@ -313,7 +317,7 @@ def _attend_tpu(
         first,
         last,
         length,
-        head // own,
+        _scalars(head // own, window),
         _matrix(query, rows, dims),
         keys,
         values,
@@ -330,7 +334,7 @@ def _gpu_kernel(
     first: Any,
     last: Any,
     length: Any,
-    head: Any,
+    scalars: Any,
     query: Any,
     keys: Any,
     values: Any,
@@ -340,7 +344,7 @@ def _gpu_kernel(
     total: Any,
     mixed: Any,
     *,
-    window: int | None,
+    windowed: bool,
     cap: float | None,
     block: int,
     splits: int,
@@ -351,7 +355,8 @@ def _gpu_kernel(
     each = (end - begin + splits - 1) // splits
     begin = begin + pl.program_id(3) * each
     rows, dims = query.shape
-    own, bits, places, of_head = query[...], sees[...], positions[...], head[0] + pl.program_id(1)
+    own, bits, places, of_head = query[...], sees[...], positions[...], scalars[0] + pl.program_id(1)
+    window = scalars[1] if windowed else None
 
     def load(ref: Any, number: Any) -> Array:
         at = ref.at[of_head, pl.ds(number * block, block), pl.ds(0, dims)]
@@ -383,7 +388,7 @@ def _attend_gpu(
     sees: Array,
     positions: Array,
     head: Array,
-    window: int | None,
+    window: Array | int | None,
     cap: float | None,
     block: int | None,
     interpret: Any,
@@ -402,15 +407,17 @@ def _attend_gpu(
     def at(row: Any, head: Any, tile: Any, split: Any) -> tuple[Any, ...]:
         return row, head, split, tile, 0
 
-    each, one = pl.BlockSpec((1,), lambda row, *_: (row,)), pl.BlockSpec((1,), lambda *_: (0,))
+    each, both = pl.BlockSpec((1,), lambda row, *_: (row,)), pl.BlockSpec((2,), lambda *_: (0,))
     by_row = pl.BlockSpec((None, tile, 1), lambda row, head, tile, split: (row, tile, 0))
     of_queries = pl.BlockSpec((None, None, tile, width), lambda row, head, tile, split: (row, head, tile, 0))
     of_entries = pl.BlockSpec((None, *keys.shape[1:]), lambda row, *_: (row, 0, 0, 0))
     widths = (1, 1, width)
     found = pl.pallas_call(
-        functools.partial(_gpu_kernel, window=window, cap=cap, block=block, splits=splits, used=tokens * group),
+        functools.partial(
+            _gpu_kernel, windowed=window is not None, cap=cap, block=block, splits=splits, used=tokens * group
+        ),
         grid=(batch, heads, tiles, splits),
-        in_specs=[each, each, each, one, of_queries, of_entries, of_entries, by_row, by_row],
+        in_specs=[each, each, each, both, of_queries, of_entries, of_entries, by_row, by_row],
         out_specs=[pl.BlockSpec((None, None, None, tile, width), at) for width in widths],
         out_shape=[
             jax.ShapeDtypeStruct((batch, heads, splits, tokens * group, width), jnp.float32) for width in widths
@@ -421,7 +428,7 @@ def _attend_gpu(
     )(
         *_bounds(length, sees, positions, window, size, block),
         length,
-        head,
+        _scalars(head, window),
         _matrix(query, rows, width),
         keys,
         values,

@@ -107,6 +107,9 @@ ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
 POSITIONS = ("rotary", "learned")
 """How a decoder encodes positions: it rotates queries and keys, or adds a learned table to the embeddings."""
 
+ATTENTIONS = ("auto", "einsum", "kernel")
+"""How a decoder attends to its cache: by XLA's products, or on TPUs and CUDA GPUs by a kernel; "auto" is either."""
+
 NORMS = ("rms", "rms_plus_one", "layer")
 """What a decoder normalises by: the root mean square (times w, or times 1 + w), or LayerNorm with a bias."""
 
@@ -252,6 +255,8 @@ class DecoderConfig:
         `layers.all_logits`). Empty for all tokens. For drafts, whose head may be most of their cost.
       mask_token: the id of the vocabulary that stands for a token to come, which the model was trained to read so
         (`drafters.pard`); None: there is none.
+      attention: how it attends to its cache, one of `ATTENTIONS`; "auto" chooses one by how much a call reads
+        (`attention_choice.choose`).
       scan_layers: whether one layer's program is compiled and run for every layer, on stacked parameters
         (`families.stack_layers`); else every layer is compiled. The text is the same; compilation takes less time, a
         step takes more (docs/results/layers.md).
@@ -296,6 +301,7 @@ class DecoderConfig:
     head_quantisation: Quantisation | None = None
     head_tokens: tuple[int, ...] = ()
     mask_token: int | None = None
+    attention: str = "auto"
     scan_layers: bool = False
 
     start_token: ClassVar[None] = None
@@ -309,7 +315,7 @@ class DecoderConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
                 "every key/value head serves the same number of query heads."
             )
-        _one_of(self, dtype=DTYPES, positions=POSITIONS, norm=NORMS, activation=ACTIVATIONS)
+        _one_of(self, dtype=DTYPES, positions=POSITIONS, norm=NORMS, activation=ACTIVATIONS, attention=ATTENTIONS)
         if self.positions == "rotary" and (self.rotated % 2 or not 0 < self.rotated <= self.head_dim):
             raise ValueError(
                 f"rotary_dim={self.rotary_dim} with head_dim={self.head_dim}: an even number of a head's dimensions is "
@@ -373,6 +379,7 @@ class T5Config:
     mask_token: int | None = None
     copy_source: bool = False
 
+    attention: ClassVar[str] = "einsum"
     scan_layers: ClassVar[bool] = False
 
     def __post_init__(self):

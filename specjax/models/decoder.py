@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from specjax.models import attention, layers, linear, modules
+from specjax.models import attention, attention_choice, layers, linear, modules, quantisation
 from specjax.models import cache as cache_lib
+from specjax.models.attention_choice import Attend, Choice, Seen
 from specjax.models.cache import Cache
 from specjax.models.config import DecoderConfig
 from specjax.models.dropout import within
+from specjax.models.experts import distinct_experts
 from specjax.parallel import sharding
 from specjax.types import NO_SKIPS, Batch, Block, Dropout, Inputs, Model, ModelOutput, Skips, Tree
 
@@ -75,20 +77,29 @@ class Decoder(nnx.Module):
             x = x + linear.look_up(self.position_embedding[...], positions)
         return x
 
-    def view(
-        self,
-        windowed: bool,
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        distance: Int[Array, "B T S"],
-    ) -> layers.View:
+    def view(self, windowed: bool, seen: Seen, distance: Int[Array, "B T S"], attend: Attend) -> layers.View:
         """The view of layers with or without a window."""
         c, rope = self.config, None
+        assert seen.positions is not None
         if c.positions == "rotary":
-            rope = layers.rotation(c, positions, windowed=windowed)
+            rope = layers.rotation(c, seen.positions, windowed=windowed)
         if windowed and c.sliding_window is not None:
-            mask &= distance < c.sliding_window
-        return rope, mask
+            seen = seen._replace(mask=seen.mask & (distance < c.sliding_window))
+        if c.sliding_window is not None:
+            seen = seen._replace(window=jnp.int32(c.sliding_window if windowed else attention_choice.EVERY))
+        return layers.View(rope, seen, attend)
+
+    def attend(self, block: Block, cache: Cache, start: Int[Array, " B"] | None) -> Attend:
+        """How the layers attend to the cache: chosen from shapes, see `attention_choice`."""
+        if start is None:
+            return attention_choice.Einsum()
+        rows, width = block.tokens.shape
+        # Devices that rows are split over read the same parameters.
+        mesh = jax.sharding.get_abstract_mesh()
+        (axis,) = sharding.dividing((rows,), ("batch",), mesh, self.rules)
+        own = rows if axis is None else rows / mesh.shape[axis]
+        width = width if block.sees is None else block.sees.shape[-1]
+        return attention_choice.of(choice(self.config, own, width, cache.keys[0].shape[-2]), self.rules)
 
     def hidden(
         self,
@@ -106,11 +117,13 @@ class Decoder(nnx.Module):
         begin = jnp.zeros(rows, jnp.int32) if start is None else start
         positions = begin[:, None] + (jnp.arange(width) if block.depth is None else block.depth)
         mask, distance = layers.visible(cache.keys[0].shape[-2], positions, begin, block.sees)
+        bits = attention_choice.bits(block.sees, positions - begin[:, None])
         if packed is not None:
             positions = packed.positions
             mask &= layers.same_segment(packed.segments, packed.segments)
         windowed = [self.config.is_windowed(i) for i in range(self.config.num_layers)]
-        views = {kind: self.view(kind, positions, mask, distance) for kind in sorted(set(windowed))}
+        seen, attend = Seen(mask, begin, bits, positions), self.attend(block, cache, start)
+        views = {kind: self.view(kind, seen, distance, attend) for kind in sorted(set(windowed))}
         if start is not None and block.sees is not None:
             start = start + (block.sees.shape[-1] - width)
         x = self.embed(block.tokens, positions, block.embeddings)
@@ -239,6 +252,29 @@ def repeat_kv_heads(config: DecoderConfig, mesh: Mesh | AbstractMesh | None, rul
     if config.num_kv_heads % devices == 0 or devices % config.num_kv_heads or config.num_heads % devices:
         return config
     return dataclasses.replace(config, num_kv_heads=devices)
+
+
+@functools.cache
+def choice(config: DecoderConfig, rows: float, tokens: int, entries: int) -> Choice:
+    """How a call attends to its cache.
+
+    Args:
+      config: the shape.
+      rows: those that a device has, or its share of one.
+      tokens: the tokens of a row.
+      entries: the length of the cache's buffer.
+    """
+    reads = 0.0
+    for path, x in jax.tree_util.tree_leaves_with_path(modules.abstract(module(config), config)):
+        names = {getattr(key, "key", None) for key in path}
+        if names & {"embedding", "position_embedding"}:
+            continue  # Only some rows of them are read.
+        experts = config.experts if "experts" in names else None
+        share = distinct_experts(experts, rows * tokens) / experts.number if experts else 1.0
+        reads += share * x.size * quantisation.bits(x.dtype) / 8
+    each = 2 * config.num_layers * config.num_kv_heads * config.head_dim * quantisation.bits(config.dtype) / 8
+    least = attention_choice.MAX_TOKENS if config.sliding_window is None else config.sliding_window
+    return attention_choice.choose(config.attention, tokens, least, reads, rows * entries * each)
 
 
 def _empty_cache(config: DecoderConfig, rules: sharding.Rules, batch_size: int, max_len: int) -> Cache:

@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import layers, linear, modules
+from specjax.models.attention_choice import Seen
 from specjax.models.config import DecoderConfig
 from specjax.parallel import sharding
 from specjax.types import Tree
@@ -189,7 +190,8 @@ class EagleHead(nnx.Module):
             hidden = layers.normalize(self, "hidden_norm", layer, residual)
             read = jnp.concatenate([layers.normalize(self, "embedding_norm", layer, embedding), hidden], axis=-1)
             residual = hidden if c.norm_before_residual else residual
-        mixed, keys, values = self.attention(read, (self._rope(positions), mask), keys, values, start)
+        view = layers.View(self._rope(positions), Seen(mask))
+        mixed, keys, values = self.attention(read, view, keys, values, start)
         x = residual + mixed
         x = x + self.mlp(layers.normalize(self, "mlp_norm", layer, x))
         return layers.normalize(self, "norm", layer, x) if c.norm_output else x, keys, values

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from specjax.models import bfloat16, modules
-from specjax.models.config import DecoderConfig
+from specjax.models.config import DecoderConfig, Experts
 from specjax.models.feed_forward import FeedForward
 from specjax.models.modules import parameter
 from specjax.parallel import sharding
@@ -39,6 +39,15 @@ SMALLEST_BLOCK = 8
 
 Run = Callable[[Int[Array, ""], Float[Array, "R D"]], Float[Array, "R D"]]
 """`(number of an expert, rows) -> its outputs`."""
+
+
+def distinct_experts(experts: Experts, tokens: float) -> float:
+    """How many experts of a layer at least one of these tokens is expected to choose.
+
+    As if each token chose any experts with the same probability, whatever the others choose: tokens of one text have
+    more in common, so this is more than what is read.
+    """
+    return experts.number * (1.0 - (1.0 - experts.chosen / experts.number) ** tokens)
 
 
 def route(

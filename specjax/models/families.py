@@ -16,7 +16,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from specjax.models import decoder, linear, modules, quantisation, t5
-from specjax.models.config import DecoderConfig, ModelConfig, T5Config
+from specjax.models.attention_choice import Choice
+from specjax.models.config import ATTENTIONS, DecoderConfig, ModelConfig, T5Config
 from specjax.models.quantisation import Quantisation
 from specjax.models.weights import decoder_configs, naming, t5_mapping
 from specjax.parallel import sharding
@@ -31,6 +32,7 @@ class Family(NamedTuple):
       module: `config -> module class`, which declares the parameters.
       model: `(config, rules) -> Model`.
       placed: `(config, mesh, rules) -> config`, the shape as it is placed on a mesh (or None).
+      attention: `(config, rows, tokens, entries) -> Choice`, how a call attends to its cache (`decoder.choice`).
       can_scan: whether its layers can be scanned (`stack_layers`).
       model_types: the `model_type`s of `config.json` that `parse` takes.
       parse: `(config.json, names of the tensors or None, dtype) -> config`.
@@ -41,11 +43,14 @@ class Family(NamedTuple):
     module: Callable[[Any], modules.Build]
     model: Callable[[Any, sharding.Rules], Model]
     placed: Callable[[Any, Mesh | AbstractMesh | None, sharding.Rules], Any]
+    attention: Callable[[Any, float, int, int], Choice]
     can_scan: bool
     model_types: tuple[str, ...]
     parse: Callable[[Mapping[str, Any], Collection[str] | None, str], Any]
     read: Callable[..., tuple[Any, Tree]]
 
+
+_BIASED = "has a bias, which the kernel lacks"
 
 FAMILIES = {
     "decoder": Family(
@@ -53,6 +58,7 @@ FAMILIES = {
         module=decoder.module,
         model=decoder.model,
         placed=decoder.repeat_kv_heads,
+        attention=decoder.choice,
         can_scan=True,
         model_types=tuple(decoder_configs.PARSERS),
         parse=decoder_configs.parse_config,
@@ -63,6 +69,7 @@ FAMILIES = {
         module=lambda config: t5.T5,
         model=t5.model,
         placed=lambda config, mesh, rules: config,
+        attention=lambda config, rows, tokens, entries: Choice("einsum", f"its attention {_BIASED}"),
         can_scan=False,
         model_types=t5_mapping.MODEL_TYPES,
         parse=t5_mapping.parse_config,
@@ -170,6 +177,19 @@ def cast(config: ModelConfig, params: Tree, dtype: str) -> tuple[ModelConfig, Tr
 
     cast_params = linear.cast(params, param_axes(config), num_contracted(config), config.dtype, dtype)
     return dataclasses.replace(config, dtype=dtype), cast_params
+
+
+def with_attention(config: ModelConfig, attention: str) -> ModelConfig:
+    """The shape of a model that attends to its cache in this way, one of `config.ATTENTIONS`.
+
+    Raises:
+      ValueError: for another way, or the kernel in an encoder-decoder.
+    """
+    if isinstance(config, T5Config):
+        if attention == "kernel" or attention not in ATTENTIONS:
+            raise ValueError(f"attention={attention!r}: the attention of an encoder-decoder {_BIASED}; leave it out.")
+        return config
+    return dataclasses.replace(config, attention=attention)
 
 
 def quantised_as(config: ModelConfig) -> str:

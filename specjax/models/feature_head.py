@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import decoder, layers, linear, modules
+from specjax.models.attention_choice import Seen
 from specjax.models.config import DecoderConfig
 from specjax.parallel import sharding
 from specjax.types import Tree
@@ -52,10 +53,6 @@ class FeatureHead(nnx.Module):
         self.bias = modules.parameter(rngs, (width,), ("embed",), c.dtype, init=zeros)
         self.layer = layers.Layer(c, rules, rngs)
 
-    def view(self, positions: Int[Array, "B T"], mask: Bool[Array, "B T S"]) -> layers.View:
-        """The layer's view of tokens at these positions."""
-        return layers.rotation(self.config.layer, positions), mask
-
     def combine(
         self, seen: Float[Array, "B T *F D"], embedding: Float[Array, "B T D"], *, is_own: bool
     ) -> Float[Array, "B T D"]:
@@ -87,7 +84,8 @@ class FeatureHead(nnx.Module):
         """
         angles = positions[:, :, None] * layers.rope_frequencies(self.config.layer)
         x = self.combine(seen, embedding, is_own=is_own)
-        return self.layer(x, ((jnp.cos(angles), jnp.sin(angles)), mask), keys, values, start)
+        view = layers.View((jnp.cos(angles), jnp.sin(angles)), Seen(mask))
+        return self.layer(x, view, keys, values, start)
 
     def logits(self, state: Float[Array, "B T D"], rows: Float[Array, "W D"]) -> Float[Array, "B T W"]:
         """The logits of the tokens whose rows of the target's output matrix these are."""

@@ -4,6 +4,7 @@ Every parameter names its logical axes next to its shape; matrices are `linear.M
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from specjax.models import cache as cache_lib
-from specjax.models.attention import attend
+from specjax.models.attention_choice import Attend, Einsum, Seen
 from specjax.models.config import DecoderConfig, LinearRopeScaling, LongRopeScaling
 from specjax.models.dropout import drop
 from specjax.models.experts import MixtureOfExperts
@@ -22,8 +23,19 @@ from specjax.models.modules import parameter
 from specjax.parallel import sharding
 from specjax.types import Dropout, Skips
 
-View = tuple[tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None, Bool[Array, "B T S"]]
-"""A layer's view of positions: cosine and sine of the rotary angles (None: no rotation), and the attention mask."""
+
+class View(NamedTuple):
+    """A layer's view of positions.
+
+    Attributes:
+      rope: cosine and sine of the rotary angles; None: no rotation.
+      seen: which entries of the cache each token attends to.
+      attend: how it attends to them.
+    """
+
+    rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None
+    seen: Seen
+    attend: Attend = Einsum()
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
@@ -221,29 +233,26 @@ class Attention(nnx.Module):
         start: Int[Array, " B"] | None,
         layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B *L H S E"], Float[Array, "B *L H S E"]]:
-        """Writes the tokens' keys and values into the cache, and attends to the entries that the view's mask allows.
+        """Writes the tokens' keys and values into the cache, and attends to the entries that the view says.
 
         The cache is the layer's own, or that of all layers, of which this one has the index `layer`.
         """
-        c, (rope, mask) = self.config, view
+        c = self.config
         group = c.num_heads // c.num_kv_heads
         qkv = self.qkv(x)
         if c.qkv_bias:
             qkv = qkv + self.qkv_bias[...].astype(jnp.float32)
         query_key = self.normed(qkv[:, :, :, : group + 1])
-        if rope is not None:
-            query_key = rotate(query_key, *rope)
+        if view.rope is not None:
+            query_key = rotate(query_key, *view.rope)
         keys = cache_lib.constrain(cache_lib.write(keys, query_key[:, :, :, group], start, layer), self.rules)
         new_values, broken = qkv[:, :, :, group + 1], None
         if start is not None:
             new_values, broken = cache_lib.contain(new_values)
         values = cache_lib.constrain(cache_lib.write(values, new_values, start, layer), self.rules)
-        own_keys, own_values = cache_lib.of_layer(keys, layer), cache_lib.of_layer(values, layer)
-
         query = query_key[:, :, :, :group] * (c.head_dim**-0.5 if c.query_scale is None else c.query_scale)
-        mixed = attend(
-            query.astype(keys.dtype), own_keys, own_values, mask, cap=c.attention_softcap, in_cache=start is not None
-        )
+        query, cap, in_cache = query.astype(keys.dtype), c.attention_softcap, start is not None
+        mixed = view.attend(query, keys, values, view.seen, layer, cap=cap, in_cache=in_cache)
         if broken is not None:
             mixed = jnp.where(broken[:, :, :, None], jnp.nan, mixed)
         out = self.out(mixed)

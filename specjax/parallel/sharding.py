@@ -208,6 +208,13 @@ def fitting(tree: Any, axes: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULE
     return override(rules, **whole)
 
 
+def dividing(shape: Sequence[int], axes: Axes, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> PartitionSpec:
+    """How an activation of that shape is split: as `partition_spec`, but not along what does not divide."""
+    sizes: Mapping[str, int] = dict(mesh.shape)
+    spec = zip(partition_spec(axes, rules), shape, strict=True)
+    return PartitionSpec(*(m if m in sizes and size % sizes[m] == 0 else None for m, size in spec))
+
+
 def constrain(x: jax.Array, axes: Axes, rules: Rules = RULES) -> jax.Array:
     """Keeps an activation split as its logical axes say; without a mesh (`jax.set_mesh`), does nothing.
 
@@ -216,11 +223,7 @@ def constrain(x: jax.Array, axes: Axes, rules: Rules = RULES) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    sizes: Mapping[str, int] = dict(mesh.shape)
-    spec = [
-        m if m in sizes and size % math.prod([sizes[m]]) == 0 else PartitionSpec.UNCONSTRAINED
-        for m, size in zip(partition_spec(axes, rules), x.shape, strict=True)
-    ]
+    spec = (PartitionSpec.UNCONSTRAINED if m is None else m for m in dividing(x.shape, axes, mesh, rules))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 

@@ -9,7 +9,7 @@ the same program.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -57,20 +57,24 @@ def make_mesh(topology: Topology, data: int) -> Mesh:
     return (libtpu if topology.chip.tpu else cuda).make_mesh(topology, data)
 
 
-def _compile(lowered: Any) -> Any:
+def _compile(lowered: Any, options: Mapping[str, str] | None = None) -> Any:
     """Compiles without the compilation cache: a program for chips that are not here can be written, but not read."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX decides only once whether it uses its cache.
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=dict(options) if options else None)
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
 
 
 def step(
-    setup: Setup, mesh: Mesh, rule: Rule = verify.rejection, make: Callable[[Sharded], Draft] | None = None
+    setup: Setup,
+    mesh: Mesh,
+    rule: Rule = verify.rejection,
+    make: Callable[[Sharded], Draft] | None = None,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Any:
     """The whole loop (`decoding.advance`), compiled: its state is donated, its sampling options are arguments.
 
@@ -79,6 +83,7 @@ def step(
       mesh: from `make_mesh`.
       rule: the acceptance rule.
       make: another drafter than the plan's chain, as deep as that is long, from the models and their parameters.
+      compiler_options: options of XLA.
     """
     placed = plan.shard(setup, mesh)
     drafter, params, state = placed.drafter, placed.params, placed.state
@@ -95,7 +100,8 @@ def step(
             state = state._replace(rows=state.rows._replace(drafter=own))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        return _compile(decoding.advance.lower(placed.models["target"], drafter, rule, params, state, number))
+        lowered = decoding.advance.lower(placed.models["target"], drafter, rule, params, state, number)
+        return _compile(lowered, compiler_options)
 
 
 def _rows_like(mesh: Mesh, shape: tuple[int, ...], dtype: Any, vocab: str | None = None) -> jax.ShapeDtypeStruct:
@@ -203,7 +209,13 @@ class Compiled(NamedTuple):
 
 
 def extrapolate(
-    setup: Setup, mesh: Mesh, *, temperature: float = 0.0, rule: Rule = verify.rejection, every_layer: bool = False
+    setup: Setup,
+    mesh: Mesh,
+    *,
+    temperature: float = 0.0,
+    rule: Rule = verify.rejection,
+    every_layer: bool = False,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Compiled:
     """Compiles a plan with few layers and extrapolates to all, linearly in the layers of each side.
 
@@ -213,15 +225,17 @@ def extrapolate(
       temperature: the sampling temperature of single calls.
       rule: the acceptance rule.
       every_layer: compile all layers instead.
+      compiler_options: options of XLA for the step; single calls are compiled without them.
     """
-    start = time.perf_counter()
+    start, setup = time.perf_counter(), plan.with_attention(setup)
     targets, drafts = (samples(setup.num_layers(side), every_layer) for side in plan.SIDES)
     base = targets[0][1], drafts[0][1]
 
     def compiled_step(target: int, draft: int) -> Program:
         few = plan.with_layers(setup, target, draft)
         placed = plan.shard(few, mesh)
-        return read(step(few, mesh, rule), cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
+        compiled = step(few, mesh, rule, compiler_options=compiler_options)
+        return read(compiled, cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))
 
     def compiled_draft(layers: int, reads: kinds.Reads) -> Program:
         few = plan.with_layers(setup, base[0], layers)

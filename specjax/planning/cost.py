@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from specjax.models import linear, modules
 from specjax.models.config import DecoderConfig, Experts
+from specjax.models.experts import distinct_experts
 from specjax.planning import kinds
 from specjax.planning.setup import (
     SIDES,
@@ -157,15 +158,6 @@ def _reduced(leaves: _Leaves, read: set[int], looked_up: set[int]) -> Iterator[i
             yield leaf.size // math.prod(leaf.shape[axis] for axis in [*inputs, *range(first)])
         if i in looked_up and "vocab" in names and split[names.index("vocab")]:
             yield leaf.size // leaf.shape[names.index("vocab")]
-
-
-def distinct_experts(experts: Experts, tokens: float) -> float:
-    """How many experts of a layer at least one of these tokens is expected to choose.
-
-    As if each token chose any experts with the same probability, whatever the others choose: tokens of one text have
-    more in common, so this is more than what is read.
-    """
-    return experts.number * (1.0 - (1.0 - experts.chosen / experts.number) ** tokens)
 
 
 def _of_experts(experts: Experts, leaves: _Leaves, which: list[int], tokens: int) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from specjax.planning.setup import (
     Setup,
     Sharded,
     abstract_mesh,
+    attention,
     local_bytes,
     num_params,
     placed_config,
@@ -20,6 +21,7 @@ from specjax.planning.setup import (
     rules_of,
     shard,
     unrolled,
+    with_attention,
     with_layers,
 )
 
@@ -34,6 +36,7 @@ __all__ = [
     "StepTimes",
     "Times",
     "abstract_mesh",
+    "attention",
     "call_cost",
     "costs",
     "fit",
@@ -48,6 +51,7 @@ __all__ = [
     "step_times",
     "times",
     "unrolled",
+    "with_attention",
     "with_collectives",
     "with_layers",
 ]

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from specjax import decoding, sampling
 from specjax.models import cache as cache_lib
 from specjax.models import families, quantisation
+from specjax.models.attention_choice import Choice
 from specjax.models.config import ModelConfig
 from specjax.parallel import sharding
 from specjax.planning import chips, kinds
@@ -166,6 +167,21 @@ def replicated(setup: Setup, side: str) -> list[str]:
     mesh = abstract_mesh(setup)
     table = dict(rules_of(setup, side, mesh))
     return [name for name, axis in sharding.RULES if axis is not None and mesh.shape[axis] > 1 and table[name] is None]
+
+
+def attention(setup: Setup, side: str) -> Choice:
+    """How calls of one side that score K + 1 tokens of each row, or fewer, attend to the cache, and why."""
+    if setup.shapes(side) is not kinds.MODELS:
+        return Choice("einsum", "heads of a target attend by XLA's products")
+    config = placed_config(setup, side)
+    return families.of(config).attention(config, setup.batch_size / setup.data, setup.step.scored, setup.buffer)
+
+
+def with_attention(setup: Setup) -> Setup:
+    """The same plan with how each model attends settled, whatever number of layers it is then compiled with."""
+    models = [side for side in SIDES if setup.shapes(side) is kinds.MODELS]
+    settled = {side: families.with_attention(setup.side(side), attention(setup, side).name) for side in models}
+    return dataclasses.replace(setup, **settled)
 
 
 def place_params(setup: Setup, side: str, mesh: Mesh | AbstractMesh) -> Tree:

@@ -77,11 +77,20 @@ def _references(row: Row) -> list[str]:
     return lines
 
 
+def _attention(row: Row) -> str:
+    """How both sides attend to their caches, and why."""
+    how = {"einsum": "XLA's products over the whole buffer", "kernel": "the kernel that reads what each row has"}
+    return " ".join(
+        f"{side.capitalize()}: attention by {how[choice['name']]} ({choice['why']})."
+        for side, choice in row["attention"].items()
+    )
+
+
 def headlines(rows: Sequence[Row]) -> list[str]:
     """The findings."""
     lines = []
     for row in rows:
-        lines += [fit(row), _prediction(row), *_references(row)]
+        lines += [fit(row), _prediction(row), *_references(row), _attention(row)]
         if row["step"]:
             step, gathered = row["step"], row["step"]["gathered_bytes"] / 1e6
             lines.append(

@@ -350,7 +350,7 @@ def _stop(number: int, _: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silences output of libraries that is of no use to a user, unless the user has set otherwise."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import jax
@@ -367,7 +367,7 @@ def prepare_process() -> None:
     # A process that was started in the background may ignore interrupts.
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
-    _quiet()
+    quiet()
 
 
 if __name__ == "__main__":

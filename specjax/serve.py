@@ -12,7 +12,7 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -86,16 +86,30 @@ def _server_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("access_log", True, "A line of JSON for each request, without texts.", flag_values=values)
 
 
-def _flags() -> flags.FlagValues:
+def define_flags(more: Sequence[Callable[[flags.FlagValues], None]] = ()) -> flags.FlagValues:
+    """The flags of a server, with their defaults.
+
+    Args:
+      more: functions that define further ones.
+    """
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=values)
-    for define in (_model_flags, _engine_flags, _server_flags):
+    for define in (_model_flags, _engine_flags, _server_flags, *more):
         define(values)
     return values
 
 
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
-    values = _flags()
+def parse(argv: Sequence[str], more: Sequence[Callable[[flags.FlagValues], None]] = ()) -> flags.FlagValues:
+    """Reads a command line.
+
+    Args:
+      argv: the program's name and flags.
+      more: functions that define further flags.
+
+    Raises:
+      UsageError: for a command line that cannot be run, with all flags.
+    """
+    values = define_flags(more)
     names = ", ".join(f"--{name}" for name in sorted(values) if len(name) > 1)
     try:
         rest = values(list(argv))[1:]
@@ -194,7 +208,8 @@ def settings(values: flags.FlagValues) -> Any:
     )
 
 
-def _log_to_stderr(access: bool) -> None:
+def log_to_stderr(access: bool) -> None:
+    """Sends what the server says, and its access log where that is wanted, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("specjax.serve", "specjax.access", "uvicorn.error"):
@@ -218,12 +233,12 @@ def serve(argv: Sequence[str]) -> int:
       UsageError: for a command line that cannot be run.
       ImportError: without the extra `serve`.
     """
-    values = _parse(argv)
+    values = parse(argv)
     if values.help:
         print(__doc__)
         print("\n".join(f"  --{name}: {values[name].help}" for name in sorted(values) if len(name) > 1))
         return 0
-    _log_to_stderr(values.access_log)
+    log_to_stderr(values.access_log)
     from specjax.serving import process
     from specjax.serving.server import Server
 

@@ -20,6 +20,7 @@ LEVELS = (
     ("experiments",),
     ("launch",),
     ("serve",),
+    ("ray_app", "ray_router"),
     ("cli",),
 )
 """Rooms and files, the lowest first: each imports those of its own level and below."""

@@ -44,7 +44,7 @@ def test_wrong_flags_end_in_a_line(argv, message, capsys):
 def test_help_explains_every_flag(capsys):
     assert serve.main(["serve", "--help"]) == 0
     said = capsys.readouterr().out
-    values = serve._flags()
+    values = serve.define_flags()
     names = [name for name in values if len(name) > 1]
     assert all(f"--{name}: {values[name].help}" in said for name in names)
 
@@ -60,7 +60,7 @@ def test_keys_come_from_flags_file_and_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text("# ours\nfile-1\n\n file-2 \n")
     monkeypatch.setenv("SPECJAX_API_KEYS", "env-1, env-2,")
-    values = serve._parse(["serve", "--target=x", "--api_key=flag", "--api_key=file-1", f"--api_key_file={file}"])
+    values = serve.parse(["serve", "--target=x", "--api_key=flag", "--api_key=file-1", f"--api_key_file={file}"])
     assert serve.read_keys(values) == ("flag", "file-1", "env-1", "env-2", "file-2")
     file.write_text("# none\n")
     with pytest.raises(Exception, match="has no key"):
@@ -68,10 +68,10 @@ def test_keys_come_from_flags_file_and_environment(tmp_path, monkeypatch):
 
 
 def test_flags_reach_the_settings():
-    values = serve._parse(["serve", "--target=x", "--served_model_name=y", "--request_timeout=0", "--max_n=3"])
+    values = serve.parse(["serve", "--target=x", "--served_model_name=y", "--request_timeout=0", "--max_n=3"])
     found = serve.settings(values)
     assert (found.model, found.request_timeout, found.limits.n) == ("y", None, 3)
-    assert serve.settings(serve._parse(["serve", "--target=x"])).model == "x"
+    assert serve.settings(serve.parse(["serve", "--target=x"])).model == "x"
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_the_deployment_is_what_kubernetes_takes():
 def test_the_pod_has_time_to_drain():
     pod = documents()["Deployment"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    values = serve._parse(["serve", *container["args"]])
+    values = serve.parse(["serve", *container["args"]])
     sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
     assert sleep + values.shutdown_timeout + 5 <= pod["terminationGracePeriodSeconds"]
     assert container["env"][0]["name"] == serve.KEYS
@@ -159,7 +159,7 @@ def test_a_dockerfile_copies_what_is_there_and_runs_the_server(path):
         if name == "ENTRYPOINT":
             command = json.loads(rest)
             assert command[:3] == ["python", "-m", "specjax.serve"]
-            assert serve._parse(["serve", *command[3:], "--target=x"]).host == "0.0.0.0"
+            assert serve.parse(["serve", *command[3:], "--target=x"]).host == "0.0.0.0"
     extras = re.search(r"'\.\[([\w,]+)\]'", text)
     assert extras
     assert {"serve", path.suffix[1:]} - {"cpu"} == set(extras[1].split(","))

@@ -43,6 +43,7 @@ class Settings(NamedTuple):
       max_body: the largest body, in bytes.
       request_timeout: seconds after which a request ends; None: never.
       max_requests: how many requests may be read, tokenised and answered at once; more are answered 429.
+      engine: the label `engine` of its metrics, which tells replicas of one model apart.
     """
 
     model: str = "specjax"
@@ -51,6 +52,7 @@ class Settings(NamedTuple):
     max_body: int = 4 * 2**20
     request_timeout: float | None = 3600.0
     max_requests: int = 1024
+    engine: str = "0"
 
 
 def _reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -121,7 +123,7 @@ class Server:
         if engine.tokenizer is None:
             raise ValueError("The target has no tokenizer, and the API is one of text: serve a model with one.")
         self.engine, self.settings, self.tokenizer = engine, settings, engine.tokenizer
-        self.telemetry = Telemetry(engine, settings.model)
+        self.telemetry = Telemetry(engine, settings.model, settings.engine)
         self.speller = Speller(self.tokenizer)
         grammars = Grammars(self.tokenizer, engine.vocab_size, max_bytes=settings.limits.grammar_bytes)
         self.facts = Facts(self.tokenizer, engine.vocab_size, engine.max_len, settings.limits, grammars)

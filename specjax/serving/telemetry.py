@@ -110,14 +110,15 @@ class _OfEngine(Collector):
 class Telemetry:
     """The metrics of one server, in a registry of its own."""
 
-    def __init__(self, engine: Engine, model: str):
+    def __init__(self, engine: Engine, model: str, name: str = "0"):
         """Registers everything.
 
         Args:
           engine: whose state is told.
           model: the name that is served, a label.
+          name: of the engine, a label.
         """
-        self._labels = {"model_name": model, "engine": "0"}
+        self._labels = {"model_name": model, "engine": name}
         self._registry = CollectorRegistry()
         self._registry.register(_OfEngine(engine, self._labels))
         self._histograms = {

@@ -3,6 +3,7 @@
 One is executed with a tiny model in every run, and all of them in their smallest sizes by `-m slow`.
 """
 
+import contextlib
 import importlib.util
 import pathlib
 import platform
@@ -222,6 +223,25 @@ def test_the_table_of_times_is_that_of_the_record(tmp_path):
     after = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| quickstart | 61 | 42 | a machine | 2026-01-02 |" in after
     assert after.splitlines()[:5] + after.splitlines()[-5:] == page.splitlines()[:5] + page.splitlines()[-5:]
+
+
+def test_clean_runs_are_timed_and_continued(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "colab", tmp_path / "colab", ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    ran = []
+    monkeypatch.setattr(build, "HERE", tmp_path / "colab")
+    monkeypatch.setattr(build, "execute", lambda notebook, **options: ran.append(options["kernel"]) or (60.0, 100.0))
+    monkeypatch.setattr(build.clean_runs, "kernel", lambda *arguments: contextlib.nullcontext("a kernel"))
+    monkeypatch.setattr(build.clean_runs.Record, "_commit", lambda record: "one")
+    build.main(["quickstart", "--clean"])
+    assert "[1 of 1] quickstart: 100 s, 60 of them to install specjax" in capsys.readouterr().out
+    assert "| quickstart | 60 | 40 | " in (tmp_path / "colab" / "README.md").read_text(encoding="utf-8")
+    build.main(["quickstart", "--clean"])
+    assert "executed before at this commit" in capsys.readouterr().out
+    assert ran == ["a kernel"]
+    build.main(["quickstart", "--clean", "--again"])
+    monkeypatch.setattr(build.clean_runs.Record, "_commit", lambda record: "another")
+    build.main(["quickstart", "--clean"])
+    assert len(ran) == 3
 
 
 @pytest.mark.slow

@@ -418,7 +418,7 @@ def read_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
       UsageError: in one sentence.
     """
     own = flags.FlagValues()
-    flags.DEFINE_multi_string("sweep", [], "config.KEY=VALUE,VALUE,...; repeat it for more axes.", flag_values=own)
+    flags.DEFINE_multi_string("sweep", [], "config.KEY=VALUE,VALUE,...", flag_values=own)
     flags.DEFINE_string("workdir", "runs/sweep", "Where the table and the cells go.", flag_values=own)
     flags.DEFINE_bool("dry_run", False, "Print the commands, and run nothing.", flag_values=own)
     flags.DEFINE_bool("gather", False, "Make the table of what is finished, and run nothing.", flag_values=own)
@@ -445,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, common = read_flags(argv)
         if own.help:
             print(__doc__)
-            print("\n".join(f"  --{name}: {own[name].help}" for name in OWN))
+            print("\n".join(f"  --{name}: {' '.join((own[name].help or '').split())}" for name in OWN))
             return 0
         axes = [read_axis(text) for text in own.sweep]
         cells = grid(axes)
@@ -461,6 +461,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             job = sweep_jobs.Job(task, len(cells), directory, own.image, own.claim)
             path = sweep_jobs.write(own.write_jobs, job)
             print(f"{path} has a task for each of {len(cells)} cells; its first lines say how it is submitted.")
+            if own.write_jobs == "kubernetes" and not directory.is_relative_to("/data"):
+                print(
+                    f"warning: the pods write to {directory}, which is not on their volume, so that it is lost with "
+                    "them: give --workdir=/data/NAME.",
+                    file=sys.stderr,
+                )
             return 0
         if own.cell is not None:
             return run_one(cells, own.cell, common, directory)

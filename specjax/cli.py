@@ -76,7 +76,9 @@ def generate(argv: Sequence[str]) -> None:
     try:
         prompts = values(["generate", *argv])[1:]
     except flags.Error as error:
-        raise launch.UsageError(f"{error} The flags: {', '.join(f'--{name}' for name in sorted(values))}.") from error
+        raise launch.UsageError(
+            f"{error} The flags: {', '.join(f'--{name}' for name in sorted(values) if len(name) > 1)}."
+        ) from error
     if values.help:
         print(_generate_help(values))
         return

@@ -106,7 +106,9 @@ def test_a_grid_is_run_once_gathered_and_continued(sweep, tmp_path, capfd):
 def test_a_sweep_runs_as_tasks_of_a_job(sweep, tmp_path, capfd):
     out, grid = tmp_path / "out", "--sweep=config.k=2,4"
     assert sweep(grid, "--write_jobs=slurm") == 0
+    assert "warning" not in capfd.readouterr().err
     assert sweep(grid, "--write_jobs", "kubernetes", "--image=me/specjax:1", "--claim=disk") == 0
+    assert "is not on their volume" in capfd.readouterr().err
     script = (out / "jobs.sbatch").read_text()
     assert "#SBATCH --array=0-1\n" in script
     assert subprocess.run(["bash", "-n", str(out / "jobs.sbatch")], check=False).returncode == 0

@@ -241,9 +241,10 @@ def app(args: dict[str, Any]) -> Any:
     except launch.UsageError as error:
         raise click.ClickException(str(error)) from error
     options = replica_options(values) | {"request_router_config": RequestRouterConfig(**router(values.num_slots))}
-    replica = ray_serve.deployment(Replica).options(**options)
+    deployment: Any = ray_serve.deployment
+    replica = deployment(**options)(Replica)
     # The replica ends a request that takes too long; this is for those that wait for one.
     seconds = values.request_timeout + 5.0 if values.request_timeout else None
     bounds = relay.Bounds(values.max_body_mib << 20, seconds)
-    ingress = ray_serve.deployment(ray_serve.ingress()(Ingress)).options(**ingress_options(values))
+    ingress = deployment(**ingress_options(values))(ray_serve.ingress()(Ingress))
     return ingress.bind(replica.bind(command_line(args)), bounds)

@@ -12,7 +12,7 @@ from typing import Any
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import (  # pyright: ignore[reportMissingImports]
     PrefixCacheAffinityRouter,
 )
-from ray.serve._private.request_router import (  # pyright: ignore[reportMissingImports]
+from ray.serve._private.request_router.pow_2_router import (  # pyright: ignore[reportMissingImports]
     PowerOfTwoChoicesRequestRouter,
 )
 
@@ -32,7 +32,8 @@ class PrefixRouter(PrefixCacheAffinityRouter):
             return await super().choose_replicas(candidate_replicas, pending_request)
         except Exception as error:
             log.warning("routing by prefix failed (%s: %s)", type(error).__name__, error)
-            return await PowerOfTwoChoicesRequestRouter.choose_replicas(self, candidate_replicas, pending_request)
+            default: Any = PowerOfTwoChoicesRequestRouter.choose_replicas
+            return await default(self, candidate_replicas, pending_request)
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Remembers the prompt."""

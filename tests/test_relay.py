@@ -149,7 +149,7 @@ def test_a_body_that_is_too_large_reaches_no_replica():
 
 
 def test_requests_have_a_time():
-    replicas = Replicas([5.0], [START, 30.0])
+    replicas = Replicas([2.0], [START, 30.0])
     assert through(replicas, "/v1/models", method="GET")[0] == 503  # no replica runs
     relaying = Relay(replicas.ask, replicas.ask_all, BOUNDS._replace(request_timeout=0.1))
     start, body = asyncio.run(send_to(relaying, COMPLETIONS))
@@ -173,6 +173,8 @@ def test_metrics_are_those_of_all_replicas():
         200,
         b"# HELP a The a.\n# TYPE a counter\na{engine=1} 1\na{engine=2} 2\n# HELP b B.\nb{engine=1} 0\nb{engine=2} 0\n",
     )
+    start, _ = asyncio.run(send_to(Relay(replicas.ask, replicas.ask_all, BOUNDS), "/metrics", method="GET"))
+    assert start["headers"] == [(b"content-type", b"text/plain")]  # the length was that of one replica
     replicas.everywhere = [Whole(401, (), b"key")] * 2
     assert through(replicas, "/metrics", method="GET") == (401, b"key")
 

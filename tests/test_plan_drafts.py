@@ -280,7 +280,7 @@ def test_the_compiled_step_of_a_head_copies_no_cache_and_gathers_nothing(name: s
     levels = (TREE.depth - 1) * TREE.width * 4 * known if name == "eagle tree" else 0
     assert program.gathered_bytes < levels + 1024, "neither parameters nor caches nor the target's logits"
     assert program.output_bytes - program.alias_bytes < 4096
-    # On GPUs, XLA holds the head's keys and values once more while it grows a tree, as it does those of a draft model.
+    # On GPUs, XLA turns the target's keys and values around to move a tree's accepted path, whatever has drafted it.
     arrays = 3 if name == "eagle tree" and not setup.topology.chip.tpu else 1
     assert program.temporary_bytes < arrays * length * (16 // setup.topology.num_devices) * 128 * 2
     assert program.alias_bytes > plan.memory(setup).target_cache + plan.memory(setup).draft_cache

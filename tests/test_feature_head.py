@@ -297,6 +297,7 @@ def test_a_head_for_experts_and_windows_is_dense_and_sees_all():
     mixture = dataclasses.replace(target().config, experts=Experts(4, 2), mask_token=11)
     windows = dataclasses.replace(target().config, sliding_window=8, global_layers=(2,), local_rope_theta=1e3)
     for config in (mixture, windows):
+        assert isinstance(config, DecoderConfig)
         head = experiment.shape(config, TAPS, 9)
         names = {
             name.key

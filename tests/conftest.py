@@ -149,7 +149,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.fixture(autouse=True, scope="module")
 def forgetprograms() -> Iterator[None]:
-    """Drops what was compiled once there is much of it: XLA:CPU's programs take memory, and maps of it, of which a process has few.
+    """Drops what was compiled once there is much of it: XLA:CPU's programs take memory maps, of which there are few.
 
     Small operations are the same in all files, so dropping them after each would compile or read them again in each.
     """

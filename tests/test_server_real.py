@@ -8,12 +8,15 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
+from helpers import WORDS, tokenizer_of
 from serving_fakes import Live, wait_until
 
 pytest.importorskip("uvicorn", reason="the server needs its extra: pip install -e '.[serve]'")
 
 import specjax
+from specjax.models import families
 from specjax.serving.engine import Engine
 from specjax.serving.server import Settings
 from specjax.serving.translate import Limits
@@ -39,13 +42,18 @@ def live(target) -> Iterator[Live]:
     server.close()
 
 
-def send(live, path: str, body: dict[str, Any]) -> Any:
+def post(live, path: str, body: dict[str, Any]) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=300)
     connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
     answer = connection.getresponse()
     content = answer.read().decode()
     connection.close()
-    assert answer.status == 200, content
+    return answer.status, content
+
+
+def send(live, path: str, body: dict[str, Any]) -> Any:
+    status, content = post(live, path, body)
+    assert status == 200, content
     if not body.get("stream"):
         return json.loads(content)
     lines = [part.removeprefix("data: ") for part in content.split("\n\n") if part.startswith("data: ")]
@@ -136,3 +144,60 @@ def test_nothing_leaks_when_clients_leave(live):
     assert wait_until(lambda: live.engine.snapshot().running + live.engine.snapshot().waiting == 0, 20)
     assert len(live.server.office) == 0
     assert live.engine.snapshot().compilations == 0
+
+
+@pytest.fixture(scope="module")
+def translator() -> Iterator[tuple[Live, specjax.Pretrained]]:
+    """A server of an encoder-decoder, without a chat template."""
+    tokenizer = tokenizer_of([*(f"\u2581{word}" for word in WORDS), "[unk]"])
+    config = specjax.T5Config(
+        vocab_size=len(WORDS) + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_encoder_layers=2,
+        num_heads=4,
+        head_dim=8,
+    )
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, families.init_params(config, jax.random.key(0)))
+    target = specjax.Pretrained(families.model(config), params, tokenizer, config)
+    drafter = specjax.drafters.ngram(num_draft_tokens=3, min_match=1)
+    engine = Engine(target, drafter=drafter, num_slots=2, max_len=48, max_prediction=24, score_prompts=False)
+    server = Live(engine, Settings(model="m", limits=Limits(prediction=24)))
+    yield server, target
+    server.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_an_encoder_decoder_completes(translator, temperature):
+    live, target = translator
+    prompts = ["the cat sat on the mat", "who was there", "a dog ran to see the cat and then it sat"]
+    fields = {"temperature": temperature, "seed": 5, "max_tokens": 12, "ignore_eos": True}
+    wanted = specjax.generate(
+        target, prompts, max_new_tokens=12, temperature=temperature, seed=[5] * 3, stop_tokens=(), verify="coupled"
+    )
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        whole = list(pool.map(lambda p: complete(live, p, **fields), prompts))
+        parts = list(pool.map(lambda p: complete(live, p, **fields, stream=True), prompts))
+    texts = [answer["choices"][0]["text"] for answer in whole]
+    assert texts == list(wanted.text or ())
+    assert len(set(texts)) > 1
+    assert ["".join(c["text"] for frame in frames for c in frame["choices"]) for frames in parts] == texts
+    usage = whole[0]["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (6, 12)
+    assert live.engine.snapshot().compilations == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, "no chat template: use /v1/compl"),
+        ("/v1/completions", {"prompt": "the", "echo": True, "logprobs": 1}, "does not score prompts"),
+        ("/v1/completions", {"prompt": "the " * 30, "max_tokens": 1}, "longer than the 24 that are encoded"),
+    ],
+)
+def test_what_an_encoder_decoder_lacks_is_said(translator, path, body, message):
+    live, _ = translator
+    status, content = post(live, path, body)
+    assert status == 400
+    assert message in json.loads(content)["error"]["message"]

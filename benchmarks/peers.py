@@ -83,19 +83,26 @@ def rewritten(path: pathlib.Path, dtype: str, stored: str) -> pathlib.Path:
     return copy
 
 
-def transformers_runs(work: Work) -> dict[str, Run]:
-    """`generate` of transformers, plain and with prompt lookup."""
+def transformers_model(path: pathlib.Path, dtype: str, threads: int) -> Any:
+    """The model of a GGUF file in transformers, its weights unpacked, on so many threads."""
     import torch
     import transformers
 
-    torch.set_num_threads(work.threads)
+    torch.set_num_threads(threads)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        work.path.parent,
-        gguf_file=work.path.name,
-        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[work.dtype],
+        path.parent,
+        gguf_file=path.name,
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype],
         quantization_config=transformers.GgufConfig(dequantize=True),
     )
-    model.eval()
+    return model.eval()
+
+
+def transformers_runs(work: Work) -> dict[str, Run]:
+    """`generate` of transformers, plain and with prompt lookup."""
+    import torch
+
+    model = transformers_model(work.path, work.dtype, work.threads)
 
     def mode(**options: Any) -> Run:
         def run(prompt: list[int]) -> list[int]:

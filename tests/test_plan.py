@@ -5,14 +5,14 @@ import json
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import usual
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax import drafters, experiments, launch, theory
 from specjax.decoding import verify
@@ -21,6 +21,10 @@ from specjax.models.config import DecoderConfig, Experts, T5Config
 from specjax.models.quantisation import Quantisation
 from specjax.models.weights import checkpoint, shapes
 from specjax.planning import aot, chips, hlo, libtpu, plan
+from specjax.serving import programs as serving
+from specjax.serving.choices import choices_of, sampling_of
+from specjax.serving.grammars import GrammarTable
+from specjax.serving.requests import Options
 from specjax.types import Draft
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -826,6 +830,100 @@ def test_other_drafters_copy_no_cache_and_gather_nothing(
     assert program.cache_copies == 0
     assert program.gathered_bytes == 0
     assert program.output_bytes - program.alias_bytes < 4096
+
+
+# --- The gate of the engine: its own programs, which serve many users
+
+
+SIZES = {"num_stop_tokens": 32, "num_biases": 304, "num_top": 20, "max_steps": 16}
+
+
+def outcome(function: Any, *arguments: Any) -> Any:
+    """What a program returns, as shapes, placed as the compiled program leaves it."""
+    lowered = function.lower(*arguments)
+    placed = aot._compile(lowered).output_shardings
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), lowered.out_info, placed
+    )
+
+
+class Serving(NamedTuple):
+    """What the programs of an engine are given."""
+
+    programs: serving.Programs
+    params: Any
+    state: Any
+    text: Any
+    choices: Any
+
+
+def of_model(placed: plan.Sharded) -> Draft:
+    return Draft(placed.drafter, placed.params.draft)
+
+
+def engine_of(setup: plan.Setup, mesh: Mesh, make: Callable[[plan.Sharded], Draft]) -> Serving:
+    """An engine on chips that are not here."""
+    placed = plan.shard(setup, mesh)
+    draft = make(placed)
+    sizes = serving.Sizes(max_len=setup.buffer, max_source=64, grammar_states=64, grammar_classes=32, **SIZES)
+    programs = serving.Programs(placed.models["target"], draft.drafter, verify.coupled, sizes)
+    vocab_size = setup.target.vocab_size
+    options = Options()
+    sampling = sampling_of(options, sizes, vocab_size)
+    choices = choices_of(options, sizes, sampling, (), limit=1)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def put(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=whole), tree)
+
+    costs = put(np.ones(draft.drafter.topology.depth + 1, np.float32))
+    table = put(GrammarTable(vocab_size, sizes.grammar_states, sizes.grammar_classes).table())
+    choices = put(choices)
+    with jax.set_mesh(mesh):
+        state = outcome(serving.empty, programs, setup.batch_size, choices, costs, table)
+        text = outcome(serving.begin, programs)
+    return Serving(programs, placed.params._replace(draft=draft.params), state, text, choices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "topology"), [(of_model, "v5e:2x2")], ids=lambda x: getattr(x, "__name__", x))
+def test_an_engine_copies_no_cache_and_gathers_no_more_than_logits(
+    topology: str, make: Callable[[plan.Sharded], Draft]
+):
+    setup = gate_setup("decoder", topology, batch_size=4)
+    mesh = gate_mesh(setup)
+    engine = engine_of(setup, mesh, make)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def scalar(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    with jax.set_mesh(mesh):
+        steps = serving.advance.lower(
+            engine.programs,
+            engine.params,
+            engine.state,
+            scalar(bool, setup.batch_size),
+            scalar(np.int32),
+            scalar(bool),
+        )
+        put = serving.insert.lower(engine.programs, engine.state, scalar(np.int32), engine.text, engine.choices)
+        caches = aot.cache_shapes(engine.state.rows.cache, engine.state.rows.drafter)
+        found = {name: aot.read(aot._compile(one), caches) for name, one in (("advance", steps), ("insert", put))}
+    keys = setup.batch_size * setup.buffer * (16 // setup.topology.num_devices) * 128 * 2
+    # Penalties, grammars and log-probabilities, which an engine always computes, gather logits of a vocabulary that is
+    # split (docs/limits.md); never parameters or caches.
+    logits = setup.batch_size * (setup.num_draft_tokens + 1) * setup.target.vocab_size * 4
+    gathered = 0 if setup.topology.num_devices == 1 else 8 * logits
+    results = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(steps.out_info[1]))
+    for name, program in found.items():
+        assert program.cache_copies == 0, name
+        assert program.gathered_bytes <= (gathered if name == "advance" else 0), name
+        assert program.temporary_bytes < keys, name
+        # All of the donated state comes out where it went in, and beside it the results of a call.
+        new = results if name == "advance" else 0
+        assert program.output_bytes - program.alias_bytes < 4 * new + 4096, name
+        assert program.alias_bytes > 2 * keys, name
 
 
 @needs_libtpu

@@ -144,6 +144,33 @@ def test_langchain(live):
 
 
 @pytest.mark.slow
+def test_litellm(live, monkeypatch):
+    """A chat, a stream, and its exceptions by status; prices are read from the package, not from the net."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    # Not in the extra: two later releases, 1.82.7 and 1.82.8, had been tampered with. This one was tried.
+    litellm = pytest.importorskip("litellm", reason="litellm is not installed: pip install litellm==1.81.0")
+    fixed: Any = {"api_base": f"{live.url}/v1", "api_key": "right", "messages": MESSAGES, "num_retries": 0}
+    answer = litellm.completion(model="hosted_vllm/m", **fixed)
+    assert answer.choices[0].message.content == "Bonjour é 0"
+    assert answer.usage.completion_tokens == 13
+    chunks = list(litellm.completion(model="hosted_vllm/m", stream=True, **fixed))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Bonjour é 0"
+    text = litellm.text_completion(
+        model="text-completion-openai/m", prompt="abc", api_base=f"{live.url}/v1", api_key="right"
+    )
+    assert text.choices[0].text == "abc"
+    for error, fields in [
+        (litellm.BadRequestError, {"temperature": 5}),
+        (litellm.NotFoundError, {"model": "hosted_vllm/other"}),
+        (litellm.RateLimitError, {"n": 9}),
+        (litellm.AuthenticationError, {"api_key": "wrong"}),
+    ]:
+        with pytest.raises(error) as caught:
+            litellm.completion(**{"model": "hosted_vllm/m", **fixed, **fields})
+        assert type(caught.value) is error
+
+
+@pytest.mark.slow
 def test_any_body_that_the_description_allows_gets_an_answer():
     """No body, valid or not, is answered with a bug's 500."""
     schemathesis = pytest.importorskip("schemathesis", reason=f"schemathesis is not installed: {HERE}")

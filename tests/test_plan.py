@@ -738,10 +738,11 @@ def test_small_weights_and_scanned_layers_are_read_in_place(variant: dict[str, A
 @pytest.mark.parametrize("topology", ["v5e:2x2", "H100:1", "H100:4"])
 def test_the_kernel_of_a_batch_copies_no_cache(topology: str):
     """Grouped heads, a window in one of two layers, and rows that are written one by one."""
-    setup = setup_of(topology=topology, max_len=16384, batch_size=8)
+    setup = gate_setup("decoder", topology, batch_size=8)
     mesh = gate_mesh(setup)
-    windowed = {"sliding_window": 1024, "global_layers": (1,), "attention_softcap": 50.0}
-    setup = dataclasses.replace(setup, target=dataclasses.replace(setup.target, vocab_size=32768, **windowed))
+    shape: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 4, "sliding_window": 1024, "global_layers": (1,)}
+    target = dataclasses.replace(setup.target, attention_softcap=50.0, **shape)
+    setup = dataclasses.replace(setup, target=target)
     placed = plan.shard(setup, mesh)
     compiled = aot.step(setup, mesh)
     program = aot.read(compiled, aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))

@@ -111,6 +111,13 @@ KERNELS: dict[str, Callable[..., Array]] = {
 """By the name that JAX has for the platform."""
 
 
+def _platform() -> str:
+    """The platform that a program is traced for: that of the mesh, or else of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "cuda" if name == "gpu" else name
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -140,7 +147,9 @@ class Kernel:
             specs = heads, entries, entries, of_seen, PartitionSpec()
             return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
 
-        kernels = {platform: split(kernel) for platform, kernel in KERNELS.items()}
+        # Others need not wait for the kernel of a chip that they are not compiled for to be traced.
+        platform = _platform()
+        kernels = {platform: split(KERNELS[platform])} if platform in KERNELS else {}
         return jax.lax.platform_dependent(*arguments, **kernels, default=functools.partial(Einsum(), cap=cap))
 
 

@@ -273,9 +273,10 @@ def stack_layers(config: ModelConfig, params: Tree) -> tuple[ModelConfig, Tree]:
         return config, params
 
     def stack(*leaves: jax.Array) -> jax.Array:
-        place = leaves[0].sharding
-        if isinstance(place, NamedSharding):
-            place = NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+        # On one device, the result lies where the arrays do, and may be moved as they may.
+        place, here = None, leaves[0].sharding
+        if isinstance(here, NamedSharding):
+            place = NamedSharding(here.mesh, PartitionSpec(None, *here.spec))
         return jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=place)(*leaves)
 
     layers_params = [params["layers"][i] for i in range(config.num_layers)]

@@ -288,3 +288,12 @@ def test_a_fixed_shape_scores_k_plus_one_tokens_in_every_call():
             )
         )(both, state)
         assert set(widths) == wanted
+
+
+def test_options_of_xla_reach_the_loop_and_unknown_ones_are_refused():
+    target = Pretrained(TARGET, TABLE, None, None)  # pyright: ignore[reportArgumentType]
+    plain = api.generate(target, [[1, 2]], max_new_tokens=5)
+    options: dict[str, Any] = {"xla_cpu_enable_fast_math": False}
+    assert api.generate(target, [[1, 2]], max_new_tokens=5, compiler_options=options).tokens == plain.tokens
+    with pytest.raises(ValueError, match=r"compiler_options=.'xla_no_such_option': '1'.: XLA refuses them"):
+        api.generate(target, [[1, 2]], max_new_tokens=5, compiler_options={"xla_no_such_option": "1"})

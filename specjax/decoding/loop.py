@@ -51,7 +51,8 @@ def compiled_with(options: CompilerOptions) -> Callable[..., DecodeState]:
     """
     if not options:
         return advance
-    run = jax.jit(advance.__wrapped__, **_HOW, compiler_options=dict(options))
+    jitted: Any = advance
+    run = jax.jit(jitted.__wrapped__, **_HOW, compiler_options=dict(options))
 
     def checked(*arguments: Any) -> DecodeState:
         try:

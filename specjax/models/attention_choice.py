@@ -143,7 +143,7 @@ class Kernel:
             heads = sharding.dividing(query.shape, axes, mesh, self.rules)
             entries = sharding.dividing(keys.shape, cache_lib.axes_of(keys.ndim), mesh, self.rules)
             rows = PartitionSpec(heads[0])
-            of_seen = Seen(*(rows if x is not None and x.ndim else PartitionSpec() for x in seen))
+            of_seen = Seen._make(rows if x is not None and x.ndim else PartitionSpec() for x in seen)
             specs = heads, entries, entries, of_seen, PartitionSpec()
             return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
 

@@ -90,7 +90,7 @@ def load(
     rules: sharding.Rules = sharding.RULES,
     quantise: str = "",
     scan_layers: bool = False,
-    attention: str = "auto",
+    attention: str = "einsum",
 ) -> Pretrained:
     """Loads a model, its weights and its tokenizer.
 
@@ -110,9 +110,10 @@ def load(
         (`families.quantise`); "keep" keeps a GGUF file's own blocks (`blocks.KEPT`); empty: in `dtype`. A draft then
         takes a fraction of the memory, and the target's text stays exact; a quantised target is another model.
       scan_layers: compile one layer's program for all layers of a decoder-only model (`DecoderConfig.scan_layers`).
-      attention: how a decoder-only model attends to its cache: "einsum" by XLA's products over the whole buffer,
-        "kernel" by a kernel that reads what each row has, on TPUs and CUDA GPUs; "auto" takes the kernel where the
-        cache is at least a tenth of the bytes that a call reads (`models.attention_choice`).
+      attention: how a decoder-only model attends to its cache: "einsum", the default, by XLA's products over the
+        whole buffer; "kernel" by a kernel that reads what each row has, on TPUs and CUDA GPUs, where it has been
+        compiled but not run yet; "auto" takes the kernel where the cache is at least a tenth of the bytes that a call
+        reads (`models.attention_choice`).
 
     Returns:
       The model.

@@ -319,7 +319,7 @@ def load(source: str, view: View, **options: Any) -> Pretrained:
     return loaded
 
 
-def load_target(chosen: choices.Models, view: View, attention: str = "auto") -> tuple[Pretrained, drafting.Load]:
+def load_target(chosen: choices.Models, view: View, attention: str = "einsum") -> tuple[Pretrained, drafting.Load]:
     """The target, and what loads its draft model; `attention` is that of `pretrained.load`.
 
     Raises:
@@ -346,7 +346,7 @@ def load_target(chosen: choices.Models, view: View, attention: str = "auto") -> 
 
 
 def load_both(
-    chosen: choices.Models, view: View, attention: str = "auto"
+    chosen: choices.Models, view: View, attention: str = "einsum"
 ) -> tuple[Pretrained, Callable[[int], AnyDrafter]]:
     """The target, and its drafter as a function of K; raises what `load_target` does."""
     target, load_draft = load_target(chosen, view, attention)

@@ -301,7 +301,7 @@ class DecoderConfig:
     head_quantisation: Quantisation | None = None
     head_tokens: tuple[int, ...] = ()
     mask_token: int | None = None
-    attention: str = "auto"
+    attention: str = "einsum"
     scan_layers: bool = False
 
     start_token: ClassVar[None] = None

@@ -9,7 +9,7 @@ make XLA's products in both.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class Seen(NamedTuple):
     window: Int[Array, ""] | None = None
 
 
+@runtime_checkable
 class Attend(Protocol):
     """Attends to a cache: the sums of its values, `[B, T, H, G, E]` in float32. Static: equal ones share programs."""
 

@@ -122,14 +122,16 @@ def _sweep(number: int) -> list[chinchilla.Swept]:
 
 
 def _methods() -> list[Row]:
+    columns = ("drafter", "tokens per call", "speedup")
     return [
         {
             "drafter": line["drafter"].partition(",")[0],
-            "temperature": 0.0,
+            "temperature": float(number),
             "block_efficiency": value(line["tokens per call"]),
             "measured_speedup": value(line["speedup"]),
         }
-        for line in table("methods.md", "drafter", "tokens per call", "speedup")
+        for number in (0, 1)
+        for line in table("methods.md", *columns, number=number)
     ]
 
 

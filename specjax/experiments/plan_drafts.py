@@ -13,7 +13,7 @@ from specjax.models.weights import shapes
 from specjax.planning import kinds
 from specjax.planning.kinds import Kind
 
-Tree = tuple[int, int, int]
+Tree = tuple[int, ...]
 """The width, depth and nodes of a dynamic tree (`drafters.Dynamic`)."""
 
 

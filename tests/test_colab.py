@@ -90,6 +90,12 @@ def test_badges_open_the_right_file(name):
     assert badge in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@each
+def test_a_notebook_has_a_form(name):
+    code = [cell.source for cell in build.read(name).cells if cell.cell_type == "code"]
+    assert any(source.startswith("# @title") and "# @param" in source for source in code)
+
+
 def test_all_notebooks_are_set_up_in_the_same_way():
     cells = [cell.source for name in build.NAMES for cell in build.read(name).cells]
     installing = [source for source in cells if source.startswith("# @title Install specjax")]

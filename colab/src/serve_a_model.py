@@ -95,8 +95,36 @@ texts = [
 ]
 static = time.perf_counter() - begin
 same = sum(answer.tokens == tokens for answer, tokens in zip(answers, texts, strict=True))
-print(f"static batches: {static:.1f} s; the engine was {static / continuous:.2f} times as fast")
 print(f"{same} of {len(prompts)} texts are the same, token for token")
+
+# %%
+from IPython.display import display
+from specjax.experiments.reports import notebook, plots
+
+lengths = [len(answer.tokens) for answer in answers]
+longest = [max(lengths[i - i % slots : i - i % slots + slots]) for i in range(len(lengths))]
+waiting = 1 - sum(lengths) / sum(longest)
+times = [("static batches", static, f"{waiting:.0%}"), ("the engine", continuous, "-")]
+header = ["", "seconds", "tokens a second", "rows that wait for the longest of their batch"]
+display(notebook.table(header, [[name, f"{s:.1f}", f"{num_tokens / s:.1f}", share] for name, s, share in times]))
+print(f"The engine was {static / continuous:.2f} times as fast.")
+
+
+def draw_batches():
+    """The tokens of each answer in its static batch, and the tokens for which its row waits."""
+    figure, (axes,) = plots.panels(1, 8, 0.9 + 0.22 * len(lengths))
+    y = [i + 0.7 * (i // slots) for i in range(len(lengths))]
+    axes.barh(y, lengths, color=plots.BLUE, height=0.8, label="its answer")
+    idle = [whole - length for whole, length in zip(longest, lengths, strict=True)]
+    axes.barh(y, idle, left=lengths, color="#e3e3e3", hatch="//", edgecolor=plots.GREY, height=0.8, label="it waits")
+    axes.set_yticks(y, [f"request {i + 1}" for i in range(len(lengths))], fontsize=8)
+    axes.invert_yaxis()
+    plots.finish(axes, f"Static batches of {slots}", "tokens", "")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+display(notebook.figure(draw_batches(), "Each row of a static batch waits for the longest answer of its batch."))
 
 # %% [markdown]
 # ## One request, as it grows

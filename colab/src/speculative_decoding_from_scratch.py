@@ -39,6 +39,10 @@ from specjax.experiments import notebooks
 runtime = notebooks.runtime()
 print(runtime)
 
+# %%
+# @title Your prompt
+PROMPT = "The capital of France is Paris. The capital of Italy is"  # @param {type: "string"}
+
 # %% [markdown]
 # ## The algorithm
 #
@@ -136,7 +140,6 @@ def pair(temperature):
     )
 
 
-PROMPT = "The capital of France is Paris. The capital of Italy is"  # @param {type:"string"}
 K = 4
 NUM_NEW_TOKENS = runtime.pick(small=8, cpu=28, accelerator=28)
 

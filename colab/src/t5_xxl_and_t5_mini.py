@@ -71,6 +71,16 @@ plots.finish(left, "Speedup at c = 0.05", "draft tokens K", "times plain", legen
 plots.finish(right, "Operations", "draft tokens K", "times plain")
 display(notebook.figure(figure, "Speedup and operations by K, for four values of alpha."))
 
+# %%
+# @title Numbers of your own
+ALPHA = 0.75  # @param {type: "slider", min: 0, max: 0.99, step: 0.01}
+C = 0.05  # @param {type: "slider", min: 0, max: 1, step: 0.01}
+DRAFT_TOKENS = 5  # @param {type: "slider", min: 1, max: 20, step: 1}
+tokens, speed = theory.expected_tokens(ALPHA, DRAFT_TOKENS), theory.walltime_factor(ALPHA, DRAFT_TOKENS, C)
+best = max(range(21), key=lambda k: theory.walltime_factor(ALPHA, k, C))
+print(f"K = {DRAFT_TOKENS}: {tokens:.2f} tokens per call of the target, {speed:.2f} times as fast as plain decoding.")
+print(f"The best K is {best}: {theory.walltime_factor(ALPHA, best, C):.2f} times as fast." if best else "Do not draft.")
+
 # %% [markdown]
 # ## Tables 2 and 3: what the paper measured
 #

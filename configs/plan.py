@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     config.prompt_tokens = 128  # Tokens of each row's prompt.
     config.max_new_tokens = 128  # New tokens of each row.
     config.verify = "rejection"  # The rule, as configs/compare.py has it.
-    config.attention = "einsum"  # How decoders attend to their caches: einsum, kernel, or auto by the bytes of each call.
+    config.attention = "einsum"  # How decoders attend to caches: einsum, kernel, or auto by the bytes of each call.
     config.temperature = 0.0  # The temperature of the single calls that are compiled.
 
     config.compile = True  # False computes everything from shapes.

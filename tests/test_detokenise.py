@@ -3,23 +3,11 @@
 import itertools
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from serving_fakes import byte_tokenizer
 
 from specjax.serving.detokenise import Detokeniser
-from specjax.text.tokenizer import Tokenizer
 
-
-def of_bytes() -> Tokenizer:
-    """A tokenizer whose tokens are single bytes."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend)
-
-
-BYTES = of_bytes()
+BYTES = byte_tokenizer(None)
 TEXT = "naïve — 東京 🗼 end. END here"
 
 

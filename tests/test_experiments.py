@@ -4,9 +4,8 @@ import json
 import lzma
 
 import pytest
-import tokenizers
 from rich.console import Console
-from tokenizers import decoders, models, pre_tokenizers
+from serving_fakes import byte_tokenizer
 
 from specjax.experiments import prompts, results
 from specjax.experiments.reports import accepted_text as marks
@@ -20,11 +19,7 @@ from specjax.text.tokenizer import Tokenizer
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     """One token a byte, so that characters beyond ASCII take several."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend)
+    return byte_tokenizer(None)
 
 
 def row(prompt: int = 0, seconds: float = 0.5, baseline_seconds: float = 0.75, **changes) -> results.Row:

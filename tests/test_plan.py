@@ -741,9 +741,8 @@ def test_the_kernel_of_a_batch_copies_no_cache(topology: str):
     setup = gate_setup("decoder", topology, batch_size=8)
     mesh = gate_mesh(setup)
     shape: dict[str, Any] = {"num_layers": 2, "num_kv_heads": 4, "sliding_window": 1024, "global_layers": (1,)}
-    shape |= {"attention": "kernel"}
-    target = dataclasses.replace(setup.target, attention_softcap=50.0, **shape)
-    setup = dataclasses.replace(setup, target=target)
+    target = dataclasses.replace(setup.target, attention="kernel", attention_softcap=50.0, **shape)
+    setup = dataclasses.replace(setup, target=target, draft=dataclasses.replace(setup.draft, attention="kernel"))
     placed = plan.shard(setup, mesh)
     compiled = aot.step(setup, mesh)
     program = aot.read(compiled, aot.cache_shapes(placed.state.rows.cache, placed.state.rows.drafter))

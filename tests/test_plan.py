@@ -913,7 +913,7 @@ def test_an_engine_copies_no_cache_and_gathers_no_more_than_logits(
         found = {name: aot.read(aot._compile(one), caches) for name, one in (("advance", steps), ("insert", put))}
     keys = setup.batch_size * setup.buffer * (16 // setup.topology.num_devices) * 128 * 2
     # Penalties, grammars and log-probabilities, which an engine always computes, gather logits of a vocabulary that is
-    # split (docs/limits.md); never parameters or caches.
+    # Of a vocabulary that is split, some logits are gathered (docs/limits.md); never parameters or caches.
     logits = setup.batch_size * (setup.num_draft_tokens + 1) * setup.target.vocab_size * 4
     gathered = 0 if setup.topology.num_devices == 1 else 8 * logits
     results = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(steps.out_info[1]))

@@ -43,6 +43,15 @@ def test_the_last_token_is_always_read():
     assert kept.find([1], "").length == 0
 
 
+def test_chunks_are_compared_whole():
+    kept = cache()
+    kept.find([1, 2, 3, 4, 9], "")
+    kept.keep([1, 2, 3, 4], "", "text", 10)
+    assert kept.find([1, 2, 3, 4, 8], "").text == "text"
+    for other in ([1, 2, 3, 5], [1, 1, 3, 4], [2, 1, 3, 4], [1, 2, 3, 4 + 2**32]):
+        assert kept.find([*other, 9], "") == (None, 0, 0)
+
+
 def test_where_prompts_part_is_told():
     kept = cache()
     assert kept.find(prompt(1, 2, 3), "") == (None, 0, 0)

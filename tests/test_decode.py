@@ -139,6 +139,20 @@ def test_other_options_do_not_compile_or_trace_again(drafter: str):
     assert len(traces) == traced
 
 
+def test_a_program_is_the_same_whatever_was_lowered_before():
+    # Otherwise no later process finds it among the programs that are kept.
+    target, table = testing.tabular(0, order=3)
+    chosen = drafters.model(target, topology=(2, 1))
+    params = Params(table, table)
+    state = decoding.prefill(target, chosen, params, right_pad(random_prompts(3, 4), 16), max_new_tokens=9, max_len=64)
+
+    def text() -> str:
+        traced = jax.jit(lambda: decoding.decode_step(target, chosen, verify.rejection, params, state))
+        return traced.lower().as_text()
+
+    assert text() == text()
+
+
 @pytest.mark.slow
 def test_stream_and_generate_run_one_program():
     chosen, params = drafter_of("ngram", 2)

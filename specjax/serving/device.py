@@ -73,7 +73,7 @@ class Device:
             self._commit = self._put
         self.params = self._commit(params)
         self.batch_sizes, self.chunk_widths = tuple(batch_sizes), tuple(chunk_widths)
-        self._choices, self._grammar = choices, self._put(grammar)
+        self.choices, self._grammar = choices, self._put(grammar)
         depth = programs.drafter.topology.depth
         self.step_costs = {size: np.ones(depth + 1, np.float32) for size in self.batch_sizes}
         self.step_seconds = dict.fromkeys(self.batch_sizes, 0.0)
@@ -83,8 +83,11 @@ class Device:
     def allocate(self, batch_size: int) -> None:
         """Begins with rows that are all done."""
         self.batch_size, self.state = batch_size, None
-        costs = self._put(self.step_costs[batch_size])
-        self.state = self._commit(device.empty(self.programs, batch_size, self._choices, costs, self._grammar))
+        self.state = self._commit(device.empty(*self.empty_arguments(batch_size)))
+
+    def empty_arguments(self, batch_size: int) -> tuple[Any, ...]:
+        """What `programs.empty` makes rows of that are all done."""
+        return self.programs, batch_size, self.choices, self._put(self.step_costs[batch_size]), self._grammar
 
     def _held(self) -> DecodeState:
         assert self.state is not None, "allocate() comes first"

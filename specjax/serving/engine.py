@@ -248,8 +248,7 @@ class Engine:
         table = s.grammars.table()
         device = Device(s.programs, s.params, s.batch_sizes, s.chunk_widths, s.choices, table, s.mesh)
         reader = Reader(device, prefix_bytes)
-        warmup.warm(device, score_prompts=self._score_prompts and not s.encodes, say=say)
-        reader.warm()
+        warmup.warm(device, reader, score_prompts=self._score_prompts and not s.encodes, say=say)
         if step_cost is not None:
             device.step_costs = dict.fromkeys(s.batch_sizes, step_costs(step_cost, s.programs.drafter.topology.depth))
         device.allocate(s.batch_sizes[0])

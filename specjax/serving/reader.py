@@ -74,10 +74,11 @@ class Reader:
         self._sizes = [self._chunk]
         while self._sizes[-1] < sizes.max_len:
             self._sizes.append(min(2 * self._sizes[-1], sizes.max_len))
+        self.kept = tuple(self._sizes) if self.prefix.max_bytes else ()
 
     def warm(self) -> None:
-        """Compiles what keeps and restores prefixes."""
-        for size in self._sizes if self.prefix.max_bytes else ():
+        """Runs what keeps and restores prefixes."""
+        for size in self.kept:
             jax.block_until_ready(self._restore(self._trim(self._device.begin(), size)))
 
     def _trim(self, text: Text, size: int) -> Text:

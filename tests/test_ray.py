@@ -140,7 +140,12 @@ import ray
 from ray import serve
 from specjax import ray_app
 
-args, port, name = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+args, port, name, delays = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+if delays:
+    given = ray_app.replica_options
+    ray_app.replica_options = lambda values: (
+        given(values) | {"autoscaling_config": given(values)["autoscaling_config"] | delays}
+    )
 ray.init(num_cpus=4, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=True)
 serve.start(http_options={"port": port})
 serve.run(ray_app.app(args), name=name)
@@ -182,10 +187,16 @@ class Cluster:
             connection.close()
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[Cluster]:
+@contextlib.contextmanager
+def run(path: pathlib.Path, delays: dict[str, float], **changes: Any) -> Iterator[Cluster]:
+    """The application on a cluster of this machine.
+
+    Args:
+      path: an empty directory.
+      delays: in the place of Ray's own, which are minutes.
+      **changes: of the application's arguments.
+    """
     pytest.importorskip("ray.serve", reason=HERE)
-    path = tmp_path_factory.mktemp("cluster")
     # Ray's sockets need a short path.
     short = tempfile.mkdtemp(prefix="rt")
     args = {
@@ -196,11 +207,10 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         "max_len": 128,
         "max_prediction": 0,
         "prefix_mib": 1,
-        "num_replicas": 2,
         "num_cpus": 1,
         "compilation_cache": False,
         "shutdown_timeout": 5,
-    }
+    } | changes
     port, name = free_port(), f"specjax{os.getpid()}"
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -211,7 +221,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     log = path / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", CLUSTER, json.dumps(args), str(port), name],
+            [sys.executable, "-c", CLUSTER, json.dumps(args), str(port), name, json.dumps(delays)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=out,
@@ -230,6 +240,12 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    with run(tmp_path_factory.mktemp("cluster"), {}, num_replicas=2) as cluster:
+        yield cluster
 
 
 def request(i: int, stream: bool) -> dict[str, Any]:
@@ -314,3 +330,50 @@ def test_the_death_of_a_replica_under_load_leaves_no_request_without_its_answer(
     assert before[0] not in after
     assert len(after) == 2
     print(f"{len(sent_again)} streams were sent again of {number} requests; {at_death} had been answered at the death")
+
+
+def wait_for(cluster: Cluster, number: int, seconds: float = 180.0) -> None:
+    """Waits until the application has so many replicas."""
+    end = time.monotonic() + seconds
+    while (now := len(replicas(cluster.name))) != number:
+        assert time.monotonic() < end, f"{now} replicas, not {number}: {cluster.log.read_text()}"
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_replicas_follow_the_load_and_go_again(tmp_path):
+    """Ray's autoscaler itself, with shorter delays than its 30 s up and 10 minutes down."""
+    delays = {"upscale_delay_s": 2.0, "downscale_delay_s": 4.0, "metrics_interval_s": 0.5, "look_back_period_s": 2.0}
+    with run(tmp_path, delays, num_replicas=1, max_replicas=2) as cluster:
+        first = [text_of(cluster.send("/v1/completions", request(i, False)), False) for i in range(8)]
+        time.sleep(6.0)
+        assert len(replicas(cluster.name)) == 1  # a request at a time needs no second one
+        wrong, number, ends = [], [0] * 8, threading.Event()
+
+        def client(i: int) -> None:
+            try:
+                while not ends.is_set():
+                    text = text_of(cluster.send("/v1/completions", request(i, False)), False)
+                    number[i] += 1
+                    assert text == first[i]
+            except Exception as error:
+                wrong.append((i, repr(error)))
+
+        clients = [threading.Thread(target=client, args=(i,)) for i in range(8)]
+        for one in clients:
+            one.start()
+        try:
+            wait_for(cluster, 2)  # eight requests at a time, two slots
+            end = time.monotonic() + 180
+            while cluster.send("/metrics")[1].count("\nspecjax:engine_alive{") < 2 and time.monotonic() < end:
+                time.sleep(1.0)
+        finally:
+            ends.set()
+            for one in clients:
+                one.join(120)
+        assert not wrong
+        assert min(number) > 0
+        pattern = r"^vllm:generation_tokens_total\{[^}]*\} [0-9.e+]+$"
+        assert len(re.findall(pattern, cluster.send("/metrics")[1], re.MULTILINE)) == 2
+        wait_for(cluster, 1)
+        assert text_of(cluster.send("/v1/completions", request(0, False)), False) == first[0]

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.experimental import shard_alike
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool
 
 Carry = TypeVar("Carry")
@@ -39,3 +40,16 @@ def alike(result: Any, array: Any) -> Any:
     if jax.sharding.get_abstract_mesh().empty:
         return result
     return shard_alike.shard_alike(result, array)[0]
+
+
+def in_order(array: Array) -> Array:
+    """The same array, whose last axis lies together in memory, as that of arguments does.
+
+    XLA:GPU would carry the keys of a cache through a loop in the order that suits a product in it, and transpose them
+    whole before and after the loop: in every step, where the loop is `once`. An array on several devices is left to XLA,
+    which would gather what has to be in order.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return array
+    order = Layout(tuple(range(array.ndim)))
+    return jax.lax.platform_dependent(array, cuda=lambda x: with_layout_constraint(x, order), default=lambda x: x)

@@ -151,6 +151,25 @@ def test_a_copy_within_the_main_memory_is_found_and_a_prefetch_is_none():
         hlo.copies(PROGRAM, [(7, 7)])
 
 
+TRANSPOSED = """
+%fused_transpose (p: bf16[4,16,512,128]) -> bf16[4,16,128,512] {
+  %p = bf16[4,16,512,128]{3,2,1,0} parameter(0)
+  ROOT %transpose.1 = bf16[4,16,128,512]{3,2,1,0} transpose(%p), dimensions={0,1,3,2}
+}
+%fused_dot (p: bf16[4,16,512,128]) -> bf16[4,16,128] {
+  %p.1 = bf16[4,16,512,128]{3,2,1,0} parameter(0)
+  %transpose.2 = bf16[4,16,128,512]{3,2,1,0} transpose(%p.1), dimensions={0,1,3,2}
+  ROOT %reduce.1 = bf16[4,16,128]{2,1,0} reduce(%transpose.2, %zero), dimensions={3}, to_apply=%add
+}
+"""
+
+
+def test_axes_that_are_exchanged_in_memory_are_a_copy():
+    found = hlo.copies(TRANSPOSED, [(4, 16, 512, 128)])
+    assert len(found) == 1
+    assert "transpose.1" in found[0]
+
+
 GPU_PROGRAM = """
 HloModule jit_f
 %fused_add (p: f32[4]) -> f32[4] {
@@ -862,6 +881,19 @@ def of_model(placed: plan.Sharded) -> Draft:
     return Draft(placed.drafter, placed.params.draft)
 
 
+def of_lookup(placed: plan.Sharded) -> Draft:
+    lengths = tuple(range(1, placed.drafter.topology.num_nodes))
+    return Draft(drafters.ngram(num_draft_tokens=placed.drafter.topology.num_nodes, lengths=lengths), ())
+
+
+def of_nothing(placed: plan.Sharded) -> Draft:
+    del placed
+    return Draft(drafters.none(), ())
+
+
+ENGINES = [(of_model, "v5e:2x2"), (of_lookup, "H100:1"), (of_nothing, "H100:1")]
+
+
 def engine_of(setup: plan.Setup, mesh: Mesh, make: Callable[[plan.Sharded], Draft]) -> Serving:
     """An engine on chips that are not here."""
     placed = plan.shard(setup, mesh)
@@ -887,7 +919,7 @@ def engine_of(setup: plan.Setup, mesh: Mesh, make: Callable[[plan.Sharded], Draf
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "topology"), [(of_model, "v5e:2x2")], ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(("make", "topology"), ENGINES, ids=lambda x: getattr(x, "__name__", x))
 def test_an_engine_copies_no_cache_and_gathers_no_more_than_logits(
     topology: str, make: Callable[[plan.Sharded], Draft]
 ):
@@ -912,7 +944,6 @@ def test_an_engine_copies_no_cache_and_gathers_no_more_than_logits(
         caches = aot.cache_shapes(engine.state.rows.cache, engine.state.rows.drafter)
         found = {name: aot.read(aot._compile(one), caches) for name, one in (("advance", steps), ("insert", put))}
     keys = setup.batch_size * setup.buffer * (16 // setup.topology.num_devices) * 128 * 2
-    # Penalties, grammars and log-probabilities, which an engine always computes, gather logits of a vocabulary that is
     # Of a vocabulary that is split, some logits are gathered (docs/limits.md); never parameters or caches.
     logits = setup.batch_size * (setup.num_draft_tokens + 1) * setup.target.vocab_size * 4
     gathered = 0 if setup.topology.num_devices == 1 else 8 * logits

@@ -106,8 +106,8 @@ def write(
 
     if rows == 1 and buffer.shape[-2] <= attention.BLOCK:
         # Updated as integers, a single row is computed twice too, and copied. Its conversions are small.
-        return update(buffer, new, start, layer)
-    return bfloat16.moved(update, (buffer, new), start, layer)
+        return control.in_order(update(buffer, new, start, layer))
+    return control.in_order(bfloat16.moved(update, (buffer, new), start, layer))
 
 
 def contain(values: Float[Array, "B T H D"]) -> tuple[Float[Array, "B T H D"], Bool[Array, "B T H D"]]:

@@ -46,8 +46,8 @@ def in_order(array: Array) -> Array:
     """The same array, whose last axis lies together in memory, as that of arguments does.
 
     XLA:GPU would carry the keys of a cache through a loop in the order that suits a product in it, and transpose them
-    whole before and after the loop: in every step, where the loop is `once`. An array on several devices is left to XLA,
-    which would gather what has to be in order.
+    whole before and after the loop: in every step, where the loop is `once`. Arrays on several devices are left alone,
+    since XLA would gather what has to be in order.
     """
     if jax.sharding.get_abstract_mesh().size > 1:
         return array

@@ -151,25 +151,6 @@ def test_a_copy_within_the_main_memory_is_found_and_a_prefetch_is_none():
         hlo.copies(PROGRAM, [(7, 7)])
 
 
-TRANSPOSED = """
-%fused_transpose (p: bf16[4,16,512,128]) -> bf16[4,16,128,512] {
-  %p = bf16[4,16,512,128]{3,2,1,0} parameter(0)
-  ROOT %transpose.1 = bf16[4,16,128,512]{3,2,1,0} transpose(%p), dimensions={0,1,3,2}
-}
-%fused_dot (p: bf16[4,16,512,128]) -> bf16[4,16,128] {
-  %p.1 = bf16[4,16,512,128]{3,2,1,0} parameter(0)
-  %transpose.2 = bf16[4,16,128,512]{3,2,1,0} transpose(%p.1), dimensions={0,1,3,2}
-  ROOT %reduce.1 = bf16[4,16,128]{2,1,0} reduce(%transpose.2, %zero), dimensions={3}, to_apply=%add
-}
-"""
-
-
-def test_axes_that_are_exchanged_in_memory_are_a_copy():
-    found = hlo.copies(TRANSPOSED, [(4, 16, 512, 128)])
-    assert len(found) == 1
-    assert "transpose.1" in found[0]
-
-
 GPU_PROGRAM = """
 HloModule jit_f
 %fused_add (p: f32[4]) -> f32[4] {
@@ -951,6 +932,7 @@ def test_an_engine_copies_no_cache_and_gathers_no_more_than_logits(
     for name, program in found.items():
         assert program.cache_copies == 0, name
         assert program.gathered_bytes <= (gathered if name == "advance" else 0), name
+        # Keys whose axes are exchanged around a loop are no copies by name, but are temporaries of this size.
         assert program.temporary_bytes < keys, name
         # All of the donated state comes out where it went in, and beside it the results of a call.
         new = results if name == "advance" else 0

@@ -53,10 +53,13 @@ def _compare(
     last = jnp.where(in_text, offset + length - 1, source_length)
     matched = jnp.zeros(past.shape[0], jnp.int32)
     running = place < last
+    # Slices of one padded array are read where they lie, all in one pass; what `jnp.roll` returns is written each time.
+    padded = jnp.pad(past, (max_match, 0))
     for back in range(max_match):
         # The token `back` before the end of the text, compared with the token `back` before every position.
         wanted = tokens[jnp.maximum(length - 1 - back, 0)]
-        running = running & (jnp.roll(past, back) == wanted) & (place - back >= begin) & (length > back)
+        before = padded[max_match - back : padded.shape[0] - back]
+        running = running & (before == wanted) & (place - back >= begin) & (length > back)
         matched = matched + running
     return _Found(past, matched, in_text, last)
 

@@ -165,10 +165,9 @@ def collectives(program: str) -> list[Collective]:
 
 
 def copies(program: str, shapes: Sequence[Sequence[int]]) -> list[str]:
-    """The instructions that copy an array of one of these shapes within the main memory, in whatever order of its axes.
+    """The instructions that copy an array of one of these shapes within the main memory.
 
-    A move into an on-chip memory, or back from it, does not count: the data is read and written there anyway. XLA:GPU
-    exchanges axes by fusions whose last instruction is a `transpose`.
+    A move into an on-chip memory, or back from it, does not count: the data is read and written there anyway.
 
     Args:
       program: as `compiled.as_text()` gives it.
@@ -178,7 +177,6 @@ def copies(program: str, shapes: Sequence[Sequence[int]]) -> list[str]:
       ValueError: where the program has no array of one of the shapes, so that no copy could be found.
     """
     wanted = {tuple(shape) for shape in shapes}
-    in_any_order = {tuple(sorted(shape)) for shape in wanted}
     seen: set[tuple[int, ...]] = set()
     found = []
     for instruction in instructions(program):
@@ -186,8 +184,6 @@ def copies(program: str, shapes: Sequence[Sequence[int]]) -> list[str]:
         seen.update(array.shape for array in here)
         if instruction.opcode in ("copy", "copy-start") and here and all(array.space == 0 for array in here):
             found.append(instruction.text)
-        if instruction.opcode == "transpose" and instruction.text.startswith("ROOT"):
-            found += [instruction.text] * (tuple(sorted(instruction.arrays[0].shape)) in in_any_order)
     if missing := sorted(wanted - seen):
         raise ValueError(f"The program has no array of shape {missing[0]}: give the shapes of one device's part.")
     return found

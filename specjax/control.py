@@ -33,9 +33,9 @@ def once(needed: Bool[Array, ""], function: Callable[[Carry], Carry], carry: Car
 def alike(result: Any, array: Any) -> Any:
     """The result of a `cond`, split over devices as an array of the same shape is.
 
-    Where nothing says how a result is split, XLA may gather it whole on every device, as it does on GPUs. Without a mesh
-    (`jax.set_mesh`) there is nothing to say, and it must not be said: jax numbers what is alike as the process goes on,
-    so that no later process would find the program among those that it has kept.
+    Where nothing says how a result is split, XLA may gather it whole on every device, as it does on GPUs. Without a
+    mesh (`jax.set_mesh`) there is nothing to say, and it must not be said: jax numbers what is alike as the process
+    goes on, so that no later process would find the program among those that it has kept.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return result

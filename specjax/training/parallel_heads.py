@@ -70,6 +70,15 @@ def shifted(batch: Batch, k: int) -> Shifted:
     return Shifted(move(batch.targets), jnp.where(same, move(batch.weights), 0.0))
 
 
+def last_hidden(target: ModelConfig, params: Tree, batch: Batch) -> Float[Array, "B T D"]:
+    """The target's last hidden states, after its final norm, at the tokens of a batch."""
+    with_taps = families.model(target).with_taps
+    assert with_taps is not None  # Every family has layers.
+    features = with_taps((-1,)).features
+    assert features is not None
+    return features(params, batch)[:, :, 0]
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadLoss:
     """The loss of parallel heads (`train.Loss`), whose frozen parameters are the target's. Equal ones compile once.
@@ -97,11 +106,18 @@ class HeadLoss:
     def __call__(self, params: Tree, batch: Batch, frozen: Tree, keys: Any) -> Sums:
         """The sums over the targets of a batch."""
         del keys
-        with_taps = families.model(self.target).with_taps
-        assert with_taps is not None  # Every family has layers.
-        features = with_taps((-1,)).features
-        assert features is not None
-        hidden = jax.lax.stop_gradient(features(frozen, batch)[:, :, 0])
+        return self.of_hidden(params, batch, frozen, jax.lax.stop_gradient(last_hidden(self.target, frozen, batch)))
+
+    def of_hidden(self, params: Tree, batch: Batch, frozen: Tree, hidden: Float[Array, "B T D"]) -> Sums:
+        """The sums over the targets of a batch, whose hidden states are known.
+
+        Args:
+          params: the heads.
+          batch: the texts.
+          frozen: the target's parameters, whose distributions are learnt; only as those that the heads go through is
+            there a gradient to them.
+          hidden: the target's last hidden states.
+        """
         config, cast = heads.cast(self.heads, params, self.dtype)
         logits = heads.logits(config, cast, self.target, frozen, hidden)
         log_p = None
@@ -168,7 +184,8 @@ class Run(NamedTuple):
     mesh: Mesh | None = None
 
 
-def _batches(run: Run) -> Iterator[Batch]:
+def batches(run: Run) -> Iterator[Batch]:
+    """The held-out texts, in the parts that a step has."""
     yield from run.valid.in_order(run.config.batch_size // run.config.num_microbatches, run.mesh)
 
 
@@ -185,7 +202,7 @@ def evaluate(run: Run, params: Tree) -> dict[str, Any]:
       its r-th most probable token is the target's, from which `theory.best_tree` makes a tree.
     """
     loss, totals = dataclasses.replace(run.loss, measures=True), {}
-    for batch in _batches(run):
+    for batch in batches(run):
         part = jax.device_get(_measure(loss, params, batch, run.target.params))
         for name, value in {"weight": part.weight, "loss": part.loss, **part.measures}.items():
             totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
@@ -207,7 +224,12 @@ def by_tokens(line: Line) -> float:
     return -expected_tokens(line)
 
 
-def _check(run: Run) -> None:
+def check(run: Run) -> None:
+    """Refuses what does not fit together.
+
+    Raises:
+      ValueError: naming the value and the remedy.
+    """
     longest = run.target.model.max_len
     if run.data.target_length > longest:
         raise ValueError(f"target_length={run.data.target_length}, but the target knows {longest} positions: lower it.")
@@ -222,13 +244,32 @@ def _check(run: Run) -> None:
             raise ValueError(f"{part} rows of a microbatch do not divide over the {over} devices of mesh axis 'data'.")
 
 
+def identity(run: Run) -> dict[str, Any]:
+    """What has to be unchanged for a run to resume, as JSON values."""
+    target = run.target
+    return {
+        "train": run.config.identity(),
+        "heads": dataclasses.asdict(run.heads),
+        "target_model": checkpoint.config_to_json(target.config),
+        "vocabulary": None if target.tokenizer is None else store.fingerprint(target.tokenizer),
+        "divergence": run.loss.divergence,
+        "temperature": run.loss.temperature,
+        "decay": run.loss.decay,
+        "data_checksum": run.data.checksum,
+        "valid_checksum": run.valid.checksum,
+        "target_length": run.data.target_length,
+        "source_length": run.data.source_length,
+        **run.identity,
+    }
+
+
 def learner(run: Run) -> Learner:
     """The heads of a run as the training loop takes them (`fit.learn`).
 
     Raises:
       ValueError: for what does not fit together.
     """
-    _check(run)
+    check(run)
     config, target = run.config, run.target
     shapes, axes = heads.abstract(run.heads), heads.axes(run.heads)
     known = None if target.tokenizer is None else store.fingerprint(target.tokenizer)
@@ -245,23 +286,9 @@ def learner(run: Run) -> Learner:
         batch = run.data.at(number - 1, state.params).batch(number - 1, config.batch_size, run.mesh)
         return train.update(config, run.loss, state, batch, target.params)
 
-    identity = {
-        "train": config.identity(),
-        "heads": dataclasses.asdict(run.heads),
-        "target_model": checkpoint.config_to_json(target.config),
-        "vocabulary": known,
-        "divergence": run.loss.divergence,
-        "temperature": run.loss.temperature,
-        "decay": run.loss.decay,
-        "data_checksum": run.data.checksum,
-        "valid_checksum": run.valid.checksum,
-        "target_length": run.data.target_length,
-        "source_length": run.data.source_length,
-        **run.identity,
-    }
     return Learner(
         config,
-        identity,
+        identity(run),
         abstract,
         init,
         step,

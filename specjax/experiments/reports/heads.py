@@ -28,28 +28,45 @@ def described(line: Line) -> str:
     )
 
 
-def facts(shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line]) -> list[tuple[str, str]]:
+def facts(
+    shape: Mapping[str, int], steps: Sequence[Line], valid: Sequence[Line], is_joint: bool = False
+) -> list[tuple[str, str]]:
     """The facts of a finished run, by name.
 
     Args:
       shape: `batch_size`, the number of `parameters`, and that of the target, `target_parameters`.
       steps: the lines of the steps.
       valid: those of the validations.
+      is_joint: whether the target was trained with the heads.
     """
-    best = max(valid, key=tokens_per_call)
+    best = min(valid, key=lambda line: line["valid_loss"]) if is_joint else max(valid, key=tokens_per_call)
     parameters = ("parameters of the heads", f"{shape['parameters']}, beside the target's {shape['target_parameters']}")
-    return report.learned(parameters, "loss", steps, valid, best, described, shape["batch_size"])
+    found = report.learned(parameters, "loss", steps, valid, best, described, shape["batch_size"])
+    if is_joint:
+        change = f"{valid[0]['target_loss']:.4f} before, {best['target_loss']:.4f} in `model/target/`"
+        found.append(("the target's own loss on held-out texts", change))
+    return found
 
 
-def summary(name: str, found: Sequence[tuple[str, str]]) -> str:
+ANOTHER = (
+    "**The target was trained with the heads (Medusa-2): the result is another target,** `model/target/`. The heads "
+    "draft for it alone, acceptance is measured against it, and text that is decoded with them is exactly its own, not "
+    "that of the original. What it is worth is for an evaluation of the new target to say."
+)
+"""What a summary says of a target that was trained with its heads."""
+
+
+def summary(name: str, found: Sequence[tuple[str, str]], is_joint: bool = False) -> str:
     """The text of `summary.md`."""
     note = (
         "Acceptance is measured on the target's own continuations of held-out prompts, at each position given that the "
         "tokens before it are the text's: greedy, how often a head's most probable token is the target's; sampled, the "
         "mean of the sum of min(p, q), the acceptance rate of rejection. Tokens per call is 1 + a1 + a1 a2 + ... of "
-        "the greedy rates. The loss is added over the heads, with the weights 0.8^(k - 1)."
+        "the greedy rates. The loss is added over the heads, with the weights 0.8^(k - 1)"
+        + (", and its `head_weight` to the target's own." if is_joint else ".")
     )
-    return page(f"# {name}", report.listed(found), note, "![Loss and acceptance by step](heads.png)")
+    said = (ANOTHER, note) if is_joint else (note,)
+    return page(f"# {name}", report.listed(found), *said, "![Loss and acceptance by step](heads.png)")
 
 
 def figure(steps: Sequence[Line], valid: Sequence[Line]) -> Figure:

@@ -46,6 +46,7 @@ NAMES = (
     "t5_xxl_and_t5_mini",
     "chinchilla_style",
     "train_a_draft",
+    "train_a_head",
 )
 """In the order in which they are best read."""
 

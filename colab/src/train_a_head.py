@@ -61,7 +61,7 @@ sizes = {
     "num_prompts": runtime.pick(small=6, cpu=128, accelerator=2000),
     "num_valid": runtime.pick(small=2, cpu=12, accelerator=64),
     "max_new_tokens": runtime.pick(small=8, cpu=64, accelerator=128),
-    "target_length": runtime.pick(small=64, cpu=128, accelerator=256),
+    "target_length": runtime.pick(small=128, cpu=128, accelerator=256),
     "num_steps": runtime.pick(small=2, cpu=80, accelerator=2000),
     "batch_size": runtime.pick(small=1, cpu=2, accelerator=16),
     "num_microbatches": runtime.pick(small=1, cpu=1, accelerator=4),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import pytest
 from helpers import save_tiny_decoder
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_experiments import row
 
@@ -93,6 +93,7 @@ def test_a_truncated_file_of_a_run(name, share, finished, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "samples.jsonl"])
 @given(content=garbage)
+@example(content=b'{"\\n": false}')
 @few
 def test_a_file_of_a_run_that_is_something_else(name, content, finished, tmp_path_factory):
     path = copy(finished, tmp_path_factory)

@@ -106,7 +106,8 @@ class Store:
         differ = [key for key in sorted({*before, *self.config}) if before.get(key) != self.config.get(key)]
         if differ:
             changes = ", ".join(
-                f"{key}: {before.get(key)!r} before, {self.config.get(key)!r} now" for key in differ[:4]
+                f"{key if key.isprintable() else repr(key)}: {before.get(key)!r} before, {self.config.get(key)!r} now"
+                for key in differ[:4]
             )
             raise ValueError(f"{self.directory} holds a run with another config ({changes}): {_REMEDY}.")
 

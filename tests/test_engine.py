@@ -57,7 +57,7 @@ def alone(prompt, drafter: Any = NGRAM, target=TARGET, **options) -> Any:
 
 
 def mixed(count: int) -> list[dict]:
-    """Requests that differ in every option, of which each value is in one of any three."""
+    """Requests with every value of every option: any three that follow each other have all values of each."""
     rng = random.Random(0)
     choices = {
         "temperature": (0.0, 0.7, 1.3),

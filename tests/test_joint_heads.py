@@ -83,6 +83,19 @@ def test_the_heads_are_trained_alone_at_first_and_the_target_more_slowly_then(tm
     assert changed(specjax.load(tmp_path / joint_heads.TARGET).params, state.params.target) == 0
 
 
+def test_the_targets_learning_rate_is_a_fraction_of_the_heads():
+    config = dataclasses.replace(run().config, weight_decay=0.0)
+    made = joint_heads._optimizer("adamw", JOINT)(lambda step: 0.02, config)
+    params = JointState(jnp.ones(3), jnp.ones(3))
+    state, shares = made.init(params), []
+    for _ in range(JOINT.head_steps + config.warmup_steps + 1):
+        updates, state = made.update(params, state, params)
+        shares.append(float((updates.target / updates.heads)[0]))
+    # None while the heads are trained alone, then more and more, until the warm-up ends.
+    wanted = [0.0] * JOINT.head_steps + [0.25 * (i + 1) / config.warmup_steps for i in range(config.warmup_steps)]
+    np.testing.assert_allclose(shares, [*wanted, 0.25], rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_both_learn_and_are_saved_and_the_text_is_the_new_targets(tmp_path: Any):
     curve = joint_heads.fit_joint(run(), JOINT, tmp_path)

@@ -1,4 +1,4 @@
-"""Compiles programs side by side before an engine serves, and counts what is compiled while it does: nothing."""
+"""Compiles programs in several threads before an engine serves, and counts compilations while it serves (none)."""
 
 import concurrent.futures
 import os
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 _MOST_THREADS = 8
-"""More compilations at a time take memory, and tracing, on one thread, does not keep up with them."""
+"""Each compilation takes memory, and one thread cannot trace programs fast enough for more."""
 _SECONDS = 1.0
 """Between two lines of progress."""
 _EVENT = "/jax/core/compile/backend_compile_duration"
